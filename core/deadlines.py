@@ -1,0 +1,52 @@
+"""Waiting on Ray: every wait has a deadline, and says what it waits for."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from core.errors import EuphoniumError, TrainingError
+
+LOG_EVERY_S = 30.0
+
+
+def get(ref: Any, timeout_s: float, what: str) -> Any:
+    """Value of an object reference.
+
+    Args:
+        ref: reference, or a list of them.
+        timeout_s: seconds to wait.
+        what: what is awaited, for the error: "the weights of version 3".
+
+    Raises:
+        TrainingError: it did not come in time, or whoever makes it is gone.
+        EuphoniumError: whatever error of ours the remote side raised.
+    """
+    import ray
+
+    began = time.monotonic()
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise TrainingError(f"{what} did not come within {timeout_s:.0f} s") from error
+    except ray.exceptions.RayTaskError as error:
+        raise remote_error(error, what) from error
+    except ray.exceptions.RayError as error:
+        waited = time.monotonic() - began
+        raise TrainingError(f"{what} will not come, after {waited:.0f} s: {describe(error)}") from error
+
+
+def remote_error(error: Any, what: str) -> EuphoniumError:
+    """The error of ours inside a remote failure, or a typed one that quotes its last line."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, EuphoniumError):
+        return cause
+    return TrainingError(f"{what} failed: {type(cause).__name__}: {cause}")
+
+
+def describe(error: BaseException) -> str:
+    """One line on why a Ray call failed, with the reason that Ray gives for a dead actor."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = next((line for line in lines if "cause" in line.lower() or "reason" in line.lower()), "")
+    head = lines[0] if lines else type(error).__name__
+    return f"{type(error).__name__}: {head}" + (f" ({reason})" if reason and reason != head else "")

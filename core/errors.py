@@ -1,0 +1,47 @@
+"""One hierarchy of errors, each with the exit status that the command line ends with.
+
+A message names what failed, where (role, node, file, field) and what to do next: it is the last thing that a user
+sees of a run, also in the Ray dashboard.
+"""
+
+from __future__ import annotations
+
+
+class EuphoniumError(Exception):
+    """Base of all errors that the application raises on purpose."""
+
+    exit_status = 1
+
+
+class ConfigError(EuphoniumError):
+    """A recipe, override or input file that cannot be used; nothing has been started."""
+
+    exit_status = 2
+
+
+class PreflightError(EuphoniumError):
+    """The machine or cluster cannot run this recipe."""
+
+    exit_status = 3
+
+
+class ResourcesError(EuphoniumError):
+    """Resources that a pool asked for never came."""
+
+    exit_status = 4
+
+
+class TrainingError(EuphoniumError):
+    """The run cannot go on: a role died for good, or its numbers are wrong."""
+
+    exit_status = 5
+
+
+class RewardError(TrainingError):
+    """A reward that could not be had: the server is gone, too slow, or answered something that is no number."""
+
+
+class CheckpointError(EuphoniumError):
+    """A checkpoint that is missing, damaged, or of another kind of run."""
+
+    exit_status = 6

@@ -1,0 +1,105 @@
+"""Plain records that travel between the roles. Arrays are numpy: Ray moves those without copying."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupTask:
+    """An order for one group of samples.
+
+    Attributes:
+        group_id: ordinal of the group in the run; never used twice, except to try the same group again.
+        prompt: text of the group.
+        seed: of its noise and of the selection of its trained steps.
+    """
+
+    group_id: int
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupInfo:
+    """What the orchestrator needs to know of a finished group; its arrays stay in the object store.
+
+    Attributes:
+        task: the order that it fills.
+        policy_version: of the weights that drew it, the same for all its steps.
+        fingerprint: of the sampler (:meth:`dynamics.StepTable.fingerprint`).
+        process_rewards: float32 ``[group, num_steps]``, or None without a process reward model.
+        seconds: wall time by part of the work.
+        payload_bytes: size of the arrays that the learner will fetch.
+    """
+
+    task: GroupTask
+    policy_version: int
+    fingerprint: str
+    process_rewards: Array | None
+    seconds: dict[str, float]
+    payload_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupPayload:
+    """Trained transitions of a group, K a sample.
+
+    Attributes:
+        states: float32 ``[group, K, *latent]``, x_k.
+        next_states: float32, like ``states``, x_{k+1} as it was scored.
+        steps: int64 ``[group, K]``, k of every transition.
+        log_probs: float32 ``[group, K]`` under the policy that drew them.
+        gradients: float32 like ``states`` when the objective keeps the guidance in the mean, else None.
+        conditioning: arrays of the prompt, with a leading dimension of 1.
+    """
+
+    states: Array
+    next_states: Array
+    steps: Array
+    log_probs: Array
+    gradients: Array | None
+    conditioning: dict[str, Array]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all arrays."""
+        arrays = [self.states, self.next_states, self.steps, self.log_probs, *self.conditioning.values()]
+        return sum(a.nbytes for a in arrays) + (self.gradients.nbytes if self.gradients is not None else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdatePlan:
+    """What the learner group does next.
+
+    Attributes:
+        iteration: number of this transaction; the policy it yields gets this version.
+        num_groups: groups to train on; 0 for a plan that only checkpoints.
+        publish_average: whether the averaged weights are published too.
+        checkpoint: folder into which every rank writes its part, or None.
+        stop: leave the loop afterwards.
+    """
+
+    iteration: int
+    num_groups: int
+    publish_average: bool = False
+    checkpoint: str | None = None
+    stop: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateReport:
+    """What the learner group did with a plan.
+
+    Attributes:
+        iteration: of the plan.
+        metrics: numbers of the update, already reduced over the ranks.
+    """
+
+    iteration: int
+    metrics: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,72 @@
+"""The learner's part of a checkpoint: DeepSpeed's shards, the moving average, and full weights in safetensors.
+
+The ranks only fill a folder; the orchestrator makes a checkpoint of it (orchestrator/checkpoints.py), with the
+manifest whose hashes are verified before anything in it is loaded: DeepSpeed's files are pickles.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from learners.train_loop import Learner
+
+POLICY_FILE = "policy.safetensors"
+AVERAGE_FILE = "average.safetensors"
+TAG = "zero3"
+
+
+def save_rank_state(learner: Learner, folder: Path) -> None:
+    """Writes everything that this rank needs to go on; all ranks must call it.
+
+    Args:
+        learner: to save.
+        folder: exists, and is on storage that all ranks and the orchestrator share.
+    """
+    import torch.distributed as dist
+
+    policy = learner.policy
+    policy.engine.save_checkpoint(
+        str(folder), tag=TAG, client_state={"updates_done": learner.updates_done}, save_latest=False
+    )
+    if policy.averages is not None:
+        shards = {str(i): tensor for i, tensor in enumerate(policy.averages)}
+        save_file(shards, folder / f"average_shard_{learner.rank}.safetensors")
+    for name, average in ((POLICY_FILE, False), (AVERAGE_FILE, True)):
+        if average and policy.averages is None:
+            continue
+        whole: dict[str, torch.Tensor] = {}
+        for bucket in policy.gathered(1 << 28, average=average):
+            whole |= bucket
+        if learner.rank == 0:
+            save_file(whole, folder / name, metadata={"format": "pt"})
+    dist.barrier()
+
+
+def load_rank_state(learner: Learner, folder: Path) -> None:
+    """Restores what :func:`save_rank_state` wrote, into a learner of the same world size.
+
+    Raises:
+        CheckpointError: the shards are missing or of another world size.
+    """
+    policy = learner.policy
+    shards = sorted((folder / TAG).glob("*_optim_states.pt"))
+    if len(shards) != learner.world_size:
+        raise CheckpointError(
+            f"{folder} holds the shards of {len(shards)} learner ranks, this run has {learner.world_size}: "
+            f"set pools.learner.num_workers={len(shards)}"
+        )
+    loaded, client_state = policy.engine.load_checkpoint(str(folder), tag=TAG)
+    if loaded is None:
+        raise CheckpointError(f"DeepSpeed could not load its shards from {folder / TAG}")
+    learner.updates_done = int(client_state["updates_done"])
+    if policy.averages is not None:
+        stored = load_file(folder / f"average_shard_{learner.rank}.safetensors")
+        for i, tensor in enumerate(policy.averages):
+            tensor.copy_(stored[str(i)])

@@ -1,0 +1,171 @@
+"""The policy under DeepSpeed ZeRO-3: built partitioned, trained, read out shard by shard.
+
+Every rank holds one contiguous piece of every (flattened) parameter in ``parameter.ds_tensor``. Loading fills those
+pieces from the safetensors files and publication collects them on rank 0, a bucket at a time: neither ever holds a
+second copy of the model, and neither needs DeepSpeed to materialise parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from core.config.tree import LearnerPoolConfig, OptimizerConfig
+from core.weights import split_into_buckets
+from models.generators.base import GeneratorFamily
+
+
+def quiet_deepspeed() -> None:
+    """Keeps DeepSpeed to warnings, and from compiling a shared-memory op that training never calls."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # The op serves inference_all_reduce only; compiling it costs a minute on a fresh machine and needs a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def deepspeed_config(
+    pool: LearnerPoolConfig, optimizer: OptimizerConfig, dtype: torch.dtype
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration; accumulation is driven by hand, so it stays at 1 there."""
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": pool.persistence_threshold,
+        "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(),
+    }
+    if pool.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": 10**9,
+    }
+
+
+class ZeroPolicy:
+    """A transformer under ZeRO-3 with its optimizer.
+
+    Attributes:
+        engine: DeepSpeed's engine.
+        module: the partitioned transformer.
+        parameters: its parameters by name, in a fixed order.
+        averages: float32 moving averages of this rank's pieces, or None.
+    """
+
+    def __init__(self, family: GeneratorFamily, pool: LearnerPoolConfig, optimizer: OptimizerConfig) -> None:
+        import deepspeed
+
+        settings = deepspeed_config(pool, optimizer, family.dtype)
+        with deepspeed.zero.Init(config_dict_or_path=settings, dtype=family.dtype):
+            module = family.build_transformer()
+        load_partitioned(module, family)
+        if pool.gradient_checkpointing:
+            module.enable_gradient_checkpointing()  # type: ignore[operator]
+        adamw = torch.optim.AdamW(
+            module.parameters(), lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )  # fmt: skip
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=settings)
+        self.engine.train()
+        self.module: nn.Module = self.engine.module
+        self.parameters = dict(self.module.named_parameters())
+        self.ema_decay = optimizer.ema_decay
+        self.averages: list[Tensor] | None = None
+        if self.ema_decay > 0:
+            self.averages = [shard(p).float().clone() for p in self.parameters.values()]
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Sets the rate of the next update."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds gradients of one micro-batch; with ``last``, reduces and updates the weights."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.step()
+        if last and self.averages is not None:
+            current = [shard(p).float() for p in self.parameters.values()]
+            torch._foreach_lerp_(self.averages, current, 1 - self.ema_decay)
+
+    def grad_norm(self) -> float:
+        """Global norm of the latest update's gradients, before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def gathered(self, bucket_bytes: int, *, average: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Collects full weights on rank 0, bucket by bucket; all ranks must iterate to the end.
+
+        Args:
+            bucket_bytes: size of a bucket, by what its tensors take when whole.
+            average: collect the moving averages (in the weights' type) instead of the weights.
+
+        Yields:
+            On rank 0 the tensors of the bucket by name, on the CPU; elsewhere an empty mapping.
+        """
+        pieces = {
+            name: (self.averages[i].to(p.dtype) if average and self.averages is not None else shard(p))
+            for i, (name, p) in enumerate(self.parameters.items())
+        }
+        sizes = {name: p.ds_numel * p.element_size() for name, p in self.parameters.items()}  # type: ignore[attr-defined]
+        for names in split_into_buckets(sizes, bucket_bytes):
+            yield _gather_bucket({name: self.parameters[name] for name in names}, [pieces[n] for n in names])
+
+
+def shard(parameter: nn.Parameter) -> Tensor:
+    """This rank's piece of a partitioned parameter, flat; the last rank's may end in padding."""
+    piece: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    return piece.detach()
+
+
+def load_partitioned(module: nn.Module, family: GeneratorFamily) -> None:
+    """Fills a partitioned transformer from the family's files; every rank reads all and keeps its own pieces.
+
+    Raises:
+        ValueError: a parameter that no file holds.
+    """
+    import torch.distributed as dist
+
+    parameters = dict(module.named_parameters())
+    missing = set(parameters)
+    for file in family.transformer_files():
+        with safe_open(file, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
+                if name in parameters:
+                    piece = shard(parameters[name])
+                    flat = stream.get_tensor(name).flatten()
+                    mine = flat[dist.get_rank() * piece.numel() :][: piece.numel()]
+                    piece[: mine.numel()].copy_(mine)
+                    missing.discard(name)
+    if missing:
+        raise ValueError(f"{family.folder} lacks weights of {len(missing)} parameters, for example {min(missing)}")
+
+
+def _gather_bucket(parameters: dict[str, nn.Parameter], pieces: list[Tensor]) -> dict[str, Tensor]:
+    import torch.distributed as dist
+
+    flat = torch.cat([piece.flatten() for piece in pieces])
+    everywhere = (
+        [torch.empty_like(flat) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    )
+    dist.gather(flat, everywhere, dst=0)
+    if everywhere is None:
+        return {}
+    whole, offset = {}, 0
+    for (name, parameter), piece in zip(parameters.items(), pieces, strict=True):
+        parts = [rank_flat[offset : offset + piece.numel()] for rank_flat in everywhere]
+        full = torch.cat(parts)[: parameter.ds_numel]  # type: ignore[attr-defined]
+        whole[name] = full.view(parameter.ds_shape).cpu()  # type: ignore[attr-defined]
+        offset += piece.numel()
+    return whole

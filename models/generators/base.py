@@ -1,0 +1,189 @@
+"""What the roles need of a generator family: one small class per diffusers pipeline.
+
+A family object is cheap: it reads configuration files only. Each role loads the parts that it needs: rollout actors
+the transformer and the text encoders, outcome-reward servers the VAE, learners the transformer alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from core.config.tree import ModelConfig
+from core.errors import ConfigError
+
+# Batch-first tensors that a transformer takes besides state and time; the names are its keyword arguments.
+Conditioning = dict[str, Tensor]
+PromptEncoder = Callable[[Sequence[str]], Conditioning]
+Decoder = Callable[[Tensor], Tensor]
+
+
+class GeneratorFamily(ABC):
+    """One generator of a family.
+
+    Attributes:
+        folder: the diffusers pipeline on disk.
+        config: shape and type of what it generates.
+    """
+
+    pipeline_class: ClassVar[str]
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        self.folder = folder
+        self.config = config
+        self.dtype = getattr(torch, config.dtype)
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's latents ``[channels, frames, height, width]``."""
+
+    @abstractmethod
+    def transformer_class(self) -> type[nn.Module]:
+        """The diffusers class of the transformer."""
+
+    @abstractmethod
+    def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
+        """Text tokenizers and encoders as one function from prompts to conditioning."""
+
+    @abstractmethod
+    def load_decoder(self, device: torch.device) -> Decoder:
+        """The VAE as a function from latents to videos ``[batch, frames, 3, height, width]`` in [0, 1]."""
+
+    @abstractmethod
+    def velocity(
+        self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """Network output ``v = eps - x0``.
+
+        Args:
+            transformer: of this family.
+            x: float32 states ``[batch, *latent_shape]``.
+            sigma: float32 noise fractions ``[batch]``.
+            conditioning: of the same batch size.
+
+        Returns:
+            float32, like ``x``.
+        """
+
+    @abstractmethod
+    def build_trunk(self, blocks: int) -> nn.Module:
+        """A transformer of this family with only its first ``blocks`` blocks, and fresh weights in float32."""
+
+    @abstractmethod
+    def token_width(self) -> int:
+        """Width of the transformer's tokens."""
+
+    @abstractmethod
+    def output_norm(self, transformer: nn.Module) -> nn.Module:
+        """The module whose input is the output of the last block, tokens of the sample only."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """Marks of the latent space and of the text embeddings, which a process reward model is tied to."""
+
+    def transformer_config(self) -> dict[str, Any]:
+        """Configuration of the transformer, as its class takes it."""
+        return dict(json.loads((self.folder / "transformer" / "config.json").read_text()))
+
+    def build_transformer(self) -> nn.Module:
+        """The transformer with fresh weights, for loaders that fill it themselves."""
+        built: nn.Module = self.transformer_class().from_config(self.transformer_config())  # type: ignore[attr-defined]
+        return built.to(self.dtype)
+
+    def load_transformer(self, device: torch.device) -> nn.Module:
+        """The transformer with the weights on disk, in evaluation mode."""
+        loaded: nn.Module = self.transformer_class().from_pretrained(  # type: ignore[attr-defined]
+            self.folder / "transformer", torch_dtype=self.dtype, use_safetensors=True, low_cpu_mem_usage=False
+        )
+        return loaded.to(device).eval()
+
+    def transformer_files(self) -> list[Path]:
+        """The safetensors files that hold the transformer's weights."""
+        return sorted((self.folder / "transformer").glob("*.safetensors"))
+
+    def export(self, state: Mapping[str, Tensor], target: Path) -> None:
+        """Writes a complete diffusers pipeline with other transformer weights.
+
+        Args:
+            state: full state of the transformer.
+            target: new folder; everything but the transformer's weights is copied from this pipeline.
+        """
+        from safetensors.torch import save_file
+
+        shutil.copytree(
+            self.folder, target, dirs_exist_ok=True,
+            ignore=lambda folder, names: [n for n in names if "transformer" in folder and n.endswith("tensors")]
+            + [n for n in names if "transformer" in folder and n.endswith(".index.json")],
+        )  # fmt: skip
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(
+            tensors, target / "transformer" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"}
+        )
+
+
+def weights_mark(folder: Path) -> str:
+    """Hash that tells two components apart without reading all of their gigabytes.
+
+    Covers the configuration, and the size and the first and last MiB of every weight file.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    span = 1 << 20
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(span))
+            stream.seek(max(0, size - span))
+            digest.update(stream.read(span))
+    return digest.hexdigest()[:16]
+
+
+def expand(conditioning: Conditioning, batch: int) -> Conditioning:
+    """Repeats the conditioning of one prompt for a batch, without copying."""
+    return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in conditioning.items()}
+
+
+def open_generator(config: ModelConfig) -> GeneratorFamily:
+    """Finds the family of a pipeline by the class that its ``model_index.json`` names.
+
+    Raises:
+        ConfigError: the folder holds no pipeline, or one of a family that has no adapter.
+    """
+    from models.generators.registry import FAMILIES
+
+    folder = _local_folder(config)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ConfigError(f"model.path: {folder} holds no diffusers pipeline (model_index.json is missing)")
+    name = json.loads(index.read_text())["_class_name"]
+    if name not in FAMILIES:
+        raise ConfigError(
+            f"model.path: {folder} is a {name}, for which there is no adapter; supported: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[name](folder, config)
+
+
+def _local_folder(config: ModelConfig) -> Path:
+    folder = Path(config.path)
+    if folder.exists():
+        return folder
+    if config.path.count("/") != 1 or config.path.startswith((".", "/")):
+        raise ConfigError(f"model.path: {config.path} is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(config.path, revision=config.revision))
+    except Exception as error:
+        raise ConfigError(
+            f"model.path: {config.path} is no folder here and could not be downloaded ({error}); "
+            "give a local folder, or check name, network and HF_TOKEN"
+        ) from error

@@ -1,0 +1,94 @@
+"""Stage 1 of the embedded generator: a small HunyuanVideo VAE over clips of the sprite world."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from models.sprites import split_scenes
+from models.sprites.render import render
+
+log = logging.getLogger(__name__)
+
+LATENT_CHANNELS = 8
+BATCH = 8
+PEAK_LEARNING_RATE = 1e-3
+KL_WEIGHT = 1e-4
+
+
+def build_vae() -> torch.nn.Module:
+    """A fresh VAE: 9x32x32 RGB clips to 8x3x8x8 latents, 4-fold compression along every axis."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    return AutoencoderKLHunyuanVideo(  # type: ignore[no-any-return]
+        latent_channels=LATENT_CHANNELS,
+        block_out_channels=(16, 16, 32),
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        layers_per_block=1,
+        # Few groups: a norm over a channel or two would erase the plain colours that the clips are made of.
+        norm_num_groups=4,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+        mid_block_add_attention=False,
+    )
+
+
+def train_vae(steps: int, seed: int = 0) -> torch.nn.Module:
+    """Trains the VAE and sets its ``scaling_factor`` so that latents have unit variance.
+
+    Args:
+        steps: optimiser steps of ``BATCH`` clips; the learning rate falls linearly to zero over them.
+        seed: of weights and data.
+    """
+    torch.manual_seed(seed)
+    vae = build_vae()
+    data = torch.Generator().manual_seed(seed)
+    scenes, _ = split_scenes()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0)
+    started = time.monotonic()
+    for step in range(steps):
+        rate = PEAK_LEARNING_RATE * min(1, (step + 1) / 50) * (1 - step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        chosen = torch.randint(len(scenes), (BATCH,), generator=data).tolist()
+        clips = render([scenes[i] for i in chosen], data).transpose(1, 2) * 2 - 1
+        posterior = vae.encode(clips).latent_dist
+        latents = posterior.sample(data)
+        decoded = vae.decode(latents).sample
+        reconstruction = functional.l1_loss(decoded, clips) + functional.mse_loss(decoded, clips)
+        loss = reconstruction + KL_WEIGHT * posterior.kl().sum() / latents.numel()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 200 == 0:
+            mse = functional.mse_loss(decoded.detach(), clips).item() / 4
+            log.info(
+                "vae step %d/%d: loss %.4f, psnr %.1f dB, latent std %.2f, %.0f s",
+                step + 1, steps, loss.item(), -10 * torch.log10(torch.tensor(mse)).item(),
+                latents.std().item(), time.monotonic() - started,
+            )  # fmt: skip
+    clips = render(scenes, data).transpose(1, 2) * 2 - 1
+    with torch.no_grad():
+        std = torch.cat([vae.encode(part).latent_dist.mode() for part in clips.split(32)]).std().item()
+    vae.register_to_config(scaling_factor=1 / std)
+    return vae
+
+
+def psnr(vae: torch.nn.Module, clips: torch.Tensor) -> float:
+    """Reconstruction quality in dB over clips ``[batch, frames, 3, height, width]`` in [0, 1]."""
+    pixels = clips.transpose(1, 2) * 2 - 1
+    with torch.no_grad():
+        decoded = torch.cat([vae.decode(vae.encode(p).latent_dist.mode()).sample for p in pixels.split(32)])
+    mse = functional.mse_loss(decoded.clamp(-1, 1), pixels).item() / 4
+    return float(-10 * torch.log10(torch.tensor(mse)))
+
+
+def save_vae(vae: torch.nn.Module, folder: Path) -> None:
+    """Writes the VAE as a diffusers folder."""
+    vae.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]

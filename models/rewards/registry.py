@@ -1,0 +1,42 @@
+"""Outcome rewards by name: the built-in ones, and any ``package.module:Class``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from core.config.tree import OutcomeRewardConfig
+from core.errors import ConfigError
+from models.rewards.base import OutcomeReward
+
+# Import paths, not classes: a server imports only the libraries of the rewards that it serves.
+BUILT_IN: dict[str, str] = {
+    "sprite_icon": "models.rewards.sprite:IconReward",
+    "sprite_motion": "models.rewards.sprite:MotionReward",
+    "sprite_background": "models.rewards.sprite:BackgroundReward",
+    "sprite_quality": "models.rewards.sprite:QualityReward",
+}
+
+
+def build_reward(config: OutcomeRewardConfig) -> OutcomeReward:
+    """Constructs a reward.
+
+    Raises:
+        ConfigError: an unknown name, a class that cannot be imported, or options that it does not take.
+    """
+    path = BUILT_IN.get(config.type, config.type)
+    module_name, separator, class_name = path.partition(":")
+    field = f"rewards.outcome ({config.name}).type"
+    if not separator:
+        near = difflib.get_close_matches(config.type, BUILT_IN, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"built-in are {', '.join(BUILT_IN)}"
+        raise ConfigError(f"{field}: unknown reward {config.type!r}; {advice} Your own go by package.module:Class")
+    try:
+        made = getattr(importlib.import_module(module_name), class_name)(**config.options)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{field}: cannot import {path!r}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{field}: cannot construct {path!r} with options {config.options}: {error}") from error
+    if not isinstance(made, OutcomeReward):
+        raise ConfigError(f"{field}: {path!r} has no method score(videos, prompts)")
+    return made

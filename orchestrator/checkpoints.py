@@ -1,0 +1,153 @@
+"""Checkpoints that are whole or not there: written aside, hashed, flushed to disk, then renamed.
+
+A folder ``step_N`` exists only once everything in it is on disk. Its manifest lists size and SHA-256 of every file,
+and nothing is loaded before they have been verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from core.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Where a run stands.
+
+    Attributes:
+        iteration: iterations done, which is also the policy's version.
+        next_group: ordinal of the first group that has not been trained on.
+        world_size: learner ranks that wrote the shards.
+    """
+
+    iteration: int
+    next_group: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    folder: Path
+    state: RunState
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self.folder = folder
+        self._keep_last = keep_last
+
+    def begin(self, iteration: int) -> Path:
+        """A new folder, aside, for the ranks to write to."""
+        folder = self.folder / f"step_{iteration:06d}.tmp-{uuid.uuid4().hex[:8]}"
+        folder.mkdir(parents=True)
+        return folder
+
+    def commit(self, folder: Path, state: RunState, config_yaml: str) -> Checkpoint:
+        """Makes a checkpoint of a filled folder, then removes old ones."""
+        (folder / STATE).write_text(json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n")
+        (folder / CONFIG).write_text(config_yaml)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        with ThreadPoolExecutor(4) as threads:
+            digests = list(threads.map(_hash_and_flush, files))
+        entries = {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(files, digests, strict=True)
+        }
+        manifest = folder / MANIFEST
+        manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")
+        _hash_and_flush(manifest)
+        target = self.folder / f"step_{state.iteration:06d}"
+        if target.exists():
+            shutil.rmtree(target)
+        _flush_folder(folder)
+        folder.rename(target)
+        _flush_folder(self.folder)
+        self._prune()
+        return Checkpoint(target, state)
+
+    def newest(self, report: Callable[[str], None] = log.warning) -> Checkpoint | None:
+        """The newest checkpoint whose files are what its manifest says; tells which it skips, and why."""
+        for folder in sorted(self.folder.glob("step_*"), reverse=True):
+            if ".tmp-" in folder.name:
+                continue
+            try:
+                return verify(folder)
+            except CheckpointError as error:
+                report(f"skipping a damaged checkpoint: {error}")
+        return None
+
+    def _prune(self) -> None:
+        kept = [folder for folder in sorted(self.folder.glob("step_*")) if ".tmp-" not in folder.name]
+        for folder in [*kept[: -self._keep_last], *self.folder.glob("*.tmp-*")]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Checks every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: something is missing, changed, or in a format of another version.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder} is no whole checkpoint: its {MANIFEST} cannot be read ({error})") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {manifest.get('format')}, this version reads format {FORMAT}; "
+            "resume with the version that wrote it, or start anew from its exported weights"
+        )
+    files = manifest["files"]
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{folder}: {name} is missing or has another size than the manifest says")
+    with ThreadPoolExecutor(4) as threads:
+        digests = list(threads.map(lambda name: _sha256(folder / name), files))
+    for (name, entry), digest in zip(files.items(), digests, strict=True):
+        if digest != entry["sha256"]:
+            raise CheckpointError(f"{folder}: {name} has other contents than the manifest says")
+    state = json.loads((folder / STATE).read_text())
+    state.pop("format")
+    return Checkpoint(folder, RunState(**state))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hash_and_flush(path: Path) -> str:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        os.fsync(stream.fileno())
+    return digest
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,149 @@
+"""The command line: ``euphonium`` and ``python -m orchestrator``.
+
+Heavy libraries are imported by the commands that need them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from core.errors import EuphoniumError
+
+app = typer.Typer(
+    name="euphonium",
+    help="RL post-training of flow-matching image and video generators, as a distributed Ray application.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Recipe = Annotated[Path, typer.Argument(help="YAML recipe, for example recipes/embedded/euphonium.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's: a.b=c.")
+]
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train a policy.
+
+    Joins the running Ray cluster, or starts one on this machine. SIGTERM and Ctrl-C write a checkpoint and end with
+    status 0; the same command then goes on from there.
+    """
+    import asyncio
+
+    from core.config import load_config
+    from orchestrator.launch import absolute_paths, connect_ray, preflight, prepare_run_dir
+
+    config = absolute_paths(load_config(recipe, overrides or []))
+    preflight(config)
+    checkpoint = prepare_run_dir(config)
+    say(f"run {config.name}: {config.run_dir}")
+    if checkpoint is not None:
+        say(f"resuming from {checkpoint.folder} (iteration {checkpoint.state.iteration})")
+        if checkpoint.state.iteration >= config.iterations:
+            say(f"nothing to do: {config.iterations} iterations are done")
+            return
+    namespace = f"euphonium-{config.name}"
+    connect_ray(namespace)
+    import ray
+
+    from orchestrator.run import Run
+
+    try:
+
+        async def execute() -> None:
+            await Run(config, namespace, checkpoint).execute()
+
+        asyncio.run(execute())
+    finally:
+        ray.shutdown()
+
+
+@app.command()
+def validate(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Check a recipe, its files and its arithmetic, and print the resolved configuration; starts nothing."""
+    from core.config import dump_config, load_config
+    from orchestrator.launch import absolute_paths, preflight
+
+    config = load_config(recipe, overrides or [])
+    plan = preflight(absolute_paths(config))
+    say(dump_config(config))
+    width = max(map(len, plan))
+    for name, value in plan.items():
+        say(f"# {name:<{width}}  {value}")
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Exported pipeline, checkpoint, or run folder.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the clips.")] = Path("generated"),
+    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    steps: Annotated[int, typer.Option(help="ODE steps.")] = 30,
+) -> None:
+    """Draw clips from a trained model and save them as GIFs with a contact sheet."""
+    from orchestrator.inference import generate_clips
+
+    for path in generate_clips(model, prompt, output, seed=seed, steps=steps):
+        say(str(path))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Checkpoint or run folder.")],
+    base: Annotated[bool, typer.Option("--base", help="Evaluate the generator before training instead.")] = False,
+    prompts: Annotated[int | None, typer.Option(help="Held-out prompts; default: the run's.")] = None,
+    samples_per_prompt: Annotated[int | None, typer.Option(help="Samples a prompt; default: the run's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise; default: the run's.")] = None,
+) -> None:
+    """Score a checkpoint on held-out prompts: ODE samples, outcome rewards, no process reward model in the loop."""
+    import json
+
+    from orchestrator.inference import evaluate_model
+
+    changes = {"prompts": prompts, "samples_per_prompt": samples_per_prompt, "seed": seed}
+    say(json.dumps(evaluate_model(model, base=base, changes={k: v for k, v in changes.items() if v is not None}), indent=2))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Checkpoint or run folder.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the diffusers pipeline.")],
+    policy: Annotated[bool, typer.Option("--policy", help="The policy itself, not its moving average.")] = False,
+) -> None:
+    """Write a checkpoint as a folder that ``diffusers.DiffusionPipeline.from_pretrained`` loads."""
+    from orchestrator.export import export_checkpoint
+    from orchestrator.inference import open_checkpoint
+
+    checkpoint, config = open_checkpoint(model)
+    export_checkpoint(checkpoint.folder, config, output, policy=policy)
+    say(str(output))
+
+
+def say(text: str) -> None:
+    """Prints a line for the user."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Console script: turns errors of ours into one readable message and an exit status of their own."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for chatty in ("ray", "diffusers", "transformers", "httpx", "DeepSpeed"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        app()
+    except EuphoniumError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        sys.exit(error.exit_status)
+
+
+if __name__ == "__main__":
+    main()

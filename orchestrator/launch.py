@@ -1,0 +1,160 @@
+"""Around a run: checks before anything starts, the run's folder, and the connection to Ray."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from core.config import RunConfig, dump_config
+from core.errors import CheckpointError, ConfigError
+from orchestrator.checkpoints import Checkpoint, CheckpointStore, verify
+
+log = logging.getLogger(__name__)
+
+RESOLVED = "config.resolved.yaml"
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run with its files by absolute path: actors do not share the driver's working directory."""
+    model = config.model
+    if Path(model.path).exists():
+        model = model.model_copy(update={"path": str(Path(model.path).resolve())})
+    rewards = config.rewards
+    if rewards.process is not None:
+        process = rewards.process.model_copy(update={"path": str(Path(rewards.process.path).resolve())})
+        rewards = rewards.model_copy(update={"process": process})
+    prompts = config.prompts.model_copy(
+        update={"train": config.prompts.train.resolve(), "evaluation": config.prompts.evaluation.resolve()}
+    )
+    return config.model_copy(
+        update={"model": model, "rewards": rewards, "prompts": prompts, "output_dir": config.output_dir.resolve()}
+    )
+
+
+def preflight(config: RunConfig) -> dict[str, Any]:
+    """Checks everything that can be checked without starting anything.
+
+    Returns:
+        The plan of the run, for people to read.
+
+    Raises:
+        ConfigError: names the field, and what to do.
+    """
+    from actors.sampler import select_steps
+    from models.generators.base import open_generator
+    from models.rewards.registry import build_reward
+    from orchestrator.evaluation import evaluation_set
+    from orchestrator.prompts import read_prompts
+
+    family = open_generator(config.model)
+    shape = family.latent_shape
+    prompts = read_prompts(config.prompts.train, "prompts.train")
+    evaluation_set(config)
+    for reward in config.rewards.outcome:
+        build_reward(reward)
+    if config.rewards.process is not None:
+        from models.rewards.prm import ProcessRewardModel
+
+        ProcessRewardModel.load(Path(config.rewards.process.path), config.model)
+    table = config.sampler.table()
+    kept = select_steps(table, 1, config.objective.timestep_fraction, 0).shape[1]
+    rollout, pools = config.rollout, config.pools
+    samples = rollout.prompts_per_iteration * rollout.group_size
+    values = 1
+    for size in shape:
+        values *= size
+    return {
+        "generator": f"{family.pipeline_class} at {family.folder}",
+        "latents": "x".join(map(str, shape)),
+        "training prompts": len(prompts),
+        "samples per iteration": f"{rollout.prompts_per_iteration} prompts x {rollout.group_size} = {samples}",
+        "sampler": f"{config.sampler.law}, {table.num_steps} steps, stochastic {_ranges(table.stochastic_steps)}, "
+        f"guided {_ranges(table.guided_steps) or 'none'}",
+        "trained transitions per iteration": samples * kept,
+        "trajectory bytes per iteration": samples * kept * values * 8,
+        "rollout actors": f"{pools.rollout.num_actors} x {pools.rollout.num_gpus:g} GPU",
+        "PRM servers": f"{pools.prm.num_actors} x {pools.prm.num_gpus:g} GPU" if config.rewards.process else "none",
+        "ORM servers": f"{pools.orm.num_actors} x {pools.orm.num_gpus:g} GPU",
+        "learner ranks": f"{pools.learner.num_workers} x {pools.learner.num_gpus:g} GPU",
+    }
+
+
+def _ranges(steps: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    parts: list[list[int]] = []
+    for step in steps:
+        if parts and step == parts[-1][-1] + 1:
+            parts[-1].append(step)
+        else:
+            parts.append([step])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
+
+
+def prepare_run_dir(config: RunConfig) -> Checkpoint | None:
+    """Makes the run's folder, or finds where an earlier run in it left off.
+
+    Nothing is ever overwritten: with ``resume: never`` an old folder is moved aside.
+
+    Raises:
+        CheckpointError: there is an old run but no good checkpoint to resume from.
+        ConfigError: the run to resume was another one.
+    """
+    folder, resume = config.run_dir, config.resume
+    checkpoint = None
+    if isinstance(resume, Path):
+        if not resume.is_dir():
+            raise ConfigError(f"resume: {resume} is neither 'auto' nor 'never' nor the folder of a checkpoint")
+        checkpoint = verify(resume.resolve())
+    elif folder.exists() and any(folder.iterdir()):
+        if resume == "never":
+            aside = folder.with_name(f"{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}")
+            folder.rename(aside)
+            log.warning("moved the earlier run %s aside to %s", folder, aside)
+        else:
+            store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last)
+            checkpoint = store.newest()
+            began = (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0
+            if checkpoint is None and began:
+                raise CheckpointError(
+                    f"{folder} holds an earlier run but no checkpoint to resume from; take another name=..., or "
+                    "resume=never to move it aside"
+                )
+    if checkpoint is not None:
+        _check_same_run(checkpoint, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESOLVED).write_text(dump_config(config))
+    return checkpoint
+
+
+def _check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
+    old = yaml.safe_load((checkpoint.folder / "config.yaml").read_text())
+    new = config.model_dump(mode="json")
+    for part in ("model", "seed"):
+        if old.get(part) != new[part]:
+            raise ConfigError(
+                f"resume: {checkpoint.folder} is of a run with {part}: {old.get(part)}, this one has {new[part]}; "
+                "take another name=... for another run"
+            )
+    for part in sorted(set(new) - {"name", "output_dir", "resume"}):
+        if old.get(part) != new[part]:
+            log.warning("resuming with other settings in %s: %s -> %s", part, old.get(part), new[part])
+
+
+def connect_ray(namespace: str) -> None:
+    """Joins the cluster that the environment names or that runs on this machine, or starts one here."""
+    # Ray's own notices are for people who write Ray programs.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.WARNING, "log_to_driver": True}
+    try:
+        ray.init(address="auto", **options)
+    except ConnectionError:
+        if os.environ.get("RAY_ADDRESS"):
+            raise
+        ray.init(include_dashboard=True, **options)

@@ -1,0 +1,157 @@
+"""Every metric of a run, declared once: its key in ``metrics.jsonl``, its Prometheus name, and what it means.
+
+The orchestrator's own Prometheus endpoint is the source of truth. The same numbers are republished as Ray metrics
+every few seconds, because Ray drops a gauge that has not been set for a while, and an iteration may take minutes.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+PREFIX = "euphonium_"
+REPUBLISH_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One declared metric.
+
+    Attributes:
+        key: in ``metrics.jsonl``; ``*`` stands for the name of a reward.
+        name: in Prometheus, without prefix; a key with ``*`` gets the label ``reward``.
+        help: what it means and how to read it.
+    """
+
+    key: str
+    name: str
+    help: str
+
+
+METRICS = (
+    Metric("iteration", "iteration", "Iterations done."),
+    Metric("policy_version", "policy_version", "Version of the published policy: the iteration that made it."),
+    Metric("reward/*/mean", "reward_mean", "Mean outcome reward of the iteration's samples."),
+    Metric("reward/*/std", "reward_std", "Standard deviation of the reward over the iteration's samples."),
+    Metric("reward/*/group_std", "reward_group_std", "Mean spread within a group: what there is to learn from."),
+    Metric("process/mean", "process_reward_mean", "Mean process reward over samples and steps."),
+    Metric("process/final_mean", "process_reward_final_mean", "Mean process reward of the last scored state."),
+    Metric("process/outcome_correlation", "process_outcome_correlation",
+           "Correlation within groups of the last process reward with the weighted outcome reward; a fall towards 0 "
+           "says that the process reward model no longer knows the policy's samples."),
+    Metric("advantage/zero_std_groups", "zero_spread_groups", "Groups in which no outcome reward had any spread."),
+    Metric("advantage/std", "advantage_std", "Standard deviation of the advantages."),
+    Metric("policy/loss", "policy_loss", "Mean loss of the iteration's updates."),
+    Metric("policy/ratio_deviation", "ratio_deviation",
+           "Largest |ratio - 1| before the first update: must be rounding only, or rollout and learner disagree."),
+    Metric("policy/ratio_mean", "ratio_mean", "Mean importance ratio."),
+    Metric("policy/clip_fraction", "clip_fraction", "Share of transitions whose gradient the clip removed."),
+    Metric("policy/approx_kl", "approx_kl", "Half the mean squared log-ratio to the behaviour policy."),
+    Metric("policy/grad_norm", "grad_norm", "Mean gradient norm before clipping."),
+    Metric("policy/learning_rate", "learning_rate", "Learning rate of the last update."),
+    Metric("policy/updates", "updates", "Optimiser steps so far."),
+    Metric("policy/transitions", "transitions", "Transitions trained on in the iteration."),
+    Metric("rollout/groups", "groups", "Groups trained on in the iteration."),
+    Metric("rollout/dropped_groups", "dropped_groups", "Groups given up in the iteration because a reward failed."),
+    Metric("rollout/samples", "samples", "Samples drawn in the iteration."),
+    Metric("rollout/prm_wait_fraction", "prm_wait_fraction",
+           "Share of rollout time spent waiting for the PRM after the velocity was ready; 0 is full overlap."),
+    Metric("buffer/bytes", "buffer_bytes", "Bytes of trajectories that the buffer refers to."),
+    Metric("weights/bytes", "weights_bytes", "Bytes of one published policy."),
+    Metric("time/iteration_s", "iteration_seconds", "Wall time of the iteration."),
+    Metric("time/rollout_s", "rollout_seconds", "Drawing and scoring all groups."),
+    Metric("time/scoring_s", "scoring_seconds", "Outcome scoring, summed over groups; most of it behind rollouts."),
+    Metric("time/update_s", "update_seconds", "All updates of the iteration in the learner group."),
+    Metric("time/fetch_s", "fetch_seconds", "Fetching trajectories in the learner group."),
+    Metric("time/publish_s", "publish_seconds", "Gathering weights and handing them to the weight store."),
+    Metric("time/weight_sync_s", "weight_sync_seconds", "Publication and the rollout actors' pulls of new weights."),
+    Metric("time/learner_wait_s", "learner_wait_seconds", "Time that the learner group waited for work."),
+    Metric("time/evaluation_s", "evaluation_seconds", "Evaluation on held-out prompts."),
+    Metric("time/checkpoint_s", "checkpoint_seconds", "Writing a checkpoint."),
+    Metric("eval/*/mean", "evaluation_mean", "Mean outcome reward on held-out prompts, ODE samples."),
+    Metric("eval/total/mean", "evaluation_total_mean", "Weighted mean of the outcome rewards on held-out prompts."),
+)  # fmt: skip
+
+
+def _pattern(key: str) -> re.Pattern[str]:
+    return re.compile(re.escape(key).replace(r"\*", "([a-z0-9_]+)") + "$")
+
+
+_EXACT = {metric.key: metric for metric in METRICS if "*" not in metric.key}
+_PATTERNS = [(_pattern(metric.key), metric) for metric in METRICS if "*" in metric.key]
+
+
+def find_metric(key: str) -> tuple[Metric, str | None]:
+    """The declaration of a key, and the reward's name in it.
+
+    Raises:
+        KeyError: nobody declared it.
+    """
+    if key in _EXACT:
+        return _EXACT[key], None
+    for pattern, metric in _PATTERNS:
+        match = pattern.match(key)
+        if match:
+            return metric, match[1]
+    raise KeyError(f"metric {key!r} is not declared in orchestrator/metrics.py")
+
+
+class PrometheusEndpoint:
+    """Serves the latest numbers of a run over HTTP, and republishes them into Ray's own metrics."""
+
+    def __init__(self, run: str, port: int, host: str, rewards: list[str]) -> None:
+        from prometheus_client import CollectorRegistry, Gauge, disable_created_metrics, start_http_server
+
+        disable_created_metrics()
+        self._run = run
+        self._registry = CollectorRegistry()
+        self._gauges = {
+            metric.name: Gauge(
+                PREFIX + metric.name, metric.help, ["run", "reward"] if "*" in metric.key else ["run"],
+                registry=self._registry,
+            )
+            for metric in METRICS
+        }  # fmt: skip
+        self._values: dict[tuple[str, str | None], float] = {}
+        server, self._thread = start_http_server(port, host, registry=self._registry)
+        self._server = server
+        self.address = f"http://{host}:{server.server_port}/metrics"
+        self._stop = threading.Event()
+        self._republisher = threading.Thread(target=self._republish, name="ray-metrics", daemon=True)
+        self._republisher.start()
+
+    def set(self, record: Mapping[str, float]) -> None:
+        """Takes over the numbers of one iteration."""
+        for key, value in record.items():
+            metric, reward = find_metric(key)
+            labels = {"run": self._run} | ({"reward": reward} if reward is not None else {})
+            self._gauges[metric.name].labels(**labels).set(value)
+            self._values[metric.name, reward] = value
+
+    def close(self) -> None:
+        """Stops serving."""
+        self._stop.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _republish(self) -> None:
+        from ray.util.metrics import Gauge
+
+        gauges: dict[str, Any] = {}
+        while not self._stop.wait(REPUBLISH_EVERY_S):
+            for (name, reward), value in list(self._values.items()):
+                tags = {"run": self._run} | ({"reward": reward} if reward is not None else {})
+                try:
+                    if name not in gauges:
+                        gauges[name] = Gauge(PREFIX + name, tag_keys=tuple(tags))
+                    gauges[name].set(value, tags)
+                except Exception:
+                    # Ray may be shutting down. The endpoint above still has the number; training must not care.
+                    log.debug("could not republish %s", name, exc_info=True)
+                    return
