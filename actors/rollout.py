@@ -152,14 +152,17 @@ def _stack(parts: Sequence[Conditioning]) -> Conditioning:
 class RolloutActor:
     """A :class:`RolloutWorker` as a Ray actor; the orchestrator makes it with ``ray.remote``."""
 
-    def __init__(self, index: int, config: RunConfig, prm_servers: Sequence[Any], store: Any) -> None:
+    def __init__(self, index: int, config: RunConfig, prm_servers: Sequence[str], store: str) -> None:
+        import ray
+
         torch.set_num_threads(config.pools.rollout.threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.index = index
         self.config = config
         self.worker = RolloutWorker(config, device)
-        self.prm_servers = list(prm_servers)
-        self.store = store
+        # By name: a restarted actor finds the others again, which it could not by handles in its arguments.
+        self.prm_servers = [ray.get_actor(name) for name in prm_servers]
+        self.store = ray.get_actor(store)
 
     def __repr__(self) -> str:
         return f"rollout-{self.index}"

@@ -37,6 +37,9 @@ def deepspeed_config(
         "stage": 3,
         "stage3_param_persistence_threshold": pool.persistence_threshold,
         "contiguous_gradients": True,
+        # DeepSpeed's own linear replaces torch's for the whole process and computes in another order: the learner
+        # must give the very numbers that rollout actors got.
+        "memory_efficient_linear": False,
         "overlap_comm": torch.cuda.is_available(),
     }
     if pool.offload_optimizer:
@@ -67,7 +70,9 @@ class ZeroPolicy:
         import deepspeed
 
         settings = deepspeed_config(pool, optimizer, family.dtype)
-        with deepspeed.zero.Init(config_dict_or_path=settings, dtype=family.dtype):
+        # Init patches torch's constructors while it is open; a library imported under it may break on them.
+        family.transformer_class()
+        with deepspeed.zero.Init(config_dict_or_path=settings):
             module = family.build_transformer()
         load_partitioned(module, family)
         if pool.gradient_checkpointing:

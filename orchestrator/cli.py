@@ -29,7 +29,11 @@ Overrides = Annotated[
 
 
 @app.command()
-def train(recipe: Recipe, overrides: Overrides = None) -> None:
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print what the actors log, too.")] = False,
+) -> None:
     """Train a policy.
 
     Joins the running Ray cluster, or starts one on this machine. SIGTERM and Ctrl-C write a checkpoint and end with
@@ -50,7 +54,7 @@ def train(recipe: Recipe, overrides: Overrides = None) -> None:
             say(f"nothing to do: {config.iterations} iterations are done")
             return
     namespace = f"euphonium-{config.name}"
-    connect_ray(namespace)
+    connect_ray(namespace, verbose=verbose)
     import ray
 
     from orchestrator.run import Run

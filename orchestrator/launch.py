@@ -145,13 +145,20 @@ def _check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
             log.warning("resuming with other settings in %s: %s -> %s", part, old.get(part), new[part])
 
 
-def connect_ray(namespace: str) -> None:
-    """Joins the cluster that the environment names or that runs on this machine, or starts one here."""
+def connect_ray(namespace: str, *, verbose: bool) -> None:
+    """Joins the cluster that the environment names or that runs on this machine, or starts one here.
+
+    Args:
+        namespace: of the run's actors.
+        verbose: print what the actors log; it is in Ray's log files and dashboard in any case.
+    """
     # Ray's own notices are for people who write Ray programs.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.WARNING, "log_to_driver": True}
+    # That a local cluster asks for its token is what we want, and what SECURITY.md says.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.WARNING, "log_to_driver": verbose}
     try:
         ray.init(address="auto", **options)
     except ConnectionError:

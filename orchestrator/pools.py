@@ -21,7 +21,8 @@ class ActorPool:
     """Actors of one role.
 
     Attributes:
-        role: name of the pool; actors are called ``<role>-<index>``.
+        role: name of the pool.
+        names: of its actors, ``<role>-<index>``.
         handles: their Ray handles.
     """
 
@@ -30,12 +31,13 @@ class ActorPool:
 
         self.role = role
         self.config = config
+        self.names = [f"{role}-{index}" for index in range(config.num_actors)]
         self.handles: list[Any] = []
         self._next = 0
-        for index in range(config.num_actors):
+        for index, name in enumerate(self.names):
             cls, arguments = make(index)
             actor = ray.remote(cls).options(
-                name=f"{role}-{index}",
+                name=name,
                 num_cpus=config.num_cpus,
                 num_gpus=config.num_gpus,
                 resources=dict(config.resources) or None,
@@ -85,9 +87,9 @@ async def wait_ready(pools: Sequence[ActorPool], timeout_s: float, say: Callable
     import ray
 
     waiting = {
-        handle.ready.remote(): f"{pool.role}-{index}"
+        handle.ready.remote(): name
         for pool in pools
-        for index, handle in enumerate(pool.handles)
+        for name, handle in zip(pool.names, pool.handles, strict=True)
     }
     began = said = time.monotonic()
     while waiting:

@@ -122,10 +122,8 @@ class Run:
         if config.rewards.process is not None:
             self.pools["prm"] = ActorPool("prm", pools.prm, lambda i: (PrmActor, (i, config)))
         self.pools["orm"] = ActorPool("orm", pools.orm, lambda i: (OrmActor, (i, config)))
-        servers = self.pools["prm"].handles if "prm" in self.pools else []
-        self.pools["rollout"] = ActorPool(
-            "rollout", pools.rollout, lambda i: (RolloutActor, (i, config, servers, self.store))
-        )
+        servers = self.pools["prm"].names if "prm" in self.pools else []
+        self.pools["rollout"] = ActorPool("rollout", pools.rollout, lambda i: (RolloutActor, (i, config, servers, STORE)))
         self.progress.phase("starting roles")
         await self._guard(wait_ready(list(self.pools.values()), pools.start_timeout_s, self.progress.say))
         await self._guard(self._learner_started())

@@ -76,7 +76,7 @@ class GeneratorFamily(ABC):
 
     @abstractmethod
     def build_trunk(self, blocks: int) -> nn.Module:
-        """A transformer of this family with only its first ``blocks`` blocks, and fresh weights in float32."""
+        """A transformer of this family with only its first ``blocks`` blocks, and fresh weights."""
 
     @abstractmethod
     def token_width(self) -> int:
@@ -94,10 +94,11 @@ class GeneratorFamily(ABC):
         """Configuration of the transformer, as its class takes it."""
         return dict(json.loads((self.folder / "transformer" / "config.json").read_text()))
 
-    def build_transformer(self) -> nn.Module:
-        """The transformer with fresh weights, for loaders that fill it themselves."""
-        built: nn.Module = self.transformer_class().from_config(self.transformer_config())  # type: ignore[attr-defined]
-        return built.to(self.dtype)
+    def build_transformer(self, config: dict[str, Any] | None = None) -> nn.Module:
+        """A transformer with fresh weights, of the generator's configuration or of another one."""
+        chosen = self.transformer_config() if config is None else config
+        built: nn.Module = self.transformer_class().from_config(chosen)  # type: ignore[attr-defined]
+        return built if self.dtype == torch.float32 else built.to(self.dtype)
 
     def load_transformer(self, device: torch.device) -> nn.Module:
         """The transformer with the weights on disk, in evaluation mode."""

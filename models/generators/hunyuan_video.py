@@ -51,8 +51,7 @@ class HunyuanVideo(GeneratorFamily):
             raise ConfigError(f"a trunk of {blocks} blocks cannot be cut from {self.folder}: it has no more than that")
         config["num_layers"] = min(blocks, dual)
         config["num_single_layers"] = max(0, blocks - dual)
-        trunk: nn.Module = self.transformer_class().from_config(config)  # type: ignore[attr-defined]
-        return trunk
+        return self.build_transformer(config)
 
     def token_width(self) -> int:
         """See :class:`GeneratorFamily`."""

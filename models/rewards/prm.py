@@ -52,7 +52,7 @@ class ProcessRewardModel(nn.Module):
         super().__init__()
         self.family = family
         self.blocks = blocks
-        self.trunk = family.build_trunk(blocks).to(family.dtype)
+        self.trunk = family.build_trunk(blocks)
         self.head_options = dict(head or {})
         self.head = QueryHead(family.token_width(), **self.head_options)
 
