@@ -1,0 +1,119 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from core.config.tree import ObjectiveConfig
+from dynamics import Guidance, StepTable, shifted_sigmas
+from learners.objective import Transitions, clipped_surrogate, evaluate_objective
+
+
+def table(guidance: Guidance | None = None) -> StepTable:
+    return StepTable.build("dance", shifted_sigmas(8, 3.0), eta=0.6, guidance=guidance)
+
+
+def test_clipped_surrogate_is_the_smaller_branch() -> None:
+    ratio = torch.tensor([0.8, 0.8, 1.0, 1.2, 1.2])
+    advantages = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0])
+    losses, clipped = clipped_surrogate(ratio, advantages, 0.1)
+    torch.testing.assert_close(losses, torch.tensor([-0.8, 0.9, -1.0, -1.1, 1.2]))
+    assert clipped.tolist() == [False, True, False, True, False]
+
+
+def rows(guidance: Guidance | None, *, keep_gradient: bool, v_old: Tensor, generator: torch.Generator) -> tuple:
+    t = table(guidance)
+    steps = torch.tensor([2, 3, 4, 5])
+    x, g, z = (torch.randn(4, 3, 2, generator=generator) for _ in range(3))
+    mean_guided = t.mean(steps, x, v_old, g)
+    x_next = mean_guided + t.std[steps].float().view(-1, 1, 1) * z
+    scored = t.mean(steps, x, v_old, g if keep_gradient else None)
+    transitions = Transitions(
+        states=x, next_states=x_next, steps=steps, log_probs=t.log_prob(steps, x_next, scored),
+        advantages=torch.tensor([1.0, -0.5, 0.7, 2.0]), gradients=g if keep_gradient else None, conditioning={},
+        weight=0.25,
+    )  # fmt: skip
+    return t, transitions, g, z
+
+
+@pytest.mark.parametrize("kind", ["distill", "standard"])
+def test_gradient_is_the_closed_form_on_policy(kind: str) -> None:
+    """d loss / d v = -w A d log p / d v, with d log p / d v = b (x_next - mean) / (std^2 dims)."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(4, 3, 2, generator=generator)
+    t, transitions, g, z = rows(
+        Guidance(scale=0.5), keep_gradient=kind == "standard", v_old=v, generator=generator
+    )
+    leaf = v.clone().requires_grad_(True)
+    value = evaluate_objective(ObjectiveConfig(kind=kind), t, lambda *_: leaf, transitions)  # type: ignore[arg-type]
+    value.loss.backward()
+    assert torch.equal(value.ratio, torch.ones(4))
+    shape = (-1, 1, 1)
+    std = t.std[transitions.steps].view(shape)
+    residual = std * z
+    if kind == "distill":
+        # Eq. 62: the sample deviates from the unguided mean by the guidance; under Eq. 58 that part cancels.
+        residual = residual + t.coef_grad[transitions.steps].view(shape) * g
+    score = t.coef_v[transitions.steps].view(shape) * residual / std**2 / 6
+    expected = -0.25 * transitions.advantages.view(shape) * score
+    torch.testing.assert_close(leaf.grad, expected.float(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("keep_gradient", [True, False])
+def test_equations_58_and_65(keep_gradient: bool) -> None:
+    """The residual under a new policy: the guidance cancels in ``standard`` and remains in ``distill``."""
+    generator = torch.Generator().manual_seed(1)
+    v_old, v_new = torch.randn(2, 4, 3, 2, generator=generator).unbind(0)
+    t, transitions, g, z = rows(Guidance(beta=2.0), keep_gradient=keep_gradient, v_old=v_old, generator=generator)
+    k = transitions.steps
+    shape = (-1, 1, 1)
+    mean_new = t.mean(k, transitions.states, v_new, transitions.gradients)
+    residual = transitions.next_states - mean_new
+    # In the paper's signs: u = -v, so Delta_t (1 + t eps / (1 - t)) (u_old - u_new) = b (v_old - v_new).
+    eps = 0.6**2 / 2
+    delta = (t.sigmas[k] - t.sigmas[k + 1]).view(shape)
+    sigma = t.sigmas[k].view(shape)
+    velocity_part = delta * (1 + (1 - sigma) * eps / sigma) * (v_new - v_old)
+    expected = math.sqrt(2 * eps) * delta.sqrt() * z + velocity_part
+    if not keep_gradient:
+        expected = expected + delta * eps / 2.0 * g
+    torch.testing.assert_close(residual, expected.float(), atol=1e-6, rtol=1e-5)
+
+
+def test_loss_agrees_with_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(2)
+    v = torch.randn(4, 3, 2, generator=generator)
+    t, transitions, _, _ = rows(None, keep_gradient=False, v_old=v, generator=generator)
+    # Off policy, inside a wide clip range, so that the surrogate is smooth.
+    config = ObjectiveConfig(clip_range=10.0)
+    start = v + 0.01 * torch.randn(v.shape, generator=generator)
+
+    def loss(values: Tensor) -> Tensor:
+        return evaluate_objective(config, t, lambda *_: values, transitions).loss
+
+    leaf = start.clone().requires_grad_(True)
+    loss(leaf).backward()
+    assert leaf.grad is not None
+    direction = torch.randn(v.shape, generator=generator)
+    step = 1e-2
+    numeric = (loss(start + step * direction) - loss(start - step * direction)) / (2 * step)
+    torch.testing.assert_close((leaf.grad * direction).sum(), numeric, atol=1e-4, rtol=1e-2)
+
+
+def test_clipped_rows_have_no_gradient() -> None:
+    generator = torch.Generator().manual_seed(3)
+    v = torch.randn(4, 3, 2, generator=generator)
+    t, transitions, _, _ = rows(None, keep_gradient=False, v_old=v, generator=generator)
+    moved_v = v + 0.2 * torch.randn(v.shape, generator=generator)
+    clipped_rows = 0
+    for sign in (1, -1):
+        leaf = moved_v.clone().requires_grad_(True)
+        signed = dataclasses.replace(transitions, advantages=sign * transitions.advantages)
+        value = evaluate_objective(ObjectiveConfig(clip_range=1e-4), t, lambda *_, v=leaf: v, signed)
+        value.loss.backward()
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad.flatten(1).abs().sum(1) > 0, ~value.clipped)
+        clipped_rows += int(value.clipped.sum())
+    # Every ratio has left the range, so each row is clipped under one sign of its advantage and free under the other.
+    assert clipped_rows == 4

@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from core.errors import CheckpointError
+from orchestrator.checkpoints import MANIFEST, CheckpointStore, RunState, verify
+
+
+def write(store: CheckpointStore, iteration: int) -> Path:
+    folder = store.begin(iteration)
+    (folder / "zero3").mkdir()
+    (folder / "zero3" / "shard.pt").write_bytes(bytes(range(256)) * iteration)
+    (folder / "policy.safetensors").write_bytes(b"weights" * iteration)
+    state = RunState(iteration=iteration, next_group=4 * iteration, world_size=2)
+    return store.commit(folder, state, "name: demo\n").folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints", keep_last=2)
+
+
+def test_the_newest_is_found_and_old_ones_go(store: CheckpointStore) -> None:
+    for iteration in (1, 2, 3):
+        write(store, iteration)
+    newest = store.newest()
+    assert newest is not None
+    assert newest.state == RunState(iteration=3, next_group=12, world_size=2)
+    assert [p.name for p in sorted(store.folder.iterdir())] == ["step_000002", "step_000003"]
+
+
+def test_an_unfinished_one_does_not_count(store: CheckpointStore) -> None:
+    write(store, 1)
+    (store.begin(2) / "policy.safetensors").write_bytes(b"half")
+    newest = store.newest()
+    assert newest is not None
+    assert newest.state.iteration == 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "format"])
+def test_a_damaged_one_is_skipped_and_named(store: CheckpointStore, damage: str) -> None:
+    write(store, 1)
+    folder = write(store, 2)
+    shard = folder / "zero3" / "shard.pt"
+    if damage == "flip":
+        content = bytearray(shard.read_bytes())
+        content[100] ^= 4
+        shard.write_bytes(content)
+    elif damage == "truncate":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "remove":
+        shard.unlink()
+    elif damage == "manifest":
+        (folder / MANIFEST).unlink()
+    else:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps(manifest | {"format": 0}))
+    with pytest.raises(CheckpointError, match="step_000002"):
+        verify(folder)
+    said: list[str] = []
+    newest = store.newest(said.append)
+    assert newest is not None
+    assert newest.state.iteration == 1
+    assert len(said) == 1
+    assert "step_000002" in said[0]
+
+
+def test_no_checkpoint_is_no_error(store: CheckpointStore) -> None:
+    assert store.newest() is None
