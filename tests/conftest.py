@@ -48,20 +48,26 @@ def tiny_prm(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.fixture
-def make_config(tiny_generator: Path, tiny_prm: Path, tmp_path: Path) -> Callable[..., RunConfig]:
-    """Builds configurations of a tiny run; keyword ``overrides`` are ``a.b=c`` strings."""
+@pytest.fixture(scope="session")
+def tiny_recipe_file(tiny_generator: Path, tiny_prm: Path) -> Callable[..., RunConfig]:
+    """Writes the recipe of a tiny run and its prompts into a folder; further arguments are ``a.b=c`` overrides."""
     seen = ["a red car moving left on a white background", "a blue fish moving up on a gray background"]
     held_out = ["a red crab moving down on a black background", "a green frog moving right on a blue background"]
-    (tmp_path / "train.txt").write_text("\n".join(seen))
-    (tmp_path / "held_out.txt").write_text("\n".join(held_out))
 
-    def make(*overrides: str) -> RunConfig:
-        recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(tiny_recipe(tiny_generator, tiny_prm, tmp_path)))
+    def write(folder: Path, *overrides: str) -> RunConfig:
+        (folder / "train.txt").write_text("\n".join(seen))
+        (folder / "held_out.txt").write_text("\n".join(held_out))
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(tiny_recipe(tiny_generator, tiny_prm, folder)))
         return load_config(recipe, overrides)
 
-    return make
+    return write
+
+
+@pytest.fixture
+def make_config(tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., RunConfig]:
+    """Builds configurations of a tiny run in the test's own folder; arguments are ``a.b=c`` overrides."""
+    return lambda *overrides: tiny_recipe_file(tmp_path, *overrides)
 
 
 def tiny_recipe(generator: Path, prm: Path, folder: Path) -> dict[str, Any]:

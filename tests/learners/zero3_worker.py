@@ -1,0 +1,52 @@
+"""One rank of the ZeRO-3 test: trains on given groups, and writes what it holds."""
+
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from core.config import load_config
+from learners.train_loop import _start
+from learners.zero3 import shard
+
+
+def main() -> None:
+    folder, *overrides = sys.argv[1:]
+    target = Path(folder)
+    torch.set_num_threads(1)
+    config = load_config(target / "recipe.yaml", overrides)
+    import os
+
+    learner = _start(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    iterations = pickle.loads((target / "groups.pkl").read_bytes())
+    history = []
+    for payloads, advantages in iterations:
+        rows = [payload.steps.size for payload in payloads]
+        fingerprint = learner.table.fingerprint()
+        history.append(
+            learner.update(
+                rows, dict(enumerate(payloads)), dict(enumerate(advantages)), {i: fingerprint for i in range(len(rows))}
+            )
+        )
+    pieces = {name: shard(p).numel() for name, p in learner.policy.parameters.items()}
+    numels = {name: p.ds_numel for name, p in learner.policy.parameters.items()}
+    resident = sum(p.data.numel() for p in learner.policy.parameters.values())
+    whole: dict[str, torch.Tensor] = {}
+    for bucket in learner.policy.gathered(1 << 18):
+        whole |= bucket
+    average: dict[str, torch.Tensor] = {}
+    if learner.policy.averages is not None:
+        for bucket in learner.policy.gathered(1 << 18, average=True):
+            average |= bucket
+    result = {
+        "history": history, "pieces": pieces, "numels": numels, "resident": resident, "whole": whole,
+        "average": average,
+    }  # fmt: skip
+    torch.save(result, target / f"rank_{learner.rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+main()
