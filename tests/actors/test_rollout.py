@@ -1,0 +1,193 @@
+"""Rollout worker, PRM scorer and objective together, without Ray."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from actors.rollout import RolloutWorker
+from actors.sampler import initial_noise, sample_group, select_steps
+from core.config import RunConfig
+from core.records import GroupTask
+from core.weights import WeightManifest, pack
+from dynamics import Guidance, StepTable, shifted_sigmas
+from learners.batching import MicroBatch, load_rows
+from learners.objective import evaluate_objective
+from models.rewards.prm import ProcessRewardModel
+from reward_servers.prm import PrmScorer
+
+CPU = torch.device("cpu")
+TASK = GroupTask(group_id=5, prompt="a red car moving left on a white background", seed=11)
+MakeConfig = Callable[..., RunConfig]
+
+
+class Local:
+    """A process-reward source that calls a scorer in this process, and notes the order of events."""
+
+    def __init__(self, scorer: PrmScorer, worker: RolloutWorker, prompt: str) -> None:
+        self.scorer = scorer
+        self.prompt = {name: t.numpy() for name, t in worker.conditioning(prompt).items()}
+        self.calls: list[tuple[float, bool]] = []
+
+    def submit(self, x: Tensor, sigma: float, *, with_gradient: bool) -> "Answer":
+        self.calls.append((sigma, with_gradient))
+        rewards, gradient = self.scorer.reward_and_gradient(x.numpy(), sigma, self.prompt, with_gradient)
+        return Answer(torch.tensor(rewards), None if gradient is None else torch.tensor(gradient))
+
+
+class Answer:
+    def __init__(self, rewards: Tensor, gradient: Tensor | None) -> None:
+        self.value = rewards, gradient
+
+    def result(self) -> tuple[Tensor, Tensor | None]:
+        return self.value
+
+
+def test_select_steps_takes_the_fraction_of_stochastic_steps() -> None:
+    table = StepTable.build("dance", shifted_sigmas(10, 3.0), eta=0.3, sde_window=(0, 9))
+    steps = select_steps(table, 40, 0.6, seed=0)
+    assert steps.shape == (40, 6)
+    assert set(steps.flatten().tolist()) == set(range(9))
+    assert all(len(set(row)) == 6 and row == sorted(row) for row in steps.tolist())
+    assert torch.equal(steps, select_steps(table, 40, 0.6, seed=0))
+    assert not torch.equal(steps, select_steps(table, 40, 0.6, seed=1))
+
+
+def test_shared_noise_is_shared_within_a_group_only() -> None:
+    shared, _ = initial_noise((2, 3), 4, seed=0, shared=True, device=CPU)
+    assert all(torch.equal(shared[0], row) for row in shared)
+    own, _ = initial_noise((2, 3), 4, seed=0, shared=False, device=CPU)
+    assert len({tuple(row.flatten().tolist()) for row in own}) == 4
+    other, _ = initial_noise((2, 3), 4, seed=1, shared=True, device=CPU)
+    assert not torch.equal(shared[0], other[0])
+
+
+def test_guided_sampling_follows_the_table() -> None:
+    """Against the recursion written out, with a quadratic process reward."""
+    table = StepTable.build("dance", shifted_sigmas(6, 2.0), eta=0.4, guidance=Guidance(scale=0.7, window=(2, 5)))
+
+    class Quadratic:
+        def submit(self, x: Tensor, sigma: float, *, with_gradient: bool) -> Answer:
+            return Answer(-x.square().flatten(1).sum(1), -2 * x if with_gradient else None)
+
+    start, noise = initial_noise((3, 2), 5, seed=3, shared=True, device=CPU)
+    kept = select_steps(table, 5, 0.5, seed=3)
+    result = sample_group(
+        table, lambda x, sigma: torch.tanh(x) * sigma, start, noise, kept_steps=kept, process_reward=Quadratic(),
+        score_all_steps=True,
+    )  # fmt: skip
+    _, replay = initial_noise((3, 2), 5, seed=3, shared=True, device=CPU)
+    x = start
+    for k in range(6):
+        v = torch.tanh(x) * float(table.sigmas[k])
+        mean = table.mean(k, x, v)
+        guided = mean + float(table.coef_grad[k]) * -2 * x
+        x_next = guided + float(table.std[k]) * torch.randn(x.shape, generator=replay)
+        assert result.process_rewards is not None
+        torch.testing.assert_close(result.process_rewards[:, k], -x.square().flatten(1).sum(1))
+        for i in range(5):
+            if k in kept[i]:
+                j = kept[i].tolist().index(k)
+                torch.testing.assert_close(result.states[i, j], x[i])
+                torch.testing.assert_close(result.next_states[i, j], x_next[i])
+                torch.testing.assert_close(result.log_probs[i, j], table.log_prob(k, x_next, mean)[i])
+        x = x_next
+    torch.testing.assert_close(result.final, x)
+
+
+def test_the_process_reward_is_asked_for_before_the_velocity_and_awaited_after() -> None:
+    events: list[str] = []
+
+    class Noting:
+        def submit(self, x: Tensor, sigma: float, *, with_gradient: bool) -> "Noting":
+            events.append("submit")
+            self.shape = x
+            return self
+
+        def result(self) -> tuple[Tensor, Tensor | None]:
+            events.append("result")
+            return torch.zeros(2), torch.zeros_like(self.shape)
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        events.append("velocity")
+        return x
+
+    table = StepTable.build("dance", shifted_sigmas(3, 1.0), eta=0.4, guidance=Guidance(scale=1.0))
+    start, noise = initial_noise((2,), 2, seed=0, shared=True, device=CPU)
+    kept = select_steps(table, 2, 1.0, 0)
+    sample_group(table, velocity, start, noise, kept_steps=kept, process_reward=Noting())
+    assert events == ["submit", "velocity", "result"] * 3
+
+
+@pytest.mark.parametrize("kind", ["distill", "standard"])
+def test_rollout_and_learner_agree_on_the_ratio(make_config: MakeConfig, kind: str) -> None:
+    config = make_config(f"objective.kind={kind}", "sampler.guidance.scale=5.0")
+    worker, scorer = RolloutWorker(config, CPU), PrmScorer(config, CPU)
+    source = Local(scorer, worker, TASK.prompt)
+    info, latents, payload = worker.generate(TASK, source)
+    assert latents.shape == (3, 8, 3, 8, 8)
+    assert info.fingerprint == worker.table.fingerprint()
+    assert (payload.gradients is not None) == (kind == "standard")
+    assert [with_gradient for _, with_gradient in source.calls] == [False, True, True, False]
+    rows = load_rows(
+        MicroBatch(group=0, begin=0, end=12, weight=1.0), payload, np.ones((3, 4), dtype=np.float32), CPU
+    )
+    value = evaluate_objective(
+        config.objective, worker.table, lambda x, s, c: worker.family.velocity(worker.transformer, x, s, c), rows
+    )
+    assert float((value.ratio - 1).abs().max()) < 1e-5
+
+
+def test_a_seed_means_the_same_group_and_guidance_changes_it(make_config: MakeConfig) -> None:
+    def latents(*overrides: str, seed: int = 11) -> np.ndarray:
+        config = make_config(*overrides)
+        worker = RolloutWorker(config, CPU)
+        source = Local(PrmScorer(config, CPU), worker, TASK.prompt) if config.rewards.process else None
+        return worker.generate(GroupTask(group_id=0, prompt=TASK.prompt, seed=seed), source)[1]
+
+    guided = latents()
+    np.testing.assert_array_equal(guided, latents())
+    assert not np.allclose(guided, latents(seed=12))
+    unguided = latents("sampler.guidance=null", "rewards.process=null")
+    assert not np.allclose(guided, unguided)
+    np.testing.assert_allclose(latents("sampler.guidance.scale=0.0"), unguided, atol=1e-6)
+
+
+def test_weights_are_taken_over_with_their_version(make_config: MakeConfig) -> None:
+    worker = RolloutWorker(make_config(), CPU)
+    before = worker.evaluate([TASK.prompt], [1])
+    changed = {name: p + 0.01 for name, p in worker.transformer.named_parameters()}
+    bucket, description = pack(changed)
+    worker.load_weights(WeightManifest(version=7, kind="policy", buckets=(description,)), [bucket])
+    assert worker.policy_version == 7
+    for name, p in worker.transformer.named_parameters():
+        assert torch.equal(p, changed[name])
+    assert not np.allclose(before, worker.evaluate([TASK.prompt], [1]))
+
+
+def test_prm_gradient_equals_finite_differences_and_autograd(make_config: MakeConfig, tiny_prm: Path) -> None:
+    config = make_config()
+    scorer = PrmScorer(config, CPU)
+    worker = RolloutWorker(config, CPU)
+    prompt = worker.conditioning(TASK.prompt)
+    x = torch.randn(3, 8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    rewards, gradient = scorer.reward_and_gradient(x.numpy(), 0.6, {n: t.numpy() for n, t in prompt.items()}, True)
+    assert gradient is not None
+    model = ProcessRewardModel.load(tiny_prm, config.model)
+    leaf = x.clone().requires_grad_(True)
+    expanded = {n: t.expand(3, *t.shape[1:]) for n, t in prompt.items()}
+    direct = model(leaf, torch.full((3,), 0.6), expanded)
+    direct.sum().backward()
+    torch.testing.assert_close(torch.tensor(rewards), direct.detach(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.tensor(gradient), leaf.grad, atol=1e-6, rtol=0)
+    assert float(torch.tensor(gradient).abs().max()) > 0
+
+
+def test_evaluation_samples_do_not_depend_on_their_batch(make_config: MakeConfig) -> None:
+    worker = RolloutWorker(make_config(), CPU)
+    prompts = [TASK.prompt, "a blue fish moving up on a gray background"]
+    together = worker.evaluate(prompts, [3, 4])
+    np.testing.assert_allclose(together[1:], worker.evaluate(prompts[1:], [4]), atol=1e-5)

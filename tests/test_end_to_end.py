@@ -1,0 +1,262 @@
+"""Whole runs through the command line, on a real Ray cluster of this machine."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from core.config import RunConfig, dump_config
+from orchestrator.checkpoints import CheckpointStore
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parent.parent
+CLI = [sys.executable, "-m", "orchestrator"]
+PROMPT = "a red crab moving down on a black background"
+
+
+class Process:
+    """A command whose output can be waited on line by line."""
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        self.popen = subprocess.Popen(
+            [*CLI, *arguments], cwd=ROOT, env=os.environ | (env or {}), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.lines: list[str] = []
+        self._queue: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self._queue.put(line.rstrip())
+        self._queue.put(None)
+
+    def wait_for(self, text: str, timeout_s: float = 240) -> str:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            line = self._queue.get(timeout=max(0.1, deadline - time.monotonic()))
+            assert line is not None, f"ended without {text!r}:\n" + self.output
+            self.lines.append(line)
+            if text in line:
+                return line
+
+    def finish(self, timeout_s: float = 240) -> int:
+        code = self.popen.wait(timeout_s)
+        while (line := self._queue.get(timeout=30)) is not None:
+            self.lines.append(line)
+        return code
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+
+@pytest.fixture
+def recipe(tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., Path]:
+    def write(*overrides: str) -> Path:
+        config = tiny_recipe_file(tmp_path, *overrides)
+        path = tmp_path / "resolved.yaml"
+        path.write_text(dump_config(config))
+        return path
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + 30
+    while (left := ray_processes()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left, f"processes left behind: {left}"
+
+
+def ray_processes(title: str = "ray::") -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        if process.info["status"] != psutil.STATUS_ZOMBIE and words and words[0].startswith(title):
+            found.append(process)
+    return found
+
+
+def records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+REQUIRED = {
+    "iteration", "policy_version", "reward/icon/mean", "reward/icon/std", "reward/motion/mean",
+    "advantage/zero_std_groups", "policy/ratio_deviation", "policy/clip_fraction", "policy/grad_norm",
+    "time/rollout_s", "time/update_s", "time/weight_sync_s",
+}  # fmt: skip
+
+
+def test_a_run_is_stopped_resumed_exported_and_used(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe("iterations=500", "evaluation.every=3", "checkpoint.every=1000", "optimizer.ema_decay=0.5")
+    run = tmp_path / "runs" / "tiny"
+
+    first = Process("train", str(path))
+    address = first.wait_for("metrics at ").split()[-1]
+    first.wait_for("iteration   4/500")
+    scraped = scrape(address)
+    assert 'euphonium_iteration{run="tiny"} 4.0' in scraped
+    assert 'euphonium_reward_mean{reward="icon",run="tiny"}' in scraped
+    first.popen.send_signal(signal.SIGTERM)
+    assert first.finish() == 0, first.output
+    assert "resume=auto" in first.output
+    checkpoint = CheckpointStore(run / "checkpoints", 2).newest()
+    assert checkpoint is not None
+    done = checkpoint.state.iteration
+    assert done >= 4
+    assert [r["iteration"] for r in records(run)] == list(range(done + 1))
+
+    second = Process("train", str(path), f"iterations={done + 2}")
+    second.wait_for(f"resuming from {checkpoint.folder}")
+    assert second.finish() == 0, second.output
+    everything = records(run)
+    assert [r["iteration"] for r in everything] == list(range(done + 3))
+    for record in everything[1:]:
+        assert set(record) >= REQUIRED
+        assert record["policy/ratio_deviation"] < 1e-5
+        assert record["policy_version"] == record["iteration"]
+    for record in everything:
+        evaluated = record["iteration"] % 3 == 0 or record["iteration"] == done + 2
+        assert ("eval/total/mean" in record) == evaluated
+    for name in ("config.resolved.yaml", "events", "samples/before_after.png", "samples/before_after/00.gif"):
+        assert (run / name).exists(), name
+    # What was trained is what is exported: the average moved away from where it began.
+    exported = load_file(run / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
+    averaged = load_file(newest_folder(run) / "average.safetensors")
+    assert all(torch.equal(exported[n], averaged[n]) for n in averaged)
+
+    check_export_in_clean_process(run, tmp_path)
+    check_generate_and_evaluate(run, tmp_path)
+
+
+def scrape(address: str) -> str:
+    import urllib.request
+
+    with urllib.request.urlopen(address, timeout=10) as response:
+        return str(response.read().decode())
+
+
+def newest_folder(run: Path) -> Path:
+    newest = CheckpointStore(run / "checkpoints", 2).newest()
+    assert newest is not None
+    return newest.folder
+
+
+def check_export_in_clean_process(run: Path, tmp_path: Path) -> None:
+    """A process with diffusers alone draws the latents that the policy in memory draws."""
+    from actors.rollout import RolloutWorker
+    from core.config import load_config
+
+    script = textwrap.dedent("""
+        import sys, torch, numpy as np
+        from diffusers import DiffusionPipeline
+        torch.set_num_threads(1)
+        pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+        out = pipeline(sys.argv[2], num_frames=9, height=32, width=32, num_inference_steps=4, max_sequence_length=16,
+                       generator=torch.Generator().manual_seed(17), output_type="latent")
+        np.save(sys.argv[3], out.frames.numpy())
+        assert not {"dynamics", "models", "core", "ray", "deepspeed"} & set(sys.modules)
+    """)
+    target = tmp_path / "latents.npy"
+    subprocess.run(
+        [sys.executable, "-c", script, str(run / "export"), PROMPT, str(target)], cwd=tmp_path, check=True,
+        capture_output=True,
+    )  # fmt: skip
+    config = load_config(run / "config.resolved.yaml")
+    worker = RolloutWorker(config, torch.device("cpu"))
+    worker.transformer.load_state_dict(load_file(newest_folder(run) / "average.safetensors"))
+    ours = worker.evaluate([PROMPT], [17])
+    np.testing.assert_allclose(ours, np.load(target), atol=1e-5)
+
+
+def check_generate_and_evaluate(run: Path, tmp_path: Path) -> None:
+    generate = Process("generate", str(run), "-p", PROMPT, "-o", str(tmp_path / "clips"), "--steps", "3")
+    assert generate.finish() == 0, generate.output
+    assert (tmp_path / "clips" / "00.gif").stat().st_size > 500
+    evaluate = Process("evaluate", str(run), "--samples-per-prompt", "2")
+    assert evaluate.finish() == 0, evaluate.output
+    report = json.loads(evaluate.output[evaluate.output.index("{") :])
+    assert report["prompts"] == 4
+    assert 0 <= report["total"]["mean"] <= 1
+
+
+def kill_prm() -> int:
+    (server,) = ray_processes("ray::PrmActor") or ray_processes("ray::prm-0")
+    server.send_signal(signal.SIGKILL)
+    return int(server.pid)
+
+
+def test_a_run_recovers_from_a_killed_prm_server(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe("iterations=12", "rewards.attempts=6", "rewards.deadline_s=30")
+    process = Process("train", str(path))
+    process.wait_for("iteration  3/12")
+    kill_prm()
+    assert process.finish() == 0, process.output
+    after = records(tmp_path / "runs" / "tiny")
+    assert [r["iteration"] for r in after] == list(range(13))
+    # Every group of every iteration was scored by a living server: a zero would show as a reward without spread.
+    for record in after[1:]:
+        assert record["rollout/groups"] + record["rollout/dropped_groups"] == 2
+        assert abs(record["process/mean"]) > 1e-6
+
+
+def test_a_run_without_prm_servers_ends_with_an_error_that_names_the_pool(
+    recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = recipe("iterations=400", "rewards.attempts=2", "rewards.deadline_s=5", "pools.prm.max_restarts=0")
+    process = Process("train", str(path))
+    process.wait_for("iteration   2/400")
+    kill_prm()
+    began = time.monotonic()
+    assert process.finish() == 5, process.output
+    assert time.monotonic() - began < 90
+    last = process.lines[-1]
+    assert last.startswith("error:")
+    assert "prm pool" in last
+    assert "pools.prm" in last
+
+
+def test_ray_job_submit_runs_the_same_command(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe("iterations=1", "evaluation.clips=0")
+    token = tmp_path / "token"
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    ray = [str(Path(sys.executable).with_name("ray"))]
+    subprocess.run([sys.executable, "-c", "import uuid; open(r'%s', 'w').write(uuid.uuid4().hex * 2)" % token], check=True)
+
+    def call(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*ray, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    started = call("start", "--head", "--num-cpus=4", "--port=0", "--dashboard-port=8299", "--disable-usage-stats")
+    assert started.returncode == 0, started.stdout + started.stderr
+    try:
+        submitted = call(
+            "job", "submit", "--address", "http://127.0.0.1:8299", "--working-dir", ".",
+            "--", sys.executable, "-m", "orchestrator", "train", str(path),
+        )  # fmt: skip
+        assert submitted.returncode == 0, submitted.stdout[-4000:] + submitted.stderr[-2000:]
+        assert "iteration 1/1" in submitted.stdout
+        listed = call("list", "actors", "--address", "http://127.0.0.1:8299", "--format", "json")
+        names = {actor["name"] for actor in json.loads(listed.stdout)}
+        assert {"rollout-0", "rollout-1", "prm-0", "orm-0", "trajectory-buffer", "weight-store"} <= names
+    finally:
+        call("stop", "--force")
