@@ -142,9 +142,7 @@ def _stack(parts: Sequence[Conditioning]) -> Conditioning:
         tensors = [part[name] for part in parts]
         if tensors[0].dim() > 1:
             longest = max(t.shape[1] for t in tensors)
-            tensors = [
-                torch.cat([t, t.new_zeros(1, longest - t.shape[1], *t.shape[2:])], dim=1) for t in tensors
-            ]
+            tensors = [torch.cat([t, t.new_zeros(1, longest - t.shape[1], *t.shape[2:])], dim=1) for t in tensors]
         stacked[name] = torch.cat(tensors)
     return stacked
 

@@ -89,7 +89,7 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[Bucket, BucketManifest]:
     for entry, tensor in zip(entries, tensors.values(), strict=True):
         flat = torch.from_numpy(bucket[entry.offset : entry.offset + entry.nbytes])
         flat.copy_(tensor.detach().contiguous().flatten().view(torch.uint8))
-    return bucket, BucketManifest(entries=tuple(entries), checksum=zlib.crc32(bucket))
+    return bucket, BucketManifest(entries=tuple(entries), checksum=zlib.crc32(bucket.data))
 
 
 def unpack(manifest: BucketManifest, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
@@ -98,16 +98,14 @@ def unpack(manifest: BucketManifest, bucket: Bucket) -> Iterator[tuple[str, Tens
     Raises:
         TrainingError: the bytes are not those that were published.
     """
-    if zlib.crc32(bucket) != manifest.checksum:
+    if zlib.crc32(bucket.data) != manifest.checksum:
         raise TrainingError("a weight bucket arrived damaged: its checksum differs from the manifest's")
     for entry in manifest.entries:
         raw = as_tensor(bucket[entry.offset : entry.offset + entry.nbytes])
         yield entry.name, raw.view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
-def load_buckets(
-    manifest: WeightManifest, buckets: Sequence[Bucket], parameters: Mapping[str, Tensor]
-) -> None:
+def load_buckets(manifest: WeightManifest, buckets: Sequence[Bucket], parameters: Mapping[str, Tensor]) -> None:
     """Copies published weights into a module's tensors.
 
     Raises:

@@ -214,9 +214,7 @@ class StepTable:
         """Steps at which the reward gradient enters the mean."""
         return [k for k in range(self.num_steps) if float(self.coef_grad[k]) != 0]
 
-    def mean(
-        self, k: int | Tensor, x: Tensor, v: Tensor, reward_gradient: Tensor | None = None
-    ) -> Tensor:
+    def mean(self, k: int | Tensor, x: Tensor, v: Tensor, reward_gradient: Tensor | None = None) -> Tensor:
         """Mean of the transition, ``a_k x + b_k v + g_k grad``.
 
         Args:
@@ -302,9 +300,7 @@ def _checked_grid(sigmas: Tensor) -> Tensor:
     return grid
 
 
-def _check_steps(
-    law: str, sigmas: Tensor, coef_x: Tensor, coef_v: Tensor, std: Tensor, steps: range
-) -> None:
+def _check_steps(law: str, sigmas: Tensor, coef_x: Tensor, coef_v: Tensor, std: Tensor, steps: range) -> None:
     last = len(std) - 1
     for k in steps:
         where = f"step {k} of law {law!r} (sigma {float(sigmas[k]):.6g} -> {float(sigmas[k + 1]):.6g})"

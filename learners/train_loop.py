@@ -21,7 +21,7 @@ from core.config import RunConfig
 from core.deadlines import get
 from core.errors import EuphoniumError, TrainingError
 from core.records import Array, GroupPayload, UpdatePlan, UpdateReport
-from core.weights import WeightManifest, pack
+from core.weights import BucketManifest, WeightManifest, pack
 from learners.batching import load_rows, plan_updates
 from learners.checkpoint import load_rank_state, save_rank_state
 from learners.objective import evaluate_objective
@@ -93,10 +93,8 @@ class Learner:
                     f"({fingerprint} against {self.table.fingerprint()}); rollout and learner must share one recipe"
                 )
         pool, objective = self.config.pools.learner, self.config.objective
-        plan = plan_updates(
-            rows_per_group, objective.updates_per_iteration, pool.rows_per_micro_batch, self.world_size
-        )
-        sums = {name: 0.0 for name in ("rows", "loss", "clipped", "ratio", "log_ratio_squared")}
+        plan = plan_updates(rows_per_group, objective.updates_per_iteration, pool.rows_per_micro_batch, self.world_size)
+        sums = dict.fromkeys(("rows", "loss", "clipped", "ratio", "log_ratio_squared"), 0.0)
         first_deviation, norms, rate = 0.0, [], 0.0
         for index, shares in enumerate(plan):
             rate = self.learning_rate()
@@ -124,17 +122,17 @@ class Learner:
                 f"objective.ratio_tolerance ({objective.ratio_tolerance:.3g}): rollout and learner disagree on the "
                 "policy's output. Check model.dtype, the attention backends of both machines, and the weights' version"
             )
-        rows = totals["rows"]
+        count = totals["rows"]
         return {
             "policy/loss": totals["loss"] / len(plan),
             "policy/ratio_deviation": deviation,
-            "policy/ratio_mean": totals["ratio"] / rows,
-            "policy/clip_fraction": totals["clipped"] / rows,
-            "policy/approx_kl": 0.5 * totals["log_ratio_squared"] / rows,
+            "policy/ratio_mean": totals["ratio"] / count,
+            "policy/clip_fraction": totals["clipped"] / count,
+            "policy/approx_kl": 0.5 * totals["log_ratio_squared"] / count,
             "policy/grad_norm": sum(norms) / len(norms),
             "policy/learning_rate": rate,
             "policy/updates": float(self.updates_done),
-            "policy/transitions": rows,
+            "policy/transitions": count,
         }
 
     def publish(self, store: Any, version: int, kind: str, timeout_s: float) -> float:
@@ -143,7 +141,8 @@ class Learner:
         Returns:
             Bytes published (0 on other ranks).
         """
-        pending, manifests = [], []
+        pending: list[Any] = []
+        manifests: list[BucketManifest] = []
         limit = int(self.config.pools.learner.weight_bucket_mb * MEGABYTE)
         for bucket in self.policy.gathered(limit, average=kind == "average"):
             if self.rank == 0:

@@ -29,9 +29,7 @@ def quiet_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def deepspeed_config(
-    pool: LearnerPoolConfig, optimizer: OptimizerConfig, dtype: torch.dtype
-) -> dict[str, Any]:
+def deepspeed_config(pool: LearnerPoolConfig, optimizer: OptimizerConfig, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's own configuration; accumulation is driven by hand, so it stays at 1 there."""
     zero: dict[str, Any] = {
         "stage": 3,
@@ -123,7 +121,7 @@ class ZeroPolicy:
             name: (self.averages[i].to(p.dtype) if average and self.averages is not None else shard(p))
             for i, (name, p) in enumerate(self.parameters.items())
         }
-        sizes = {name: p.ds_numel * p.element_size() for name, p in self.parameters.items()}  # type: ignore[attr-defined]
+        sizes = {name: p.ds_numel * p.element_size() for name, p in self.parameters.items()}
         for names in split_into_buckets(sizes, bucket_bytes):
             yield _gather_bucket({name: self.parameters[name] for name in names}, [pieces[n] for n in names])
 
@@ -161,9 +159,7 @@ def _gather_bucket(parameters: dict[str, nn.Parameter], pieces: list[Tensor]) ->
     import torch.distributed as dist
 
     flat = torch.cat([piece.flatten() for piece in pieces])
-    everywhere = (
-        [torch.empty_like(flat) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
-    )
+    everywhere = [torch.empty_like(flat) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
     dist.gather(flat, everywhere, dst=0)
     if everywhere is None:
         return {}

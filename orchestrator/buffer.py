@@ -8,6 +8,7 @@ leave the buffer when every rank has acknowledged the plan that they belong to.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,10 +107,8 @@ class TrajectoryBuffer:
             return reported or self._failure is not None or self._generation != generation
 
         async with self._changed:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait_for(settled), timeout_s)
-            except TimeoutError:
-                pass
             report = self._report if self._report is not None and self._report.iteration == iteration else None
             return LearnerState(report=report, failure=self._failure, generation=self._generation)
 

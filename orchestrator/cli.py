@@ -41,10 +41,10 @@ def train(
     """
     import asyncio
 
-    from core.config import load_config
+    from core.config import RunConfig, load_config
     from orchestrator.launch import absolute_paths, connect_ray, preflight, prepare_run_dir
 
-    config = absolute_paths(load_config(recipe, overrides or []))
+    config: RunConfig = absolute_paths(load_config(recipe, overrides or []))
     preflight(config)
     checkpoint = prepare_run_dir(config)
     say(f"run {config.name}: {config.run_dir}")
@@ -72,10 +72,10 @@ def train(
 @app.command()
 def validate(recipe: Recipe, overrides: Overrides = None) -> None:
     """Check a recipe, its files and its arithmetic, and print the resolved configuration; starts nothing."""
-    from core.config import dump_config, load_config
+    from core.config import RunConfig, dump_config, load_config
     from orchestrator.launch import absolute_paths, preflight
 
-    config = load_config(recipe, overrides or [])
+    config: RunConfig = load_config(recipe, overrides or [])
     plan = preflight(absolute_paths(config))
     say(dump_config(config))
     width = max(map(len, plan))
@@ -112,7 +112,11 @@ def evaluate(
     from orchestrator.inference import evaluate_model
 
     changes = {"prompts": prompts, "samples_per_prompt": samples_per_prompt, "seed": seed}
-    say(json.dumps(evaluate_model(model, base=base, changes={k: v for k, v in changes.items() if v is not None}), indent=2))
+    say(
+        json.dumps(
+            evaluate_model(model, base=base, changes={k: v for k, v in changes.items() if v is not None}), indent=2
+        )
+    )
 
 
 @app.command()

@@ -40,9 +40,7 @@ class Evaluation:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(
-        self, iteration: int, prompts: Sequence[str], videos: Video, scores: Mapping[str, Any]
-    ) -> Image.Image:
+    def save(self, iteration: int, prompts: Sequence[str], videos: Video, scores: Mapping[str, Any]) -> Image.Image:
         """Writes the clips of one evaluation; after the first, also each prompt before and after."""
         target = self.folder / f"iteration_{iteration:06d}"
         sheet = save_samples(target, prompts, videos, scores)

@@ -108,7 +108,8 @@ def evaluate_model(path: Path, *, base: bool, changes: dict[str, int]) -> dict[s
     scores = OrmScorer(config, device).score(worker.evaluate(prompts, seeds), prompts)
     weights = {reward.name: reward.weight for reward in config.rewards.outcome}
     scale = sum(map(abs, weights.values()))
-    scores["total"] = np.sum([weights[name] * values for name, values in scores.items()], axis=0) / scale
+    weighted = [weights[name] * values.astype(np.float64) for name, values in scores.items()]
+    scores["total"] = np.sum(weighted, axis=0) / scale
     return {
         "model": str(config.model.path) if base else str(checkpoint.folder),
         "prompts": len(prompts),

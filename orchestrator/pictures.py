@@ -38,9 +38,7 @@ def side_by_side(left: Video, right: Video) -> Video:
     return np.concatenate([left, gap, right], axis=2)
 
 
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[tuple[str, Video]]]], shown_frames: int = 5
-) -> Image.Image:
+def contact_sheet(rows: Sequence[tuple[str, Sequence[tuple[str, Video]]]], shown_frames: int = 5) -> Image.Image:
     """A table of clips: one row a prompt, one column a model, a few frames of each clip.
 
     Args:
@@ -69,9 +67,7 @@ def _strip(video: Video, count: int) -> Video:
     return np.concatenate(frames, axis=1)
 
 
-def save_samples(
-    folder: Path, prompts: Sequence[str], videos: Video, scores: Mapping[str, Any]
-) -> Image.Image:
+def save_samples(folder: Path, prompts: Sequence[str], videos: Video, scores: Mapping[str, Any]) -> Image.Image:
     """Writes clips as GIFs, their scores as ``index.json`` and a contact sheet.
 
     Args:

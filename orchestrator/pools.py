@@ -87,9 +87,7 @@ async def wait_ready(pools: Sequence[ActorPool], timeout_s: float, say: Callable
     import ray
 
     waiting = {
-        handle.ready.remote(): name
-        for pool in pools
-        for name, handle in zip(pool.names, pool.handles, strict=True)
+        handle.ready.remote(): name for pool in pools for name, handle in zip(pool.names, pool.handles, strict=True)
     }
     began = said = time.monotonic()
     while waiting:

@@ -65,9 +65,7 @@ class PromptStream:
         epoch, position = divmod(ordinal, len(self._prompts))
         order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._prompts))
         noise = np.random.SeedSequence([self._seed, 1, ordinal]).generate_state(1, np.uint64)[0]
-        return GroupTask(
-            group_id=ordinal, prompt=self._prompts[order[position]], seed=int(noise >> np.uint64(1))
-        )
+        return GroupTask(group_id=ordinal, prompt=self._prompts[order[position]], seed=int(noise >> np.uint64(1)))
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:

@@ -53,11 +53,11 @@ BUFFER, STORE = "trajectory-buffer", "weight-store"
 BUFFER_BYTES = 2 << 30
 
 
-class StopRequested(Exception):
+class StopRequestedError(Exception):
     """SIGTERM or SIGINT: leave at the next point from which the run can go on."""
 
 
-class LearnerRestarted(Exception):
+class LearnerRestartedError(Exception):
     """The learner group died and is back, at the last checkpoint."""
 
 
@@ -101,7 +101,7 @@ class Run:
             await self._start_roles()
             self.progress.say(f"all roles are up after {time.monotonic() - began:.0f} s")
             await self._train()
-        except StopRequested:
+        except StopRequestedError:
             await self._save_and_stop()
         finally:
             self.progress.close()
@@ -123,7 +123,9 @@ class Run:
             self.pools["prm"] = ActorPool("prm", pools.prm, lambda i: (PrmActor, (i, config)))
         self.pools["orm"] = ActorPool("orm", pools.orm, lambda i: (OrmActor, (i, config)))
         servers = self.pools["prm"].names if "prm" in self.pools else []
-        self.pools["rollout"] = ActorPool("rollout", pools.rollout, lambda i: (RolloutActor, (i, config, servers, STORE)))
+        self.pools["rollout"] = ActorPool(
+            "rollout", pools.rollout, lambda i: (RolloutActor, (i, config, servers, STORE))
+        )
         self.progress.phase("starting roles")
         await self._guard(wait_ready(list(self.pools.values()), pools.start_timeout_s, self.progress.say))
         await self._guard(self._learner_started())
@@ -140,8 +142,8 @@ class Run:
             self.learners.check()
             if time.monotonic() > deadline:
                 raise TrainingError(
-                    f"the learner group did not start within {self.config.pools.learner.start_timeout_s:.0f} s; see the "
-                    "Train tab of the Ray dashboard, or raise pools.learner.start_timeout_s"
+                    f"the learner group did not start within {self.config.pools.learner.start_timeout_s:.0f} s; see "
+                    "the Train tab of the Ray dashboard, or raise pools.learner.start_timeout_s"
                 )
 
     async def _train(self) -> None:
@@ -152,7 +154,7 @@ class Run:
         while self.state.iteration < self.config.iterations:
             try:
                 await self._iterate()
-            except LearnerRestarted:
+            except LearnerRestartedError:
                 await self._rewind()
         self.learners.join(60)
         self._export()
@@ -219,9 +221,7 @@ class Run:
         await self._sync_rollouts(iteration)
         record["time/weight_sync_s"] = time.monotonic() - syncing + report.metrics["time/publish_s"]
         record["time/iteration_s"] = time.monotonic() - began
-        self.state = RunState(
-            iteration=iteration, next_group=next_group, world_size=config.pools.learner.num_workers
-        )
+        self.state = RunState(iteration=iteration, next_group=next_group, world_size=config.pools.learner.num_workers)
         if folder is not None:
             self._commit(folder)
         try:
@@ -231,7 +231,7 @@ class Run:
             # The update is done and checkpointed: it is on record even if the evaluation was cut short.
             self._record(record)
         if self._stop.is_set() and not last:
-            raise StopRequested
+            raise StopRequestedError
 
     async def _collect(self) -> tuple[list[ScoredGroup], int, int]:
         """Draws and scores the iteration's groups; groups whose rewards cannot be had are dropped and counted."""
@@ -259,7 +259,7 @@ class Run:
                 return await self._draw_and_score(task)
             except RewardError as error:
                 reason = str(error)
-            except _ActorLost as error:
+            except _ActorLostError as error:
                 reason = str(error)
         return reason
 
@@ -331,7 +331,7 @@ class Run:
                 return state.report
             if state.generation != self._generation:
                 self._generation = state.generation
-                raise LearnerRestarted
+                raise LearnerRestartedError
             self.learners.check()
             if time.monotonic() > deadline:
                 raise TrainingError(
@@ -422,7 +422,7 @@ class Run:
                 if task in done:
                     return task.result()
                 if stop in done:
-                    raise StopRequested
+                    raise StopRequestedError
                 self.learners.check()
         finally:
             stop.cancel()
@@ -432,7 +432,7 @@ class Run:
                     await task
 
 
-class _ActorLost(EuphoniumError):
+class _ActorLostError(EuphoniumError):
     """The actor that was asked has died or hangs; another one may do."""
 
 
@@ -443,11 +443,11 @@ async def _awaited(ref: Any, timeout_s: float, what: str) -> Any:
     try:
         return await asyncio.wait_for(asyncio.ensure_future(_unwrap(ref)), timeout_s)
     except TimeoutError as error:
-        raise _ActorLost(f"{what} did not come within {timeout_s:.0f} s") from error
+        raise _ActorLostError(f"{what} did not come within {timeout_s:.0f} s") from error
     except ray.exceptions.RayTaskError as error:
         raise remote_error(error, what) from error
     except ray.exceptions.RayError as error:
-        raise _ActorLost(f"{what}: {describe(error)}") from error
+        raise _ActorLostError(f"{what}: {describe(error)}") from error
 
 
 async def _unwrap(ref: Any) -> Any:

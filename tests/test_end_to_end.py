@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -239,7 +240,8 @@ def test_ray_job_submit_runs_the_same_command(recipe: Callable[..., Path], tmp_p
     token = tmp_path / "token"
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     ray = [str(Path(sys.executable).with_name("ray"))]
-    subprocess.run([sys.executable, "-c", "import uuid; open(r'%s', 'w').write(uuid.uuid4().hex * 2)" % token], check=True)
+    token.write_text(uuid.uuid4().hex * 2)
+    token.chmod(0o600)
 
     def call(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -89,7 +89,9 @@ class _Source:
 
 
 def load_config(
-    recipe: Path | str, overrides: Sequence[str] = (), model: type[_C] = RunConfig  # type: ignore[assignment]
+    recipe: Path | str,
+    overrides: Sequence[str] = (),
+    model: type[_C] = RunConfig,  # type: ignore[assignment]
 ) -> _C:
     """Reads and checks a recipe.
 
@@ -166,9 +168,9 @@ def _construct(node: yaml.Node, file: Path, path: _Path, places: dict[_Path, str
         return [_construct(item, file, (*path, i), places) for i, item in enumerate(node.value)]
     loader = yaml.SafeLoader("")
     try:
-        value = loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        value = loader.construct_object(node, deep=True)
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     plain = isinstance(node, yaml.ScalarNode) and node.style is None
     return _as_number(value) if plain and isinstance(value, str) else value
 

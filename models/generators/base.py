@@ -59,9 +59,7 @@ class GeneratorFamily(ABC):
         """The VAE as a function from latents to videos ``[batch, frames, 3, height, width]`` in [0, 1]."""
 
     @abstractmethod
-    def velocity(
-        self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning
-    ) -> Tensor:
+    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Network output ``v = eps - x0``.
 
         Args:
@@ -126,9 +124,7 @@ class GeneratorFamily(ABC):
             + [n for n in names if "transformer" in folder and n.endswith(".index.json")],
         )  # fmt: skip
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(
-            tensors, target / "transformer" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"}
-        )
+        save_file(tensors, target / "transformer" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 def weights_mark(folder: Path) -> str:

@@ -41,7 +41,7 @@ class HunyuanVideo(GeneratorFamily):
         """See :class:`GeneratorFamily`."""
         from diffusers import HunyuanVideoTransformer3DModel
 
-        return HunyuanVideoTransformer3DModel  # type: ignore[no-any-return]
+        return HunyuanVideoTransformer3DModel
 
     def build_trunk(self, blocks: int) -> nn.Module:
         """See :class:`GeneratorFamily`; dual-stream blocks come first."""
@@ -105,9 +105,7 @@ class HunyuanVideo(GeneratorFamily):
 
         return decode
 
-    def velocity(
-        self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning
-    ) -> Tensor:
+    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See :class:`GeneratorFamily`."""
         arguments: dict[str, Tensor] = dict(conditioning)
         if self.config.embedded_guidance is not None:

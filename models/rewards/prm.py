@@ -79,9 +79,7 @@ class ProcessRewardModel(nn.Module):
         scores: Tensor = self.head(tokens[0])
         return scores
 
-    def reward_and_gradient(
-        self, x: Tensor, sigma: Tensor, conditioning: Conditioning
-    ) -> tuple[Tensor, Tensor]:
+    def reward_and_gradient(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         """Rewards ``[batch]`` and their gradients with respect to ``x``; parameters gather none.
 
         Samples do not interact, so the gradient of the sum holds every sample's own.
@@ -114,14 +112,16 @@ class ProcessRewardModel(nn.Module):
             ConfigError: the folder holds none, or it was trained on latents or text embeddings of another generator.
         """
         if not (folder / CONFIG_FILE).is_file():
-            raise ConfigError(f"rewards.process.path: {folder} holds no process reward model ({CONFIG_FILE} is missing)")
+            raise ConfigError(
+                f"rewards.process.path: {folder} holds no process reward model ({CONFIG_FILE} is missing)"
+            )
         description = json.loads((folder / CONFIG_FILE).read_text())
         family = open_generator(config)
         for part, mark in family.fingerprint().items():
             if description["generator"].get(part) != mark:
                 raise ConfigError(
-                    f"rewards.process.path: {folder} was trained with another {part} than {family.folder} has; a process "
-                    "reward model works only with its own generator's latents and text embeddings: train one for this "
+                    f"rewards.process.path: {folder} was trained with another {part} than {family.folder} has; a "
+                    "process reward model works only with its own generator's latents and text embeddings: train one for this "
                     "generator with `euphonium train-prm`"
                 )
         model = cls(family, int(description["blocks"]), description["head"])

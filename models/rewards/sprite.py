@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from models.sprites import BACKGROUNDS, DIRECTIONS, ICONS, parse_caption
 from models.sprites.render import icon_sprites
-from models.sprites.world import SIZE, SPRITE
+from models.sprites.world import SIZE
 
 # Every second frame is fitted: the icon does not change within a clip, and fitting is what costs.
 FIT_STRIDE = 2
@@ -106,9 +106,7 @@ def analyse(videos: Tensor) -> Analysis:
         ValueError: clips of another size than the sprite world's.
     """
     if videos.dim() != 5 or videos.shape[2:] != (3, SIZE, SIZE):
-        raise ValueError(
-            f"the sprite rewards need videos [batch, frames, 3, {SIZE}, {SIZE}], got {list(videos.shape)}"
-        )
+        raise ValueError(f"the sprite rewards need videos [batch, frames, 3, {SIZE}, {SIZE}], got {list(videos.shape)}")
     border = _border(videos)
     background = border.median(dim=2).values
     same = (border - background[..., None]).abs().amax(dim=1) < BACKGROUND_TOLERANCE

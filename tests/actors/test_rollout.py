@@ -132,9 +132,7 @@ def test_rollout_and_learner_agree_on_the_ratio(make_config: MakeConfig, kind: s
     assert info.fingerprint == worker.table.fingerprint()
     assert (payload.gradients is not None) == (kind == "standard")
     assert [with_gradient for _, with_gradient in source.calls] == [False, True, True, False]
-    rows = load_rows(
-        MicroBatch(group=0, begin=0, end=12, weight=1.0), payload, np.ones((3, 4), dtype=np.float32), CPU
-    )
+    rows = load_rows(MicroBatch(group=0, begin=0, end=12, weight=1.0), payload, np.ones((3, 4), dtype=np.float32), CPU)
     value = evaluate_objective(
         config.objective, worker.table, lambda x, s, c: worker.family.velocity(worker.transformer, x, s, c), rows
     )

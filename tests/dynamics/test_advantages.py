@@ -21,9 +21,7 @@ def test_sums_the_rewards_normalised_one_by_one() -> None:
     a, b, process = rewards(0), 100 * rewards(1), torch.randn(6, 4, generator=torch.Generator().manual_seed(2))
     result = advantages({"a": a, "b": b}, weights={"b": 0.5}, process=process)
     for k in range(4):
-        expected = sum(
-            w * (r - r.mean()) / r.std() for w, r in ((1.0, a), (0.5, b), (1.0, process[:, k]))
-        )
+        expected = sum(w * (r - r.mean()) / r.std() for w, r in ((1.0, a), (0.5, b), (1.0, process[:, k])))
         torch.testing.assert_close(result[:, k], expected, atol=1e-5, rtol=1e-5)
 
 

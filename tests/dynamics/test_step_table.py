@@ -196,10 +196,13 @@ def test_guidance_refuses_wrong_strengths(options: dict) -> None:
 def test_every_table_is_refused_by_name_or_finite_with_positive_noise(
     law: str, steps: int, shift: float, eta: float
 ) -> None:
+    table, refusal = None, ""
     try:
         table = StepTable.build(law, shifted_sigmas(steps, shift), eta=eta)
     except StepTableError as error:
-        assert "step " in str(error)
+        refusal = str(error)
+    if table is None:
+        assert "step " in refusal
         return
     for column in (table.coef_x, table.coef_v, table.std):
         assert torch.isfinite(column).all()

@@ -42,9 +42,7 @@ def test_gradient_is_the_closed_form_on_policy(kind: str) -> None:
     """d loss / d v = -w A d log p / d v, with d log p / d v = b (x_next - mean) / (std^2 dims)."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(4, 3, 2, generator=generator)
-    t, transitions, g, z = rows(
-        Guidance(scale=0.5), keep_gradient=kind == "standard", v_old=v, generator=generator
-    )
+    t, transitions, g, z = rows(Guidance(scale=0.5), keep_gradient=kind == "standard", v_old=v, generator=generator)
     leaf = v.clone().requires_grad_(True)
     value = evaluate_objective(ObjectiveConfig(kind=kind), t, lambda *_: leaf, transitions)  # type: ignore[arg-type]
     value.loss.backward()

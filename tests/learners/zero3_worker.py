@@ -27,7 +27,10 @@ def main() -> None:
         fingerprint = learner.table.fingerprint()
         history.append(
             learner.update(
-                rows, dict(enumerate(payloads)), dict(enumerate(advantages)), {i: fingerprint for i in range(len(rows))}
+                rows,
+                dict(enumerate(payloads)),
+                dict(enumerate(advantages)),
+                dict.fromkeys(range(len(rows)), fingerprint),
             )
         )
     pieces = {name: shard(p).numel() for name, p in learner.policy.parameters.items()}

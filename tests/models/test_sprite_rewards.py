@@ -29,7 +29,8 @@ def captions(scenes: list[Scene]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "worst", "mean"), [("icon", 0.75, 0.95), ("motion", 0.9, 0.99), ("background", 0.9, 0.98), ("quality", 0.9, 0.97)]
+    ("name", "worst", "mean"),
+    [("icon", 0.75, 0.95), ("motion", 0.9, 0.99), ("background", 0.9, 0.98), ("quality", 0.9, 0.97)],
 )
 def test_rendered_truth_scores_high(name: str, worst: float, mean: float, scenes: list[Scene], clips: Tensor) -> None:
     scores = REWARDS[name].score(clips, captions(scenes))
@@ -75,9 +76,7 @@ def test_quality_falls_with_blur_and_with_noise(scenes: list[Scene], clips: Tens
         return float(REWARDS["quality"].score(videos, captions(scenes)).mean())
 
     flat = clips.flatten(0, 1)
-    blurred = [
-        functional.avg_pool2d(flat, k, 1, k // 2, count_include_pad=False).view_as(clips) for k in (3, 5, 7)
-    ]
+    blurred = [functional.avg_pool2d(flat, k, 1, k // 2, count_include_pad=False).view_as(clips) for k in (3, 5, 7)]
     blur = [quality(clips), *map(quality, blurred)]
     assert blur == sorted(blur, reverse=True)
     generator = torch.Generator().manual_seed(0)

@@ -50,7 +50,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 
 
 def test_a_missing_or_empty_file_names_the_field(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="prompts.train: cannot read"):
+    with pytest.raises(ConfigError, match=r"prompts\.train: cannot read"):
         read_prompts(tmp_path / "none.txt", "prompts.train")
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ConfigError, match="holds no prompt"):

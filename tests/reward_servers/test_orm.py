@@ -30,7 +30,6 @@ class BrokenReward:
         return scores
 
 
-
 def custom(make_config: MakeConfig, how: str) -> RunConfig:
     spec = f"[{{name: mine, type: 'reward_server_test_rewards:BrokenReward', options: {{how: '{how}'}}}}]"
     return make_config(f"rewards.outcome={spec}")

@@ -152,9 +152,7 @@ def train_generator(pipeline: Any, steps: int, seed: int = 0, snapshots: Path | 
         torch._foreach_lerp_(averages, parameters, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
         running += loss.item() / 100
         if (step + 1) % 100 == 0:
-            log.info(
-                "generator step %d/%d: loss %.4f, %.0f s", step + 1, steps, running, time.monotonic() - started
-            )
+            log.info("generator step %d/%d: loss %.4f, %.0f s", step + 1, steps, running, time.monotonic() - started)
             running = 0.0
         if snapshots is not None and (step + 1) % 1000 == 0:
             snapshots.mkdir(parents=True, exist_ok=True)
