@@ -110,7 +110,7 @@ class RolloutWorker:
         results = []
         for begin in range(0, len(prompts), EVALUATION_BATCH):
             part = slice(begin, begin + EVALUATION_BATCH)
-            conditioning = _stack([self.conditioning(prompt) for prompt in prompts[part]])
+            conditioning = stack_conditionings([self.conditioning(prompt) for prompt in prompts[part]])
             starts = [
                 initial_noise(self.family.latent_shape, 1, seed, shared=False, device=self.device)[0]
                 for seed in seeds[part]
@@ -135,7 +135,7 @@ def encode_one(encoder: Any, prompt: str) -> Conditioning:
     return dict(encoder([prompt]))
 
 
-def _stack(parts: Sequence[Conditioning]) -> Conditioning:
+def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
     """One batch of conditionings that may differ in length: shorter ones are padded with zeros, masked out."""
     stacked: Conditioning = {}
     for name in parts[0]:

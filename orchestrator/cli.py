@@ -119,6 +119,15 @@ def evaluate(
     )
 
 
+@app.command("train-prm")
+def train_prm_command(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train a process reward model on the generator's own samples, ranked by outcome rewards."""
+    from core.config import PrmConfig, load_config
+    from orchestrator.train_prm import train_prm
+
+    train_prm(load_config(recipe, overrides or [], PrmConfig), say)
+
+
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(help="Checkpoint or run folder.")],

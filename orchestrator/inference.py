@@ -105,7 +105,7 @@ def evaluate_model(path: Path, *, base: bool, changes: dict[str, int]) -> dict[s
         average = checkpoint.folder / AVERAGE_FILE
         worker.transformer.load_state_dict(load_file(average if average.is_file() else checkpoint.folder / POLICY_FILE))
     prompts, seeds = evaluation_set(config)
-    scores = OrmScorer(config, device).score(worker.evaluate(prompts, seeds), prompts)
+    scores = OrmScorer(config.rewards.outcome, worker.family, device).score(worker.evaluate(prompts, seeds), prompts)
     weights = {reward.name: reward.weight for reward in config.rewards.outcome}
     scale = sum(map(abs, weights.values()))
     weighted = [weights[name] * values.astype(np.float64) for name, values in scores.items()]

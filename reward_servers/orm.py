@@ -11,9 +11,10 @@ import torch
 
 from core.arrays import as_tensor
 from core.config import RunConfig
+from core.config.tree import OutcomeRewardConfig
 from core.errors import RewardError
 from core.records import Array
-from models.generators.base import open_generator
+from models.generators.base import GeneratorFamily, open_generator
 from models.rewards.registry import build_reward
 
 DECODE_BATCH = 16
@@ -22,9 +23,9 @@ DECODE_BATCH = 16
 class OrmScorer:
     """The plain class behind an ORM server."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        self.decode = open_generator(config.model).load_decoder(device)
-        self.rewards = {spec.name: build_reward(spec) for spec in config.rewards.outcome}
+    def __init__(self, rewards: Sequence[OutcomeRewardConfig], family: GeneratorFamily, device: torch.device) -> None:
+        self.decode = family.load_decoder(device)
+        self.rewards = {spec.name: build_reward(spec) for spec in rewards}
 
     def videos(self, latents: Array) -> Array:
         """Decodes latents ``[batch, *latent]`` to uint8 ``[batch, frames, height, width, 3]``."""
@@ -72,7 +73,7 @@ class OrmActor:
         torch.set_num_threads(config.pools.orm.threads)
         self.index = index
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.scorer = OrmScorer(config, self.device)
+        self.scorer = OrmScorer(config.rewards.outcome, open_generator(config.model), self.device)
 
     def __repr__(self) -> str:
         return f"orm-{self.index}"

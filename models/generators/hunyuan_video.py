@@ -90,11 +90,11 @@ class HunyuanVideo(GeneratorFamily):
 
     def load_decoder(self, device: torch.device) -> Decoder:
         """See :class:`GeneratorFamily`."""
-        from diffusers import AutoencoderKLHunyuanVideo
+        import diffusers
 
-        vae = AutoencoderKLHunyuanVideo.from_pretrained(
-            self.folder / "vae", torch_dtype=self.dtype, low_cpu_mem_usage=False
-        )
+        # The pipeline's own VAE class, or whichever the folder names.
+        vae_class = getattr(diffusers, self._vae_config["_class_name"])
+        vae = vae_class.from_pretrained(self.folder / "vae", torch_dtype=self.dtype, low_cpu_mem_usage=False)
         vae = vae.to(device).eval()
 
         @torch.no_grad()

@@ -121,8 +121,8 @@ class ProcessRewardModel(nn.Module):
             if description["generator"].get(part) != mark:
                 raise ConfigError(
                     f"rewards.process.path: {folder} was trained with another {part} than {family.folder} has; a "
-                    "process reward model works only with its own generator's latents and text embeddings: train one for this "
-                    "generator with `euphonium train-prm`"
+                    "process reward model works only with its own generator's latents and text embeddings: train one "
+                    "for this generator with `euphonium train-prm`"
                 )
         model = cls(family, int(description["blocks"]), description["head"])
         model.load_state_dict({name: t.float() for name, t in load_file(folder / WEIGHTS_FILE).items()})

@@ -128,7 +128,7 @@ def test_rollout_and_learner_agree_on_the_ratio(make_config: MakeConfig, kind: s
     worker, scorer = RolloutWorker(config, CPU), PrmScorer(config, CPU)
     source = Local(scorer, worker, TASK.prompt)
     info, latents, payload = worker.generate(TASK, source)
-    assert latents.shape == (3, 8, 3, 8, 8)
+    assert latents.shape == (3, 16, 5, 4, 4)
     assert info.fingerprint == worker.table.fingerprint()
     assert (payload.gradients is not None) == (kind == "standard")
     assert [with_gradient for _, with_gradient in source.calls] == [False, True, True, False]
@@ -171,7 +171,7 @@ def test_prm_gradient_equals_finite_differences_and_autograd(make_config: MakeCo
     scorer = PrmScorer(config, CPU)
     worker = RolloutWorker(config, CPU)
     prompt = worker.conditioning(TASK.prompt)
-    x = torch.randn(3, 8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 16, 5, 4, 4, generator=torch.Generator().manual_seed(0))
     rewards, gradient = scorer.reward_and_gradient(x.numpy(), 0.6, {n: t.numpy() for n, t in prompt.items()}, True)
     assert gradient is not None
     model = ProcessRewardModel.load(tiny_prm, config.model)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from core.config import RunConfig
 from core.errors import ConfigError, RewardError
+from models.generators.base import open_generator
 from reward_servers.orm import OrmScorer
 
 CPU = torch.device("cpu")
@@ -30,6 +31,10 @@ class BrokenReward:
         return scores
 
 
+def scorer_of(config: RunConfig) -> OrmScorer:
+    return OrmScorer(config.rewards.outcome, open_generator(config.model), CPU)
+
+
 def custom(make_config: MakeConfig, how: str) -> RunConfig:
     spec = f"[{{name: mine, type: 'reward_server_test_rewards:BrokenReward', options: {{how: '{how}'}}}}]"
     return make_config(f"rewards.outcome={spec}")
@@ -48,11 +53,11 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def latents(count: int = 3) -> np.ndarray:
-    return torch.randn(count, 8, 3, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
+    return torch.randn(count, 16, 5, 4, 4, generator=torch.Generator().manual_seed(0)).numpy()
 
 
 def test_scores_latents_by_every_reward(make_config: MakeConfig) -> None:
-    scorer = OrmScorer(make_config(), CPU)
+    scorer = scorer_of(make_config())
     scores = scorer.score(latents(), [PROMPT] * 3)
     assert set(scores) == {"icon", "motion", "quality"}
     for values in scores.values():
@@ -64,7 +69,7 @@ def test_scores_latents_by_every_reward(make_config: MakeConfig) -> None:
 
 
 def test_large_batches_are_cut_and_joined(make_config: MakeConfig) -> None:
-    scorer = OrmScorer(make_config(), CPU)
+    scorer = scorer_of(make_config())
     many = scorer.score(np.concatenate([latents(3)] * 7), [PROMPT] * 21)
     few = scorer.score(latents(3), [PROMPT] * 3)
     for name in few:
@@ -77,7 +82,7 @@ def test_large_batches_are_cut_and_joined(make_config: MakeConfig) -> None:
      ("inf", "not one finite number"), ("shape", "not one finite number")],
 )  # fmt: skip
 def test_a_failing_reward_is_an_error_that_names_it(make_config: MakeConfig, how: str, message: str) -> None:
-    scorer = OrmScorer(custom(make_config, how), CPU)
+    scorer = scorer_of(custom(make_config, how))
     with pytest.raises(RewardError, match=message):
         scorer.score(latents(), [PROMPT] * 3)
 
@@ -94,4 +99,4 @@ def test_a_failing_reward_is_an_error_that_names_it(make_config: MakeConfig, how
 )
 def test_an_unusable_reward_is_refused(make_config: MakeConfig, kind: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        OrmScorer(make_config(f"rewards.outcome=[{{name: mine, type: '{kind}'}}]"), CPU)
+        scorer_of(make_config(f"rewards.outcome=[{{name: mine, type: '{kind}'}}]"))

