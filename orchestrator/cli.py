@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from core.errors import EuphoniumError
+from core.errors import ConfigError, EuphoniumError
 
 app = typer.Typer(
     name="euphonium",
@@ -141,6 +141,22 @@ def export(
     checkpoint, config = open_checkpoint(model)
     export_checkpoint(checkpoint.folder, config, output, policy=policy)
     say(str(output))
+
+
+@app.command()
+def options(
+    prefix: Annotated[str, typer.Argument(help="Show only fields that begin with this, for example sampler.")] = "",
+    prm: Annotated[bool, typer.Option("--prm", help="Fields of train-prm recipes instead.")] = False,
+) -> None:
+    """List every field of a recipe: type, default, meaning."""
+    from core.config import PrmConfig, RunConfig
+    from orchestrator.reference import fields
+
+    shown = [field for field in fields(PrmConfig if prm else RunConfig) if field.path.startswith(prefix)]
+    if not shown:
+        raise ConfigError(f"no field begins with {prefix!r}; `euphonium options` lists all")
+    for field in shown:
+        say(f"{field.path}  ({field.kind}, {field.default})\n    {field.description}")
 
 
 def say(text: str) -> None:

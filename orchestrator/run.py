@@ -41,7 +41,7 @@ from orchestrator.learner_group import LearnerGroup
 from orchestrator.pools import ActorPool, wait_ready
 from orchestrator.prompts import PromptStream, read_prompts
 from orchestrator.statistics import rollout_statistics
-from orchestrator.tracking import Progress, Tracker
+from orchestrator.tracking import Progress, Tracker, read_metrics
 from orchestrator.weight_store import WeightStore
 from reward_servers.orm import OrmActor
 from reward_servers.prm import PrmActor
@@ -158,6 +158,8 @@ class Run:
                 await self._rewind()
         self.learners.join(60)
         self._export()
+        self.progress.summary(read_metrics(self.tracker.path))
+        self.progress.say(f"before and after: {self.config.run_dir / 'samples' / 'before_after.png'}")
 
     async def _save_and_stop(self) -> None:
         """Checkpoints where the run stands, after a signal."""

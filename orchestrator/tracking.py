@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,18 @@ class Progress:
         if "eval/total/mean" in record:
             parts.append(f"held-out {record['eval/total/mean']:.4f}")
         self.say(" | ".join(parts))
+
+    def summary(self, records: Sequence[Mapping[str, float]]) -> None:
+        """Compares the first and the last evaluation of a run."""
+        evaluations = [record for record in records if "eval/total/mean" in record]
+        if len(evaluations) < 2:
+            return
+        first, last = evaluations[0], evaluations[-1]
+        self.say(f"held-out rewards, iteration {first['iteration']} -> {last['iteration']}:")
+        for key in first:
+            if key.startswith("eval/"):
+                name = key.split("/")[1]
+                self.say(f"  {name:<12} {first[key]:.4f} -> {last[key]:.4f}  ({last[key] - first[key]:+.4f})")
 
     def close(self) -> None:
         """Takes the bar away."""

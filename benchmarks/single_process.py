@@ -1,0 +1,180 @@
+"""The same training without Ray and DeepSpeed: one process, one loop, all cores for each step in turn.
+
+    python benchmarks/single_process.py recipes/embedded/euphonium.yaml iterations=10
+
+What a careful engineer would write first: rollout, rewards and update one after another, torch using every core. It
+shares samplers, rewards and objective with the service, so that a comparison measures the orchestration alone, and it
+is handy for trying a recipe's hyperparameters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.rollout import RolloutWorker
+from core.config import RunConfig, load_config
+from dynamics import group_advantages
+from learners.batching import load_rows, plan_updates
+from learners.objective import evaluate_objective
+from models.rewards.prm import ProcessRewardModel
+from orchestrator.evaluation import evaluation_set
+from orchestrator.prompts import PromptStream, read_prompts
+from orchestrator.statistics import rollout_statistics
+from reward_servers.orm import OrmScorer
+
+CPU = torch.device("cpu")
+
+
+class InProcessRewards:
+    """The process reward model in this process, asked when the answer is needed."""
+
+    def __init__(self, model: ProcessRewardModel, conditioning: dict[str, Tensor]) -> None:
+        self.model = model
+        self.conditioning = conditioning
+
+    def submit(self, x: Tensor, sigma: float, *, with_gradient: bool) -> _Answer:
+        """See :class:`actors.sampler.ProcessRewardSource`."""
+        sigmas = torch.full((len(x),), sigma)
+        prompt = {name: t.expand(len(x), *t.shape[1:]) for name, t in self.conditioning.items()}
+        if with_gradient:
+            return _Answer(*self.model.reward_and_gradient(x, sigmas, prompt))
+        with torch.no_grad():
+            return _Answer(self.model(x, sigmas, prompt), None)
+
+
+class _Answer:
+    def __init__(self, rewards: Tensor, gradient: Tensor | None) -> None:
+        self._value = rewards, gradient
+
+    def result(self) -> tuple[Tensor, Tensor | None]:
+        """See :class:`actors.sampler.Pending`."""
+        return self._value
+
+
+class SingleProcess:
+    """One training run; call :meth:`iterate` as often as there are iterations."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.worker = RolloutWorker(config, CPU)
+        self.policy = self.worker.transformer
+        process = config.rewards.process
+        self.prm = ProcessRewardModel.load(Path(process.path), config.model) if process is not None else None
+        self.orm = OrmScorer(config.rewards.outcome, self.worker.family, CPU)
+        self.prompts = PromptStream(read_prompts(config.prompts.train, "prompts.train"), config.seed)
+        self.evaluation = evaluation_set(config)
+        settings = config.optimizer
+        self.parameters = list(self.policy.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )  # fmt: skip
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.updates = 0
+        self.groups = 0
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out rewards of the averaged policy."""
+        current = [p.detach().clone() for p in self.parameters]
+        if self.config.optimizer.ema_decay > 0:
+            self._load(self.average)
+        prompts, seeds = self.evaluation
+        scores = self.orm.score(self.worker.evaluate(prompts, seeds), prompts)
+        self._load(current)
+        weights = {reward.name: reward.weight for reward in self.config.rewards.outcome}
+        total = sum(weights[n] * float(v.mean()) for n, v in scores.items()) / sum(map(abs, weights.values()))
+        return {"eval/total/mean": total} | {f"eval/{n}/mean": float(v.mean()) for n, v in scores.items()}
+
+    def iterate(self) -> dict[str, float]:
+        """Draws, scores and trains on one iteration's groups."""
+        config, rewards = self.config, self.config.rewards
+        began = time.perf_counter()
+        infos, payloads, scores, advantages = [], [], [], []
+        weights = {reward.name: reward.weight for reward in rewards.outcome}
+        for _ in range(config.rollout.prompts_per_iteration):
+            task = self.prompts.task(self.groups)
+            self.groups += 1
+            source = InProcessRewards(self.prm, self.worker.conditioning(task.prompt)) if self.prm else None
+            info, latents, payload = self.worker.generate(task, source)
+            score = self.orm.score(latents, [task.prompt] * len(latents))
+            process = None if info.process_rewards is None else torch.tensor(info.process_rewards)
+            advantages.append(
+                group_advantages(
+                    {n: torch.tensor(v) for n, v in score.items()}, weights, process,
+                    rewards.process.weight if rewards.process else 0.0, num_steps=config.sampler.num_steps,
+                    ddof=config.advantage.ddof, eps=config.advantage.eps, clip=config.advantage.clip,
+                )
+            )  # fmt: skip
+            infos.append(info)
+            payloads.append(payload)
+            scores.append(score)
+        rolled_out = time.perf_counter()
+        metrics = rollout_statistics(config, infos, scores, advantages)
+        metrics |= self._update(payloads, [a.values.numpy() for a in advantages])
+        metrics |= {"time/rollout_s": rolled_out - began, "time/update_s": time.perf_counter() - rolled_out}
+        return metrics
+
+    def _update(self, payloads: list[Any], advantages: list[Any]) -> dict[str, float]:
+        config = self.config
+        rows_per_group = [payload.steps.size for payload in payloads]
+        plan = plan_updates(
+            rows_per_group, config.objective.updates_per_iteration, config.pools.learner.rows_per_micro_batch, 1
+        )
+        self.policy.requires_grad_(True)
+        clipped, norms = 0, []
+        for shares in plan:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate()
+            self.optimizer.zero_grad(set_to_none=True)
+            for batch in shares[0]:
+                rows = load_rows(batch, payloads[batch.group], advantages[batch.group], CPU)
+                value = evaluate_objective(
+                    config.objective, self.worker.table,
+                    lambda x, s, c: self.worker.family.velocity(self.policy, x, s, c), rows,
+                )  # fmt: skip
+                value.loss.backward()
+                clipped += int(value.clipped.sum())
+            norms.append(float(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.max_grad_norm)))
+            self.optimizer.step()
+            self.updates += 1
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, self.parameters, 1 - config.optimizer.ema_decay)
+        self.policy.requires_grad_(False)
+        return {"policy/grad_norm": float(np.mean(norms)), "policy/clip_fraction": clipped / sum(rows_per_group)}
+
+    def _rate(self) -> float:
+        settings = self.config.optimizer
+        total = self.config.iterations * self.config.objective.updates_per_iteration
+        if self.updates < settings.warmup_updates:
+            return settings.learning_rate * (self.updates + 1) / settings.warmup_updates
+        progress = (self.updates - settings.warmup_updates) / max(1, total - settings.warmup_updates)
+        factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        return settings.learning_rate * factor[settings.schedule]
+
+    def _load(self, weights: list[Tensor]) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, weights)
+
+
+def main() -> None:
+    config: RunConfig = load_config(sys.argv[1], sys.argv[2:])
+    run = SingleProcess(config)
+    print(json.dumps({"iteration": 0} | run.evaluate()), flush=True)
+    for iteration in range(1, config.iterations + 1):
+        record: dict[str, float] = {"iteration": iteration} | run.iterate()
+        if iteration % config.evaluation.every == 0 or iteration == config.iterations:
+            record |= run.evaluate()
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()

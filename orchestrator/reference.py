@@ -1,0 +1,134 @@
+"""Reference pages made from the declarations: every field of a recipe, every metric.
+
+``python -m orchestrator.reference`` writes ``docs/configuration.md`` and ``docs/metrics.md``; a test keeps them true.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a recipe, as a user sees it."""
+
+    path: str
+    kind: str
+    default: str
+    description: str
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[Field]:
+    """All fields of a configuration tree, depth first; entries of lists are shown as ``name[]``."""
+    for name, info in model.model_fields.items():
+        path = f"{prefix}{name}"
+        nested, is_list, optional = _nested(info.annotation)
+        if nested is None:
+            default = "required" if info.default is PydanticUndefined and info.default_factory is None else ""
+            if not default:
+                value = info.get_default(call_default_factory=True, validated_data={})
+                default = json.dumps(value, default=str)
+            yield Field(path, _kind(info.annotation), default, " ".join((info.description or "").split()))
+            continue
+        if optional or is_list:
+            default = "required" if info.is_required() else json.dumps(info.default, default=str)
+            yield Field(path, "list" if is_list else "section", default, " ".join((info.description or "").split()))
+        yield from fields(nested, f"{path}{'[]' if is_list else ''}.")
+
+
+def _nested(annotation: Any) -> tuple[type[BaseModel] | None, bool, bool]:
+    """The model inside an annotation, whether it is in a list, and whether it may be null."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False, False
+    arguments = get_args(annotation)
+    is_list, optional = get_origin(annotation) is list, NoneType in arguments
+    for argument in arguments:
+        nested, inner_list, _ = _nested(argument)
+        if nested is not None:
+            return nested, is_list or inner_list, optional
+    return None, False, False
+
+
+def _kind(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin in (Union, UnionType):
+        return " or ".join(_kind(a) for a in arguments)
+    if annotation is NoneType:
+        return "null"
+    if origin is not None and hasattr(annotation, "__metadata__"):
+        return _kind(arguments[0])
+    if origin in (list, tuple):
+        return f"[{', '.join(_kind(a) for a in arguments)}]"
+    if origin is dict:
+        return "mapping"
+    names = {str: "text", float: "number", int: "integer", bool: "true or false", Path: "path"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def configuration_page() -> str:
+    """``docs/configuration.md``."""
+    from core.config import PrmConfig, RunConfig
+
+    parts = [
+        "# Configuration",
+        "",
+        "Made from `core/config/tree.py` by `python -m orchestrator.reference`; do not edit.",
+        "",
+        "A recipe is a YAML file with these fields. `extends: other.yaml` builds on another recipe, and every field",
+        "can be set on the command line: `euphonium train RECIPE pools.rollout.num_actors=4 optimizer.learning_rate=1e-5`.",
+        "Entries of lists go by number: `rewards.outcome.0.weight=2`.",
+    ]
+    for title, model in (("`euphonium train`", RunConfig), ("`euphonium train-prm`", PrmConfig)):
+        parts += ["", f"## {title}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
+        parts += [
+            f"| `{f.path}` | {f.kind} | {'required' if f.default == 'required' else f'`{f.default}`'} "
+            f"| {f.description.replace('|', chr(92) + '|')} |"
+            for f in fields(model)
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def metrics_page() -> str:
+    """``docs/metrics.md``."""
+    from orchestrator.metrics import METRICS, PREFIX
+
+    parts = [
+        "# Metrics",
+        "",
+        "Made from `orchestrator/metrics.py` by `python -m orchestrator.reference`; do not edit.",
+        "",
+        "Every iteration is one object in `runs/<name>/metrics.jsonl`, one step in TensorBoard (`runs/<name>/events`),",
+        "and one set of values at the orchestrator's Prometheus endpoint, whose address a run prints when it starts.",
+        "The same gauges appear among Ray's own metrics with the prefix `ray_`. Iteration 0 is the evaluation before",
+        "training.",
+        "",
+        "| key | Prometheus | meaning |",
+        "|---|---|---|",
+    ]
+    parts += [f"| `{m.key}` | `{PREFIX}{m.name}` | {m.help.replace('|', chr(92) + '|')} |" for m in METRICS]
+    return "\n".join(parts) + "\n"
+
+
+PAGES = {"configuration.md": configuration_page, "metrics.md": metrics_page}
+
+
+def main() -> None:
+    """Writes the pages."""
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
