@@ -87,7 +87,7 @@ def configuration_page() -> str:
         "Made from `core/config/tree.py` by `python -m orchestrator.reference`; do not edit.",
         "",
         "A recipe is a YAML file with these fields. `extends: other.yaml` builds on another recipe, and every field",
-        "can be set on the command line: `euphonium train RECIPE pools.rollout.num_actors=4 optimizer.learning_rate=1e-5`.",
+        "can be set on the command line: `euphonium train RECIPE pools.rollout.num_actors=4 rollout.group_size=8`.",
         "Entries of lists go by number: `rewards.outcome.0.weight=2`.",
     ]
     for title, model in (("`euphonium train`", RunConfig), ("`euphonium train-prm`", PrmConfig)):

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 SHIFT = 3.0
 BATCH = 32
 POOL = 16_384
-PEAK_LEARNING_RATE = 1e-3
+# Constant, so that a snapshot is what a shorter training would have ended with.
+LEARNING_RATE = 7e-4
 WARMUP = 200
 EMA_DECAY = 0.999
 # Share of samples trained without a caption, so that classifier-free guidance is possible.
@@ -131,11 +132,11 @@ def train_generator(pipeline: Any, steps: int, seed: int = 0, snapshots: Path | 
     averaged = {name: copy.deepcopy(module).requires_grad_(False) for name, module in parts.items()}
     parameters = [p for module in parts.values() for p in module.parameters()]
     averages = [p for module in averaged.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     started, running = time.monotonic(), 0.0
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LEARNING_RATE * min(1.0, (step + 1) / WARMUP, 2 * (1 - step / steps))
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP)
         batch = torch.randint(POOL, (BATCH,), generator=generator)
         captions = drawn[batch].masked_fill(torch.rand(BATCH, generator=generator) < UNCONDITIONAL, len(scenes))
         clean = latents[batch]
@@ -175,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder of the pipeline (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/embedded-generator"), help="intermediate results")
-    parser.add_argument("--vae-steps", type=int, default=20_000)
+    parser.add_argument("--vae-steps", type=int, default=10_600)
     parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
