@@ -1,9 +1,10 @@
-"""Group-relative advantages from process and outcome rewards (Euphonium, Eq. 16)."""
+"""Group-relative advantages from process and outcome rewards (Euphonium, Eq. 16; DanceGRPO, Algorithm 1)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,50 @@ from torch import Tensor
 # Rewards of equal samples (say, at the first step of a group that shares its noise) differ by rounding alone.
 # Dividing that by its own spread would make full-size advantages out of nothing.
 RELATIVE_SPREAD = 1e-5
+PROCESS = "process"
+
+
+@dataclass(frozen=True)
+class GroupRewards:
+    """Rewards of one group.
+
+    Attributes:
+        outcome: per reward, ``[group]``.
+        process: process reward that every action is credited with, ``[group, num_steps]``, or None.
+    """
+
+    outcome: Mapping[str, Tensor]
+    process: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageRule:
+    """How rewards become advantages.
+
+    Attributes:
+        weights: weight of every outcome reward.
+        process_weight: weight of the process reward.
+        scope: ``group`` divides by the spread within the group, ``global`` by that over all groups of the iteration
+            (Flow-GRPO's code); the mean is the group's in both.
+        ddof: delta degrees of freedom of the standard deviation.
+        eps: added to the standard deviation.
+        clip: bound of the absolute value.
+        combine: ``advantages`` adds the weighted advantages into one; ``losses`` keeps one a reward, each clipped on
+            its own, for a loss of its own (Euphonium's released script).
+        thresholds: outcome rewards that are replaced by 1 above the threshold and 0 elsewhere.
+        best_of: train only on this many samples with the highest and as many with the lowest outcome advantage of
+            each group; None trains on all.
+    """
+
+    weights: Mapping[str, float]
+    process_weight: float = 0.0
+    scope: Literal["group", "global"] = "group"
+    ddof: int = 1
+    eps: float = 1e-8
+    clip: float = 5.0
+    combine: Literal["advantages", "losses"] = "advantages"
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    best_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -18,75 +63,105 @@ class Advantages:
     """Advantages of one group.
 
     Attributes:
-        values: float32 ``[group, steps]``.
+        values: float32 ``[components, group, num_steps]``; one component, or one a reward.
+        samples: samples to train on, ascending.
         flat: names of the outcome rewards without spread in this group.
     """
 
     values: Tensor
+    samples: tuple[int, ...]
     flat: frozenset[str]
 
 
-def normalise(rewards: Tensor, *, ddof: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Centres and scales rewards over their first dimension.
+def normalise(
+    rewards: Tensor, *, ddof: int, eps: float, spread_of: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Centres rewards over their first dimension and divides them by their spread.
 
     Args:
         rewards: ``[group, ...]``.
         ddof: delta degrees of freedom of the standard deviation, 0 or 1.
         eps: added to the standard deviation.
+        spread_of: rewards ``[samples, ...]`` whose spread is taken instead of the group's own.
 
     Returns:
-        ``(normalised, has_spread)``: float32 like ``rewards``, zero where there is no spread; bool ``[...]``.
+        ``(normalised, has_spread)``: float32 like ``rewards``, zero where the group has no spread; bool ``[...]``.
     """
     values = rewards.double()
     mean = values.mean(dim=0)
-    std = values.std(dim=0, correction=ddof)
-    has_spread = std > eps + RELATIVE_SPREAD * mean.abs()
+    own = values.std(dim=0, correction=ddof)
+    std = own if spread_of is None else spread_of.double().std(dim=0, correction=ddof)
+    has_spread = own > eps + RELATIVE_SPREAD * mean.abs()
     return torch.where(has_spread, (values - mean) / (std + eps), 0.0).float(), has_spread
 
 
-def group_advantages(
-    outcome: Mapping[str, Tensor],
-    weights: Mapping[str, float],
-    process: Tensor | None,
-    process_weight: float,
-    *,
-    num_steps: int,
-    ddof: int = 1,
-    eps: float = 1e-8,
-    clip: float = 5.0,
-) -> Advantages:
-    """``A_ik = w_p norm_k(r_p(x_ik)) + sum_m w_m norm(r_m(x_i))``, clipped.
+def group_advantages(groups: Sequence[GroupRewards], rule: AdvantageRule) -> list[Advantages]:
+    """``A_ik = w_p norm_k(r_p(x_ik)) + sum_m w_m norm(r_m(x_i))``, clipped, for every group of an iteration.
 
-    Every reward is normalised on its own over the group before it is weighted and added.
+    Every reward is normalised on its own before it is weighted and added.
 
     Args:
-        outcome: per reward, ``[group]``.
-        weights: weight of every outcome reward.
-        process: ``[group, num_steps]`` process rewards of the states that the actions leave, or None.
-        process_weight: weight of the process advantage.
-        num_steps: number of sampling steps.
-        ddof: see :func:`normalise`.
-        eps: see :func:`normalise`.
-        clip: absolute bound of the sum.
+        groups: rewards of all groups of the iteration.
+        rule: how to combine them.
+
+    Returns:
+        One result a group.
 
     Raises:
-        ValueError: a reward that is not finite, which must never become an advantage.
+        ValueError: a reward that is not finite, which must never become an advantage; or no reward with a weight.
     """
-    total: Tensor | None = None
-    flat = set()
-    for name, rewards in outcome.items():
-        if not bool(torch.isfinite(rewards).all()):
-            raise ValueError(f"reward {name!r} is not finite: {rewards.tolist()}")
-        normalised, has_spread = normalise(rewards, ddof=ddof, eps=eps)
+    rewards = [_checked(group, rule) for group in groups]
+    live = [name for name, weight in rule.weights.items() if weight != 0]
+    with_process = rule.process_weight != 0 and rewards[0].process is not None
+    if not live and not with_process:
+        raise ValueError("advantages need at least one reward whose weight is not 0")
+    spread: dict[str, Tensor | None] = dict.fromkeys([*rule.weights, PROCESS])
+    if rule.scope == "global":
+        spread |= {name: torch.cat([group.outcome[name] for group in rewards]) for name in rule.weights}
+        if with_process:
+            spread[PROCESS] = torch.cat([group.process for group in rewards if group.process is not None])
+    return [_one_group(group, rule, live, with_process, spread) for group in rewards]
+
+
+def _one_group(
+    group: GroupRewards,
+    rule: AdvantageRule,
+    live: Sequence[str],
+    with_process: bool,
+    spread: Mapping[str, Tensor | None],
+) -> Advantages:
+    def normalised(name: str, values: Tensor) -> tuple[Tensor, Tensor]:
+        return normalise(values, ddof=rule.ddof, eps=rule.eps, spread_of=spread[name])
+
+    outcome, flat = {}, set()
+    for name in rule.weights:
+        outcome[name], has_spread = normalised(name, group.outcome[name])
         if not bool(has_spread):
             flat.add(name)
-        part = weights[name] * normalised[:, None].expand(-1, num_steps)
-        total = part if total is None else total + part
-    if process is not None and process_weight != 0:
-        if not bool(torch.isfinite(process).all()):
-            raise ValueError("process rewards are not finite")
-        part = process_weight * normalise(process, ddof=ddof, eps=eps)[0]
-        total = part if total is None else total + part
-    if total is None:
-        raise ValueError("advantages need at least one reward")
-    return Advantages(total.clamp(-clip, clip), frozenset(flat))
+    parts = [rule.weights[name] * outcome[name][:, None] for name in live]
+    if with_process and group.process is not None:
+        process = rule.process_weight * normalised(PROCESS, group.process)[0]
+        parts = [part.expand_as(process) for part in parts] + [process]
+    stacked = torch.stack(parts)
+    if rule.combine == "advantages":
+        stacked = stacked.sum(dim=0, keepdim=True)
+    size = stacked.shape[1]
+    samples = tuple(range(size))
+    if rule.best_of is not None and 2 * rule.best_of < size:
+        total = torch.stack([rule.weights[name] * outcome[name] for name in outcome]).sum(dim=0)
+        order = torch.argsort(total, stable=True).tolist()
+        samples = tuple(sorted(order[: rule.best_of] + order[-rule.best_of :]))
+    return Advantages(stacked.clamp(-rule.clip, rule.clip), samples, frozenset(flat))
+
+
+def _checked(group: GroupRewards, rule: AdvantageRule) -> GroupRewards:
+    """The group with thresholds applied, once every number in it has been found finite."""
+    outcome = {}
+    for name in rule.weights:
+        values = group.outcome[name]
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"reward {name!r} is not finite: {values.tolist()}")
+        outcome[name] = (values > rule.thresholds[name]).float() if name in rule.thresholds else values
+    if group.process is not None and not bool(torch.isfinite(group.process).all()):
+        raise ValueError("process rewards are not finite")
+    return GroupRewards(outcome, group.process)

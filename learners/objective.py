@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.config.tree import ObjectiveConfig
+from core.config import ObjectiveConfig
 from dynamics import StepTable
 from models.generators.base import Conditioning
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from core.config.tree import PrmOptimizerConfig
+from core.config import PrmOptimizerConfig
 from models.generators.base import Conditioning
 from models.rewards.prm import ProcessRewardModel
 

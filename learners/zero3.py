@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from core.config.tree import LearnerPoolConfig, OptimizerConfig
+from core.config import LearnerPoolConfig, OptimizerConfig
 from core.weights import split_into_buckets
 from models.generators.base import GeneratorFamily
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from core.config.tree import PoolConfig
+from core.config import PoolConfig
 from core.deadlines import describe
 from core.errors import ResourcesError, TrainingError
 

@@ -11,7 +11,7 @@ import torch
 
 from core.arrays import as_tensor
 from core.config import RunConfig
-from core.config.tree import OutcomeRewardConfig
+from core.config import OutcomeRewardConfig
 from core.errors import RewardError
 from core.records import Array
 from models.generators.base import GeneratorFamily, open_generator

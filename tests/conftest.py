@@ -37,7 +37,7 @@ def tiny_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_prm(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained process reward model of that generator."""
-    from core.config.tree import ModelConfig
+    from core.config import ModelConfig
     from models.generators.base import open_generator
     from models.rewards.prm import ProcessRewardModel
 

@@ -1,6 +1,59 @@
 """The configuration: one tree of models (the only place with defaults), read from YAML recipes and overrides."""
 
+from core.config.base import Node
 from core.config.loading import dump_config, load_config
-from core.config.tree import PrmConfig, RunConfig
+from core.config.pools import LearnerPoolConfig, PoolConfig, PoolsConfig
+from core.config.prm import PairsConfig, PrmConfig, PrmOptimizerConfig
+from core.config.rewards import AdvantageConfig, OutcomeRewardConfig, ProcessRewardConfig, RewardsConfig
+from core.config.sampling import (
+    EvaluationConfig,
+    GuidanceConfig,
+    LoraConfig,
+    ModelConfig,
+    MovingWindowConfig,
+    PromptsConfig,
+    RolloutConfig,
+    SamplerConfig,
+    SpsaConfig,
+)
+from core.config.training import (
+    CheckpointConfig,
+    KlConfig,
+    KlControllerConfig,
+    MetricsConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+)
+from core.config.tree import RunConfig
 
-__all__ = ["PrmConfig", "RunConfig", "dump_config", "load_config"]
+__all__ = [
+    "AdvantageConfig",
+    "CheckpointConfig",
+    "EvaluationConfig",
+    "GuidanceConfig",
+    "KlConfig",
+    "KlControllerConfig",
+    "LearnerPoolConfig",
+    "LoraConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "MovingWindowConfig",
+    "Node",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "OutcomeRewardConfig",
+    "PairsConfig",
+    "PoolConfig",
+    "PoolsConfig",
+    "PrmConfig",
+    "PrmOptimizerConfig",
+    "ProcessRewardConfig",
+    "PromptsConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SamplerConfig",
+    "SpsaConfig",
+    "dump_config",
+    "load_config",
+]

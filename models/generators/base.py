@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from core.config.tree import ModelConfig
+from core.config import ModelConfig
 from core.errors import ConfigError
 
 # Batch-first tensors that a transformer takes besides state and time; the names are its keyword arguments.

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from core.config.tree import ModelConfig
+from core.config import ModelConfig
 from core.errors import ConfigError
 from models.generators.base import Conditioning, GeneratorFamily, open_generator
 

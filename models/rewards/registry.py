@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 
-from core.config.tree import OutcomeRewardConfig
+from core.config import OutcomeRewardConfig
 from core.errors import ConfigError
 from models.rewards.base import OutcomeReward
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.config import RunConfig, dump_config, load_config
+from core.config import PrmConfig, RunConfig, dump_config, load_config
 from core.errors import ConfigError
 
 MINIMAL = """\
@@ -160,5 +160,6 @@ def test_every_field_is_described() -> None:
 
 @pytest.mark.parametrize("path", sorted(Path("recipes").rglob("*.yaml")), ids=str)
 def test_every_shipped_recipe_loads(path: Path) -> None:
-    config = load_config(path)
+    kind = PrmConfig if "target:" in path.read_text() else RunConfig
+    config = load_config(path, [], kind)
     assert yaml.safe_load(dump_config(config))["name"] == config.name

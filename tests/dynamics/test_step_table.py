@@ -234,3 +234,103 @@ def test_fingerprint_tells_samplers_apart() -> None:
     ]
     assert len({table.fingerprint() for table in tables}) == len(tables)
     assert tables[0].fingerprint() == StepTable.build("dance", sigmas, eta=0.3).fingerprint()
+
+
+def ddim_schedule(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    alphas = scheduler.alphas_cumprod.double()
+    previous = scheduler.timesteps - scheduler.config.num_train_timesteps // steps
+    path = torch.cat([alphas[scheduler.timesteps], alphas[previous[-1:].clamp(min=0)]])
+    return path, scheduler.timesteps.double() / 1000
+
+
+@pytest.mark.parametrize("eta", [None, 0.3, 1.0])
+def test_ddim_equals_the_diffusers_scheduler(eta: float | None) -> None:
+    from diffusers import DDIMScheduler
+
+    steps = 12
+    alphas, times = ddim_schedule(steps)
+    table = StepTable.build_ddim(alphas, times, eta=eta)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(0)
+    for k, t in enumerate(scheduler.timesteps):
+        x, eps, z = torch.randn(3, 2, 4, 8, 8, generator=generator).unbind(0)
+        expected = scheduler.step(eps, t, x, eta=eta or 0.0, variance_noise=z).prev_sample
+        torch.testing.assert_close(table.sample(k, table.mean(k, x, eps), z), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_ddim_without_noise_is_dancegrpos_equation_7() -> None:
+    """``z_s / alpha_s = z_t / alpha_t + eps (sigma_s / alpha_s - sigma_t / alpha_t)``."""
+    alphas, times = ddim_schedule(10)
+    table = StepTable.build_ddim(alphas, times)
+    x, eps = torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(0)).unbind(0)
+    signal, noise = alphas.sqrt(), (1 - alphas).sqrt()
+    for k in range(10):
+        ratio = noise / signal
+        expected = signal[k + 1] * (x / signal[k] + eps * (ratio[k + 1] - ratio[k]))
+        torch.testing.assert_close(table.mean(k, x, eps), expected.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("law", STOCHASTIC)
+def test_equaliser_makes_all_gradients_equally_long(law: str) -> None:
+    table = StepTable.build(law, shifted_sigmas(20, 5.0), eta=0.5, sde_window=(1, 19))
+    norms = table.coef_v.abs() / table.std
+    product = (table.equaliser() * norms)[1:19]
+    torch.testing.assert_close(product, product[:1].expand(18))
+    torch.testing.assert_close(product[0], norms[1:19].median())
+    assert float(table.equaliser()[0]) == float(table.equaliser()[19]) == 1
+
+
+def test_kl_is_that_of_two_gaussians() -> None:
+    table = StepTable.build("sage", shifted_sigmas(10, 3.0), eta=0.5)
+    a, b = torch.randn(2, 4, 3, 2, generator=torch.Generator().manual_seed(0)).unbind(0)
+    steps = torch.tensor([1, 4, 4, 8])
+    std = table.std[steps].float().view(-1, 1, 1).expand(4, 3, 2)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(a, std), normal(b, std)).flatten(1).mean(1)
+    torch.testing.assert_close(table.kl(steps, a, b), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_guidance_window_in_time_is_a_range_of_one_minus_sigma() -> None:
+    sigmas = shifted_sigmas(8, 1.0)
+    table = StepTable.build("dance", sigmas, eta=0.3, guidance=Guidance(scale=1.0, time_window=(0.5, 1.0)))
+    assert table.guided_steps == [4, 5, 6, 7]
+    with pytest.raises(StepTableError, match="no step begins"):
+        StepTable.build("dance", sigmas, eta=0.3, guidance=Guidance(scale=1.0, time_window=(0.9, 1.0)))
+    with pytest.raises(StepTableError, match="not both"):
+        Guidance(scale=1.0, window=(0, 1), time_window=(0.5, 1.0))
+
+
+@pytest.mark.parametrize("law", ["dance", "flow_grpo", "sage"])
+def test_laws_keep_the_marginals_of_a_gaussian_flow(law: str) -> None:
+    """Data ~ N(m, s^2): the velocity is known, so each law's samples must have that mean and variance at the end."""
+    m, s, steps = 1.5, 0.6, 400
+    sigmas = shifted_sigmas(steps, 1.0)
+    sigmas[0] = 0.999  # at 1 the velocity's score part has no weight; start a hair inside, where it is exact
+    eta = 0.5
+    table = StepTable.build(law, sigmas, eta=eta, sde_window=(1, steps - 1))
+    generator = torch.Generator().manual_seed(0)
+    count = 40_000
+    start = float(sigmas[0])
+    x = (1 - start) * (m + s * torch.randn(count, 1, generator=generator)) + start * torch.randn(
+        count, 1, generator=generator
+    )
+    for k in range(steps):
+        sigma = float(table.sigmas[k])
+        variance = ((1 - sigma) * s) ** 2 + sigma**2
+        centred = x - (1 - sigma) * m
+        # E[eps - x0 | x] of the Gaussian pair (x0, eps).
+        v = (sigma - (1 - sigma) * s**2) / variance * centred - m
+        x = table.sample(k, table.mean(k, x, v), torch.randn(count, 1, generator=generator))
+    assert float(x.mean()) == pytest.approx(m, abs=0.02)
+    assert float(x.std()) == pytest.approx(s, rel=0.03)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.config.tree import ObjectiveConfig
+from core.config import ObjectiveConfig
 from dynamics import Guidance, StepTable, shifted_sigmas
 from learners.objective import Transitions, clipped_surrogate, evaluate_objective
 

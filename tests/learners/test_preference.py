@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from core.config import RunConfig
-from core.config.tree import PrmOptimizerConfig
+from core.config import PrmOptimizerConfig
 from learners.preference import RankedSamples, accuracy_by_noise, bradley_terry, paired_rewards, train_preference
 from models.generators.base import open_generator
 from models.rewards.prm import ProcessRewardModel

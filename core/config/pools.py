@@ -1,0 +1,70 @@
+"""Sizes of the pools of actors."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from core.config.base import Node, NonNegativeFloat, NonNegativeInt
+
+
+class PoolConfig(Node):
+    """Size of a pool of actors and what each of them takes."""
+
+    num_actors: PositiveInt = 1
+    """Actors in the pool."""
+    num_cpus: NonNegativeFloat = 1.0
+    """CPUs an actor reserves."""
+    num_gpus: NonNegativeFloat = 0.0
+    """GPUs an actor reserves; may be a fraction."""
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Custom Ray resources an actor reserves, for example ``{rollout: 1}``."""
+    threads: PositiveInt = 1
+    """CPU threads of the actor's tensor operations."""
+    max_restarts: NonNegativeInt = 2
+    """How often Ray may restart a dead actor."""
+
+
+class LearnerPoolConfig(Node):
+    """Size of the learner group and what each worker takes."""
+
+    num_workers: PositiveInt = 1
+    """ZeRO-3 ranks."""
+    num_cpus: NonNegativeFloat = 1.0
+    """CPUs a worker reserves."""
+    num_gpus: NonNegativeFloat = 0.0
+    """GPUs a worker reserves (0 or 1)."""
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Custom Ray resources a worker reserves, for example ``{learner: 1}``."""
+    threads: PositiveInt = 1
+    """CPU threads of a worker's tensor operations."""
+    max_failures: NonNegativeInt = 2
+    """How often the group may be restarted from the latest checkpoint."""
+    start_timeout_s: PositiveFloat = 300.0
+    """Longest wait for the group to start."""
+    update_timeout_s: PositiveFloat = 1800.0
+    """Longest time that the updates of one iteration may take."""
+    rows_per_micro_batch: PositiveInt = 16
+    """Transitions (sample, step) in one forward and backward pass."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    persistence_threshold: NonNegativeInt = 10_000
+    """ZeRO-3 keeps parameters of fewer elements whole on every rank."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in host memory."""
+    weight_bucket_mb: PositiveFloat = 256.0
+    """Size of the pieces in which weights are gathered and published."""
+
+
+class PoolsConfig(Node):
+    """The pools; their sizes are independent of each other."""
+
+    rollout: PoolConfig = PoolConfig()
+    """Rollout actors, on generator GPUs."""
+    prm: PoolConfig = PoolConfig()
+    """Process-reward servers, which answer with reward and gradient."""
+    orm: PoolConfig = PoolConfig()
+    """Outcome-reward servers, which decode latents and score the videos."""
+    learner: LearnerPoolConfig = LearnerPoolConfig()
+    """The ZeRO-3 learner group."""
+    start_timeout_s: PositiveFloat = 300.0
+    """Longest wait for all actors to be ready."""

@@ -1,0 +1,79 @@
+"""Rewards, and how they become advantages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from core.config.base import Node
+
+
+class OutcomeRewardConfig(Node):
+    """One outcome reward of finished samples."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    """Name in metrics and logs."""
+    type: str
+    """Short name of a built-in reward (docs/rewards.md), or ``package.module:Class`` of your own."""
+    weight: float = 1.0
+    """Weight of its normalised advantage; 0 reports it without training on it."""
+    threshold: float | None = None
+    """Train on 1 above this value and 0 elsewhere, instead of on the value (binary rewards)."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the reward's constructor."""
+
+
+class ProcessRewardConfig(Node):
+    """The process reward model, which scores noisy states."""
+
+    path: str
+    """Folder of a trained process reward model."""
+    weight: float = 1.0
+    """Weight of the process advantage; 0 keeps the gradient guidance alone."""
+    steps: Literal["all", "guided"] = "all"
+    """Steps with a process reward: every one, or those of the guidance window (Euphonium's released script)."""
+    credit: Literal["state", "next_state"] = "state"
+    """Whether action k is credited with the reward of the state it leaves (papers) or of the one it leads to."""
+
+
+class RewardsConfig(Node):
+    """All rewards of a run, and what happens when one fails."""
+
+    outcome: Annotated[list[OutcomeRewardConfig], Field(min_length=1)]
+    """Outcome rewards; each is normalised on its own over its group, then weighted and added."""
+    process: ProcessRewardConfig | None = None
+    """Process reward model; needed for guidance by it and for process advantages."""
+    deadline_s: PositiveFloat = 60.0
+    """Longest wait for one answer of a reward server."""
+    attempts: PositiveInt = 3
+    """How often a request is tried before its group is dropped."""
+    max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Share of an iteration's groups that may be dropped before the run stops with an error."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [reward.name for reward in self.outcome]
+        for name in names:
+            if names.count(name) > 1 or name in ("total", "process"):
+                raise ValueError(f"outcome reward name {name!r} is taken; names must differ from each other")
+        return self
+
+
+class AdvantageConfig(Node):
+    """Normalisation of rewards into advantages (Euphonium, Eq. 16)."""
+
+    mode: Literal["both", "process", "outcome"] = "both"
+    """Rewards that enter the advantage; the others are only reported."""
+    scope: Literal["group", "global"] = "group"
+    """Divide by the spread within the group, or over all groups of the iteration (Flow-GRPO's code)."""
+    ddof: Literal[0, 1] = 1
+    """Delta degrees of freedom of the standard deviation."""
+    eps: PositiveFloat = 1e-8
+    """Added to the standard deviation; a group whose spread does not exceed it gets advantage 0."""
+    clip: PositiveFloat = 5.0
+    """Advantages are clipped to this absolute value."""
+    combine: Literal["advantages", "losses"] = "advantages"
+    """Add the rewards' advantages (paper), or clip and add a loss for each (Euphonium's released script)."""
+    best_of: PositiveInt | None = None
+    """Train on this many best and as many worst samples of each group (DanceGRPO's best-of-N); None trains on all."""
