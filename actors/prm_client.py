@@ -13,6 +13,7 @@ from torch import Tensor
 from core.arrays import as_tensor
 from core.deadlines import describe, remote_error
 from core.errors import RewardError
+from dynamics import StepTable
 from models.generators.base import Conditioning
 
 
@@ -24,21 +25,29 @@ class PrmClient:
     """
 
     def __init__(
-        self, servers: Sequence[Any], conditioning: Conditioning, *, deadline_s: float, attempts: int, offset: int = 0
+        self,
+        servers: Sequence[Any],
+        conditioning: Conditioning,
+        table: StepTable,
+        *,
+        deadline_s: float,
+        attempts: int,
+        offset: int = 0,
     ) -> None:
         import ray
 
         self._servers = itertools.cycle([*servers[offset % len(servers) :], *servers[: offset % len(servers)]])
         # Put once a group: the servers of this node then read it from shared memory at every step.
         self._conditioning = ray.put({name: t.cpu().float().numpy() for name, t in conditioning.items()})
+        self._table = table
         self._deadline_s = deadline_s
         self._attempts = attempts
 
-    def submit(self, x: Tensor, sigma: float, *, with_gradient: bool) -> _Answer:
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> _Answer:
         """See :class:`actors.sampler.ProcessRewardSource`."""
         import ray
 
-        state = ray.put(x.cpu().float().numpy())
+        state, sigma = ray.put(x.cpu().float().numpy()), float(self._table.sigmas[k])
 
         def send() -> Any:
             server = next(self._servers)

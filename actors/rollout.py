@@ -7,7 +7,7 @@ run one after another, so weights change between trajectories only, and every tr
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,17 +16,30 @@ import torch
 from torch import Tensor
 
 from actors.prm_client import PrmClient
-from actors.sampler import ProcessRewardSource, initial_noise, sample_group, sample_ode, select_steps
-from core.config import RunConfig
+from actors.sampler import (
+    ProcessRewardSource,
+    Velocity,
+    initial_noise,
+    sample_deterministic,
+    sample_group,
+    select_steps,
+)
+from actors.spsa import Score, SpsaSource
+from core.arrays import as_tensor
+from core.config import GuidanceConfig, RunConfig
 from core.deadlines import get
-from core.errors import TrainingError
+from core.errors import RewardError, TrainingError
 from core.records import Array, GroupInfo, GroupPayload, GroupTask
 from core.weights import WeightManifest, load_buckets
-from dynamics import shifted_sigmas
+from dynamics import StepTable
 from models.generators.base import Conditioning, expand, open_generator
+from models.generators.lora import adapter_parameters, add_adapter
 
 # Samples in one forward pass of an evaluation.
 EVALUATION_BATCH = 16
+
+# Makes the source of process rewards for a group: from its prompt's conditioning, its table and its velocity.
+SourceFactory = Callable[[Conditioning, StepTable, Velocity], ProcessRewardSource]
 
 
 class RolloutWorker:
@@ -36,49 +49,68 @@ class RolloutWorker:
         self.config = config
         self.device = device
         self.family = open_generator(config.model)
-        self.transformer = self.family.load_transformer(device).requires_grad_(False)
-        encoder = self.family.load_prompt_encoder(device)
+        self.transformer = self.family.load_transformer(device)
+        if config.model.lora is not None:
+            add_adapter(self.transformer, config.model.lora)
+            self.published = dict(adapter_parameters(self.transformer))
+        else:
+            self.published = dict(self.transformer.named_parameters())
+        self.transformer.requires_grad_(False)
+        encoder = self.family.prompt_encoder(device)
         self._encode = lru_cache(maxsize=4096)(lambda prompt: encode_one(encoder, prompt))
-        self.table = config.sampler.table()
+        self._tables = lru_cache(maxsize=8)(lambda iteration: self.family.step_table(config.sampler, iteration))
         self.policy_version = 0
 
     def load_weights(self, manifest: WeightManifest, buckets: Sequence[Any]) -> None:
         """Takes over published weights and their version."""
-        load_buckets(manifest, buckets, dict(self.transformer.named_parameters()))
+        load_buckets(manifest, buckets, self.published)
         self.policy_version = manifest.version
 
     def conditioning(self, prompt: str) -> Conditioning:
-        """Text conditioning of one prompt, with a leading dimension of 1; encoded once."""
+        """Conditioning of one prompt, with a leading dimension of 1; encoded once."""
         encoded: Conditioning = self._encode(prompt)
         return encoded
 
-    def generate(
-        self, task: GroupTask, process_reward: ProcessRewardSource | None
-    ) -> tuple[GroupInfo, Array, GroupPayload]:
+    def table(self, iteration: int = 0) -> StepTable:
+        """The sampler of an iteration."""
+        built: StepTable = self._tables(iteration)
+        return built
+
+    def generate(self, task: GroupTask, make_source: SourceFactory | None) -> tuple[GroupInfo, Array, GroupPayload]:
         """Draws one group.
+
+        Args:
+            task: what to draw.
+            make_source: source of process rewards and guidance, if the recipe has any.
 
         Returns:
             What the orchestrator needs to know, the final latents ``[group, *latent]`` for the outcome rewards, and
             the trained transitions for the learner.
+
+        Raises:
+            TrainingError: samples that are not finite.
         """
         began = time.perf_counter()
-        config = self.config
+        config, table = self.config, self.table(task.iteration)
         group_size = config.rollout.group_size
         conditioning = self.conditioning(task.prompt)
         start, noise = initial_noise(
             self.family.latent_shape, group_size, task.seed, shared=config.sampler.shared_noise, device=self.device
         )
-        process = config.rewards.process
-        standard = config.objective.kind == "standard"
+        velocity = self.velocity(conditioning)
+        scored = self._scored_states(table)
+        guidance = config.sampler.guidance
+        needs_source = bool(scored) or bool(table.guided_steps)
         trajectory = sample_group(
-            self.table,
-            self._velocity(conditioning, group_size),
+            table,
+            velocity,
             start,
             noise,
-            kept_steps=select_steps(self.table, group_size, config.objective.timestep_fraction, task.seed),
-            process_reward=process_reward,
-            score_all_steps=process is not None and process.weight != 0,
-            guided_mean_in_log_prob=standard,
+            kept_steps=select_steps(table, group_size, config.objective.timestep_fraction, task.seed),
+            process_reward=make_source(conditioning, table, velocity) if make_source and needs_source else None,
+            scored_states=scored,
+            normalise_gradient=guidance is not None and guidance.normalise,
+            guided_mean_in_log_prob=config.objective.kind == "standard",
         )
         if not bool(torch.isfinite(trajectory.final).all()):
             raise TrainingError(
@@ -93,41 +125,77 @@ class RolloutWorker:
             gradients=None if trajectory.gradients is None else trajectory.gradients.numpy(),
             conditioning={name: tensor.cpu().float().numpy() for name, tensor in conditioning.items()},
         )
-        rewards = trajectory.process_rewards
         info = GroupInfo(
             task=task,
             policy_version=self.policy_version,
-            fingerprint=self.table.fingerprint(),
-            process_rewards=None if rewards is None else rewards.numpy(),
+            fingerprint=table.fingerprint(),
+            transitions=payload.steps.shape[1],
+            process_rewards=self._credited(trajectory.process_rewards),
             seconds={**trajectory.seconds, "total": time.perf_counter() - began},
             payload_bytes=payload.nbytes,
         )
         return info, trajectory.final.cpu().numpy(), payload
 
-    def evaluate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Array:
-        """ODE samples, one a prompt and seed, without any reward model: latents ``[len(prompts), *latent]``."""
-        sigmas = shifted_sigmas(self.config.evaluation.num_steps, self.config.sampler.shift)
+    def evaluate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        make_source: SourceFactory | None = None,
+        guidance: GuidanceConfig | None = None,
+    ) -> Array:
+        """Deterministic samples, one a prompt and seed: latents ``[len(prompts), *latent]``.
+
+        Args:
+            prompts: texts.
+            seeds: of their noise.
+            make_source: source of guidance, for inference that keeps it.
+            guidance: keeps the process-reward gradient in the ODE (``Inference RGG``); None samples without any
+                reward model.
+        """
+        settings = self.config.evaluation
+        table = self.family.ode_table(settings.num_steps, self.config.sampler.shift, guidance)
         results = []
-        for begin in range(0, len(prompts), EVALUATION_BATCH):
-            part = slice(begin, begin + EVALUATION_BATCH)
+        # A source serves one prompt; without one, prompts share a batch.
+        size = EVALUATION_BATCH if guidance is None else 1
+        for begin in range(0, len(prompts), size):
+            part = slice(begin, begin + size)
             conditioning = stack_conditionings([self.conditioning(prompt) for prompt in prompts[part]])
             starts = [
                 initial_noise(self.family.latent_shape, 1, seed, shared=False, device=self.device)[0]
                 for seed in seeds[part]
             ]
-            start = torch.cat(starts)
-            results.append(sample_ode(sigmas, self._velocity(conditioning, len(start)), start).cpu())
+            velocity = self.velocity(conditioning)
+            source = make_source(conditioning, table, velocity) if make_source and guidance is not None else None
+            results.append(sample_deterministic(table, velocity, torch.cat(starts), source).cpu())
         return torch.cat(results).numpy()
 
-    def _velocity(self, conditioning: Conditioning, batch: int) -> Any:
-        expanded = expand(conditioning, batch)
+    def velocity(self, conditioning: Conditioning) -> Velocity:
+        """The policy's output for samples of one conditioning, or of as many as there are samples."""
 
         @torch.no_grad()
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            sigmas = torch.full((batch,), sigma, dtype=torch.float32, device=self.device)
-            return self.family.velocity(self.transformer, x, sigmas, expanded)
+        def velocity(x: Tensor, time: float) -> Tensor:
+            batch = x.shape[0]
+            times = torch.full((batch,), time, dtype=torch.float32, device=self.device)
+            return self.family.velocity(self.transformer, x, times, expand(conditioning, batch))
 
         return velocity
+
+    def _scored_states(self, table: StepTable) -> range | tuple[int, ...]:
+        """States whose process reward is wanted for the advantage, beyond those that guidance asks for."""
+        process = self.config.rewards.process
+        if process is None or process.weight == 0 or self.config.advantage.mode == "outcome":
+            return ()
+        offset = 1 if process.credit == "next_state" else 0
+        steps = table.guided_steps if process.steps == "guided" else range(table.num_steps)
+        return tuple(k + offset for k in steps)
+
+    def _credited(self, rewards: Tensor | None) -> Array | None:
+        """Of the rewards of all states, those that the actions are credited with, ``[group, num_steps]``."""
+        process = self.config.rewards.process
+        if rewards is None or process is None:
+            return None
+        credited = rewards[:, 1:] if process.credit == "next_state" else rewards[:, :-1]
+        return np.ascontiguousarray(credited.numpy())
 
 
 def encode_one(encoder: Any, prompt: str) -> Conditioning:
@@ -150,7 +218,9 @@ def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
 class RolloutActor:
     """A :class:`RolloutWorker` as a Ray actor; the orchestrator makes it with ``ray.remote``."""
 
-    def __init__(self, index: int, config: RunConfig, prm_servers: Sequence[str], store: str) -> None:
+    def __init__(
+        self, index: int, config: RunConfig, prm_servers: Sequence[str], orm_servers: Sequence[str], store: str
+    ) -> None:
         import ray
 
         torch.set_num_threads(config.pools.rollout.threads)
@@ -160,6 +230,7 @@ class RolloutActor:
         self.worker = RolloutWorker(config, device)
         # By name: a restarted actor finds the others again, which it could not by handles in its arguments.
         self.prm_servers = [ray.get_actor(name) for name in prm_servers]
+        self.orm_servers = [ray.get_actor(name) for name in orm_servers]
         self.store = ray.get_actor(store)
 
     def __repr__(self) -> str:
@@ -183,18 +254,55 @@ class RolloutActor:
 
     def generate(self, task: GroupTask) -> tuple[GroupInfo, Array, GroupPayload]:
         """See :meth:`RolloutWorker.generate`; called with ``num_returns=3``, so that the caller owns the arrays."""
-        client = None
-        if self.prm_servers:
-            rewards = self.config.rewards
-            client = PrmClient(
-                self.prm_servers,
-                self.worker.conditioning(task.prompt),
-                deadline_s=rewards.deadline_s,
-                attempts=rewards.attempts,
-                offset=self.index,
-            )
-        return self.worker.generate(task, client)
+        guidance = self.config.sampler.guidance
+        factory: SourceFactory | None = None
+        if guidance is not None and guidance.source == "spsa":
+            factory = self._spsa(task, guidance)
+        elif self.prm_servers:
+            factory = self._prm
+        return self.worker.generate(task, factory)
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Array:
         """See :meth:`RolloutWorker.evaluate`."""
-        return np.asarray(self.worker.evaluate(prompts, seeds))
+        return self.worker.evaluate(prompts, seeds)
+
+    def _prm(self, conditioning: Conditioning, table: StepTable, velocity: Velocity) -> PrmClient:
+        rewards = self.config.rewards
+        return PrmClient(
+            self.prm_servers,
+            conditioning,
+            table,
+            deadline_s=rewards.deadline_s,
+            attempts=rewards.attempts,
+            offset=self.index,
+        )
+
+    def _spsa(self, task: GroupTask, guidance: GuidanceConfig) -> SourceFactory:
+        weights = {reward.name: reward.weight for reward in self.config.rewards.outcome}
+        return lambda conditioning, table, velocity: SpsaSource(
+            table,
+            velocity,
+            self._outcome_score(task.prompt, weights),
+            perturbations=guidance.spsa.perturbations,
+            scale=guidance.spsa.scale,
+            seed=task.seed,
+        )
+
+    def _outcome_score(self, prompt: str, weights: dict[str, float]) -> Score:
+        server = self.orm_servers[self.index % len(self.orm_servers)]
+        timeout = self.config.rewards.deadline_s
+
+        def score(latents: Tensor) -> Callable[[], Tensor]:
+            pending = server.score.remote(latents.cpu().numpy(), [prompt] * len(latents))
+
+            def answer() -> Tensor:
+                try:
+                    scores, _ = get(pending, timeout, "outcome rewards of perturbed samples")
+                except TrainingError as error:
+                    raise RewardError(f"the orm pool did not answer: {error}") from error
+                total = sum(weights[name] * values.astype(np.float64) for name, values in scores.items())
+                return as_tensor(np.asarray(total, dtype=np.float32))
+
+            return answer
+
+        return score

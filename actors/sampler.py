@@ -8,7 +8,7 @@ been computed: with a server of its own, guidance costs next to nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,8 +32,11 @@ class Pending(Protocol):
 class ProcessRewardSource(Protocol):
     """Whoever scores states: a server, or a model in this process."""
 
-    def submit(self, x: Tensor, sigma: float, *, with_gradient: bool) -> Pending:
-        """Asks for the rewards of states ``[batch, *latent]`` at one noise fraction."""
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Pending:
+        """Asks for the rewards of states ``[batch, *latent]`` at the noise level of step k.
+
+        ``k = num_steps`` is the end of the walk, noise level ``sigmas[-1]``.
+        """
         ...
 
 
@@ -48,7 +51,8 @@ class Trajectory:
         steps: int64 ``[group, K]``.
         log_probs: float32 ``[group, K]``.
         gradients: like ``states``, or None.
-        process_rewards: float32 ``[group, num_steps]``, or None.
+        process_rewards: float32 ``[group, num_steps + 1]``, of every state of the walk; 0 where none was asked for.
+            None if none was asked for at all.
         seconds: time by part: ``velocity``, and ``process_reward`` for what was waited after the velocity was ready.
     """
 
@@ -97,19 +101,21 @@ def sample_group(
     *,
     kept_steps: Tensor,
     process_reward: ProcessRewardSource | None = None,
-    score_all_steps: bool = False,
+    scored_states: Collection[int] = (),
+    normalise_gradient: bool = False,
     guided_mean_in_log_prob: bool = False,
 ) -> Trajectory:
     """Walks a group from noise to data under the law and guidance of a table.
 
     Args:
         table: the sampler.
-        velocity: network output at a state and a noise fraction.
+        velocity: network output at a state and a time (:attr:`dynamics.StepTable.times`).
         start: float32 ``[group, *latent]``.
         noise: CPU generator of the transitions' noise.
         kept_steps: int64 ``[group, K]``, transitions to keep of every sample.
-        process_reward: source of process rewards; needed when the table is guided or ``score_all_steps``.
-        score_all_steps: ask for the process reward at every step, not only at guided ones.
+        process_reward: source of process rewards; needed when the table is guided or states are scored.
+        scored_states: states, 0 to ``num_steps``, whose process reward is wanted besides those of guided steps.
+        normalise_gradient: scale every sample's gradient to unit length.
         guided_mean_in_log_prob: score transitions under the mean with guidance (``objective: standard``), and keep
             the gradients that enter it; otherwise under the mean without (``distill``).
 
@@ -117,7 +123,8 @@ def sample_group(
         The trajectory; states are kept and scored in float32.
     """
     guided = set(table.guided_steps)
-    if (guided or score_all_steps) and process_reward is None:
+    wanted = guided | set(scored_states)
+    if wanted and process_reward is None:
         raise ValueError("a guided table or process rewards need a source of process rewards")
     x = start
     group, kept = kept_steps.shape
@@ -125,18 +132,17 @@ def sample_group(
     states, next_states = torch.empty(shape), torch.empty(shape)
     log_probs = torch.empty(group, kept)
     gradients = torch.zeros(shape) if guided_mean_in_log_prob and guided else None
-    answers: list[Pending | None] = []
+    answers: dict[int, Pending] = {}
     seconds = {"velocity": 0.0, "process_reward": 0.0}
     for k in range(table.num_steps):
-        sigma = float(table.sigmas[k])
-        pending = None
-        if process_reward is not None and (k in guided or score_all_steps):
-            pending = process_reward.submit(x, sigma, with_gradient=k in guided)
-        answers.append(pending)
+        if process_reward is not None and k in wanted:
+            answers[k] = process_reward.submit(k, x, with_gradient=k in guided)
         began = time.perf_counter()
-        v = velocity(x, sigma)
+        v = velocity(x, float(table.times[k]))
         ready = time.perf_counter()
-        gradient = pending.result()[1] if pending is not None and k in guided else None
+        gradient = answers[k].result()[1] if k in guided else None
+        if gradient is not None and normalise_gradient:
+            gradient = _unit_length(gradient)
         seconds["velocity"] += ready - began
         seconds["process_reward"] += time.perf_counter() - ready
 
@@ -155,10 +161,14 @@ def sample_group(
                 if gradients is not None and gradient is not None:
                     gradients[rows, columns] = gradient[rows].cpu()
         x = x_next
+    if process_reward is not None and table.num_steps in wanted:
+        answers[table.num_steps] = process_reward.submit(table.num_steps, x, with_gradient=False)
     rewards = None
-    if score_all_steps:
+    if wanted:
         began = time.perf_counter()
-        rewards = torch.stack([p.result()[0].cpu() for p in answers if p is not None], dim=1)
+        rewards = torch.zeros(group, table.num_steps + 1)
+        for k, answer in answers.items():
+            rewards[:, k] = answer.result()[0].cpu()
         seconds["process_reward"] += time.perf_counter() - began
     return Trajectory(
         final=x, states=states, next_states=next_states, steps=kept_steps, log_probs=log_probs,
@@ -167,10 +177,29 @@ def sample_group(
 
 
 @torch.no_grad()
-def sample_ode(sigmas: Tensor, velocity: Velocity, start: Tensor) -> Tensor:
-    """Deterministic samples by the probability-flow ODE: what evaluation and the exported model use."""
-    table = StepTable.build("ode", sigmas)
+def sample_deterministic(
+    table: StepTable, velocity: Velocity, start: Tensor, process_reward: ProcessRewardSource | None = None
+) -> Tensor:
+    """Samples of a table without noise: what evaluation and the exported model use.
+
+    Args:
+        table: of the law ``ode``; with guidance, samples keep the process-reward gradient (the paper's ``Inference
+            RGG``).
+        velocity: as for :func:`sample_group`.
+        start: float32 ``[batch, *latent]``.
+        process_reward: needed when the table is guided.
+    """
+    guided = set(table.guided_steps)
     x = start
     for k in range(table.num_steps):
-        x = table.mean(k, x, velocity(x, float(table.sigmas[k])))
+        pending = None
+        if process_reward is not None and k in guided:
+            pending = process_reward.submit(k, x, with_gradient=True)
+        v = velocity(x, float(table.times[k]))
+        x = table.mean(k, x, v, None if pending is None else pending.result()[1])
     return x
+
+
+def _unit_length(gradient: Tensor) -> Tensor:
+    norms = gradient.flatten(1).norm(dim=1).clamp(min=1e-8)
+    return gradient / norms.view(-1, *[1] * (gradient.dim() - 1))

@@ -14,16 +14,16 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from actors.rollout import RolloutWorker
+from actors.sampler import Velocity
 from core.config import RunConfig, load_config
-from dynamics import group_advantages
-from learners.batching import load_rows, plan_updates
+from dynamics import GroupRewards, StepTable, group_advantages
+from learners.batching import TrainedGroup, load_rows, plan_updates
 from learners.objective import evaluate_objective
 from models.rewards.prm import ProcessRewardModel
 from orchestrator.evaluation import evaluation_set
@@ -37,13 +37,14 @@ CPU = torch.device("cpu")
 class InProcessRewards:
     """The process reward model in this process, asked when the answer is needed."""
 
-    def __init__(self, model: ProcessRewardModel, conditioning: dict[str, Tensor]) -> None:
+    def __init__(self, model: ProcessRewardModel, conditioning: dict[str, Tensor], table: StepTable) -> None:
         self.model = model
         self.conditioning = conditioning
+        self.table = table
 
-    def submit(self, x: Tensor, sigma: float, *, with_gradient: bool) -> _Answer:
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> _Answer:
         """See :class:`actors.sampler.ProcessRewardSource`."""
-        sigmas = torch.full((len(x),), sigma)
+        sigmas = torch.full((len(x),), float(self.table.sigmas[k]))
         prompt = {name: t.expand(len(x), *t.shape[1:]) for name, t in self.conditioning.items()}
         if with_gradient:
             return _Answer(*self.model.reward_and_gradient(x, sigmas, prompt))
@@ -96,50 +97,63 @@ class SingleProcess:
 
     def iterate(self) -> dict[str, float]:
         """Draws, scores and trains on one iteration's groups."""
-        config, rewards = self.config, self.config.rewards
+        config = self.config
         began = time.perf_counter()
-        infos, payloads, scores, advantages = [], [], [], []
-        weights = {reward.name: reward.weight for reward in rewards.outcome}
+        infos, payloads, scores = [], [], []
+        iteration = self.groups // config.rollout.prompts_per_iteration
         for _ in range(config.rollout.prompts_per_iteration):
-            task = self.prompts.task(self.groups)
+            task = self.prompts.task(self.groups, iteration)
             self.groups += 1
-            source = InProcessRewards(self.prm, self.worker.conditioning(task.prompt)) if self.prm else None
-            info, latents, payload = self.worker.generate(task, source)
-            score = self.orm.score(latents, [task.prompt] * len(latents))
-            process = None if info.process_rewards is None else torch.tensor(info.process_rewards)
-            advantages.append(
-                group_advantages(
-                    {n: torch.tensor(v) for n, v in score.items()}, weights, process,
-                    rewards.process.weight if rewards.process else 0.0, num_steps=config.sampler.num_steps,
-                    ddof=config.advantage.ddof, eps=config.advantage.eps, clip=config.advantage.clip,
-                )
-            )  # fmt: skip
+            info, latents, payload = self.worker.generate(task, self._source if self.prm else None)
             infos.append(info)
             payloads.append(payload)
-            scores.append(score)
+            scores.append(self.orm.score(latents, [task.prompt] * len(latents)))
+        rewards = [
+            GroupRewards(
+                {n: torch.tensor(v) for n, v in score.items()},
+                None if info.process_rewards is None else torch.tensor(info.process_rewards),
+            )
+            for info, score in zip(infos, scores, strict=True)
+        ]
+        advantages = group_advantages(rewards, config.advantage_rule())
+        groups = [
+            TrainedGroup(
+                payload=payload,
+                advantages=a.values.expand(-1, -1, config.sampler.num_steps).numpy(),
+                samples=np.array(a.samples),
+                iteration=iteration,
+                fingerprint=info.fingerprint,
+            )
+            for payload, a, info in zip(payloads, advantages, infos, strict=True)
+        ]
         rolled_out = time.perf_counter()
         metrics = rollout_statistics(config, infos, scores, advantages)
-        metrics |= self._update(payloads, [a.values.numpy() for a in advantages])
+        metrics |= self._update(groups)
         metrics |= {"time/rollout_s": rolled_out - began, "time/update_s": time.perf_counter() - rolled_out}
         return metrics
 
-    def _update(self, payloads: list[Any], advantages: list[Any]) -> dict[str, float]:
+    def _source(self, conditioning: dict[str, Tensor], table: StepTable, velocity: Velocity) -> InProcessRewards:
+        assert self.prm is not None
+        return InProcessRewards(self.prm, conditioning, table)
+
+    def _update(self, groups: list[TrainedGroup]) -> dict[str, float]:
         config = self.config
-        rows_per_group = [payload.steps.size for payload in payloads]
+        rows_per_group = [len(group.samples) * group.payload.steps.shape[1] for group in groups]
         plan = plan_updates(
             rows_per_group, config.objective.updates_per_iteration, config.pools.learner.rows_per_micro_batch, 1
         )
         self.policy.requires_grad_(True)
         clipped, norms = 0, []
         for shares in plan:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._rate()
+            for options in self.optimizer.param_groups:
+                options["lr"] = self._rate()
             self.optimizer.zero_grad(set_to_none=True)
             for batch in shares[0]:
-                rows = load_rows(batch, payloads[batch.group], advantages[batch.group], CPU)
+                group = groups[batch.group]
+                rows = load_rows(batch, group, CPU)
                 value = evaluate_objective(
-                    config.objective, self.worker.table,
-                    lambda x, s, c: self.worker.family.velocity(self.policy, x, s, c), rows,
+                    config.objective, self.worker.table(group.iteration),
+                    lambda x, t, c: self.worker.family.velocity(self.policy, x, t, c), rows,
                 )  # fmt: skip
                 value.loss.backward()
                 clipped += int(value.clipped.sum())

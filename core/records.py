@@ -18,11 +18,13 @@ class GroupTask:
         group_id: ordinal of the group in the run; never used twice, except to try the same group again.
         prompt: text of the group.
         seed: of its noise and of the selection of its trained steps.
+        iteration: from 0, the iteration that it is drawn for; moving windows depend on it.
     """
 
     group_id: int
     prompt: str
     seed: int
+    iteration: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,9 @@ class GroupInfo:
         task: the order that it fills.
         policy_version: of the weights that drew it, the same for all its steps.
         fingerprint: of the sampler (:meth:`dynamics.StepTable.fingerprint`).
-        process_rewards: float32 ``[group, num_steps]``, or None without a process reward model.
+        transitions: trained transitions of each sample, K.
+        process_rewards: float32 ``[group, num_steps]`` that the actions are credited with, 0 where none was asked for;
+            None without process rewards.
         seconds: wall time by part of the work.
         payload_bytes: size of the arrays that the learner will fetch.
     """
@@ -41,6 +45,7 @@ class GroupInfo:
     task: GroupTask
     policy_version: int
     fingerprint: str
+    transitions: int
     process_rewards: Array | None
     seconds: dict[str, float]
     payload_bytes: int

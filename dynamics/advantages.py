@@ -73,9 +73,7 @@ class Advantages:
     flat: frozenset[str]
 
 
-def normalise(
-    rewards: Tensor, *, ddof: int, eps: float, spread_of: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def normalise(rewards: Tensor, *, ddof: int, eps: float, spread_of: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Centres rewards over their first dimension and divides them by their spread.
 
     Args:

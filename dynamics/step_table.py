@@ -164,6 +164,7 @@ class StepTable:
         sigmas: float64 ``[num_steps + 1]``, noise levels: the noise fraction of flow matching, and
             ``sqrt(1 - alpha_bar)`` of diffusion.
         times: float64 ``[num_steps]``, what the network is told at each step, as a fraction of its range.
+        predicts_noise: whether the network's output is the noise instead of the velocity.
         coef_x: float64 ``[num_steps]``, a_k.
         coef_v: float64 ``[num_steps]``, b_k.
         std: float64 ``[num_steps]``, standard deviation of the transition.
@@ -173,6 +174,7 @@ class StepTable:
     law: str
     sigmas: Tensor
     times: Tensor
+    predicts_noise: bool
     coef_x: Tensor
     coef_v: Tensor
     std: Tensor
@@ -213,7 +215,7 @@ class StepTable:
         elif law == "cps" and eta > 1:
             raise StepTableError(f"the law 'cps' needs eta in (0, 1], got {eta}: std is sigma' sin(eta pi/2)")
         columns = LAWS[law](grid, eta or 0.0)
-        return cls._assemble(law, grid, grid[:-1], columns, _law_ode(grid, 0.0), guidance, sde_window)
+        return cls._assemble(law, grid, None, columns, _law_ode(grid, 0.0), guidance, sde_window)
 
     @classmethod
     def build_ddim(
@@ -255,7 +257,7 @@ class StepTable:
         cls,
         law: str,
         grid: Tensor,
-        times: Tensor,
+        times: Tensor | None,
         columns: tuple[Tensor, Tensor, Tensor],
         deterministic: tuple[Tensor, Tensor, Tensor],
         guidance: Guidance | None,
@@ -270,7 +272,8 @@ class StepTable:
         _check_steps(law, grid, coef_x, coef_v, std, range(start, stop))
         delta = grid[:-1] - grid[1:]
         coef_grad = torch.zeros_like(delta) if guidance is None else guidance.coefficients(grid, std**2)
-        return cls(law, grid, times, coef_x, coef_v, std, coef_grad)
+        told = grid[:-1] if times is None else times
+        return cls(law, grid, told, times is not None, coef_x, coef_v, std, coef_grad)
 
     @property
     def num_steps(self) -> int:
@@ -308,6 +311,13 @@ class StepTable:
     def sample(self, k: int, mean: Tensor, noise: Tensor) -> Tensor:
         """Next state ``mean + std_k noise``; float32, like ``mean``."""
         return mean + _pick(self.std, k, mean) * noise.float()
+
+    def predicted_data(self, k: int, x: Tensor, v: Tensor) -> Tensor:
+        """The data that the network sees behind a state: one deterministic step to noise level 0; float32."""
+        sigma = float(self.sigmas[k])
+        if self.predicts_noise:
+            return (x.float() - sigma * v.float()) / math.sqrt(1 - sigma**2)
+        return x.float() - sigma * v.float()
 
     def log_prob(self, k: int | Tensor, x_next: Tensor, mean: Tensor) -> Tensor:
         """Gaussian log-density of the transition, averaged over all non-batch dimensions.

@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 
 
-def sliding_window(
-    iteration: int, *, size: int, allowed: tuple[int, int], stride: int, every: int
-) -> tuple[int, int]:
+def sliding_window(iteration: int, *, size: int, allowed: tuple[int, int], stride: int, every: int) -> tuple[int, int]:
     """A window that moves from the first allowed step towards data, and starts over at the end.
 
     Args:

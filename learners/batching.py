@@ -74,22 +74,45 @@ def plan_updates(
     return plan
 
 
-def load_rows(batch: MicroBatch, payload: GroupPayload, advantages: Array, device: torch.device) -> Transitions:
+@dataclass(frozen=True, kw_only=True)
+class TrainedGroup:
+    """A group as the learner gets it.
+
+    Attributes:
+        payload: its transitions.
+        advantages: float32 ``[components, group, num_steps]``.
+        samples: int64, samples to train on, ascending.
+        iteration: that it was drawn for, which decides its step table.
+        fingerprint: of the sampler that drew it.
+    """
+
+    payload: GroupPayload
+    advantages: Array
+    samples: Array
+    iteration: int
+    fingerprint: str
+
+
+def load_rows(batch: MicroBatch, group: TrainedGroup, device: torch.device) -> Transitions:
     """Cuts the rows of a micro-batch out of its group.
 
     Args:
-        batch: which rows.
-        payload: transitions of the group.
-        advantages: float32 ``[group, num_steps]``.
+        batch: which rows, counted over the trained samples and their transitions.
+        group: the group.
         device: where the learner computes.
     """
-    rows = slice(batch.begin, batch.end)
+    payload = group.payload
     kept = payload.steps.shape[1]
-    samples = np.arange(batch.begin, batch.end) // kept
-    steps = payload.steps.reshape(-1)[rows]
+    index = np.arange(batch.begin, batch.end)
+    samples, columns = group.samples[index // kept], index % kept
+    steps = payload.steps[samples, columns]
+    # A run of whole samples is a view of the shared memory that the group lies in; anything else is gathered.
+    whole = len(group.samples) == payload.steps.shape[0]
 
     def flat(array: Array) -> torch.Tensor:
-        return as_tensor(array.reshape(-1, *array.shape[2:])[rows]).to(device)
+        if whole:
+            return as_tensor(array.reshape(-1, *array.shape[2:])[batch.begin : batch.end]).to(device)
+        return torch.from_numpy(array[samples, columns]).to(device)
 
     conditioning = {name: as_tensor(array).to(device) for name, array in payload.conditioning.items()}
     return Transitions(
@@ -97,7 +120,7 @@ def load_rows(batch: MicroBatch, payload: GroupPayload, advantages: Array, devic
         next_states=flat(payload.next_states),
         steps=torch.from_numpy(np.ascontiguousarray(steps)).long(),
         log_probs=flat(payload.log_probs),
-        advantages=torch.from_numpy(np.ascontiguousarray(advantages[samples, steps])).to(device),
+        advantages=torch.from_numpy(np.ascontiguousarray(group.advantages[:, samples, steps])).to(device),
         gradients=None if payload.gradients is None else flat(payload.gradients),
         conditioning=expand(conditioning, batch.end - batch.begin),
         weight=batch.weight,

@@ -32,9 +32,20 @@ def save_rank_state(learner: Learner, folder: Path) -> None:
     import torch.distributed as dist
 
     policy = learner.policy
+    state = {
+        "updates_done": learner.updates_done,
+        "kl_controller": learner.controller.state() if learner.controller is not None else None,
+    }
+    # A frozen base is not part of the training state: it comes from the generator's own files.
     policy.engine.save_checkpoint(
-        str(folder), tag=TAG, client_state={"updates_done": learner.updates_done}, save_latest=False
+        str(folder),
+        tag=TAG,
+        client_state=state,
+        save_latest=False,
+        exclude_frozen_parameters=learner.config.model.lora is not None,
     )
+    if learner.anchor is not None and (pieces := learner.anchor.state()):
+        save_file(pieces, folder / f"anchor_shard_{learner.rank}.safetensors")
     if policy.averages is not None:
         shards = {str(i): tensor for i, tensor in enumerate(policy.averages)}
         save_file(shards, folder / f"average_shard_{learner.rank}.safetensors")
@@ -62,10 +73,17 @@ def load_rank_state(learner: Learner, folder: Path) -> None:
             f"{folder} holds the shards of {len(shards)} learner ranks, this run has {learner.world_size}: "
             f"set pools.learner.num_workers={len(shards)}"
         )
-    loaded, client_state = policy.engine.load_checkpoint(str(folder), tag=TAG)
+    loaded, client_state = policy.engine.load_checkpoint(
+        str(folder), tag=TAG, load_module_strict=learner.config.model.lora is None
+    )
     if loaded is None:
         raise CheckpointError(f"DeepSpeed could not load its shards from {folder / TAG}")
     learner.updates_done = int(client_state["updates_done"])
+    if learner.controller is not None and client_state["kl_controller"] is not None:
+        learner.controller.restore(client_state["kl_controller"])
+    anchor = folder / f"anchor_shard_{learner.rank}.safetensors"
+    if learner.anchor is not None and anchor.exists():
+        learner.anchor.restore(load_file(anchor))
     if policy.averages is not None:
         stored = load_file(folder / f"average_shard_{learner.rank}.safetensors")
         for i, tensor in enumerate(policy.averages):

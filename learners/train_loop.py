@@ -7,6 +7,7 @@ go on says why to the buffer before it raises, so that the orchestrator ends wit
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -20,11 +21,14 @@ from torch import Tensor
 from core.config import RunConfig
 from core.deadlines import get
 from core.errors import EuphoniumError, TrainingError
-from core.records import Array, GroupPayload, UpdatePlan, UpdateReport
+from core.records import UpdatePlan, UpdateReport
 from core.weights import BucketManifest, WeightManifest, pack
-from learners.batching import load_rows, plan_updates
+from dynamics import StepTable
+from dynamics.kl import KlController
+from learners.batching import MicroBatch, TrainedGroup, load_rows, plan_updates
 from learners.checkpoint import load_rank_state, save_rank_state
-from learners.objective import evaluate_objective
+from learners.objective import References, evaluate_objective, replayed_log_probs
+from learners.references import AdapterReference, FrozenCopy, Reference
 from learners.zero3 import ZeroPolicy, quiet_deepspeed
 from models.generators.base import Conditioning, open_generator
 
@@ -34,7 +38,15 @@ MEGABYTE = 1 << 20
 
 
 class Learner:
-    """One rank of the learner group, without Ray."""
+    """One rank of the learner group, without Ray.
+
+    Attributes:
+        policy: the transformer under ZeRO-3.
+        anchor: frozen reference of the KL penalty, or None.
+        previous: the policy that drew the groups, where more than log-probabilities is needed of it, or None.
+        controller: of the KL's weight, or None.
+        updates_done: optimiser steps so far.
+    """
 
     def __init__(self, config: RunConfig, rank: int, world_size: int, device: torch.device) -> None:
         self.config = config
@@ -42,9 +54,30 @@ class Learner:
         self.world_size = world_size
         self.device = device
         self.family = open_generator(config.model)
-        self.table = config.sampler.table()
-        self.policy = ZeroPolicy(self.family, config.pools.learner, config.optimizer)
+        objective, pool = config.objective, config.pools.learner
+        kl = objective.kl
+        adapters = [
+            name
+            for name, wanted in (
+                ("anchor", kl is not None and kl.anchor == "moving"),
+                ("previous", objective.needs_previous_policy),
+            )
+            if wanted
+        ]
+        self.policy = ZeroPolicy(self.family, pool, config.optimizer, config.model.lora, adapters)
+        self.anchor: Reference | None = None
+        if kl is not None and kl.anchor != "none":
+            self.anchor = self._reference("anchor" if kl.anchor == "moving" else None)
+        self.previous = self._reference("previous") if objective.needs_previous_policy else None
+        self.controller: KlController | None = None
+        if kl is not None and kl.controller is not None:
+            self.controller = KlController(**kl.controller.model_dump())
         self.updates_done = 0
+
+    def _reference(self, adapter: str | None) -> Reference:
+        if self.config.model.lora is not None:
+            return AdapterReference(self.family, self.policy, adapter)
+        return FrozenCopy(self.family, self.config.pools.learner, self.policy)
 
     def learning_rate(self) -> float:
         """Rate of the next update: linear warm-up, then the schedule over all updates of the run."""
@@ -61,24 +94,16 @@ class Learner:
         }[optimizer.schedule]
         return optimizer.learning_rate * factor
 
-    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity of the policy in training."""
-        return self.family.velocity(self.policy.engine, x, sigma, conditioning)
+        return self.family.velocity(self.policy.engine, x, time, conditioning)
 
-    def update(
-        self,
-        rows_per_group: Sequence[int],
-        payloads: Mapping[int, GroupPayload],
-        advantages: Mapping[int, Array],
-        fingerprints: Mapping[int, str],
-    ) -> dict[str, float]:
+    def update(self, rows_per_group: Sequence[int], groups: Mapping[int, TrainedGroup]) -> dict[str, float]:
         """Runs all updates of an iteration.
 
         Args:
             rows_per_group: transitions of every group of the iteration.
-            payloads: those groups that this rank needs, by position.
-            advantages: of the same groups, ``[group, num_steps]``.
-            fingerprints: samplers that drew them.
+            groups: those that this rank needs, by position.
 
         Returns:
             Metrics over all ranks.
@@ -86,22 +111,28 @@ class Learner:
         Raises:
             TrainingError: groups of another sampler, or rollout and learner that disagree on the policy.
         """
-        for group, fingerprint in fingerprints.items():
-            if fingerprint != self.table.fingerprint():
-                raise TrainingError(
-                    f"group {group} was drawn by another sampler than the learner scores with "
-                    f"({fingerprint} against {self.table.fingerprint()}); rollout and learner must share one recipe"
-                )
+        tables = {position: self._table_of(position, group) for position, group in groups.items()}
         pool, objective = self.config.pools.learner, self.config.objective
         plan = plan_updates(rows_per_group, objective.updates_per_iteration, pool.rows_per_micro_batch, self.world_size)
-        sums = dict.fromkeys(("rows", "loss", "clipped", "ratio", "log_ratio_squared"), 0.0)
-        first_deviation, norms, rate = 0.0, [], 0.0
+        if self.previous is not None:
+            self.previous.refresh(self.policy)
+        replayed = self._replay(plan, groups, tables) if objective.old_log_probs == "replay" else {}
+        sums = dict.fromkeys(("rows", "loss", "clipped", "ratio", "log_ratio_squared", "kl_anchor", "kl_previous"), 0.0)
+        first_deviation, norms, rate, kl_weight = 0.0, [], 0.0, 0.0
         for index, shares in enumerate(plan):
-            rate = self.learning_rate()
+            rate, kl_weight = self.learning_rate(), self.kl_weight()
             self.policy.set_learning_rate(rate)
+            references = References(
+                anchor=self.anchor.velocity if self.anchor is not None else None,
+                previous=self.previous.velocity if self.previous is not None else None,
+                kl_weight=kl_weight,
+            )
+            before = dict(sums)
             for position, batch in enumerate(shares[self.rank]):
-                rows = load_rows(batch, payloads[batch.group], advantages[batch.group], self.device)
-                value = evaluate_objective(objective, self.table, self.velocity, rows)
+                rows = load_rows(batch, groups[batch.group], self.device)
+                if (index, position) in replayed:
+                    rows = dataclasses.replace(rows, log_probs=replayed[index, position])
+                value = evaluate_objective(objective, tables[batch.group], self.velocity, rows, references)
                 self.policy.backward(value.loss, last=position == len(shares[self.rank]) - 1)
                 if batch.weight == 0:
                     continue
@@ -110,10 +141,13 @@ class Learner:
                 sums["clipped"] += value.clipped.sum().item()
                 sums["ratio"] += value.ratio.sum().item()
                 sums["log_ratio_squared"] += value.ratio.log().square().sum().item()
+                sums["kl_anchor"] += value.kl_anchor.sum().item()
+                sums["kl_previous"] += value.kl_previous.sum().item()
                 if index == 0:
                     first_deviation = max(first_deviation, (value.ratio - 1).abs().max().item())
             self.updates_done += 1
             norms.append(self.policy.grad_norm())
+            self._after_update({name: sums[name] - before[name] for name in sums})
         totals = self._reduce(sums, "sum")
         deviation = self._reduce({"deviation": first_deviation}, "max")["deviation"]
         if not deviation <= objective.ratio_tolerance:
@@ -123,7 +157,7 @@ class Learner:
                 "policy's output. Check model.dtype, the attention backends of both machines, and the weights' version"
             )
         count = totals["rows"]
-        return {
+        metrics = {
             "policy/loss": totals["loss"] / len(plan),
             "policy/ratio_deviation": deviation,
             "policy/ratio_mean": totals["ratio"] / count,
@@ -133,6 +167,52 @@ class Learner:
             "policy/learning_rate": rate,
             "policy/updates": float(self.updates_done),
             "policy/transitions": count,
+        }
+        if objective.kl is not None:
+            metrics["kl/weight"] = kl_weight
+            metrics["kl/anchor"] = totals["kl_anchor"] / count
+            metrics["kl/previous"] = totals["kl_previous"] / count
+        return metrics
+
+    def kl_weight(self) -> float:
+        """lambda_KL of the next update."""
+        if self.controller is not None:
+            return self.controller.weight
+        return self.config.objective.kl.weight if self.config.objective.kl is not None else 0.0
+
+    def _after_update(self, sums: dict[str, float]) -> None:
+        kl = self.config.objective.kl
+        if kl is None:
+            return
+        if self.controller is not None:
+            totals = self._reduce(sums, "sum")
+            observed = totals["kl_anchor"] if kl.anchor != "none" else totals["kl_previous"]
+            self.controller.observe(observed / totals["rows"])
+        if kl.anchor == "moving" and self.anchor is not None and self.updates_done % kl.refresh_every == 0:
+            self.anchor.refresh(self.policy)
+
+    def _table_of(self, position: int, group: TrainedGroup) -> StepTable:
+        table = self.family.step_table(self.config.sampler, group.iteration)
+        if group.fingerprint != table.fingerprint():
+            raise TrainingError(
+                f"group {position} was drawn by another sampler than the learner scores with "
+                f"({group.fingerprint} against {table.fingerprint()}); rollout and learner must share one recipe"
+            )
+        return table
+
+    def _replay(
+        self,
+        plan: Sequence[Sequence[Sequence[MicroBatch]]],
+        groups: Mapping[int, TrainedGroup],
+        tables: Mapping[int, StepTable],
+    ) -> dict[tuple[int, int], Tensor]:
+        """Log-probabilities of all of this rank's micro-batches before the first update."""
+        return {
+            (index, position): replayed_log_probs(
+                tables[batch.group], self.velocity, load_rows(batch, groups[batch.group], self.device)
+            )
+            for index, shares in enumerate(plan)
+            for position, batch in enumerate(shares[self.rank])
         }
 
     def publish(self, store: Any, version: int, kind: str, timeout_s: float) -> float:
@@ -222,10 +302,14 @@ def _step(learner: Learner, buffer: Any, store: Any, timeout: float) -> bool:
     began = time.perf_counter()
     metrics: dict[str, float] = {"time/learner_wait_s": began - waited}
     if plan.num_groups:
-        payloads = get(list(lease["payloads"].values()), timeout, f"the groups of iteration {plan.iteration}")
-        groups = dict(zip(lease["payloads"], payloads, strict=True))
+        refs = [group.pop("payload_ref") for group in lease["groups"].values()]
+        payloads = get(refs, timeout, f"the groups of iteration {plan.iteration}")
+        groups = {
+            position: TrainedGroup(payload=payload, **group)
+            for (position, group), payload in zip(lease["groups"].items(), payloads, strict=True)
+        }
         fetched = time.perf_counter()
-        metrics |= learner.update(lease["rows_per_group"], groups, lease["advantages"], lease["fingerprints"])
+        metrics |= learner.update(lease["rows_per_group"], groups)
         metrics |= {"time/fetch_s": fetched - began, "time/update_s": time.perf_counter() - fetched}
         began = time.perf_counter()
         metrics["weights/bytes"] = learner.publish(store, plan.iteration, "policy", timeout)

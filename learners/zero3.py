@@ -8,16 +8,17 @@ second copy of the model, and neither needs DeepSpeed to materialise parameters.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from core.config import LearnerPoolConfig, OptimizerConfig
+from core.config import LearnerPoolConfig, LoraConfig, OptimizerConfig
 from core.weights import split_into_buckets
 from models.generators.base import GeneratorFamily
+from models.generators.lora import ADAPTER, adapter_parameters, add_adapter, initial_adapter
 
 
 def quiet_deepspeed() -> None:
@@ -60,11 +61,27 @@ class ZeroPolicy:
     Attributes:
         engine: DeepSpeed's engine.
         module: the partitioned transformer.
-        parameters: its parameters by name, in a fixed order.
+        parameters: its trained parameters by name, in a fixed order.
         averages: float32 moving averages of this rank's pieces, or None.
     """
 
-    def __init__(self, family: GeneratorFamily, pool: LearnerPoolConfig, optimizer: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        family: GeneratorFamily,
+        pool: LearnerPoolConfig,
+        optimizer: OptimizerConfig,
+        lora: LoraConfig | None = None,
+        frozen_adapters: Sequence[str] = (),
+    ) -> None:
+        """Builds, loads and partitions the transformer.
+
+        Args:
+            family: of the generator.
+            pool: how it is partitioned.
+            optimizer: how it is trained.
+            lora: train adapters instead of all weights.
+            frozen_adapters: names of further adapters, for references.
+        """
         import deepspeed
 
         settings = deepspeed_config(pool, optimizer, family.dtype)
@@ -72,17 +89,29 @@ class ZeroPolicy:
         family.transformer_class()
         with deepspeed.zero.Init(config_dict_or_path=settings):
             module = family.build_transformer()
-        load_partitioned(module, family)
+            load_partitioned(module, family)
+            if lora is not None:
+                for name in (ADAPTER, *frozen_adapters):
+                    add_adapter(module, lora, name)
+        if lora is not None:
+            _fill_adapters(module, (ADAPTER, *frozen_adapters))
+            module.set_adapter(ADAPTER)  # type: ignore[operator]
+            trained = adapter_parameters(module)
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(name in trained)
         if pool.gradient_checkpointing:
             module.enable_gradient_checkpointing()  # type: ignore[operator]
         adamw = torch.optim.AdamW(
-            module.parameters(), lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps,
+            [p for p in module.parameters() if p.requires_grad],
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
-        )  # fmt: skip
+        )
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=settings)
         self.engine.train()
         self.module: nn.Module = self.engine.module
-        self.parameters = dict(self.module.named_parameters())
+        self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.ema_decay = optimizer.ema_decay
         self.averages: list[Tensor] | None = None
         if self.ema_decay > 0:
@@ -153,6 +182,21 @@ def load_partitioned(module: nn.Module, family: GeneratorFamily) -> None:
                     missing.discard(name)
     if missing:
         raise ValueError(f"{family.folder} lacks weights of {len(missing)} parameters, for example {min(missing)}")
+
+
+def _fill_adapters(module: nn.Module, names: Sequence[str]) -> None:
+    """Gives all adapters the same starting values, piece by piece: peft's own do not reach partitioned parameters."""
+    import torch.distributed as dist
+
+    for adapter in names:
+        parameters = adapter_parameters(module, adapter)
+        names_of_policy = {n: n.replace(f".{adapter}.", f".{ADAPTER}.") for n in parameters}
+        values = initial_adapter({names_of_policy[n]: getattr(p, "ds_shape") for n, p in parameters.items()})  # noqa: B009
+        for name, parameter in parameters.items():
+            piece = shard(parameter)
+            flat = values[names_of_policy[name]].flatten()
+            mine = flat[dist.get_rank() * piece.numel() :][: piece.numel()]
+            piece.zero_()[: mine.numel()].copy_(mine)
 
 
 def _gather_bucket(parameters: dict[str, nn.Parameter], pieces: list[Tensor]) -> dict[str, Tensor]:

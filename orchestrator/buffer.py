@@ -25,8 +25,10 @@ class BufferedGroup:
         group_id: ordinal of the group.
         payload: one-element list around the reference, which keeps Ray from fetching it on the way.
         payload_bytes: size of the arrays behind it.
-        rows: its transitions.
-        advantages: float32 ``[group, num_steps]``.
+        rows: its trained transitions.
+        advantages: float32 ``[components, group, num_steps]``.
+        samples: int64, samples to train on.
+        iteration: that it was drawn for, from 0.
         fingerprint: of the sampler that drew it.
     """
 
@@ -35,6 +37,8 @@ class BufferedGroup:
     payload_bytes: int
     rows: int
     advantages: Array
+    samples: Array
+    iteration: int
     fingerprint: str
 
 
@@ -163,9 +167,16 @@ class TrajectoryBuffer:
             }
             return self._plan, {
                 "rows_per_group": rows,
-                "payloads": {i: groups[i].payload[0] for i in sorted(needed)},
-                "advantages": {i: groups[i].advantages for i in needed},
-                "fingerprints": {i: groups[i].fingerprint for i in needed},
+                "groups": {
+                    i: {
+                        "payload_ref": groups[i].payload[0],
+                        "advantages": groups[i].advantages,
+                        "samples": groups[i].samples,
+                        "iteration": groups[i].iteration,
+                        "fingerprint": groups[i].fingerprint,
+                    }
+                    for i in sorted(needed)
+                },
             }
 
     async def acknowledge(self, rank: int, report: UpdateReport) -> None:

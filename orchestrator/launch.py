@@ -61,7 +61,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         from models.rewards.prm import ProcessRewardModel
 
         ProcessRewardModel.load(Path(config.rewards.process.path), config.model)
-    table = config.sampler.table()
+    table = family.step_table(config.sampler)
     kept = select_steps(table, 1, config.objective.timestep_fraction, 0).shape[1]
     rollout, pools = config.rollout, config.pools
     samples = rollout.prompts_per_iteration * rollout.group_size

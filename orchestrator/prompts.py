@@ -60,12 +60,17 @@ class PromptStream:
         self._prompts = list(prompts)
         self._seed = seed
 
-    def task(self, ordinal: int) -> GroupTask:
-        """The task with this ordinal."""
+    def task(self, ordinal: int, iteration: int = 0) -> GroupTask:
+        """The task with this ordinal, drawn for an iteration (from 0)."""
         epoch, position = divmod(ordinal, len(self._prompts))
         order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._prompts))
         noise = np.random.SeedSequence([self._seed, 1, ordinal]).generate_state(1, np.uint64)[0]
-        return GroupTask(group_id=ordinal, prompt=self._prompts[order[position]], seed=int(noise >> np.uint64(1)))
+        return GroupTask(
+            group_id=ordinal,
+            prompt=self._prompts[order[position]],
+            seed=int(noise >> np.uint64(1)),
+            iteration=iteration,
+        )
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:

@@ -33,7 +33,7 @@ from core.config import RunConfig, dump_config
 from core.deadlines import describe, remote_error
 from core.errors import EuphoniumError, RewardError, TrainingError
 from core.records import Array, GroupInfo, GroupTask, UpdatePlan, UpdateReport
-from dynamics import group_advantages
+from dynamics import GroupRewards, group_advantages
 from orchestrator.buffer import BufferedGroup, LearnerState, TrajectoryBuffer
 from orchestrator.checkpoints import Checkpoint, CheckpointStore, RunState
 from orchestrator.evaluation import Evaluation, evaluation_set
@@ -123,8 +123,9 @@ class Run:
             self.pools["prm"] = ActorPool("prm", pools.prm, lambda i: (PrmActor, (i, config)))
         self.pools["orm"] = ActorPool("orm", pools.orm, lambda i: (OrmActor, (i, config)))
         servers = self.pools["prm"].names if "prm" in self.pools else []
+        judges = self.pools["orm"].names
         self.pools["rollout"] = ActorPool(
-            "rollout", pools.rollout, lambda i: (RolloutActor, (i, config, servers, STORE))
+            "rollout", pools.rollout, lambda i: (RolloutActor, (i, config, servers, judges, STORE))
         )
         self.progress.phase("starting roles")
         await self._guard(wait_ready(list(self.pools.values()), pools.start_timeout_s, self.progress.say))
@@ -239,7 +240,7 @@ class Run:
         """Draws and scores the iteration's groups; groups whose rewards cannot be had are dropped and counted."""
         count = self.config.rollout.prompts_per_iteration
         first = self.state.next_group
-        tasks = [self.prompts.task(first + i) for i in range(count)]
+        tasks = [self.prompts.task(first + i, self.state.iteration) for i in range(count)]
         results = await asyncio.gather(*(self._attempt(task) for task in tasks))
         groups = [group for group in results if isinstance(group, ScoredGroup)]
         lost = [reason for reason in results if isinstance(reason, str)]
@@ -282,43 +283,32 @@ class Run:
         return ScoredGroup(info, payload, scores, seconds)
 
     def _advantages(self, groups: Sequence[ScoredGroup]) -> tuple[list[BufferedGroup], dict[str, float]]:
-        """Turns rewards into advantages, group by group."""
-        rewards, settings = self.config.rewards, self.config.advantage
-        weights = {reward.name: reward.weight for reward in rewards.outcome}
-        results, buffered = [], []
-        for group in groups:
-            process = group.info.process_rewards
-            advantages = group_advantages(
+        """Turns rewards into advantages; global scopes need all groups of the iteration at once."""
+        rewards = [
+            GroupRewards(
                 {name: torch.tensor(values) for name, values in group.scores.items()},
-                weights,
-                None if process is None else torch.tensor(process),
-                rewards.process.weight if rewards.process is not None else 0.0,
-                num_steps=self.config.sampler.num_steps,
-                ddof=settings.ddof,
-                eps=settings.eps,
-                clip=settings.clip,
+                None if group.info.process_rewards is None else torch.tensor(group.info.process_rewards),
             )
-            results.append(advantages)
-            buffered.append(
-                BufferedGroup(
-                    group_id=group.info.task.group_id,
-                    payload=[group.payload],
-                    payload_bytes=group.info.payload_bytes,
-                    rows=self._rows_per_group,
-                    advantages=advantages.values.numpy(),
-                    fingerprint=group.info.fingerprint,
-                )
+            for group in groups
+        ]
+        results = group_advantages(rewards, self.config.advantage_rule())
+        steps = self.config.sampler.num_steps
+        buffered = [
+            BufferedGroup(
+                group_id=group.info.task.group_id,
+                payload=[group.payload],
+                payload_bytes=group.info.payload_bytes,
+                rows=len(result.samples) * group.info.transitions,
+                advantages=result.values.expand(-1, -1, steps).numpy(),
+                samples=np.array(result.samples, dtype=np.int64),
+                iteration=group.info.task.iteration,
+                fingerprint=group.info.fingerprint,
             )
+            for group, result in zip(groups, results, strict=True)
+        ]
         scoring = {"time/scoring_s": sum(group.scoring_s for group in groups)}
         infos, scores = [group.info for group in groups], [group.scores for group in groups]
         return buffered, scoring | rollout_statistics(self.config, infos, scores, results)
-
-    @property
-    def _rows_per_group(self) -> int:
-        from actors.sampler import select_steps
-
-        steps = select_steps(self.config.sampler.table(), 1, self.config.objective.timestep_fraction, 0)
-        return self.config.rollout.group_size * steps.shape[1]
 
     # --- learner, weights, checkpoints --------------------------------------------------------------------
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from actors.rollout import encode_one, stack_conditionings
-from actors.sampler import initial_noise, sample_ode
+from actors.sampler import initial_noise, sample_deterministic
 from core.config import PrmConfig
 from core.records import Array
-from dynamics import shifted_sigmas
 from learners.preference import TENTHS, RankedSamples, accuracy_by_noise, train_preference
 from models.generators.base import open_generator
 from models.rewards.prm import ProcessRewardModel
@@ -84,7 +83,7 @@ def _ranked(config: PrmConfig, part: str, prompts_file: Path, count: int, say: C
     prompts = read_prompts(prompts_file, f"prompts.{part}")
     family = open_generator(config.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = family.load_prompt_encoder(device)
+    encoder = family.prompt_encoder(device)
     conditioning = stack_conditionings([encode_one(encoder, prompt) for prompt in prompts])
     index = np.repeat(np.arange(len(prompts)), count)
     stored = config.run_dir / f"samples_{part}.npz"
@@ -99,7 +98,7 @@ def _ranked(config: PrmConfig, part: str, prompts_file: Path, count: int, say: C
     transformer = family.load_transformer(device).requires_grad_(False)
     scorer = OrmScorer(config.outcome, family, device)
     weights = {reward.name: reward.weight for reward in config.outcome}
-    sigmas = shifted_sigmas(config.pairs.num_steps, config.pairs.shift)
+    table = family.ode_table(config.pairs.num_steps, config.pairs.shift)
     parts: list[Array] = []
     scores = []
     began = time.monotonic()
@@ -109,10 +108,10 @@ def _ranked(config: PrmConfig, part: str, prompts_file: Path, count: int, say: C
         seed = int(np.random.SeedSequence([config.seed, len(prompts), begin]).generate_state(1, np.uint64)[0] >> 1)
         start, _ = initial_noise(family.latent_shape, len(chosen), seed, shared=False, device=device)
 
-        def velocity(x: torch.Tensor, sigma: float, batch: dict[str, torch.Tensor] = batch) -> torch.Tensor:
-            return family.velocity(transformer, x, torch.full((len(x),), sigma, device=device), batch)
+        def velocity(x: torch.Tensor, time: float, batch: dict[str, torch.Tensor] = batch) -> torch.Tensor:
+            return family.velocity(transformer, x, torch.full((len(x),), time, device=device), batch)
 
-        latent = sample_ode(sigmas, velocity, start).cpu().numpy()
+        latent = sample_deterministic(table, velocity, start).cpu().numpy()
         values = scorer.score(latent, [prompts[i] for i in chosen])
         scores.append(sum(weights[name] * v.astype(np.float64) for name, v in values.items()))
         parts.append(latent)

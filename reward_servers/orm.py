@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from core.arrays import as_tensor
-from core.config import RunConfig
-from core.config import OutcomeRewardConfig
+from core.config import OutcomeRewardConfig, RunConfig
 from core.errors import RewardError
 from core.records import Array
 from models.generators.base import GeneratorFamily, open_generator

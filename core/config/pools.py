@@ -51,6 +51,8 @@ class LearnerPoolConfig(Node):
     """ZeRO-3 keeps parameters of fewer elements whole on every rank."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory."""
+    offload_references: bool = False
+    """Keep frozen copies of the policy (KL anchor, previous policy) in host memory."""
     weight_bucket_mb: PositiveFloat = 256.0
     """Size of the pieces in which weights are gathered and published."""
 

@@ -20,7 +20,7 @@ class LoraConfig(Node):
     """Rank of the adapters."""
     alpha: PositiveFloat = 64.0
     """The adapters' output is scaled by alpha / rank."""
-    targets: list[str] = ["to_q", "to_k", "to_v", "to_out.0"]
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Endings of the names of the linear layers that get an adapter."""
 
 
@@ -212,5 +212,3 @@ class EvaluationConfig(Node):
     """Of the noise; apart from the run's seed, so that runs compare on the same noise."""
     clips: NonNegativeInt = 8
     """Clips saved as pictures in ``samples/``."""
-
-

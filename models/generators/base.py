@@ -17,11 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from core.config import ModelConfig
+from core.config import GuidanceConfig, ModelConfig, SamplerConfig
 from core.errors import ConfigError
+from dynamics import StepTable, shifted_sigmas
 
 # Batch-first tensors that a transformer takes besides state and time; the names are its keyword arguments.
 Conditioning = dict[str, Tensor]
+# Marks the negative prompt's entries of a conditioning.
+NEGATIVE = "negative."
 PromptEncoder = Callable[[Sequence[str]], Conditioning]
 Decoder = Callable[[Tensor], Tensor]
 
@@ -59,18 +62,65 @@ class GeneratorFamily(ABC):
         """The VAE as a function from latents to videos ``[batch, frames, 3, height, width]`` in [0, 1]."""
 
     @abstractmethod
-    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """Network output ``v = eps - x0``.
+    def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """One forward pass.
 
         Args:
             transformer: of this family.
             x: float32 states ``[batch, *latent_shape]``.
-            sigma: float32 noise fractions ``[batch]``.
-            conditioning: of the same batch size.
+            time: float32 ``[batch]``, as a fraction of the network's range (:attr:`dynamics.StepTable.times`); the
+                noise fraction in flow matching.
+            conditioning: of the same batch size, without the negative prompt's.
 
         Returns:
-            float32, like ``x``.
+            float32, like ``x``: the velocity ``eps - x0``, or the noise for models that predict it.
         """
+
+    def velocity(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """The output that sampling and likelihood use: :meth:`network`, with classifier-free guidance if configured.
+
+        Rollout and learner both call this, so guidance is differentiated through in training (DanceGRPO, App. C).
+        """
+        output = self.network(transformer, x, time, positive(conditioning))
+        if self.config.cfg_scale is None:
+            return output
+        negative = {n.removeprefix(NEGATIVE): t for n, t in conditioning.items() if n.startswith(NEGATIVE)}
+        unconditional = self.network(transformer, x, time, negative)
+        return unconditional + self.config.cfg_scale * (output - unconditional)
+
+    def step_table(self, sampler: SamplerConfig, iteration: int = 0) -> StepTable:
+        """The table of a sampler for this model.
+
+        Args:
+            sampler: settings.
+            iteration: from 0; moving windows depend on it.
+
+        Raises:
+            StepTableError: settings that make a step undefined.
+            ConfigError: a law that does not fit what this model predicts.
+        """
+        if sampler.law == "ddim":
+            raise ConfigError(f"sampler.law: ddim is for models that predict the noise; {self.pipeline_class} does not")
+        return sampler.table(iteration)
+
+    def ode_table(self, num_steps: int, shift: float, guidance: GuidanceConfig | None = None) -> StepTable:
+        """The table of deterministic sampling."""
+        return StepTable.build(
+            "ode", shifted_sigmas(num_steps, shift), guidance=guidance.build() if guidance is not None else None
+        )
+
+    def prompt_encoder(self, device: torch.device) -> PromptEncoder:
+        """Conditioning of prompts, with that of the negative prompt where classifier-free guidance needs it."""
+        encode = self.load_prompt_encoder(device)
+        if self.config.cfg_scale is None:
+            return encode
+        negative = encode([self.config.negative_prompt])
+
+        def with_negative(prompts: Sequence[str]) -> Conditioning:
+            both = encode(prompts)
+            return both | {NEGATIVE + name: t.expand(len(prompts), *t.shape[1:]) for name, t in negative.items()}
+
+        return with_negative
 
     @abstractmethod
     def build_trunk(self, blocks: int) -> nn.Module:
@@ -142,6 +192,11 @@ def weights_mark(folder: Path) -> str:
             stream.seek(max(0, size - span))
             digest.update(stream.read(span))
     return digest.hexdigest()[:16]
+
+
+def positive(conditioning: Conditioning) -> Conditioning:
+    """A conditioning without the negative prompt's entries."""
+    return {name: tensor for name, tensor in conditioning.items() if not name.startswith(NEGATIVE)}
 
 
 def expand(conditioning: Conditioning, batch: int) -> Conditioning:

@@ -105,7 +105,7 @@ class HunyuanVideo(GeneratorFamily):
 
         return decode
 
-    def velocity(self, transformer: nn.Module, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """See :class:`GeneratorFamily`."""
         arguments: dict[str, Tensor] = dict(conditioning)
         if self.config.embedded_guidance is not None:
@@ -113,6 +113,6 @@ class HunyuanVideo(GeneratorFamily):
                 (x.shape[0],), self.config.embedded_guidance * TIMESTEPS, dtype=self.dtype, device=x.device
             )
         output: Tensor = transformer(
-            hidden_states=x.to(self.dtype), timestep=sigma * TIMESTEPS, return_dict=False, **arguments
+            hidden_states=x.to(self.dtype), timestep=time * TIMESTEPS, return_dict=False, **arguments
         )[0]
         return output.float()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.config import ModelConfig
 from core.errors import ConfigError
-from models.generators.base import Conditioning, GeneratorFamily, open_generator
+from models.generators.base import Conditioning, GeneratorFamily, open_generator, positive
 
 CONFIG_FILE = "prm.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -75,7 +75,7 @@ class ProcessRewardModel(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Rewards ``[batch]`` (float32) of states ``[batch, *latent]`` at noise fractions ``[batch]``."""
         with _captured_input(self.family.output_norm(self.trunk)) as tokens:
-            self.family.velocity(self.trunk, x, sigma, conditioning)
+            self.family.network(self.trunk, x, sigma, positive(conditioning))
         scores: Tensor = self.head(tokens[0])
         return scores
 

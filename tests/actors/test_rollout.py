@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from actors.rollout import RolloutWorker
-from actors.sampler import initial_noise, sample_group, select_steps
+from actors.sampler import Velocity, initial_noise, sample_group, select_steps
 from core.config import RunConfig
 from core.records import GroupTask
 from core.weights import WeightManifest, pack
 from dynamics import Guidance, StepTable, shifted_sigmas
-from learners.batching import MicroBatch, load_rows
+from learners.batching import MicroBatch, TrainedGroup, load_rows
 from learners.objective import evaluate_objective
 from models.rewards.prm import ProcessRewardModel
 from reward_servers.prm import PrmScorer
@@ -27,13 +27,18 @@ MakeConfig = Callable[..., RunConfig]
 class Local:
     """A process-reward source that calls a scorer in this process, and notes the order of events."""
 
-    def __init__(self, scorer: PrmScorer, worker: RolloutWorker, prompt: str) -> None:
+    def __init__(self, scorer: PrmScorer) -> None:
         self.scorer = scorer
-        self.prompt = {name: t.numpy() for name, t in worker.conditioning(prompt).items()}
-        self.calls: list[tuple[float, bool]] = []
+        self.calls: list[tuple[int, bool]] = []
 
-    def submit(self, x: Tensor, sigma: float, *, with_gradient: bool) -> "Answer":
-        self.calls.append((sigma, with_gradient))
+    def __call__(self, conditioning: dict[str, Tensor], table: StepTable, velocity: Velocity) -> "Local":
+        self.prompt = {name: t.numpy() for name, t in conditioning.items()}
+        self.sigmas = [float(s) for s in table.sigmas]
+        return self
+
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> "Answer":
+        self.calls.append((k, with_gradient))
+        sigma = self.sigmas[k]
         rewards, gradient = self.scorer.reward_and_gradient(x.numpy(), sigma, self.prompt, with_gradient)
         return Answer(torch.tensor(rewards), None if gradient is None else torch.tensor(gradient))
 
@@ -70,14 +75,14 @@ def test_guided_sampling_follows_the_table() -> None:
     table = StepTable.build("dance", shifted_sigmas(6, 2.0), eta=0.4, guidance=Guidance(scale=0.7, window=(2, 5)))
 
     class Quadratic:
-        def submit(self, x: Tensor, sigma: float, *, with_gradient: bool) -> Answer:
+        def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Answer:
             return Answer(-x.square().flatten(1).sum(1), -2 * x if with_gradient else None)
 
     start, noise = initial_noise((3, 2), 5, seed=3, shared=True, device=CPU)
     kept = select_steps(table, 5, 0.5, seed=3)
     result = sample_group(
         table, lambda x, sigma: torch.tanh(x) * sigma, start, noise, kept_steps=kept, process_reward=Quadratic(),
-        score_all_steps=True,
+        scored_states=range(7),
     )  # fmt: skip
     _, replay = initial_noise((3, 2), 5, seed=3, shared=True, device=CPU)
     x = start
@@ -96,13 +101,14 @@ def test_guided_sampling_follows_the_table() -> None:
                 torch.testing.assert_close(result.log_probs[i, j], table.log_prob(k, x_next, mean)[i])
         x = x_next
     torch.testing.assert_close(result.final, x)
+    torch.testing.assert_close(result.process_rewards[:, 6], -x.square().flatten(1).sum(1))
 
 
 def test_the_process_reward_is_asked_for_before_the_velocity_and_awaited_after() -> None:
     events: list[str] = []
 
     class Noting:
-        def submit(self, x: Tensor, sigma: float, *, with_gradient: bool) -> "Noting":
+        def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> "Noting":
             events.append("submit")
             self.shape = x
             return self
@@ -119,22 +125,29 @@ def test_the_process_reward_is_asked_for_before_the_velocity_and_awaited_after()
     start, noise = initial_noise((2,), 2, seed=0, shared=True, device=CPU)
     kept = select_steps(table, 2, 1.0, 0)
     sample_group(table, velocity, start, noise, kept_steps=kept, process_reward=Noting())
-    assert events == ["submit", "velocity", "result"] * 3
+    assert events[:9] == ["submit", "velocity", "result"] * 3
 
 
 @pytest.mark.parametrize("kind", ["distill", "standard"])
 def test_rollout_and_learner_agree_on_the_ratio(make_config: MakeConfig, kind: str) -> None:
     config = make_config(f"objective.kind={kind}", "sampler.guidance.scale=5.0")
     worker, scorer = RolloutWorker(config, CPU), PrmScorer(config, CPU)
-    source = Local(scorer, worker, TASK.prompt)
+    source = Local(scorer)
     info, latents, payload = worker.generate(TASK, source)
     assert latents.shape == (3, 16, 5, 4, 4)
-    assert info.fingerprint == worker.table.fingerprint()
+    assert info.fingerprint == worker.table().fingerprint()
     assert (payload.gradients is not None) == (kind == "standard")
-    assert [with_gradient for _, with_gradient in source.calls] == [False, True, True, False]
-    rows = load_rows(MicroBatch(group=0, begin=0, end=12, weight=1.0), payload, np.ones((3, 4), dtype=np.float32), CPU)
+    assert source.calls == [(0, False), (1, True), (2, True), (3, False)]
+    group = TrainedGroup(
+        payload=payload,
+        advantages=np.ones((1, 3, 4), dtype=np.float32),
+        samples=np.arange(3),
+        iteration=0,
+        fingerprint=info.fingerprint,
+    )
+    rows = load_rows(MicroBatch(group=0, begin=0, end=12, weight=1.0), group, CPU)
     value = evaluate_objective(
-        config.objective, worker.table, lambda x, s, c: worker.family.velocity(worker.transformer, x, s, c), rows
+        config.objective, worker.table(), lambda x, s, c: worker.family.velocity(worker.transformer, x, s, c), rows
     )
     assert float((value.ratio - 1).abs().max()) < 1e-5
 
@@ -143,7 +156,7 @@ def test_a_seed_means_the_same_group_and_guidance_changes_it(make_config: MakeCo
     def latents(*overrides: str, seed: int = 11) -> np.ndarray:
         config = make_config(*overrides)
         worker = RolloutWorker(config, CPU)
-        source = Local(PrmScorer(config, CPU), worker, TASK.prompt) if config.rewards.process else None
+        source = Local(PrmScorer(config, CPU)) if config.rewards.process else None
         return worker.generate(GroupTask(group_id=0, prompt=TASK.prompt, seed=seed), source)[1]
 
     guided = latents()

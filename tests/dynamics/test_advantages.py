@@ -92,9 +92,7 @@ def test_global_scope_divides_by_the_spread_over_all_groups() -> None:
 
 def test_a_threshold_makes_a_reward_binary() -> None:
     r = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    torch.testing.assert_close(
-        one({"a": r}, thresholds={"a": 0.25}), one({"a": torch.tensor([0.0, 0.0, 1.0, 1.0])})
-    )
+    torch.testing.assert_close(one({"a": r}, thresholds={"a": 0.25}), one({"a": torch.tensor([0.0, 0.0, 1.0, 1.0])}))
 
 
 def test_best_of_keeps_the_best_and_the_worst_of_each_group() -> None:

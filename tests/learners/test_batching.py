@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.records import GroupPayload
-from learners.batching import MicroBatch, load_rows, plan_updates
+from learners.batching import MicroBatch, TrainedGroup, load_rows, plan_updates
+from learners.objective import Transitions
 
 
 @given(
@@ -39,11 +40,23 @@ def test_rows_are_cut_sample_by_sample_with_their_own_advantages() -> None:
         gradients=None,
         conditioning={"text": np.ones((1, 4), dtype=np.float32)},
     )
-    advantages = np.arange(group * steps, dtype=np.float32).reshape(group, steps)
-    rows = load_rows(MicroBatch(group=0, begin=1, end=5, weight=0.5), payload, advantages, torch.device("cpu"))
+    advantages = np.arange(group * steps, dtype=np.float32).reshape(1, group, steps)
+
+    def cut(samples: list[int], begin: int, end: int) -> Transitions:
+        trained = TrainedGroup(
+            payload=payload, advantages=advantages, samples=np.array(samples), iteration=0, fingerprint=""
+        )
+        return load_rows(MicroBatch(group=0, begin=begin, end=end, weight=0.5), trained, torch.device("cpu"))
+
+    rows = cut([0, 1, 2], 1, 5)
     assert rows.states.flatten().tolist() == [1, 2, 3, 4]
     assert rows.next_states.flatten().tolist() == [11, 12, 13, 14]
     assert rows.steps.tolist() == [3, 1, 4, 2]
-    assert rows.advantages.tolist() == [advantages[0, 3], advantages[1, 1], advantages[1, 4], advantages[2, 2]]
+    assert rows.advantages.tolist() == [[advantages[0, i, k] for i, k in ((0, 3), (1, 1), (1, 4), (2, 2))]]
     torch.testing.assert_close(rows.log_probs, torch.tensor([0.1, 0.2, 0.3, 0.4]))
     assert rows.conditioning["text"].shape == (4, 4)
+
+    chosen = cut([0, 2], 1, 4)
+    assert chosen.states.flatten().tolist() == [1, 4, 5]
+    assert chosen.steps.tolist() == [3, 2, 3]
+    assert chosen.advantages.tolist() == [[advantages[0, i, k] for i, k in ((0, 3), (2, 2), (2, 3))]]

@@ -31,7 +31,7 @@ def rows(guidance: Guidance | None, *, keep_gradient: bool, v_old: Tensor, gener
     scored = t.mean(steps, x, v_old, g if keep_gradient else None)
     transitions = Transitions(
         states=x, next_states=x_next, steps=steps, log_probs=t.log_prob(steps, x_next, scored),
-        advantages=torch.tensor([1.0, -0.5, 0.7, 2.0]), gradients=g if keep_gradient else None, conditioning={},
+        advantages=torch.tensor([[1.0, -0.5, 0.7, 2.0]]), gradients=g if keep_gradient else None, conditioning={},
         weight=0.25,
     )  # fmt: skip
     return t, transitions, g, z
@@ -54,7 +54,7 @@ def test_gradient_is_the_closed_form_on_policy(kind: str) -> None:
         # Eq. 62: the sample deviates from the unguided mean by the guidance; under Eq. 58 that part cancels.
         residual = residual + t.coef_grad[transitions.steps].view(shape) * g
     score = t.coef_v[transitions.steps].view(shape) * residual / std**2 / 6
-    expected = -0.25 * transitions.advantages.view(shape) * score
+    expected = -0.25 * transitions.advantages[0].view(shape) * score
     torch.testing.assert_close(leaf.grad, expected.float(), atol=1e-6, rtol=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_clipped_rows_have_no_gradient() -> None:
         value = evaluate_objective(ObjectiveConfig(clip_range=1e-4), t, lambda *_, v=leaf: v, signed)
         value.loss.backward()
         assert leaf.grad is not None
-        assert torch.equal(leaf.grad.flatten(1).abs().sum(1) > 0, ~value.clipped)
+        assert torch.equal(leaf.grad.flatten(1).abs().sum(1) > 0, value.clipped == 0)
         clipped_rows += int(value.clipped.sum())
     # Every ratio has left the range, so each row is clipped under one sign of its advantage and free under the other.
     assert clipped_rows == 4

@@ -3,8 +3,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from core.config import RunConfig
-from core.config import PrmOptimizerConfig
+from core.config import PrmOptimizerConfig, RunConfig
 from learners.preference import RankedSamples, accuracy_by_noise, bradley_terry, paired_rewards, train_preference
 from models.generators.base import open_generator
 from models.rewards.prm import ProcessRewardModel

@@ -14,6 +14,7 @@ from torch import Tensor
 from actors.rollout import RolloutWorker
 from core.config import RunConfig, dump_config
 from core.records import GroupPayload, GroupTask
+from dynamics import StepTable
 from models.generators.base import expand
 from reward_servers.prm import PrmScorer
 
@@ -29,11 +30,12 @@ OVERRIDES = (
 class InProcess:
     """A process-reward source without a server."""
 
-    def __init__(self, scorer: PrmScorer, conditioning: dict[str, Tensor]) -> None:
-        self.scorer, self.conditioning = scorer, conditioning
+    def __init__(self, scorer: PrmScorer, conditioning: dict[str, Tensor], table: StepTable) -> None:
+        self.scorer, self.conditioning, self.table = scorer, conditioning, table
 
-    def submit(self, x: Tensor, sigma: float, *, with_gradient: bool) -> "InProcess":
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> "InProcess":
         arrays = {name: tensor.numpy() for name, tensor in self.conditioning.items()}
+        sigma = float(self.table.sigmas[k])
         rewards, gradient = self.scorer.reward_and_gradient(x.numpy(), sigma, arrays, with_gradient)
         self.answer = torch.tensor(rewards), None if gradient is None else torch.tensor(gradient)
         return self
@@ -52,8 +54,7 @@ def draw_groups(config: RunConfig) -> list[tuple[list[GroupPayload], list[np.nda
         payloads, advantages = [], []
         for g in range(GROUPS):
             task = GroupTask(group_id=g, prompt=prompts[g % 2], seed=100 * i + g)
-            source = InProcess(scorer, worker.conditioning(task.prompt))
-            payloads.append(worker.generate(task, source)[2])
+            payloads.append(worker.generate(task, lambda c, table, v: InProcess(scorer, c, table))[2])
             advantages.append(rng.standard_normal((config.rollout.group_size, 4)).astype(np.float32))
         iterations.append((payloads, advantages))
     return iterations

@@ -4,10 +4,12 @@ import pickle
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from core.config import load_config
+from learners.batching import TrainedGroup
 from learners.train_loop import _start
 from learners.zero3 import shard
 
@@ -24,15 +26,17 @@ def main() -> None:
     history = []
     for payloads, advantages in iterations:
         rows = [payload.steps.size for payload in payloads]
-        fingerprint = learner.table.fingerprint()
-        history.append(
-            learner.update(
-                rows,
-                dict(enumerate(payloads)),
-                dict(enumerate(advantages)),
-                dict.fromkeys(range(len(rows)), fingerprint),
+        groups = {
+            i: TrainedGroup(
+                payload=payload,
+                advantages=advantages[i][None],
+                samples=np.arange(len(payload.steps)),
+                iteration=0,
+                fingerprint=config.sampler.table().fingerprint(),
             )
-        )
+            for i, payload in enumerate(payloads)
+        }
+        history.append(learner.update(rows, groups))
     pieces = {name: shard(p).numel() for name, p in learner.policy.parameters.items()}
     numels = {name: p.ds_numel for name, p in learner.policy.parameters.items()}
     resident = sum(p.data.numel() for p in learner.policy.parameters.values())

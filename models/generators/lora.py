@@ -1,0 +1,55 @@
+"""Low-rank adapters on a transformer: added the same way in rollout and learner, named the same when published."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from core.config import LoraConfig
+from core.errors import ConfigError
+
+ADAPTER = "policy"
+
+
+def add_adapter(transformer: nn.Module, config: LoraConfig, name: str = ADAPTER) -> None:
+    """Adds adapters to a transformer and freezes everything else.
+
+    Raises:
+        ConfigError: peft is not installed, or no layer's name ends as ``model.lora.targets`` say.
+    """
+    try:
+        from peft import LoraConfig as PeftConfig
+    except ImportError as error:
+        raise ConfigError("model.lora needs peft: pip install 'euphonium[lora]'") from error
+    matched = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and _ends(n, config.targets)]
+    if not matched:
+        raise ConfigError(f"model.lora.targets: no linear layer's name ends in {', '.join(config.targets)}")
+    transformer.requires_grad_(False)
+    transformer.add_adapter(  # type: ignore[operator]
+        PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), init_lora_weights=True),
+        adapter_name=name,
+    )
+
+
+def adapter_parameters(transformer: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name."""
+    return {n: p for n, p in transformer.named_parameters() if f".{name}." in n and ".lora_" in n}
+
+
+def initial_adapter(parameters: dict[str, torch.Size], seed: int = 0) -> dict[str, Tensor]:
+    """Starting values of an adapter: small noise in the first factors, zeros in the second, so that it does nothing.
+
+    Every rank makes the same ones; peft's own initialisation cannot reach parameters that are partitioned.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, shape in parameters.items():
+        if ".lora_B." in name:
+            values[name] = torch.zeros(shape)
+        else:
+            values[name] = torch.randn(shape, generator=generator) / shape[0]
+    return values
+
+
+def _ends(name: str, endings: tuple[str, ...]) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
