@@ -85,6 +85,9 @@ class ZeroPolicy:
         import deepspeed
 
         settings = deepspeed_config(pool, optimizer, family.dtype)
+        if frozen_adapters:
+            # References are refreshed piece by piece; a small parameter that is kept whole would not see it.
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         # Init patches torch's constructors while it is open; a library imported under it may break on them.
         family.transformer_class()
         with deepspeed.zero.Init(config_dict_or_path=settings):

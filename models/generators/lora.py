@@ -21,8 +21,9 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, name: str = ADAPTER)
         from peft import LoraConfig as PeftConfig
     except ImportError as error:
         raise ConfigError("model.lora needs peft: pip install 'euphonium[lora]'") from error
-    matched = [n for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and _ends(n, config.targets)]
-    if not matched:
+    # A layer that already carries an adapter is a wrapper around its linear layer.
+    linear = [n.removesuffix(".base_layer") for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    if not any(_ends(name, config.targets) for name in linear):
         raise ConfigError(f"model.lora.targets: no linear layer's name ends in {', '.join(config.targets)}")
     transformer.requires_grad_(False)
     transformer.add_adapter(  # type: ignore[operator]

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.config import ObjectiveConfig
+from core.config import KlConfig, ObjectiveConfig
 from dynamics import Guidance, StepTable, shifted_sigmas
-from learners.objective import Transitions, clipped_surrogate, evaluate_objective
+from learners.objective import References, Transitions, Velocity, clipped_surrogate, evaluate_objective
 
 
 def table(guidance: Guidance | None = None) -> StepTable:
@@ -115,3 +115,133 @@ def test_clipped_rows_have_no_gradient() -> None:
         clipped_rows += int(value.clipped.sum())
     # Every ratio has left the range, so each row is clipped under one sign of its advantage and free under the other.
     assert clipped_rows == 4
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+def off_policy(seed: int = 4) -> tuple[StepTable, Transitions, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    v_old = torch.randn(4, 3, 2, generator=generator)
+    t, transitions, _, _ = rows(None, keep_gradient=False, v_old=v_old, generator=generator)
+    return t, transitions, v_old, v_old + 0.05 * torch.randn(v_old.shape, generator=generator)
+
+
+def constant(v: Tensor) -> Velocity:
+    return lambda x, time, conditioning: v
+
+
+OPTIONS = {
+    "equaliser": ObjectiveConfig(step_weights="equaliser", clip_range=10.0),
+    "inverse_delta": ObjectiveConfig(step_weights="inverse_delta", clip_range=10.0),
+    "anchor": ObjectiveConfig(clip_range=10.0, kl=KlConfig(anchor="moving", anchor_weight=2.0)),
+    "log_ratio": ObjectiveConfig(clip_range=10.0, kl=KlConfig(previous="log_ratio", previous_weight=3.0)),
+    "k3": ObjectiveConfig(clip_range=10.0, kl=KlConfig(previous="k3", previous_weight=3.0)),
+    "gaussian": ObjectiveConfig(clip_range=10.0, kl=KlConfig(previous="gaussian")),
+    "dual": ObjectiveConfig(clip_range=10.0, kl=KlConfig(anchor="moving", previous="k3")),
+    "guard": ObjectiveConfig(clip_range=10.0, ratio_normalisation=True),
+    "everything": ObjectiveConfig(
+        clip_range=10.0, ratio_normalisation=True, step_weights="equaliser",
+        kl=KlConfig(anchor="fixed", previous="gaussian"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_has_the_gradient_of_its_value(name: str) -> None:
+    """Central differences along a random direction, in double precision of the inputs' span."""
+    config = OPTIONS[name]
+    t, transitions, v_old, v_new = off_policy()
+    anchor = v_old + 0.1
+    references = References(anchor=constant(anchor), previous=constant(v_old), kl_weight=0.7)
+
+    def loss(v: Tensor) -> Tensor:
+        return evaluate_objective(config, t, constant(v), transitions, references).loss
+
+    leaf = v_new.clone().requires_grad_(True)
+    loss(leaf).backward()
+    assert leaf.grad is not None
+    direction = torch.randn(v_new.shape, generator=torch.Generator().manual_seed(9))
+    step = 1e-2
+    numeric = (loss(v_new + step * direction) - loss(v_new - step * direction)) / (2 * step)
+    torch.testing.assert_close((leaf.grad * direction).sum(), numeric, atol=2e-4, rtol=1e-2)
+
+
+def test_equaliser_scales_each_rows_loss() -> None:
+    t, transitions, _, v_new = off_policy()
+    scale = t.equaliser()[transitions.steps].float()
+    leaves = {}
+    for weights in ("uniform", "equaliser"):
+        leaf = v_new.clone().requires_grad_(True)
+        config = ObjectiveConfig(step_weights=weights, clip_range=10.0)  # type: ignore[arg-type]
+        evaluate_objective(config, t, constant(leaf), transitions).loss.backward()
+        leaves[weights] = leaf.grad
+    torch.testing.assert_close(leaves["equaliser"], scale.view(-1, 1, 1) * leaves["uniform"])
+
+
+def test_kl_penalty_is_the_weighted_sum_of_both_terms() -> None:
+    t, transitions, v_old, v_new = off_policy()
+    anchor = v_old - 0.2
+    steps = transitions.steps
+    means = {n: t.mean(steps, transitions.states, v) for n, v in (("new", v_new), ("old", v_old), ("anchor", anchor))}
+    config = ObjectiveConfig(
+        clip_range=10.0,
+        kl=KlConfig(anchor="moving", anchor_weight=2.0, previous="gaussian", previous_weight=5.0),
+    )
+    references = References(anchor=constant(anchor), previous=constant(v_old), kl_weight=0.3)
+    value = evaluate_objective(config, t, constant(v_new), transitions, references)
+    plain = evaluate_objective(ObjectiveConfig(clip_range=10.0), t, constant(v_new), transitions)
+    to_anchor, to_old = t.kl(steps, means["new"], means["anchor"]), t.kl(steps, means["new"], means["old"])
+    torch.testing.assert_close(value.kl_anchor, to_anchor)
+    torch.testing.assert_close(value.kl_previous, to_old)
+    expected = plain.loss + 0.25 * 0.3 * (2 * to_anchor + 5 * to_old).sum()
+    torch.testing.assert_close(value.loss, expected)
+    assert float(value.loss) > float(plain.loss)
+
+
+def test_losses_of_components_add_up_and_are_clipped_apart() -> None:
+    t, transitions, _, v_new = off_policy()
+    a = transitions.advantages[0]
+    split = dataclasses.replace(transitions, advantages=torch.stack([a, -0.5 * a]))
+    config = ObjectiveConfig(clip_range=1e-3)
+    whole = evaluate_objective(config, t, constant(v_new), split)
+    parts = [
+        evaluate_objective(config, t, constant(v_new), dataclasses.replace(transitions, advantages=part[None]))
+        for part in split.advantages
+    ]
+    torch.testing.assert_close(whole.loss, parts[0].loss + parts[1].loss)
+    # Opposite signs: of the two components of a row that left the range, exactly one is clipped.
+    torch.testing.assert_close(whole.clipped, torch.full((4,), 0.5))
+
+
+def test_ratio_normalisation_centres_the_log_ratio() -> None:
+    """Off policy the log-ratio of a Gaussian step has mean -KL; normalised it has mean 0, and no 1 / std in it."""
+    t = table()
+    generator = torch.Generator().manual_seed(0)
+    count, k = 20_000, 4
+    steps = torch.full((count,), k)
+    x = torch.randn(1, 8, generator=generator).expand(count, 8)
+    v_old = torch.randn(1, 8, generator=generator).expand(count, 8)
+    v_new = v_old + 0.3
+    mean_old = t.mean(steps, x, v_old)
+    x_next = t.sample(k, mean_old, torch.randn(count, 8, generator=generator))
+    transitions = Transitions(
+        states=x, next_states=x_next, steps=steps, log_probs=t.log_prob(steps, x_next, mean_old),
+        advantages=torch.ones(1, count), gradients=None, conditioning={}, weight=1 / count,
+    )  # fmt: skip
+    references = References(previous=constant(v_old))
+    guarded = evaluate_objective(
+        ObjectiveConfig(ratio_normalisation=True, clip_range=10.0), t, constant(v_new), transitions, references
+    )
+    plain = evaluate_objective(ObjectiveConfig(clip_range=10.0), t, constant(v_new), transitions)
+    divergence = float(t.kl(k, t.mean(steps, x, v_new), mean_old).mean())
+    assert float(plain.ratio.log().mean()) == pytest.approx(-divergence, rel=0.05)
+    assert abs(float(guarded.ratio.log().mean())) < 0.05 * divergence
+    expected_spread = abs(float(t.coef_v[k])) * 0.3 / math.sqrt(8)
+    assert float(guarded.ratio.log().std()) == pytest.approx(expected_spread, rel=0.05)
+
+
+def test_references_that_are_needed_are_asked_for() -> None:
+    t, transitions, _, v_new = off_policy()
+    with pytest.raises(ValueError, match="needs the previous policy"):
+        evaluate_objective(ObjectiveConfig(ratio_normalisation=True), t, constant(v_new), transitions)

@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder of the pipeline (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/embedded-generator"), help="intermediate results")
     parser.add_argument("--vae-steps", type=int, default=10_600)
-    parser.add_argument("--steps", type=int, default=6_000)
+    parser.add_argument("--steps", type=int, default=2_000)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -1,0 +1,79 @@
+"""Trains on two real ZeRO-3 ranks, for the tests that compare them with a plain loop."""
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from actors.rollout import RolloutWorker
+from core.config import RunConfig, dump_config
+from core.records import GroupPayload, GroupTask
+from dynamics import StepTable
+from reward_servers.prm import PrmScorer
+
+ITERATIONS, GROUPS = 2, 3
+
+
+class InProcess:
+    """A process-reward source without a server."""
+
+    def __init__(self, scorer: PrmScorer, conditioning: dict[str, Tensor], table: StepTable) -> None:
+        self.scorer, self.conditioning, self.table = scorer, conditioning, table
+
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> "InProcess":
+        arrays = {name: tensor.numpy() for name, tensor in self.conditioning.items()}
+        sigma = float(self.table.sigmas[k])
+        rewards, gradient = self.scorer.reward_and_gradient(x.numpy(), sigma, arrays, with_gradient)
+        self.answer = torch.tensor(rewards), None if gradient is None else torch.tensor(gradient)
+        return self
+
+    def result(self) -> tuple[Tensor, Tensor | None]:
+        return self.answer
+
+
+def draw_groups(config: RunConfig) -> list[tuple[list[GroupPayload], list[np.ndarray]]]:
+    worker = RolloutWorker(config, torch.device("cpu"))
+    scorer = PrmScorer(config, torch.device("cpu"))
+    prompts = ["a red car moving left on a white background", "a blue fish moving up on a gray background"]
+    rng = np.random.default_rng(0)
+    iterations = []
+    for i in range(ITERATIONS):
+        payloads, advantages = [], []
+        for g in range(GROUPS):
+            task = GroupTask(group_id=g, prompt=prompts[g % 2], seed=100 * i + g)
+            payloads.append(worker.generate(task, lambda c, table, v: InProcess(scorer, c, table))[2])
+            advantages.append(rng.standard_normal((config.rollout.group_size, 4)).astype(np.float32))
+        iterations.append((payloads, advantages))
+    return iterations
+
+
+@pytest.fixture(scope="module")
+def train_on_two_ranks(
+    tiny_recipe_file: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
+    """Draws groups with a recipe, trains on them at world size 2, and returns what each rank holds."""
+
+    def train(*overrides: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("ranks")
+        config = tiny_recipe_file(folder, *overrides)
+        (folder / "recipe.yaml").write_text(dump_config(config))
+        iterations = draw_groups(config)
+        (folder / "groups.pkl").write_bytes(pickle.dumps(iterations))
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+            "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(Path(__file__).with_name("zero3_worker.py")),
+            str(folder),
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert result.returncode == 0, result.stderr[-8000:]
+        ranks = [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in (0, 1)]
+        return {"config": config, "iterations": iterations, "ranks": ranks}
+
+    return train
