@@ -166,7 +166,9 @@ class RolloutWorker:
             ]
             velocity = self.velocity(conditioning)
             source = make_source(conditioning, table, velocity) if make_source and guidance is not None else None
-            results.append(sample_deterministic(table, velocity, torch.cat(starts), source).cpu())
+            normalise = guidance is not None and guidance.normalise
+            samples = sample_deterministic(table, velocity, torch.cat(starts), source, normalise_gradient=normalise)
+            results.append(samples.cpu())
         return torch.cat(results).numpy()
 
     def velocity(self, conditioning: Conditioning) -> Velocity:

@@ -178,7 +178,12 @@ def sample_group(
 
 @torch.no_grad()
 def sample_deterministic(
-    table: StepTable, velocity: Velocity, start: Tensor, process_reward: ProcessRewardSource | None = None
+    table: StepTable,
+    velocity: Velocity,
+    start: Tensor,
+    process_reward: ProcessRewardSource | None = None,
+    *,
+    normalise_gradient: bool = False,
 ) -> Tensor:
     """Samples of a table without noise: what evaluation and the exported model use.
 
@@ -188,6 +193,7 @@ def sample_deterministic(
         velocity: as for :func:`sample_group`.
         start: float32 ``[batch, *latent]``.
         process_reward: needed when the table is guided.
+        normalise_gradient: as for :func:`sample_group`.
     """
     guided = set(table.guided_steps)
     x = start
@@ -196,7 +202,10 @@ def sample_deterministic(
         if process_reward is not None and k in guided:
             pending = process_reward.submit(k, x, with_gradient=True)
         v = velocity(x, float(table.times[k]))
-        x = table.mean(k, x, v, None if pending is None else pending.result()[1])
+        gradient = None if pending is None else pending.result()[1]
+        if gradient is not None and normalise_gradient:
+            gradient = _unit_length(gradient)
+        x = table.mean(k, x, v, gradient)
     return x
 
 

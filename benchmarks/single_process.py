@@ -25,40 +25,13 @@ from core.config import RunConfig, load_config
 from dynamics import GroupRewards, StepTable, group_advantages
 from learners.batching import TrainedGroup, load_rows, plan_updates
 from learners.objective import evaluate_objective
-from models.rewards.prm import ProcessRewardModel
+from models.rewards.prm import LocalRewards, ProcessRewardModel
 from orchestrator.evaluation import evaluation_set
 from orchestrator.prompts import PromptStream, read_prompts
 from orchestrator.statistics import rollout_statistics
 from reward_servers.orm import OrmScorer
 
 CPU = torch.device("cpu")
-
-
-class InProcessRewards:
-    """The process reward model in this process, asked when the answer is needed."""
-
-    def __init__(self, model: ProcessRewardModel, conditioning: dict[str, Tensor], table: StepTable) -> None:
-        self.model = model
-        self.conditioning = conditioning
-        self.table = table
-
-    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> _Answer:
-        """See :class:`actors.sampler.ProcessRewardSource`."""
-        sigmas = torch.full((len(x),), float(self.table.sigmas[k]))
-        prompt = {name: t.expand(len(x), *t.shape[1:]) for name, t in self.conditioning.items()}
-        if with_gradient:
-            return _Answer(*self.model.reward_and_gradient(x, sigmas, prompt))
-        with torch.no_grad():
-            return _Answer(self.model(x, sigmas, prompt), None)
-
-
-class _Answer:
-    def __init__(self, rewards: Tensor, gradient: Tensor | None) -> None:
-        self._value = rewards, gradient
-
-    def result(self) -> tuple[Tensor, Tensor | None]:
-        """See :class:`actors.sampler.Pending`."""
-        return self._value
 
 
 class SingleProcess:
@@ -132,9 +105,9 @@ class SingleProcess:
         metrics |= {"time/rollout_s": rolled_out - began, "time/update_s": time.perf_counter() - rolled_out}
         return metrics
 
-    def _source(self, conditioning: dict[str, Tensor], table: StepTable, velocity: Velocity) -> InProcessRewards:
+    def _source(self, conditioning: dict[str, Tensor], table: StepTable, velocity: Velocity) -> LocalRewards:
         assert self.prm is not None
-        return InProcessRewards(self.prm, conditioning, table)
+        return LocalRewards(self.prm, conditioning, table.sigmas)
 
     def _update(self, groups: list[TrainedGroup]) -> dict[str, float]:
         config = self.config

@@ -60,6 +60,23 @@ def save_rank_state(learner: Learner, folder: Path) -> None:
     dist.barrier()
 
 
+def weights_file(folder: Path, *, policy: bool = False) -> Path:
+    """The weights of a checkpoint that evaluation and export use: the moving average where there is one.
+
+    Args:
+        folder: of the checkpoint.
+        policy: the policy itself in any case.
+
+    Raises:
+        CheckpointError: the folder holds none.
+    """
+    average = folder / AVERAGE_FILE
+    file = average if average.is_file() and not policy else folder / POLICY_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no weights ({POLICY_FILE} is missing)")
+    return file
+
+
 def load_rank_state(learner: Learner, folder: Path) -> None:
     """Restores what :func:`save_rank_state` wrote, into a learner of the same world size.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,6 +23,13 @@ app = typer.Typer(
 )
 
 Recipe = Annotated[Path, typer.Argument(help="YAML recipe, for example recipes/embedded/euphonium.yaml.")]
+ProtocolOption = Annotated[
+    Literal["implicit", "inference_rgg", "distilled"] | None,
+    typer.Option(
+        help="Keep the reward gradient (inference_rgg), or sample the policy alone (distilled or implicit, whichever "
+        "the run was trained for). Default: alone."
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's: a.b=c.")
 ]
@@ -90,11 +97,12 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the clips.")] = Path("generated"),
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
     steps: Annotated[int, typer.Option(help="ODE steps.")] = 30,
+    protocol: ProtocolOption = None,
 ) -> None:
     """Draw clips from a trained model and save them as GIFs with a contact sheet."""
     from orchestrator.inference import generate_clips
 
-    for path in generate_clips(model, prompt, output, seed=seed, steps=steps):
+    for path in generate_clips(model, prompt, output, seed=seed, steps=steps, protocol=protocol):
         say(str(path))
 
 
@@ -105,18 +113,16 @@ def evaluate(
     prompts: Annotated[int | None, typer.Option(help="Held-out prompts; default: the run's.")] = None,
     samples_per_prompt: Annotated[int | None, typer.Option(help="Samples a prompt; default: the run's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise; default: the run's.")] = None,
+    protocol: ProtocolOption = None,
 ) -> None:
-    """Score a checkpoint on held-out prompts: ODE samples, outcome rewards, no process reward model in the loop."""
+    """Score a checkpoint on held-out prompts: ODE samples and outcome rewards."""
     import json
 
     from orchestrator.inference import evaluate_model
 
     changes = {"prompts": prompts, "samples_per_prompt": samples_per_prompt, "seed": seed}
-    say(
-        json.dumps(
-            evaluate_model(model, base=base, changes={k: v for k, v in changes.items() if v is not None}), indent=2
-        )
-    )
+    given = {name: value for name, value in changes.items() if value is not None}
+    say(json.dumps(evaluate_model(model, base=base, changes=given, protocol=protocol), indent=2))
 
 
 @app.command("train-prm")
@@ -133,13 +139,17 @@ def export(
     model: Annotated[Path, typer.Argument(help="Checkpoint or run folder.")],
     output: Annotated[Path, typer.Argument(help="New folder for the diffusers pipeline.")],
     policy: Annotated[bool, typer.Option("--policy", help="The policy itself, not its moving average.")] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="The low-rank adapter alone, for ``pipeline.load_lora_weights``.")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a folder that ``diffusers.DiffusionPipeline.from_pretrained`` loads."""
-    from orchestrator.export import export_checkpoint
+    from orchestrator.export import export_adapter, export_checkpoint
     from orchestrator.inference import open_checkpoint
 
     checkpoint, config = open_checkpoint(model)
-    export_checkpoint(checkpoint.folder, config, output, policy=policy)
+    write = export_adapter if adapter else export_checkpoint
+    write(checkpoint.folder, config, output, policy=policy)
     say(str(output))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +52,30 @@ def initial_adapter(parameters: dict[str, torch.Size], seed: int = 0) -> dict[st
         else:
             values[name] = torch.randn(shape, generator=generator) / shape[0]
     return values
+
+
+def merged_state(transformer: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a transformer whose adapter has been added into its layers: what it was before peft came.
+
+    Args:
+        transformer: with the adapter of :func:`add_adapter`; its adapter is gone afterwards.
+        values: the adapter's parameters by name.
+    """
+    load_adapter(transformer, values)
+    transformer.fuse_lora(adapter_names=[ADAPTER])  # type: ignore[operator]
+    transformer.unload_lora()  # type: ignore[operator]
+    return dict(transformer.state_dict())
+
+
+@torch.no_grad()
+def load_adapter(transformer: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copies values into the adapter of :func:`add_adapter`.
+
+    Raises:
+        KeyError: a parameter of the adapter has no value.
+    """
+    for name, parameter in adapter_parameters(transformer).items():
+        parameter.copy_(values[name])
 
 
 def _ends(name: str, endings: tuple[str, ...]) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from core.config import ModelConfig
 from core.errors import ConfigError
-from models.generators.base import Conditioning, GeneratorFamily, open_generator, positive
+from models.generators.base import Conditioning, GeneratorFamily, expand, open_generator, positive
 
 CONFIG_FILE = "prm.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -127,6 +127,42 @@ class ProcessRewardModel(nn.Module):
         model = cls(family, int(description["blocks"]), description["head"])
         model.load_state_dict({name: t.float() for name, t in load_file(folder / WEIGHTS_FILE).items()})
         return model.eval().requires_grad_(False)
+
+
+class LocalRewards:
+    """A process reward model in this process, for one prompt: a source of rewards and guidance without a server."""
+
+    def __init__(self, model: ProcessRewardModel, conditioning: Conditioning, sigmas: Tensor) -> None:
+        """Args as described in the class.
+
+        Args:
+            model: to ask.
+            conditioning: of the prompt, with a leading dimension of 1.
+            sigmas: noise fractions of the states of a walk, ``[num_steps + 1]``.
+        """
+        self._model = model
+        self._conditioning = conditioning
+        self._sigmas = sigmas
+
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> LocalAnswer:
+        """Scores states ``[batch, *latent]`` of step k at once."""
+        sigmas = torch.full((len(x),), float(self._sigmas[k]), device=x.device)
+        prompt = expand(self._conditioning, len(x))
+        if with_gradient:
+            return LocalAnswer(*self._model.reward_and_gradient(x, sigmas, prompt))
+        with torch.no_grad():
+            return LocalAnswer(self._model(x, sigmas, prompt), None)
+
+
+class LocalAnswer:
+    """An answer that is there already."""
+
+    def __init__(self, rewards: Tensor, gradient: Tensor | None) -> None:
+        self._value = rewards, gradient
+
+    def result(self) -> tuple[Tensor, Tensor | None]:
+        """Rewards ``[batch]`` and gradient like the states, or None."""
+        return self._value
 
 
 @contextmanager
