@@ -60,6 +60,7 @@ def train_prm(config: PrmConfig, say: Callable[[str], None]) -> list[float]:
     say(accuracy_table(accuracy, without_margin, pairs.margin))
     average.save(
         config.target,
+        getattr(torch, config.save_dtype),
         held_out_accuracy=[round(a, 4) for a in accuracy],
         held_out_accuracy_without_margin=[round(a, 4) for a in without_margin],
         margin=pairs.margin,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -57,6 +57,8 @@ class PrmConfig(Node):
     """Of samples, pairs and noise."""
     target: Path
     """Folder that the trained model is written to."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights on disk."""
     blocks: PositiveInt = 8
     """Blocks of the generator's transformer that make the trunk, counted from its input."""
     threads: PositiveInt = 1

@@ -90,10 +90,16 @@ class ProcessRewardModel(nn.Module):
             (gradient,) = torch.autograd.grad(rewards.sum(), x)
         return rewards.detach(), gradient
 
-    def save(self, folder: Path, **notes: Any) -> None:
-        """Writes weights (safetensors) and description; ``notes`` go into the description."""
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32, **notes: Any) -> None:
+        """Writes weights (safetensors) and description.
+
+        Args:
+            folder: made if it is not there.
+            dtype: type of the weights on disk; :meth:`load` widens them.
+            notes: further entries of the description.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / WEIGHTS_FILE)
         description = {
             "pipeline_class": self.family.pipeline_class,
