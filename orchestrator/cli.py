@@ -79,10 +79,19 @@ def train(
 @app.command()
 def validate(recipe: Recipe, overrides: Overrides = None) -> None:
     """Check a recipe, its files and its arithmetic, and print the resolved configuration; starts nothing."""
+    import os
+
     from core.config import RunConfig, dump_config, load_config
+    from core.config.legacy import ineffective_variables
     from orchestrator.launch import absolute_paths, preflight
 
     config: RunConfig = load_config(recipe, overrides or [])
+    ineffective = ineffective_variables(os.environ)
+    if ineffective:
+        raise ConfigError(
+            "the environment configures nothing here; unset these and put them into the recipe or an override:\n  "
+            + "\n  ".join(ineffective)
+        )
     plan = preflight(absolute_paths(config))
     say(dump_config(config))
     width = max(map(len, plan))

@@ -1,6 +1,7 @@
 """Reference pages made from the declarations: every field of a recipe, every metric.
 
-``python -m orchestrator.reference`` writes ``docs/configuration.md`` and ``docs/metrics.md``; a test keeps them true.
+``python -m orchestrator.reference`` writes ``docs/configuration.md``, ``docs/metrics.md`` and ``docs/migration.md``; a
+test keeps them true.
 """
 
 from __future__ import annotations
@@ -121,7 +122,41 @@ def metrics_page() -> str:
     return "\n".join(parts) + "\n"
 
 
-PAGES = {"configuration.md": configuration_page, "metrics.md": metrics_page}
+def migration_page() -> str:
+    """``docs/migration.md``."""
+    from core.config.legacy import PROJECTS
+
+    parts = [
+        "# Coming from another project",
+        "",
+        "Made from `core/config/legacy.py` by `python -m orchestrator.reference`; do not edit.",
+        "",
+        "What a setting of another project is called here. The fields are described in",
+        "[configuration.md](configuration.md), the methods and how they differ in [methods.md](methods.md).",
+        "",
+        "None of these names is ever ignored: in a recipe or as an override it is an error that says what the setting",
+        "is called here, and `euphonium validate` reports variables of Euphonium's script that are set in the",
+        "environment, where they have no effect.",
+    ]
+    for project in PROJECTS:
+        parts += [
+            "",
+            f"## {project.title}",
+            "",
+            f"The names are {project.kind}.",
+            "",
+            "| there | here | |",
+            "|---|---|---|",
+        ]
+        parts += [
+            f"| `{entry.name}` | {', '.join(f'`{field}`' for field in entry.fields) or 'none'} "
+            f"| {entry.note.replace('|', chr(92) + '|')} |"
+            for entry in project.names
+        ]
+    return "\n".join(parts) + "\n"
+
+
+PAGES = {"configuration.md": configuration_page, "metrics.md": metrics_page, "migration.md": migration_page}
 
 
 def main() -> None:

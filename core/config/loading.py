@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from core.config import legacy
 from core.config.tree import RunConfig
 from core.errors import ConfigError
 
@@ -31,15 +32,22 @@ class _Source:
                 return self.places[path[:length]]
         return next(iter(self.places.values()), "")
 
-    def read(self, file: Path, seen: tuple[Path, ...] = ()) -> None:
-        """Reads a recipe, after the recipe that it extends."""
+    def read(self, file: Path, seen: tuple[Path, ...] = (), wanted_by: str = "") -> None:
+        """Reads a recipe, after the recipe that it extends.
+
+        Args:
+            file: to read.
+            seen: recipes that extend it, directly or not.
+            wanted_by: place that names it, to say so in errors.
+        """
         file = file.resolve()
         if file in seen:
-            raise ConfigError(f"{file}: the recipe extends itself: {' -> '.join(map(str, (*seen, file)))}")
+            chain = " -> ".join(map(_shown, (*seen, file)))
+            raise ConfigError(f"{wanted_by}the recipe extends itself: {chain}")
         try:
             text = file.read_text(encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"cannot read the recipe {_shown(file)}: {error.strerror}") from error
+            raise ConfigError(f"{wanted_by}cannot read the recipe {_shown(file)}: {error.strerror}") from error
         try:
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.YAMLError as error:
@@ -52,7 +60,10 @@ class _Source:
         values = _construct(node, file, (), places)
         base = values.pop("extends", None)
         if base is not None:
-            self.read(file.parent / str(base), (*seen, file))
+            where = f"{places[('extends',)]}: extends: "
+            if not isinstance(base, str):
+                raise ConfigError(f"{where}the name of one other recipe, got {base!r}")
+            self.read(file.parent / base, (*seen, file), where)
         _merge(self.values, values)
         self.places.update(places)
 
@@ -126,10 +137,14 @@ def _explain(model: type[BaseModel], source: _Source, item: Mapping[str, Any]) -
     key = ".".join(map(str, path)) or "the recipe"
     place = source.place(path)
     if item["type"] == "extra_forbidden":
+        foreign = legacy.advice(path, item["input"]) if model is RunConfig else []
+        if foreign:
+            return f"{place}: unknown key {key!r}; {'; '.join(foreign)}"
         known = _fields_at(model, path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
         advice = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{place}: unknown key {key!r}; {advice}"
+        elsewhere = legacy.similar(str(path[-1])) if model is RunConfig else None
+        return f"{place}: unknown key {key!r}; {advice}" + (f"; {elsewhere}" if elsewhere else "")
     if item["type"] == "missing":
         return f"{place}: {key!r} is missing"
     message = str(item["msg"]).removeprefix("Value error, ")

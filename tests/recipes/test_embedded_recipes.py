@@ -1,0 +1,64 @@
+"""Every embedded recipe trains: three iterations in one process, with the shipped generator."""
+
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from core.config import ModelConfig, load_config
+from models.generators.base import open_generator
+from models.rewards.prm import ProcessRewardModel
+
+RECIPES = sorted(p for p in Path("recipes/embedded").glob("*.yaml") if p.name not in ("base.yaml", "prm.yaml"))
+
+
+@pytest.fixture(scope="module")
+def single_process() -> ModuleType:
+    """``benchmarks/`` is no package: its programs are run by path."""
+    spec = importlib.util.spec_from_file_location("single_process", "benchmarks/single_process.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def process_reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generator's own first blocks under a fresh head: finite rewards and gradients, whatever they mean."""
+    folder = tmp_path_factory.mktemp("prm")
+    torch.manual_seed(1)
+    config = ModelConfig(path="models/generators/embedded/weights", frames=9, height=32, width=32, max_prompt_tokens=16)
+    ProcessRewardModel.from_generator(open_generator(config), blocks=3).save(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_an_embedded_recipe_trains(path: Path, process_reward_model: Path, single_process: ModuleType) -> None:
+    overrides = ["iterations=3", "rollout.prompts_per_iteration=2", "rollout.group_size=4", "evaluation.prompts=2"]
+    config = load_config(path, overrides + small(path, process_reward_model))
+    run = single_process.SingleProcess(config)
+    before = [parameter.detach().clone() for parameter in run.parameters]
+    for _ in range(config.iterations):
+        metrics = run.iterate()
+        assert all(math.isfinite(value) for value in metrics.values()), metrics
+        assert metrics["policy/grad_norm"] > 0
+    after = torch.cat([p.detach().flatten() for p in run.parameters])
+    assert torch.isfinite(after).all()
+    moved = [not torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True)]
+    assert sum(moved) > len(moved) / 2
+
+
+def small(path: Path, process_reward_model: Path) -> list[str]:
+    """What has to shrink with the groups, and the process reward model where the recipe has one."""
+    config = load_config(path)
+    changes = [f"objective.updates_per_iteration={min(2, config.objective.updates_per_iteration)}"]
+    if config.advantage.best_of is not None:
+        changes.append(f"advantage.best_of={min(2, config.advantage.best_of)}")
+    if config.rewards.process is not None:
+        changes.append(f"rewards.process.path={process_reward_model}")
+    return changes

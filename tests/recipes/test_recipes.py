@@ -1,0 +1,152 @@
+"""Every recipe that is shipped: it can be read, its arithmetic works, and its numbers are those that it cites."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from core.config import PrmConfig, RunConfig, dump_config, load_config
+from core.errors import ConfigError
+
+ROOT = Path("recipes")
+# A base holds what recipes share and is no recipe: it may lack required fields.
+RECIPES = sorted(path for path in ROOT.rglob("*.yaml") if path.name != "base.yaml")
+PRM = [path for path in RECIPES if path.name == "prm.yaml"]
+RUNS = [path for path in RECIPES if path.name != "prm.yaml"]
+METHODS = {
+    "euphonium-script", "dancegrpo", "flow-grpo", "flow-grpo-fast", "cps", "mixgrpo", "sage-grpo-a", "sage-grpo-b",
+    "euphonium-sage",
+}  # fmt: skip
+
+
+def load(path: Path) -> RunConfig:
+    return load_config(path)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=str)
+def test_a_run_loads_and_writes_back(path: Path) -> None:
+    config = load(path)
+    assert yaml.safe_load(dump_config(config))["name"] == config.name
+
+
+@pytest.mark.parametrize("path", PRM, ids=str)
+def test_a_process_reward_training_loads(path: Path) -> None:
+    assert load_config(path, [], PrmConfig).optimizer.updates > 0
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("base.yaml")), ids=str)
+def test_a_base_has_no_unknown_keys_and_is_used(path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert all("is missing" in line for line in str(caught.value).splitlines()[1:])
+    assert any("extends: base.yaml" in recipe.read_text() for recipe in path.parent.glob("*.yaml"))
+
+
+def test_names_of_runs_differ() -> None:
+    names = [load(path).name for path in RUNS]
+    assert len(set(names)) == len(names)
+
+
+def test_all_methods_have_an_embedded_recipe() -> None:
+    assert {path.stem for path in RUNS if path.parent.name == "embedded"} >= METHODS
+
+
+@pytest.mark.parametrize("path", RUNS, ids=str)
+def test_the_step_table_is_finite(path: Path) -> None:
+    config = load(path)
+    if config.sampler.law == "ddim":
+        # Its table needs the model's schedule: here that of Stable Diffusion.
+        from dynamics import StepTable
+
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        stride = 1000 // config.sampler.num_steps
+        signal = torch.cumprod(1 - betas, 0)
+        picked = torch.arange(config.sampler.num_steps - 1, -1, -1) * stride + 1
+        tables = [
+            StepTable.build_ddim(
+                torch.cat([signal[picked], signal[:1]]), picked / 1000, eta=config.sampler.eta,
+                sde_window=config.sampler.window(0),
+            )
+        ]  # fmt: skip
+    else:
+        tables = [config.sampler.table(iteration) for iteration in range(0, config.iterations, 5)]
+    for table in tables:
+        for column in (table.coef_x, table.coef_v, table.std, table.coef_grad, table.equaliser()):
+            assert torch.isfinite(column).all()
+        assert table.stochastic_steps
+        guidance = config.sampler.guidance
+        assert bool(table.guided_steps) == (guidance is not None)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=str)
+def test_every_learner_rank_has_work(path: Path) -> None:
+    config = load(path)
+    groups = config.rollout.prompts_per_iteration / config.objective.updates_per_iteration
+    best = config.advantage.best_of
+    samples = config.rollout.group_size if best is None else 2 * best
+    assert groups * samples >= config.pools.learner.num_workers
+    assert config.rollout.prompts_per_iteration % config.objective.updates_per_iteration == 0
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_embedded_recipes_differ_in_their_method_alone(method: str) -> None:
+    config, other = load(ROOT / "embedded" / f"{method}.yaml"), load(ROOT / "embedded" / "dancegrpo.yaml")
+    assert config.model == other.model
+    assert config.prompts == other.prompts
+    assert config.rollout == other.rollout
+    assert (config.sampler.num_steps, config.sampler.shift) == (10, 3.0)
+    assert [reward.name for reward in config.rewards.outcome] == [reward.name for reward in other.rewards.outcome]
+
+
+def test_euphonium_has_the_numbers_of_its_paper() -> None:
+    config = load(ROOT / "hunyuan-video" / "euphonium.yaml")
+    guidance = config.sampler.guidance
+    assert guidance is not None
+    assert config.sampler.eta**2 / 2 == pytest.approx(0.3125, rel=1e-6)
+    # lambda is eps / beta (Eq. 20), with Table 7's beta.
+    assert guidance.scale == pytest.approx(0.3125 / 3.125)
+    table = config.sampler.table()
+    assert table.guided_steps == list(range(8, 16))
+    delta = table.sigmas[:-1] - table.sigmas[1:]
+    assert torch.allclose(table.coef_grad[8:], 0.1 * delta[8:])
+    assert float(table.std[8]) == pytest.approx(math.sqrt(2 * 0.3125 * float(delta[8])), rel=1e-6)
+    samples = config.rollout.prompts_per_iteration * config.rollout.group_size
+    assert samples / config.objective.updates_per_iteration == 160
+
+
+def test_euphonium_as_released_is_ten_times_weaker() -> None:
+    paper = load(ROOT / "hunyuan-video" / "euphonium.yaml")
+    script = load(ROOT / "hunyuan-video" / "euphonium-script.yaml")
+    assert paper.sampler.guidance is not None
+    assert script.sampler.guidance is not None
+    assert script.sampler.guidance.scale == pytest.approx((paper.sampler.guidance.scale or 0) / 10)
+    assert script.sampler.eta**2 == pytest.approx(paper.sampler.eta**2 / 10)
+    # Its scale is that of its own KL weight: eta^2 / (2 beta).
+    assert script.sampler.eta**2 / (2 * 3.125) == pytest.approx(script.sampler.guidance.scale)
+    assert script.rewards.process is not None
+    assert script.rewards.process.steps == "guided"
+    assert script.advantage.combine == "losses"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("euphonium-script.yaml")), ids=str)
+def test_a_doubled_weight_is_two_losses_because_no_advantage_reaches_the_clip(path: Path) -> None:
+    config = load(path)
+    size = config.rollout.group_size
+    largest = (size - 1) / math.sqrt(size)  # one sample apart from all others, standard deviation with ddof 1
+    assert max(reward.weight for reward in config.rewards.outcome) == 2
+    assert 2 * largest < config.advantage.clip
+
+
+def test_the_two_settings_of_sage_differ_in_weights_alone() -> None:
+    for folder in ("embedded", "hunyuan-video-1.5"):
+        first, second = load(ROOT / folder / "sage-grpo-a.yaml"), load(ROOT / folder / "sage-grpo-b.yaml")
+        assert first.sampler == second.sampler
+        assert first.objective == second.objective
+        assert first.rewards != second.rewards
+
+
+def test_mixgrpos_window_visits_every_place_of_the_embedded_grid() -> None:
+    config = load(ROOT / "embedded" / "mixgrpo.yaml")
+    assert {config.sampler.window(k) for k in range(config.iterations)} == {(k, k + 2) for k in range(8)}
