@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from core.errors import ConfigError
-from models.generators.base import Conditioning, Decoder, GeneratorFamily, PromptEncoder, weights_mark
+from models.generators.base import Conditioning, Decoder, GeneratorFamily, PromptEncoder
 
 TIMESTEPS = 1000.0
 
@@ -20,22 +16,23 @@ class HunyuanVideo(GeneratorFamily):
     """Adapter of ``HunyuanVideoPipeline``."""
 
     pipeline_class = "HunyuanVideoPipeline"
-
-    @cached_property
-    def _vae_config(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "vae" / "config.json").read_text()))
+    block_fields = ("num_layers", "num_single_layers")
 
     @property
-    def latent_shape(self) -> tuple[int, ...]:
+    def latent_channels(self) -> int:
         """See :class:`GeneratorFamily`."""
-        spatial = int(self._vae_config.get("spatial_compression_ratio", 8))
-        temporal = int(self._vae_config.get("temporal_compression_ratio", 4))
-        return (
-            int(self.transformer_config()["in_channels"]),
-            (self.config.frames - 1) // temporal + 1,
-            self.config.height // spatial,
-            self.config.width // spatial,
-        )
+        return int(self.component_config("vae")["latent_channels"])
+
+    @property
+    def compression(self) -> tuple[int, int]:
+        """See :class:`GeneratorFamily`."""
+        vae = self.component_config("vae")
+        return int(vae.get("temporal_compression_ratio", 4)), int(vae.get("spatial_compression_ratio", 8))
+
+    @property
+    def patch_size(self) -> int:
+        """See :class:`GeneratorFamily`."""
+        return int(self.transformer_config()["patch_size"])
 
     def transformer_class(self) -> type[nn.Module]:
         """See :class:`GeneratorFamily`."""
@@ -43,35 +40,12 @@ class HunyuanVideo(GeneratorFamily):
 
         return HunyuanVideoTransformer3DModel
 
-    def build_trunk(self, blocks: int) -> nn.Module:
-        """See :class:`GeneratorFamily`; dual-stream blocks come first."""
-        config = self.transformer_config()
-        dual = int(config["num_layers"])
-        if not 1 <= blocks <= dual + int(config["num_single_layers"]):
-            raise ConfigError(f"a trunk of {blocks} blocks cannot be cut from {self.folder}: it has no more than that")
-        config["num_layers"] = min(blocks, dual)
-        config["num_single_layers"] = max(0, blocks - dual)
-        return self.build_transformer(config)
-
-    def token_width(self) -> int:
-        """See :class:`GeneratorFamily`."""
-        config = self.transformer_config()
-        return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-
-    def output_norm(self, transformer: nn.Module) -> nn.Module:
-        """See :class:`GeneratorFamily`."""
-        return transformer.get_submodule("norm_out")
-
-    def fingerprint(self) -> dict[str, str]:
-        """See :class:`GeneratorFamily`."""
-        return {part: weights_mark(self.folder / part) for part in ("vae", "text_encoder", "text_encoder_2")}
-
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         """See :class:`GeneratorFamily`."""
         from diffusers import HunyuanVideoPipeline
 
         pipeline = HunyuanVideoPipeline.from_pretrained(
-            self.folder, transformer=None, vae=None, torch_dtype=self.dtype, low_cpu_mem_usage=False
+            self.folder, transformer=None, vae=None, torch_dtype=self.dtype
         ).to(device)
         limit = self.config.max_prompt_tokens
 
@@ -93,8 +67,8 @@ class HunyuanVideo(GeneratorFamily):
         import diffusers
 
         # The pipeline's own VAE class, or whichever the folder names.
-        vae_class = getattr(diffusers, self._vae_config["_class_name"])
-        vae = vae_class.from_pretrained(self.folder / "vae", torch_dtype=self.dtype, low_cpu_mem_usage=False)
+        vae_class = getattr(diffusers, self.component_config("vae")["_class_name"])
+        vae = vae_class.from_pretrained(self.folder / "vae", torch_dtype=self.dtype)
         vae = vae.to(device).eval()
 
         @torch.no_grad()
