@@ -45,6 +45,8 @@ class GeneratorFamily(ABC):
     backbone: ClassVar[str] = "transformer"
     # Fields of its configuration that count its blocks, in the order in which a sample passes them.
     block_fields: ClassVar[tuple[str, ...]] = ("num_layers",)
+    # Its modules whose buffers must not be rounded when its weights are.
+    exact_modules: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         """Args as described in the class.
@@ -166,7 +168,7 @@ class GeneratorFamily(ABC):
         return self.build_transformer(self.trunk_config(blocks))
 
     def trunk_config(self, blocks: int) -> dict[str, Any]:
-        """Configuration of a transformer of the first ``blocks`` blocks; arguments and errors of :meth:`build_trunk`."""
+        """Configuration of the transformer that :meth:`build_trunk` builds, with its errors."""
         config = self.transformer_config()
         counts = [int(config[field]) for field in self.block_fields]
         if not 1 <= blocks <= sum(counts):
@@ -207,7 +209,7 @@ class GeneratorFamily(ABC):
         chosen = self.transformer_config() if config is None else config
         built: nn.Module = self.transformer_class().from_config(chosen)  # type: ignore[attr-defined]
         self._fill_buffers(built)
-        self.guard_precision(built)
+        self._hold_exact(built)
         return nn.Module.to(built, dtype=self.dtype)
 
     def load_transformer(self, device: torch.device) -> nn.Module:
@@ -215,13 +217,10 @@ class GeneratorFamily(ABC):
         loaded: nn.Module = self.transformer_class().from_pretrained(  # type: ignore[attr-defined]
             self.folder / self.backbone, torch_dtype=self.dtype, use_safetensors=True
         )
-        self.guard_precision(loaded)
+        self._hold_exact(loaded)
         # diffusers keeps some weights in float32 (and its own method warns of rounding them), but ZeRO-3 has one type
         # for all: what rollout actors compute with must be what learners train.
         return nn.Module.to(loaded, device=device, dtype=self.dtype).eval()
-
-    def guard_precision(self, transformer: nn.Module) -> None:
-        """Exempts what must not be rounded (never weights) from casts of a transformer; nothing, in most families."""
 
     def transformer_files(self) -> list[Path]:
         """The safetensors files that hold the transformer's weights."""
@@ -253,6 +252,10 @@ class GeneratorFamily(ABC):
 
     def _index(self) -> dict[str, Any]:
         return dict(json.loads((self.folder / "model_index.json").read_text()))
+
+    def _hold_exact(self, transformer: nn.Module) -> None:
+        for name in self.exact_modules:
+            hold_buffers(transformer.get_submodule(name))
 
     def _fill_buffers(self, transformer: nn.Module) -> None:
         from safetensors import safe_open
@@ -293,6 +296,20 @@ class GeneratorFamily(ABC):
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a component, without the copies in other precisions that the hub may hold."""
     return sorted(file for file in folder.glob("*.safetensors") if _WEIGHT_FILE.fullmatch(file.name))
+
+
+def hold_buffers(module: nn.Module) -> None:
+    """Makes a module's own buffers keep their type in later casts; they still move between devices."""
+
+    class Holding(type(module)):  # type: ignore[misc]
+        def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+            exact = dict(self.named_buffers(recurse=False))
+            super()._apply(fn, recurse)
+            for name, buffer in exact.items():
+                setattr(self, name, buffer.to(getattr(self, name).device))
+            return self
+
+    module.__class__ = Holding
 
 
 def weights_mark(folder: Path) -> str:

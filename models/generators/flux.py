@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class Flux(ImageFamily):
     """Adapter of ``FluxPipeline``."""
 
     pipeline_class = "FluxPipeline"
-    block_fields = ("num_layers", "num_single_layers")
+    block_fields: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
 
     @property
     def patch_size(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ class HunyuanVideo(GeneratorFamily):
     """Adapter of ``HunyuanVideoPipeline``."""
 
     pipeline_class = "HunyuanVideoPipeline"
-    block_fields = ("num_layers", "num_single_layers")
+    block_fields: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
 
     @property
     def latent_channels(self) -> int:
@@ -62,14 +63,16 @@ class HunyuanVideo(GeneratorFamily):
 
         return encode
 
-    def load_decoder(self, device: torch.device) -> Decoder:
-        """See :class:`GeneratorFamily`."""
+    def load_vae(self, device: torch.device) -> Any:
+        """The VAE: of the pipeline's own class, or of whichever the folder names."""
         import diffusers
 
-        # The pipeline's own VAE class, or whichever the folder names.
         vae_class = getattr(diffusers, self.component_config("vae")["_class_name"])
-        vae = vae_class.from_pretrained(self.folder / "vae", torch_dtype=self.dtype)
-        vae = vae.to(device).eval()
+        return vae_class.from_pretrained(self.folder / "vae", torch_dtype=self.dtype).to(device).eval()
+
+    def load_decoder(self, device: torch.device) -> Decoder:
+        """See :class:`GeneratorFamily`."""
+        vae = self.load_vae(device)
 
         @torch.no_grad()
         def decode(latents: Tensor) -> Tensor:

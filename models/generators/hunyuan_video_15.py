@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,13 @@ class HunyuanVideo15(HunyuanVideo):
             }
 
         return encode
+
+    def load_vae(self, device: torch.device) -> Any:
+        """See :class:`HunyuanVideo`."""
+        vae = super().load_vae(device)
+        # In diffusers 0.42 its attention mask does not fit a batch of more than one.
+        vae.enable_slicing()
+        return vae
 
     def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """See :class:`GeneratorFamily`."""

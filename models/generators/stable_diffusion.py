@@ -88,7 +88,7 @@ class StableDiffusion(ImageFamily):
             )
         scheduler, span = self._scheduler, self._timesteps
         if num_steps >= span:
-            raise ConfigError(f"sampler.num_steps: {self.folder} has {span} noise levels, too few for {num_steps} steps")
+            raise ConfigError(f"num_steps: {self.folder} has {span} noise levels, too few for {num_steps} steps")
         scheduler.set_timesteps(num_steps)
         alphas = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod.view(1)])
         times = scheduler.timesteps.double() / span
@@ -124,6 +124,6 @@ class StableDiffusion(ImageFamily):
 
 def _no_trunk(folder: Path) -> str:
     return (
-        f"a process reward model starts from the first blocks of a transformer, and {folder} has a U-Net; train it with "
-        "outcome rewards (rewards.process unset), and guide it with sampler.guidance.source: spsa if at all"
+        f"a process reward model starts from the first blocks of a transformer, and {folder} has a U-Net; train it "
+        "with outcome rewards (leave rewards.process out), and guide it, if at all, with sampler.guidance.source: spsa"
     )

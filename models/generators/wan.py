@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,8 @@ class Wan(GeneratorFamily):
     """Adapter of ``WanPipeline``, of its models with one transformer and one time for all tokens."""
 
     pipeline_class = "WanPipeline"
+    # The tables of its rotary embedding are buffers.
+    exact_modules = ("rope",)
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         """See :class:`GeneratorFamily`."""
@@ -59,10 +60,6 @@ class Wan(GeneratorFamily):
 
         return WanTransformer3DModel
 
-    def guard_precision(self, transformer: nn.Module) -> None:
-        """See :class:`GeneratorFamily`; the rotary embedding's tables are buffers here."""
-        hold_buffers(transformer.get_submodule("rope"))
-
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         """See :class:`GeneratorFamily`."""
         from diffusers import WanPipeline
@@ -93,7 +90,8 @@ class Wan(GeneratorFamily):
 
         @torch.no_grad()
         def decode(latents: Tensor) -> Tensor:
-            video: Tensor = vae.decode(latents.to(device=device, dtype=torch.float32) * std + mean, return_dict=False)[0]
+            scaled = latents.to(device=device, dtype=torch.float32) * std + mean
+            video: Tensor = vae.decode(scaled, return_dict=False)[0]
             return (video / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
         return decode
@@ -104,17 +102,3 @@ class Wan(GeneratorFamily):
             hidden_states=x.to(self.dtype), timestep=time * TIMESTEPS, return_dict=False, **conditioning
         )[0]
         return output.float()
-
-
-def hold_buffers(module: nn.Module) -> None:
-    """Makes a module's own buffers keep their type in later casts; they still move between devices."""
-
-    class Holding(type(module)):  # type: ignore[misc]
-        def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-            exact = dict(self.named_buffers(recurse=False))
-            super()._apply(fn, recurse)
-            for name, buffer in exact.items():
-                setattr(self, name, buffer.to(getattr(self, name).device))
-            return self
-
-    module.__class__ = Holding

@@ -123,6 +123,8 @@ def their_pipeline(case: Case, folder: Path) -> Any:
     if case.pipeline_class == "HunyuanVideo15Pipeline":
         pipeline.guider = ClassifierFreeGuidance(guidance_scale=case.cfg_scale)
         pipeline.tokenizer_max_length = LIMIT
+        # Its attention mask does not fit a batch of more than one.
+        pipeline.vae.enable_slicing()
     return pipeline
 
 
@@ -404,7 +406,7 @@ def test_stable_diffusion_refuses_what_it_cannot_do(folders: Folders, tmp_path: 
         family.step_table(SamplerConfig(law="dance", eta=0.3, num_steps=4))
     with pytest.raises(ConfigError, match=r"sampler\.shift"):
         family.step_table(ddim_sampler(shift=3.0))
-    with pytest.raises(ConfigError, match=r"sampler\.num_steps"):
+    with pytest.raises(ConfigError, match="1000 noise levels"):
         family.step_table(ddim_sampler(num_steps=1000))
     with pytest.raises(ConfigError, match="U-Net"):
         ProcessRewardModel.from_generator(family, 1)
@@ -437,7 +439,8 @@ def test_settings_that_a_generator_cannot_take_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"), [("boundary_ratio", 0.9, "two transformers"), ("expand_timesteps", True, "each token")]
+    ("field", "value", "message"),
+    [("boundary_ratio", 0.9, "two transformers"), ("expand_timesteps", True, "each token")],
 )
 def test_wan_22_is_refused(field: str, value: object, message: str, folders: Folders, tmp_path: Path) -> None:
     import shutil

@@ -145,8 +145,9 @@ def stable_diffusion() -> Any:
         tokenizer=clip,
         unet=UNet2DConditionModel(
             sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=TEXT, attention_head_dim=2, norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=TEXT, attention_head_dim=2,
+            norm_num_groups=4,
         ),
         scheduler=PNDMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
@@ -162,9 +163,14 @@ def hunyuan_video() -> Any:
     """HunyuanVideo with its guidance scale as an input, around the embedded generator's text side."""
     from diffusers import HunyuanVideoPipeline
 
-    from models.generators.embedded.text import POOLED_DIM, TEXT_DIM
-    from models.generators.embedded.text import build_pooled_encoder, build_pooled_tokenizer
-    from models.generators.embedded.text import build_prompt_encoder, build_prompt_tokenizer
+    from models.generators.embedded.text import (
+        POOLED_DIM,
+        TEXT_DIM,
+        build_pooled_encoder,
+        build_pooled_tokenizer,
+        build_prompt_encoder,
+        build_prompt_tokenizer,
+    )
 
     tokenizer, pooled = build_prompt_tokenizer(), build_pooled_tokenizer()
     return HunyuanVideoPipeline(
@@ -214,9 +220,7 @@ def hunyuan_video_15() -> Any:
     vocabulary = {word: i for i, word in enumerate([*letters, "<|endoftext|>", "<|system|>", "<|end|>"])}
     qwen = Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens={"system": "<|system|>", "end": "<|end|>"})
     # The pipeline drops the first 108 tokens, which are the system message's in the published tokenizer.
-    qwen.chat_template = "<|system|>" * 108 + (
-        "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}<|end|>{% endif %}{% endfor %}"
-    )
+    qwen.chat_template = "<|system|>" * 108 + "{{ messages[-1].content }}<|end|>"
     glyphs = ByT5Tokenizer()
     return HunyuanVideo15Pipeline(
         text_encoder=Qwen2_5_VLTextModel(
