@@ -45,8 +45,6 @@ class GeneratorFamily(ABC):
     backbone: ClassVar[str] = "transformer"
     # Fields of its configuration that count its blocks, in the order in which a sample passes them.
     block_fields: ClassVar[tuple[str, ...]] = ("num_layers",)
-    # Its modules whose buffers must not be rounded when its weights are.
-    exact_modules: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         """Args as described in the class.
@@ -209,18 +207,23 @@ class GeneratorFamily(ABC):
         chosen = self.transformer_config() if config is None else config
         built: nn.Module = self.transformer_class().from_config(chosen)  # type: ignore[attr-defined]
         self._fill_buffers(built)
-        self._hold_exact(built)
-        return nn.Module.to(built, dtype=self.dtype)
+        return nn.Module.to(self.with_exact_buffers(built), dtype=self.dtype)
 
     def load_transformer(self, device: torch.device) -> nn.Module:
         """The transformer with the weights on disk, in evaluation mode."""
         loaded: nn.Module = self.transformer_class().from_pretrained(  # type: ignore[attr-defined]
             self.folder / self.backbone, torch_dtype=self.dtype, use_safetensors=True
         )
-        self._hold_exact(loaded)
         # diffusers keeps some weights in float32 (and its own method warns of rounding them), but ZeRO-3 has one type
         # for all: what rollout actors compute with must be what learners train.
-        return nn.Module.to(loaded, device=device, dtype=self.dtype).eval()
+        return nn.Module.to(self.with_exact_buffers(loaded), device=device, dtype=self.dtype).eval()
+
+    def with_exact_buffers(self, transformer: nn.Module) -> nn.Module:
+        """Protects buffers that must not be rounded, which most families do not have, from casts of the weights.
+
+        Learners build transformers under ``zero.Init``, which rounds whatever a constructor computes.
+        """
+        return transformer
 
     def transformer_files(self) -> list[Path]:
         """The safetensors files that hold the transformer's weights."""
@@ -252,10 +255,6 @@ class GeneratorFamily(ABC):
 
     def _index(self) -> dict[str, Any]:
         return dict(json.loads((self.folder / "model_index.json").read_text()))
-
-    def _hold_exact(self, transformer: nn.Module) -> None:
-        for name in self.exact_modules:
-            hold_buffers(transformer.get_submodule(name))
 
     def _fill_buffers(self, transformer: nn.Module) -> None:
         from safetensors import safe_open

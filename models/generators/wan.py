@@ -6,12 +6,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from core.config import ModelConfig
 from core.errors import ConfigError
-from models.generators.base import Conditioning, Decoder, GeneratorFamily, PromptEncoder
+from models.generators.base import Conditioning, Decoder, GeneratorFamily, PromptEncoder, hold_buffers
 
 TIMESTEPS = 1000.0
 
@@ -20,8 +22,6 @@ class Wan(GeneratorFamily):
     """Adapter of ``WanPipeline``, of its models with one transformer and one time for all tokens."""
 
     pipeline_class = "WanPipeline"
-    # The tables of its rotary embedding are buffers.
-    exact_modules = ("rope",)
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         """See :class:`GeneratorFamily`."""
@@ -59,6 +59,16 @@ class Wan(GeneratorFamily):
         from diffusers import WanTransformer3DModel
 
         return WanTransformer3DModel
+
+    def with_exact_buffers(self, transformer: nn.Module) -> nn.Module:
+        """See :class:`GeneratorFamily`; the tables of the rotary embedding are buffers here."""
+        config = self.transformer_config()
+        rope = transformer.get_submodule("rope")
+        angles = rotary_angles(int(config["attention_head_dim"]), int(config["rope_max_seq_len"]))
+        rope.freqs_cos = torch.from_numpy(np.cos(angles).astype(np.float32))
+        rope.freqs_sin = torch.from_numpy(np.sin(angles).astype(np.float32))
+        hold_buffers(rope)
+        return transformer
 
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         """See :class:`GeneratorFamily`."""
@@ -102,3 +112,13 @@ class Wan(GeneratorFamily):
             hidden_states=x.to(self.dtype), timestep=time * TIMESTEPS, return_dict=False, **conditioning
         )[0]
         return output.float()
+
+
+def rotary_angles(width: int, length: int) -> NDArray[np.float64]:
+    """Angles ``[length, width]`` of the rotary embedding of a head: channels of time, rows and columns, in pairs.
+
+    In numpy, because ``zero.Init`` rounds what torch's constructors make.
+    """
+    side = 2 * (width // 6)
+    frequencies = [10000.0 ** (-np.arange(0, part, 2) / part) for part in (width - 2 * side, side, side)]
+    return np.outer(np.arange(length), np.concatenate(frequencies).repeat(2))
