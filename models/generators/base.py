@@ -212,7 +212,7 @@ class GeneratorFamily(ABC):
     def load_transformer(self, device: torch.device) -> nn.Module:
         """The transformer with the weights on disk, in evaluation mode."""
         loaded: nn.Module = self.transformer_class().from_pretrained(  # type: ignore[attr-defined]
-            self.folder / self.backbone, torch_dtype=self.dtype, use_safetensors=True
+            self.folder / self.backbone, dtype=self.dtype, use_safetensors=True
         )
         # diffusers keeps some weights in float32 (and its own method warns of rounding them), but ZeRO-3 has one type
         # for all: what rollout actors compute with must be what learners train.

@@ -36,7 +36,7 @@ class Flux(ImageFamily):
         """See :class:`GeneratorFamily`."""
         from diffusers import FluxPipeline
 
-        pipeline = FluxPipeline.from_pretrained(self.folder, transformer=None, vae=None, torch_dtype=self.dtype)
+        pipeline = FluxPipeline.from_pretrained(self.folder, transformer=None, vae=None, dtype=self.dtype)
         pipeline = pipeline.to(device)
         limit = self.config.max_prompt_tokens
 

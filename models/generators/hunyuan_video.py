@@ -46,7 +46,7 @@ class HunyuanVideo(GeneratorFamily):
         from diffusers import HunyuanVideoPipeline
 
         pipeline = HunyuanVideoPipeline.from_pretrained(
-            self.folder, transformer=None, vae=None, torch_dtype=self.dtype
+            self.folder, transformer=None, vae=None, dtype=self.dtype
         ).to(device)
         limit = self.config.max_prompt_tokens
 
@@ -68,7 +68,7 @@ class HunyuanVideo(GeneratorFamily):
         import diffusers
 
         vae_class = getattr(diffusers, self.component_config("vae")["_class_name"])
-        return vae_class.from_pretrained(self.folder / "vae", torch_dtype=self.dtype).to(device).eval()
+        return vae_class.from_pretrained(self.folder / "vae", dtype=self.dtype).to(device).eval()
 
     def load_decoder(self, device: torch.device) -> Decoder:
         """See :class:`GeneratorFamily`."""

@@ -104,7 +104,7 @@ class StableDiffusion(ImageFamily):
 
         pipeline = StableDiffusionPipeline.from_pretrained(
             self.folder, unet=None, vae=None, safety_checker=None, feature_extractor=None, image_encoder=None,
-            requires_safety_checker=False, torch_dtype=self.dtype,
+            requires_safety_checker=False, dtype=self.dtype,
         ).to(device)  # fmt: skip
 
         @torch.no_grad()

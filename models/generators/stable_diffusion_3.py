@@ -47,7 +47,7 @@ class StableDiffusion3(ImageFamily):
         from diffusers import StableDiffusion3Pipeline
 
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            self.folder, transformer=None, vae=None, torch_dtype=self.dtype
+            self.folder, transformer=None, vae=None, dtype=self.dtype
         ).to(device)
         limit = self.config.max_prompt_tokens
 

@@ -74,7 +74,7 @@ class Wan(GeneratorFamily):
         """See :class:`GeneratorFamily`."""
         from diffusers import WanPipeline
 
-        pipeline = WanPipeline.from_pretrained(self.folder, transformer=None, vae=None, torch_dtype=self.dtype)
+        pipeline = WanPipeline.from_pretrained(self.folder, transformer=None, vae=None, dtype=self.dtype)
         pipeline = pipeline.to(device)
         limit = self.config.max_prompt_tokens
 
@@ -92,7 +92,7 @@ class Wan(GeneratorFamily):
         """See :class:`GeneratorFamily`; the VAE was made to run in float32."""
         from diffusers import AutoencoderKLWan
 
-        vae = AutoencoderKLWan.from_pretrained(self.folder / "vae", torch_dtype=torch.float32).to(device).eval()
+        vae = AutoencoderKLWan.from_pretrained(self.folder / "vae", dtype=torch.float32).to(device).eval()
         mean, std = (
             torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from actors.rollout import encode_one, stack_conditionings
+from actors.rollout import RolloutWorker, encode_one, stack_conditionings
 from actors.sampler import sample_deterministic
-from core.config import LoraConfig, ModelConfig, SamplerConfig
+from core.config import LoraConfig, ModelConfig, RunConfig, SamplerConfig
 from core.errors import ConfigError
+from core.records import GroupTask
 from models.generators.base import GeneratorFamily, expand, open_generator
 from models.generators.lora import adapter_parameters, add_adapter
 from models.generators.registry import FAMILIES
@@ -453,3 +454,32 @@ def test_wan_22_is_refused(field: str, value: object, message: str, folders: Fol
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(ConfigError, match=message):
         open_generator(CASES["wan"].config(tmp_path / "wan22"))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("flux", ["sampler.law=flow_grpo", "sampler.shift=3", "model.embedded_guidance=3.5"]),
+        ("wan", ["model.frames=5", "model.width=32", "model.cfg_scale=5", "model.dtype=bfloat16"]),
+        ("sd1", ["sampler.law=ddim", "sampler.shift=1", "model.cfg_scale=7.5"]),
+    ],
+)
+def test_rollout_actors_draw_groups(
+    name: str, overrides: list[str], folders: Folders, make_config: Callable[..., RunConfig]
+) -> None:
+    config = make_config(
+        f"model.path={folders(CASES[name].pipeline_class)}", "model.frames=1", "model.height=16", "model.width=24",
+        "rewards.process=null", "sampler.guidance=null", *overrides,
+    )  # fmt: skip
+    worker = RolloutWorker(config, CPU)
+    info, final, payload = worker.generate(GroupTask(group_id=0, prompt="a red car", seed=1), None)
+    group = config.rollout.group_size
+    assert final.shape == (group, *worker.family.latent_shape)
+    assert payload.states.shape[:2] == (group, len(worker.table().stochastic_steps))
+    assert all(array.shape[0] == 1 and array.dtype == np.float32 for array in payload.conditioning.values())
+    assert np.isfinite(payload.log_probs).all()
+    assert info.fingerprint == worker.family.step_table(config.sampler).fingerprint()
+    evaluated = worker.evaluate(PROMPTS, [1, 2])
+    assert evaluated.shape == (2, *worker.family.latent_shape)
+    alone = worker.evaluate(PROMPTS[1:], [2])
+    np.testing.assert_allclose(evaluated[1:], alone, atol=1e-4 if worker.family.dtype == torch.float32 else 0.1)
