@@ -18,15 +18,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from core.config import GuidanceConfig, ModelConfig, SamplerConfig
+from core.config import GuidanceConfig, ModelConfig, PromptsConfig, SamplerConfig
 from core.errors import ConfigError
+from core.prompt_files import prompt_images
 from dynamics import StepTable, shifted_sigmas
 
 # Batch-first tensors that a transformer takes besides state and time; the names are its keyword arguments.
 Conditioning = dict[str, Tensor]
+# Entry of a conditioning that holds the latents of its first frame.
+IMAGE = "image_latents"
 # Marks the negative prompt's entries of a conditioning.
 NEGATIVE = "negative."
 PromptEncoder = Callable[[Sequence[str]], Conditioning]
+# Latents of the pictures in some files, ``[batch, channels, 1, height, width]``.
+ImageEncoder = Callable[[Sequence[Path]], Tensor]
 Decoder = Callable[[Tensor], Tensor]
 # What the weights of a component are called; the hub keeps other precisions and copies beside them.
 _WEIGHT_FILE = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors")
@@ -45,6 +50,8 @@ class GeneratorFamily(ABC):
     backbone: ClassVar[str] = "transformer"
     # Fields of its configuration that count its blocks, in the order in which a sample passes them.
     block_fields: ClassVar[tuple[str, ...]] = ("num_layers",)
+    # Whether every prompt comes with a picture (image-to-video).
+    takes_image: ClassVar[bool] = False
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
         """Args as described in the class.
@@ -144,18 +151,42 @@ class GeneratorFamily(ABC):
             "ode", shifted_sigmas(num_steps, shift), guidance=guidance.build() if guidance is not None else None
         )
 
-    def prompt_encoder(self, device: torch.device) -> PromptEncoder:
-        """Conditioning of prompts, with that of the negative prompt where classifier-free guidance needs it."""
+    def prompt_encoder(self, device: torch.device, images: Mapping[str, Path] | None = None) -> PromptEncoder:
+        """Conditioning of prompts, with that of the negative prompt where classifier-free guidance needs it.
+
+        Args:
+            device: to encode on.
+            images: pictures by prompt, for families of image-to-video (:func:`images_for`).
+
+        Returns:
+            A function that raises ConfigError if a prompt lacks its picture.
+        """
         encode = self.load_prompt_encoder(device)
-        if self.config.cfg_scale is None:
-            return encode
-        negative = encode([self.config.negative_prompt])
+        encode_images = self.load_image_encoder(device) if self.takes_image else None
+        negative = encode([self.config.negative_prompt]) if self.config.cfg_scale is not None else {}
 
-        def with_negative(prompts: Sequence[str]) -> Conditioning:
-            both = encode(prompts)
-            return both | {NEGATIVE + name: t.expand(len(prompts), *t.shape[1:]) for name, t in negative.items()}
+        def complete(prompts: Sequence[str]) -> Conditioning:
+            whole = encode(prompts)
+            whole |= {NEGATIVE + name: t.expand(len(prompts), *t.shape[1:]) for name, t in negative.items()}
+            if encode_images is not None:
+                whole[IMAGE] = encode_images([self._image_of(prompt, images or {}) for prompt in prompts])
+                if negative:
+                    whole[NEGATIVE + IMAGE] = whole[IMAGE]
+            return whole
 
-        return with_negative
+        return complete
+
+    def load_image_encoder(self, device: torch.device) -> ImageEncoder:
+        """The VAE as a function from pictures to latents, in families that take an image."""
+        raise NotImplementedError(f"{self.pipeline_class} takes no image")
+
+    def _image_of(self, prompt: str, images: Mapping[str, Path]) -> Path:
+        if prompt not in images:
+            raise ConfigError(
+                f"prompts: {prompt!r} has no image, which {self.pipeline_class} begins its video with; give prompts in "
+                '.jsonl files, one {"prompt": ..., "image": ...} a line'
+            )
+        return images[prompt]
 
     def build_trunk(self, blocks: int) -> nn.Module:
         """A transformer of this family with only its first ``blocks`` blocks, and fresh weights.
@@ -336,6 +367,15 @@ def positive(conditioning: Conditioning) -> Conditioning:
 def expand(conditioning: Conditioning, batch: int) -> Conditioning:
     """Repeats the conditioning of one prompt for a batch, without copying."""
     return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in conditioning.items()}
+
+
+def images_for(family: GeneratorFamily, prompts: PromptsConfig) -> dict[str, Path]:
+    """The pictures of a run's prompts, if its generator takes any.
+
+    Raises:
+        ConfigError: see :func:`core.prompt_files.prompt_images`.
+    """
+    return prompt_images([prompts.train, prompts.evaluation]) if family.takes_image else {}
 
 
 def open_generator(config: ModelConfig) -> GeneratorFamily:

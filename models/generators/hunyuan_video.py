@@ -45,9 +45,9 @@ class HunyuanVideo(GeneratorFamily):
         """See :class:`GeneratorFamily`."""
         from diffusers import HunyuanVideoPipeline
 
-        pipeline = HunyuanVideoPipeline.from_pretrained(
-            self.folder, transformer=None, vae=None, dtype=self.dtype
-        ).to(device)
+        pipeline = HunyuanVideoPipeline.from_pretrained(self.folder, transformer=None, vae=None, dtype=self.dtype).to(
+            device
+        )
         limit = self.config.max_prompt_tokens
 
         @torch.no_grad()
@@ -82,6 +82,10 @@ class HunyuanVideo(GeneratorFamily):
 
         return decode
 
+    def network_input(self, x: Tensor, arguments: dict[str, Tensor]) -> Tensor:
+        """What the transformer reads of the states; takes out of its arguments what belongs there."""
+        return x
+
     def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """See :class:`GeneratorFamily`."""
         arguments: dict[str, Tensor] = dict(conditioning)
@@ -90,6 +94,9 @@ class HunyuanVideo(GeneratorFamily):
                 (x.shape[0],), self.config.embedded_guidance * TIMESTEPS, dtype=self.dtype, device=x.device
             )
         output: Tensor = transformer(
-            hidden_states=x.to(self.dtype), timestep=time * TIMESTEPS, return_dict=False, **arguments
+            hidden_states=self.network_input(x, arguments).to(self.dtype),
+            timestep=time * TIMESTEPS,
+            return_dict=False,
+            **arguments,
         )[0]
         return output.float()

@@ -13,6 +13,7 @@ from core.config import LearnerPoolConfig, ModelConfig, OptimizerConfig
 from learners.zero3 import ZeroPolicy, quiet_deepspeed
 from models.generators.base import open_generator
 
+PROMPT = "a red car"
 CPU = torch.device("cpu")
 
 
@@ -20,7 +21,7 @@ def step(model: dict[str, Any], *, checkpointing: bool) -> dict[str, float]:
     """How far the partitioned policy is from a rollout actor's, before and after a step on a toy loss."""
     family = open_generator(ModelConfig.model_validate(model))
     pool = LearnerPoolConfig(gradient_checkpointing=checkpointing, persistence_threshold=0)
-    conditioning = encode_one(family.prompt_encoder(CPU), "a red car")
+    conditioning = encode_one(family.prompt_encoder(CPU, {PROMPT: family.folder.parent / "first_frame.png"}), PROMPT)
     x, time = torch.randn(1, *family.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
     rollout = family.load_transformer(CPU)
     with torch.no_grad():

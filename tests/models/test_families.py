@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -66,9 +67,13 @@ CASES = {
     "hunyuan": Case("HunyuanVideoPipeline", 7.0, size=(5, 32, 48), embedded_guidance=6.0),
     "hunyuan with true CFG": Case("HunyuanVideoPipeline", 7.0, size=(5, 32, 48), embedded_guidance=6.0, cfg_scale=2.0),
     "hunyuan 1.5": Case("HunyuanVideo15Pipeline", 5.0, size=(5, 16, 24), cfg_scale=6.0),
+    "skyreels": Case(
+        "HunyuanSkyreelsImageToVideoPipeline", 7.0, size=(5, 32, 48), embedded_guidance=1.0, cfg_scale=6.0
+    ),
 }
-one_a_family = pytest.mark.parametrize("name", ["flux", "sd3", "wan", "sd1", "hunyuan", "hunyuan 1.5"])
-one_a_transformer = pytest.mark.parametrize("name", ["flux", "sd3", "wan", "hunyuan", "hunyuan 1.5"])
+TRANSFORMERS = ["flux", "sd3", "wan", "hunyuan", "hunyuan 1.5", "skyreels"]
+one_a_family = pytest.mark.parametrize("name", [*TRANSFORMERS, "sd1"])
+one_a_transformer = pytest.mark.parametrize("name", TRANSFORMERS)
 Folders = Callable[[str], Path]
 
 
@@ -94,8 +99,18 @@ def noise(family: GeneratorFamily, batch: int = len(PROMPTS)) -> Tensor:
     return torch.randn(batch, *family.latent_shape, generator=torch.Generator().manual_seed(0))
 
 
+def pictures(family: GeneratorFamily) -> dict[str, Path]:
+    """First frames of the prompts, of another size than the videos, beside the pipeline's folder."""
+    files = {prompt: family.folder.parent / f"{i}.png" for i, prompt in enumerate(PROMPTS)}
+    for i, file in enumerate(files.values()):
+        pixels = np.zeros((40, 40, 3), dtype=np.uint8)
+        pixels[: 10 + 20 * i, :, i] = 255
+        Image.fromarray(pixels).save(file)
+    return files
+
+
 def conditioning_of(family: GeneratorFamily, prompts: Sequence[str] = PROMPTS) -> dict[str, Tensor]:
-    encode = family.prompt_encoder(CPU)
+    encode = family.prompt_encoder(CPU, pictures(family) if family.takes_image else None)
     return stack_conditionings([encode_one(encode, prompt) for prompt in prompts])
 
 
@@ -129,9 +144,9 @@ def their_pipeline(case: Case, folder: Path) -> Any:
     return pipeline
 
 
-def their_samples(case: Case, folder: Path, start: Tensor, output_type: str) -> Tensor:
+def their_samples(case: Case, family: GeneratorFamily, start: Tensor, output_type: str) -> Tensor:
     """What the diffusers pipeline makes of the same noise and prompts."""
-    pipeline = their_pipeline(case, folder)
+    pipeline = their_pipeline(case, family.folder)
     frames, height, width = case.size
     call: dict[str, Any] = {
         "prompt": PROMPTS, "height": height, "width": width, "num_inference_steps": STEPS, "latents": start,
@@ -143,7 +158,9 @@ def their_samples(case: Case, folder: Path, start: Tensor, output_type: str) -> 
         call["latents"] = start.squeeze(2)
     if case.cfg_scale is not None:
         call["negative_prompt"] = [NEGATIVE_PROMPT] * len(PROMPTS)
-    if case.pipeline_class in ("FluxPipeline", "HunyuanVideoPipeline"):
+    if family.takes_image:
+        call["image"] = [Image.open(file) for file in pictures(family).values()]
+    if case.embedded_guidance is not None:
         call |= {"guidance_scale": case.embedded_guidance, "true_cfg_scale": case.cfg_scale or 1.0}
     elif case.pipeline_class != "HunyuanVideo15Pipeline":
         call["guidance_scale"] = case.cfg_scale or 1.0
@@ -171,7 +188,7 @@ def test_samples_are_the_pipelines_own(name: str, folders: Folders) -> None:
     family, case = family_of(name, folders), CASES[name]
     start = noise(family)
     ours = our_samples(family, case.shift, conditioning_of(family), start)
-    theirs = their_samples(case, family.folder, start, "latent")
+    theirs = their_samples(case, family, start, "latent")
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     # Equality would say nothing about inputs that do not matter.
     assert float((ours - start).std()) > 0.1
@@ -202,12 +219,12 @@ def test_guidance_changes_the_samples(name: str, changes: dict[str, Any], folder
 def test_decoded_samples_are_the_pipelines_own(name: str, folders: Folders) -> None:
     family, case = family_of(name, folders), CASES[name]
     start = noise(family)
-    latents = their_samples(case, family.folder, start, "latent")
+    latents = their_samples(case, family, start, "latent")
     videos = family.load_decoder(CPU)(latents)
     assert videos.shape == (len(PROMPTS), case.size[0], 3, *case.size[1:])
     assert videos.dtype == torch.float32
     assert 0 <= float(videos.min()) < float(videos.max()) <= 1
-    torch.testing.assert_close(videos, their_samples(case, family.folder, start, "pt"), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(videos, their_samples(case, family, start, "pt"), atol=1e-4, rtol=1e-4)
 
 
 @one_a_family
@@ -380,6 +397,26 @@ def test_a_conditioning_of_one_prompt_serves_a_group(folders: Folders) -> None:
     torch.testing.assert_close(group[1:], alone, atol=1e-5, rtol=1e-4)
 
 
+def test_the_first_frame_matters(folders: Folders) -> None:
+    family = family_of("skyreels", folders)
+    transformer, x, time = family.load_transformer(CPU), noise(family, 1), torch.tensor([0.5])
+    outputs = []
+    for file in pictures(family).values():
+        conditioning = family.prompt_encoder(CPU, {PROMPTS[0]: file})(PROMPTS[:1])
+        with torch.no_grad():
+            outputs.append(family.velocity(transformer, x, time, conditioning))
+    assert float((outputs[0] - outputs[1]).abs().max()) > 1e-2
+
+
+def test_a_prompt_without_its_image_is_refused(folders: Folders, tmp_path: Path) -> None:
+    family = family_of("skyreels", folders)
+    with pytest.raises(ConfigError, match=r"'a red car' has no image.*\.jsonl"):
+        family.prompt_encoder(CPU, {})(PROMPTS[:1])
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ConfigError, match=r"cannot read the image .*broken\.png"):
+        family.prompt_encoder(CPU, {PROMPTS[0]: tmp_path / "broken.png"})(PROMPTS[:1])
+
+
 def ddim_sampler(**changes: Any) -> SamplerConfig:
     return SamplerConfig(**({"law": "ddim", "eta": 1.0, "num_steps": 10} | changes))
 
@@ -459,17 +496,23 @@ def test_wan_22_is_refused(field: str, value: object, message: str, folders: Fol
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
+        ("skyreels", ["model.frames=5", "model.height=32", "model.width=48", "model.embedded_guidance=1"]),
         ("flux", ["sampler.law=flow_grpo", "sampler.shift=3", "model.embedded_guidance=3.5"]),
         ("wan", ["model.frames=5", "model.width=32", "model.cfg_scale=5", "model.dtype=bfloat16"]),
         ("sd1", ["sampler.law=ddim", "sampler.shift=1", "model.cfg_scale=7.5"]),
     ],
 )
 def test_rollout_actors_draw_groups(
-    name: str, overrides: list[str], folders: Folders, make_config: Callable[..., RunConfig]
+    name: str, overrides: list[str], folders: Folders, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
+    lines = []
+    for i, prompt in enumerate(PROMPTS):
+        Image.new("RGB", (40, 40), (80 * i, 100, 20)).save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"prompt": prompt, "image": f"{i}.png"}))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     config = make_config(
         f"model.path={folders(CASES[name].pipeline_class)}", "model.frames=1", "model.height=16", "model.width=24",
-        "rewards.process=null", "sampler.guidance=null", *overrides,
+        "rewards.process=null", "sampler.guidance=null", f"prompts.train={tmp_path}/prompts.jsonl", *overrides,
     )  # fmt: skip
     worker = RolloutWorker(config, CPU)
     info, final, payload = worker.generate(GroupTask(group_id=0, prompt="a red car", seed=1), None)

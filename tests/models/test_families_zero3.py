@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.models.tiny_pipelines import BUILDERS, build_pipeline
 
@@ -20,6 +21,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"cfg_scale": 7.5},
     "HunyuanVideoPipeline": {"frames": 5, "height": 32, "width": 32, "embedded_guidance": 6.0},
     "HunyuanVideo15Pipeline": {"frames": 5, "cfg_scale": 6.0},
+    "HunyuanSkyreelsImageToVideoPipeline": {"frames": 5, "height": 32, "width": 32, "embedded_guidance": 1.0},
 }
 # Changes of the model's configuration, whether activations are recomputed, and the largest difference between what
 # learner and rollout actor compute: the last bit of a convolution may depend on where its weights lie in memory.
@@ -33,6 +35,7 @@ WAYS: dict[str, tuple[dict[str, Any], bool, float]] = {
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     folder = tmp_path_factory.mktemp("zero3")
     orders = {}
+    Image.new("RGB", (32, 32), "red").save(folder / "first_frame.png")
     for name, shape in SHAPES.items():
         build_pipeline(name).save_pretrained(folder / name)
         for way, (changes, checkpointing, _) in WAYS.items():

@@ -184,6 +184,20 @@ def hunyuan_video() -> Any:
     )
 
 
+def skyreels_image_to_video() -> Any:
+    """SkyReels V1, image to video."""
+    from diffusers import HunyuanSkyreelsImageToVideoPipeline
+
+    parts = hunyuan_video().components
+    text, pooled = parts["text_encoder"].config.hidden_size, parts["text_encoder_2"].config.hidden_size
+    parts["transformer"] = hunyuan_transformer(8, text_embed_dim=text, pooled_projection_dim=pooled)
+    # The pipeline draws the first frame's latents: a distribution as narrow as diffusers allows makes them certain.
+    moments = parts["vae"].quant_conv
+    moments.weight.data[4:] = 0
+    moments.bias.data[4:] = -30
+    return HunyuanSkyreelsImageToVideoPipeline(**parts)
+
+
 def hunyuan_transformer(in_channels: int, **options: Any) -> Any:
     """HunyuanVideo's transformer, one block of each kind."""
     from diffusers import HunyuanVideoTransformer3DModel
@@ -255,6 +269,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "StableDiffusionPipeline": stable_diffusion,
     "HunyuanVideoPipeline": hunyuan_video,
     "HunyuanVideo15Pipeline": hunyuan_video_15,
+    "HunyuanSkyreelsImageToVideoPipeline": skyreels_image_to_video,
 }
 
 
