@@ -48,7 +48,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]
         "--rdzv-endpoint=127.0.0.1:0", worker, str(folder / "orders.json"), str(folder / "seen.json"),
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=570, env=environment)
     assert result.returncode == 0, result.stderr[-8000:]
     return dict(json.loads((folder / "seen.json").read_text()))
 
