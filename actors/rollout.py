@@ -32,7 +32,7 @@ from core.errors import RewardError, TrainingError
 from core.records import Array, GroupInfo, GroupPayload, GroupTask
 from core.weights import WeightManifest, load_buckets
 from dynamics import StepTable
-from models.generators.base import Conditioning, expand, open_generator
+from models.generators.base import Conditioning, expand, images_for, open_generator
 from models.generators.lora import adapter_parameters, add_adapter
 
 # Samples in one forward pass of an evaluation.
@@ -56,7 +56,7 @@ class RolloutWorker:
         else:
             self.published = dict(self.transformer.named_parameters())
         self.transformer.requires_grad_(False)
-        encoder = self.family.prompt_encoder(device)
+        encoder = self.family.prompt_encoder(device, images_for(self.family, config.prompts))
         self._encode = lru_cache(maxsize=4096)(lambda prompt: encode_one(encoder, prompt))
         self._tables = lru_cache(maxsize=8)(lambda iteration: self.family.step_table(config.sampler, iteration))
         self.policy_version = 0

@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from core.errors import ConfigError
+from core.prompt_files import read_prompt_file
 from core.records import GroupTask
-
-MAX_CHARACTERS = 4000
 
 
 def read_prompts(path: Path, field: str) -> list[str]:
-    """Prompts of a ``.txt`` file (one a line) or ``.jsonl`` file (one object with ``prompt`` a line).
-
-    Blank lines and, in ``.txt`` files, lines that begin with ``#`` are skipped.
-
-    Raises:
-        ConfigError: names file and line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{field}: cannot read {path}: {error}") from error
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or (path.suffix != ".jsonl" and line.startswith("#")):
-            continue
-        prompt = _json_prompt(line, f"{path}:{number}") if path.suffix == ".jsonl" else line.strip()
-        if len(prompt) > MAX_CHARACTERS:
-            raise ConfigError(f"{path}:{number}: the prompt has {len(prompt)} characters, more than {MAX_CHARACTERS}")
-        prompts.append(prompt)
-    if not prompts:
-        raise ConfigError(f"{field}: {path} holds no prompt")
-    return prompts
-
-
-def _json_prompt(line: str, where: str) -> str:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not valid JSON: {error.msg}") from error
-    if not isinstance(entry, dict) or set(entry) != {"prompt"} or not isinstance(entry["prompt"], str):
-        raise ConfigError(f'{where}: a line is an object with the one key "prompt" and a text')
-    return str(entry["prompt"]).strip()
+    """Texts of the prompts of a file; arguments and errors of :func:`core.prompt_files.read_prompt_file`."""
+    return [prompt.text for prompt in read_prompt_file(path, field)]
 
 
 class PromptStream:

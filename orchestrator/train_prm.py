@@ -16,7 +16,7 @@ from actors.sampler import initial_noise, sample_deterministic
 from core.config import PrmConfig
 from core.records import Array
 from learners.preference import TENTHS, RankedSamples, accuracy_by_noise, train_preference
-from models.generators.base import open_generator
+from models.generators.base import images_for, open_generator
 from models.rewards.prm import ProcessRewardModel
 from orchestrator.prompts import read_prompts
 from reward_servers.orm import OrmScorer
@@ -84,7 +84,7 @@ def _ranked(config: PrmConfig, part: str, prompts_file: Path, count: int, say: C
     prompts = read_prompts(prompts_file, f"prompts.{part}")
     family = open_generator(config.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = family.prompt_encoder(device)
+    encoder = family.prompt_encoder(device, images_for(family, config.prompts))
     conditioning = stack_conditionings([encode_one(encoder, prompt) for prompt in prompts])
     index = np.repeat(np.arange(len(prompts)), count)
     stored = config.run_dir / f"samples_{part}.npz"

@@ -52,7 +52,10 @@ class ModelConfig(Node):
 
 
 class PromptsConfig(Node):
-    """Files with one prompt a line (``.txt``) or one JSON object with a ``prompt`` a line (``.jsonl``)."""
+    """Files with one prompt a line (``.txt``) or one JSON object with a ``prompt`` a line (``.jsonl``).
+
+    For image-to-video the object also has an ``image``: a file, relative to the prompts', that rollout actors read.
+    """
 
     train: Path
     """Prompts that rollouts draw from."""

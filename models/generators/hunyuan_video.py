@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from core.errors import ConfigError
-from models.generators.base import Conditioning, Decoder, GeneratorFamily, PromptEncoder, weights_mark
+from models.generators.base import Conditioning, Decoder, GeneratorFamily, PromptEncoder
 
 TIMESTEPS = 1000.0
 
@@ -20,22 +17,23 @@ class HunyuanVideo(GeneratorFamily):
     """Adapter of ``HunyuanVideoPipeline``."""
 
     pipeline_class = "HunyuanVideoPipeline"
-
-    @cached_property
-    def _vae_config(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "vae" / "config.json").read_text()))
+    block_fields: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
 
     @property
-    def latent_shape(self) -> tuple[int, ...]:
+    def latent_channels(self) -> int:
         """See :class:`GeneratorFamily`."""
-        spatial = int(self._vae_config.get("spatial_compression_ratio", 8))
-        temporal = int(self._vae_config.get("temporal_compression_ratio", 4))
-        return (
-            int(self.transformer_config()["in_channels"]),
-            (self.config.frames - 1) // temporal + 1,
-            self.config.height // spatial,
-            self.config.width // spatial,
-        )
+        return int(self.component_config("vae")["latent_channels"])
+
+    @property
+    def compression(self) -> tuple[int, int]:
+        """See :class:`GeneratorFamily`."""
+        vae = self.component_config("vae")
+        return int(vae.get("temporal_compression_ratio", 4)), int(vae.get("spatial_compression_ratio", 8))
+
+    @property
+    def patch_size(self) -> int:
+        """See :class:`GeneratorFamily`."""
+        return int(self.transformer_config()["patch_size"])
 
     def transformer_class(self) -> type[nn.Module]:
         """See :class:`GeneratorFamily`."""
@@ -43,36 +41,13 @@ class HunyuanVideo(GeneratorFamily):
 
         return HunyuanVideoTransformer3DModel
 
-    def build_trunk(self, blocks: int) -> nn.Module:
-        """See :class:`GeneratorFamily`; dual-stream blocks come first."""
-        config = self.transformer_config()
-        dual = int(config["num_layers"])
-        if not 1 <= blocks <= dual + int(config["num_single_layers"]):
-            raise ConfigError(f"a trunk of {blocks} blocks cannot be cut from {self.folder}: it has no more than that")
-        config["num_layers"] = min(blocks, dual)
-        config["num_single_layers"] = max(0, blocks - dual)
-        return self.build_transformer(config)
-
-    def token_width(self) -> int:
-        """See :class:`GeneratorFamily`."""
-        config = self.transformer_config()
-        return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-
-    def output_norm(self, transformer: nn.Module) -> nn.Module:
-        """See :class:`GeneratorFamily`."""
-        return transformer.get_submodule("norm_out")
-
-    def fingerprint(self) -> dict[str, str]:
-        """See :class:`GeneratorFamily`."""
-        return {part: weights_mark(self.folder / part) for part in ("vae", "text_encoder", "text_encoder_2")}
-
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         """See :class:`GeneratorFamily`."""
         from diffusers import HunyuanVideoPipeline
 
-        pipeline = HunyuanVideoPipeline.from_pretrained(
-            self.folder, transformer=None, vae=None, torch_dtype=self.dtype, low_cpu_mem_usage=False
-        ).to(device)
+        pipeline = HunyuanVideoPipeline.from_pretrained(self.folder, transformer=None, vae=None, dtype=self.dtype).to(
+            device
+        )
         limit = self.config.max_prompt_tokens
 
         @torch.no_grad()
@@ -88,14 +63,16 @@ class HunyuanVideo(GeneratorFamily):
 
         return encode
 
-    def load_decoder(self, device: torch.device) -> Decoder:
-        """See :class:`GeneratorFamily`."""
+    def load_vae(self, device: torch.device) -> Any:
+        """The VAE: of the pipeline's own class, or of whichever the folder names."""
         import diffusers
 
-        # The pipeline's own VAE class, or whichever the folder names.
-        vae_class = getattr(diffusers, self._vae_config["_class_name"])
-        vae = vae_class.from_pretrained(self.folder / "vae", torch_dtype=self.dtype, low_cpu_mem_usage=False)
-        vae = vae.to(device).eval()
+        vae_class = getattr(diffusers, self.component_config("vae")["_class_name"])
+        return vae_class.from_pretrained(self.folder / "vae", dtype=self.dtype).to(device).eval()
+
+    def load_decoder(self, device: torch.device) -> Decoder:
+        """See :class:`GeneratorFamily`."""
+        vae = self.load_vae(device)
 
         @torch.no_grad()
         def decode(latents: Tensor) -> Tensor:
@@ -105,6 +82,10 @@ class HunyuanVideo(GeneratorFamily):
 
         return decode
 
+    def network_input(self, x: Tensor, arguments: dict[str, Tensor]) -> Tensor:
+        """What the transformer reads of the states; takes out of its arguments what belongs there."""
+        return x
+
     def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """See :class:`GeneratorFamily`."""
         arguments: dict[str, Tensor] = dict(conditioning)
@@ -113,6 +94,9 @@ class HunyuanVideo(GeneratorFamily):
                 (x.shape[0],), self.config.embedded_guidance * TIMESTEPS, dtype=self.dtype, device=x.device
             )
         output: Tensor = transformer(
-            hidden_states=x.to(self.dtype), timestep=time * TIMESTEPS, return_dict=False, **arguments
+            hidden_states=self.network_input(x, arguments).to(self.dtype),
+            timestep=time * TIMESTEPS,
+            return_dict=False,
+            **arguments,
         )[0]
         return output.float()
