@@ -1,7 +1,7 @@
 """Frames of a batch of videos: choosing, quantising, resizing and cropping them, in torch alone.
 
-Vision libraries prepare 8-bit images with Pillow. These functions take the project's float videos to the same
-pixels, within one of the 255 levels, without the detour and on any device.
+Vision libraries prepare 8-bit images with Pillow. These functions take the project's float videos to the same pixels,
+up to rounding, without the detour and on any device.
 """
 
 from __future__ import annotations
