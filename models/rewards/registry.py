@@ -15,6 +15,15 @@ BUILT_IN: dict[str, str] = {
     "sprite_motion": "models.rewards.sprite:MotionReward",
     "sprite_background": "models.rewards.sprite:BackgroundReward",
     "sprite_quality": "models.rewards.sprite:QualityReward",
+    "videoalign": "models.rewards.videoalign:VideoAlignReward",
+    "solireward": "models.rewards.solireward:SoliReward",
+    "clip_score": "models.rewards.clip:ClipScore",
+    "pickscore": "models.rewards.clip:PickScore",
+    "hps_v21": "models.rewards.clip:HpsV21",
+    "aesthetic": "models.rewards.clip:AestheticReward",
+    "ocr": "models.rewards.ocr:OcrReward",
+    "optical_flow": "models.rewards.optical_flow:OpticalFlowReward",
+    "http": "models.rewards.http:HttpReward",
 }
 
 
@@ -32,9 +41,13 @@ def build_reward(config: OutcomeRewardConfig) -> OutcomeReward:
         advice = f"did you mean {near[0]!r}?" if near else f"built-in are {', '.join(BUILT_IN)}"
         raise ConfigError(f"{field}: unknown reward {config.type!r}; {advice} Your own go by package.module:Class")
     try:
-        made = getattr(importlib.import_module(module_name), class_name)(**config.options)
+        made_by = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{field}: cannot import {path!r}: {error}") from error
+    try:
+        made = made_by(**config.options)
+    except ConfigError as error:
+        raise ConfigError(f"rewards.outcome ({config.name}).options: {error}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{field}: cannot construct {path!r} with options {config.options}: {error}") from error
     if not isinstance(made, OutcomeReward):
