@@ -138,6 +138,19 @@ class GeneratorFamily(ABC):
     def fingerprint(self) -> dict[str, str]:
         """Marks of the latent space and of the text embeddings, which a process reward model is tied to."""
 
+    def set_decoding(self, vae: Any) -> None:
+        """Turns on the memory savers of ``model.vae_tiling`` and ``model.vae_slicing`` in a diffusers VAE.
+
+        Raises:
+            ConfigError: this VAE has none of that kind.
+        """
+        for option in ("tiling", "slicing"):
+            if getattr(self.config, f"vae_{option}"):
+                enable = getattr(vae, f"enable_{option}", None)
+                if enable is None:
+                    raise ConfigError(f"model.vae_{option}: {type(vae).__name__} cannot do that; leave it off")
+                enable()
+
     def transformer_config(self) -> dict[str, Any]:
         """Configuration of the transformer, as its class takes it."""
         return dict(json.loads((self.folder / "transformer" / "config.json").read_text()))
@@ -202,6 +215,22 @@ def positive(conditioning: Conditioning) -> Conditioning:
 def expand(conditioning: Conditioning, batch: int) -> Conditioning:
     """Repeats the conditioning of one prompt for a batch, without copying."""
     return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in conditioning.items()}
+
+
+def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
+    """One batch of conditionings that may differ in length: shorter ones are padded with zeros, masked out."""
+    stacked: Conditioning = {}
+    for name in parts[0]:
+        tensors = [part[name] for part in parts]
+        if tensors[0].dim() > 1:
+            longest = max(t.shape[1] for t in tensors)
+            tensors = [
+                t if t.shape[1] == longest
+                else torch.cat([t, t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:])], dim=1)
+                for t in tensors
+            ]  # fmt: skip
+        stacked[name] = torch.cat(tensors)
+    return stacked
 
 
 def open_generator(config: ModelConfig) -> GeneratorFamily:

@@ -96,6 +96,7 @@ class HunyuanVideo(GeneratorFamily):
         vae_class = getattr(diffusers, self._vae_config["_class_name"])
         vae = vae_class.from_pretrained(self.folder / "vae", torch_dtype=self.dtype, low_cpu_mem_usage=False)
         vae = vae.to(device).eval()
+        self.set_decoding(vae)
 
         @torch.no_grad()
         def decode(latents: Tensor) -> Tensor:
