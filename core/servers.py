@@ -21,6 +21,7 @@ Send = Callable[[Any], Any]
 @dataclass
 class _Health:
     failures: int = 0
+    failed_at: float = float("-inf")
     retry_at: float = 0.0
 
 
@@ -97,16 +98,26 @@ class ServerPool:
         with self._lock:
             self._health[server] = _Health()
 
-    def failed(self, server: Any, *, dead: str | None = None) -> None:
-        """Notes that a server did not answer; ``dead`` is why it never will again."""
+    def failed(self, server: Any, *, asked_at: float | None = None, dead: str | None = None) -> None:
+        """Notes that a server did not answer.
+
+        Args:
+            server: which.
+            asked_at: time of the request; those that were under way together fail together, and count once.
+            dead: why it never will answer again.
+        """
         with self._lock:
-            health = self._health.setdefault(server, _Health())
-            health.failures += 1
-            # A killed server needs a moment to restart; without a pause all attempts are gone before it is back.
-            pause = self._breaker.cool_down_s if self._open(health) else min(2.0**health.failures, self.deadline_s / 4)
-            health.retry_at = self._clock() + pause
+            now = self._clock()
             if dead is not None:
                 self._dead[server] = dead
+            health = self._health.setdefault(server, _Health())
+            if asked_at is not None and asked_at < health.failed_at:
+                return
+            health.failures += 1
+            health.failed_at = now
+            # A killed server needs a moment to restart; without a pause all attempts are gone before it is back.
+            pause = self._breaker.cool_down_s if self._open(health) else min(2.0**health.failures, self.deadline_s / 4)
+            health.retry_at = now + pause
 
     def begin(self, send: Send) -> Call:
         """Sends a request now, whose answer is fetched later."""
@@ -124,16 +135,17 @@ class ServerPool:
         while len(failures) < self._attempts:
             server, pause = self.choose()
             await asyncio.sleep(pause)
+            asked_at = self._clock()
             try:
                 answer = await asyncio.wait_for(_value(send(server)), self.deadline_s)
             except (TimeoutError, ray.exceptions.RayError) as error:
-                failures.append(self._judge(server, error))
+                failures.append(self._judge(server, error, asked_at))
             else:
                 self.succeeded(server)
                 return answer
         raise self._exhausted(failures)
 
-    def _fetch(self, server: Any, ref: Any, send: Send) -> Any:
+    def _fetch(self, server: Any, ref: Any, send: Send, asked_at: float) -> Any:
         """The answer to a request under way, or to its repetitions."""
         import ray
 
@@ -142,7 +154,7 @@ class ServerPool:
             try:
                 answer = ray.get(ref, timeout=self.deadline_s)
             except ray.exceptions.RayError as error:
-                failures.append(self._judge(server, error))
+                failures.append(self._judge(server, error, asked_at))
             else:
                 self.succeeded(server)
                 return answer
@@ -150,9 +162,9 @@ class ServerPool:
                 raise self._exhausted(failures)
             server, pause = self.choose()
             time.sleep(pause)
-            ref = send(server)
+            asked_at, ref = self._clock(), send(server)
 
-    def _judge(self, server: Any, error: Exception) -> RewardError:
+    def _judge(self, server: Any, error: Exception, asked_at: float) -> RewardError:
         """Books a failed attempt and says why it failed; raises what another attempt cannot mend."""
         import ray
 
@@ -170,7 +182,7 @@ class ServerPool:
             failure = RewardError(describe(error))
             # For an actor that is about to restart, Ray raises another error.
             dead = str(failure) if isinstance(error, ray.exceptions.ActorDiedError) else None
-        self.failed(server, dead=dead)
+        self.failed(server, asked_at=asked_at, dead=dead)
         return failure
 
     def _exhausted(self, failures: Sequence[RewardError]) -> RewardError:
@@ -201,8 +213,8 @@ class Call:
         self._servers = servers
         self._send = send
         self._server, pause = servers.choose()
+        self._due = servers._clock() + pause
         # A caller that has other work to do first must not sleep here.
-        self._due = time.monotonic() + pause
         self._ref = None if pause > 0 else send(self._server)
 
     def result(self) -> Any:
@@ -212,9 +224,10 @@ class Call:
             RewardError: no server answered, or the reward itself failed.
         """
         if self._ref is None:
-            time.sleep(max(0.0, self._due - time.monotonic()))
+            time.sleep(max(0.0, self._due - self._servers._clock()))
+            self._due = self._servers._clock()
             self._ref = self._send(self._server)
-        return self._servers._fetch(self._server, self._ref, self._send)
+        return self._servers._fetch(self._server, self._ref, self._send, self._due)
 
 
 async def _value(ref: Any) -> Any:

@@ -60,6 +60,20 @@ def test_the_breaker_lets_one_probe_through_whose_outcome_decides() -> None:
     assert [pool.choose()[0] for _ in range(6)].count("a") == 3
 
 
+def test_requests_that_fail_together_count_once() -> None:
+    clock = Clock()
+    pool = pool_of(["a", "b"], clock)
+    for _ in range(5):
+        pool.failed("a", asked_at=clock.now - 1)
+    clock.now += 2.0
+    assert [pool.choose()[0] for _ in range(4)].count("a") == 2
+    for _ in range(2):
+        clock.now += 1.0
+        pool.failed("a", asked_at=clock.now)
+    clock.now += 9.9
+    assert [pool.choose()[0] for _ in range(4)].count("a") == 0
+
+
 def test_a_probe_whose_outcome_never_comes_is_followed_by_another() -> None:
     clock = Clock()
     pool = pool_of(["a", "b"], clock)
