@@ -28,11 +28,12 @@ from actors.spsa import Score, SpsaSource
 from core.arrays import as_tensor
 from core.config import GuidanceConfig, RunConfig
 from core.deadlines import get
-from core.errors import RewardError, TrainingError
+from core.errors import TrainingError
 from core.records import Array, GroupInfo, GroupPayload, GroupTask
+from core.servers import ServerPool
 from core.weights import WeightManifest, load_buckets
 from dynamics import StepTable
-from models.generators.base import Conditioning, expand, images_for, open_generator
+from models.generators.base import Conditioning, expand, images_for, open_generator, stack_conditionings
 from models.generators.lora import adapter_parameters, add_adapter
 
 # Samples in one forward pass of an evaluation.
@@ -205,18 +206,6 @@ def encode_one(encoder: Any, prompt: str) -> Conditioning:
     return dict(encoder([prompt]))
 
 
-def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
-    """One batch of conditionings that may differ in length: shorter ones are padded with zeros, masked out."""
-    stacked: Conditioning = {}
-    for name in parts[0]:
-        tensors = [part[name] for part in parts]
-        if tensors[0].dim() > 1:
-            longest = max(t.shape[1] for t in tensors)
-            tensors = [torch.cat([t, t.new_zeros(1, longest - t.shape[1], *t.shape[2:])], dim=1) for t in tensors]
-        stacked[name] = torch.cat(tensors)
-    return stacked
-
-
 class RolloutActor:
     """A :class:`RolloutWorker` as a Ray actor; the orchestrator makes it with ``ray.remote``."""
 
@@ -233,6 +222,10 @@ class RolloutActor:
         # By name: a restarted actor finds the others again, which it could not by handles in its arguments.
         self.prm_servers = [ray.get_actor(name) for name in prm_servers]
         self.orm_servers = [ray.get_actor(name) for name in orm_servers]
+        rewards = config.rewards
+        outcome = [reward.name for reward in rewards.outcome]
+        self.prm = ServerPool("prm", lambda: self.prm_servers, rewards, rewards=["process"], offset=index)
+        self.orm = ServerPool("orm", lambda: self.orm_servers, rewards, rewards=outcome, offset=index)
         self.store = ray.get_actor(store)
 
     def __repr__(self) -> str:
@@ -261,23 +254,15 @@ class RolloutActor:
         if guidance is not None and guidance.source == "spsa":
             factory = self._spsa(task, guidance)
         elif self.prm_servers:
-            factory = self._prm
+            factory = self._prm(task.prompt)
         return self.worker.generate(task, factory)
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Array:
         """See :meth:`RolloutWorker.evaluate`."""
         return self.worker.evaluate(prompts, seeds)
 
-    def _prm(self, conditioning: Conditioning, table: StepTable, velocity: Velocity) -> PrmClient:
-        rewards = self.config.rewards
-        return PrmClient(
-            self.prm_servers,
-            conditioning,
-            table,
-            deadline_s=rewards.deadline_s,
-            attempts=rewards.attempts,
-            offset=self.index,
-        )
+    def _prm(self, prompt: str) -> SourceFactory:
+        return lambda conditioning, table, velocity: PrmClient(self.prm, conditioning, table, prompt)
 
     def _spsa(self, task: GroupTask, guidance: GuidanceConfig) -> SourceFactory:
         weights = {reward.name: reward.weight for reward in self.config.rewards.outcome}
@@ -291,17 +276,14 @@ class RolloutActor:
         )
 
     def _outcome_score(self, prompt: str, weights: dict[str, float]) -> Score:
-        server = self.orm_servers[self.index % len(self.orm_servers)]
         timeout = self.config.rewards.deadline_s
 
         def score(latents: Tensor) -> Callable[[], Tensor]:
-            pending = server.score.remote(latents.cpu().numpy(), [prompt] * len(latents))
+            prompts, arrays = [prompt] * len(latents), latents.cpu().numpy()
+            call = self.orm.begin(lambda server: server.score.remote(arrays, prompts, timeout))
 
             def answer() -> Tensor:
-                try:
-                    scores, _ = get(pending, timeout, "outcome rewards of perturbed samples")
-                except TrainingError as error:
-                    raise RewardError(f"the orm pool did not answer: {error}") from error
+                scores, _ = call.result()
                 total = sum(weights[name] * values.astype(np.float64) for name, values in scores.items())
                 return as_tensor(np.asarray(total, dtype=np.float32))
 

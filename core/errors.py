@@ -6,6 +6,8 @@ sees of a run, also in the Ray dashboard.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class EuphoniumError(Exception):
     """Base of all errors that the application raises on purpose."""
@@ -38,7 +40,19 @@ class TrainingError(EuphoniumError):
 
 
 class RewardError(TrainingError):
-    """A reward that could not be had: the server is gone, too slow, or answered something that is no number."""
+    """A reward that could not be had: the server is gone, too slow, or answered something that is no number.
+
+    Attributes:
+        rewards: names of the rewards that could not be had, as in the metrics; decides whose ``on_failure`` applies.
+    """
+
+    def __init__(self, message: str, rewards: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.rewards = tuple(rewards)
+
+
+class NonFiniteRewardError(RewardError):
+    """A reward or gradient that is no finite number. It belongs to the sample, so that asking again is no use."""
 
 
 class CheckpointError(EuphoniumError):

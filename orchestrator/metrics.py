@@ -40,11 +40,28 @@ METRICS = (
     Metric("reward/*/mean", "reward_mean", "Mean outcome reward of the iteration's samples."),
     Metric("reward/*/std", "reward_std", "Standard deviation of the reward over the iteration's samples."),
     Metric("reward/*/group_std", "reward_group_std", "Mean spread within a group: what there is to learn from."),
-    Metric("process/mean", "process_reward_mean", "Mean process reward over samples and steps."),
+    Metric("reward/*/min", "reward_min", "Smallest value of the reward among the iteration's samples."),
+    Metric("reward/*/max", "reward_max", "Largest value of the reward among the iteration's samples."),
+    Metric("reward/*/zero_spread_groups", "reward_zero_spread_groups",
+           "Groups whose samples all got the same value of this reward, which so teaches nothing there."),
+    Metric("correlation/*", "reward_correlation",
+           "Pearson correlation within groups of two outcome rewards, named `a_vs_b`; a fall below its usual value "
+           "says that one is being raised at the other's expense."),
+    Metric("rewards/failures/*", "reward_failures",
+           "Groups of the iteration for which this reward could not be had; a lost pool counts for all its rewards."),
+    Metric("process/mean", "process_reward_mean", "Mean process reward over samples and scored steps."),
     Metric("process/final_mean", "process_reward_final_mean", "Mean process reward of the last scored state."),
     Metric("process/outcome_correlation", "process_outcome_correlation",
            "Correlation within groups of the last process reward with the weighted outcome reward; a fall towards 0 "
            "says that the process reward model no longer knows the policy's samples."),
+    Metric("process/pairwise_accuracy", "process_pairwise_accuracy",
+           "Share of the pairs within groups with unequal weighted outcome that the last process reward orders alike; "
+           "0.5 is guessing."),
+    Metric("process/pairs", "process_pairs", "Pairs behind the pairwise accuracy."),
+    Metric("watch/accuracy", "watch_accuracy", "Pairwise accuracy averaged over the last rewards.watch.window "
+           "iterations."),
+    Metric("watch/alarm", "watch_alarm", "1 while that average is below rewards.watch.min_accuracy: the process reward "
+           "no longer leads where the outcome rewards point; lower its influence or train it anew."),
     Metric("advantage/zero_std_groups", "zero_spread_groups", "Groups in which no outcome reward had any spread."),
     Metric("advantage/std", "advantage_std", "Standard deviation of the advantages."),
     Metric("policy/loss", "policy_loss", "Mean loss of the iteration's updates."),

@@ -33,6 +33,7 @@ from core.config import RunConfig, dump_config
 from core.deadlines import describe, remote_error
 from core.errors import EuphoniumError, RewardError, TrainingError
 from core.records import Array, GroupInfo, GroupTask, UpdatePlan, UpdateReport
+from core.servers import ServerPool
 from dynamics import GroupRewards, group_advantages
 from orchestrator.buffer import BufferedGroup, LearnerState, TrajectoryBuffer
 from orchestrator.checkpoints import Checkpoint, CheckpointStore, RunState
@@ -40,7 +41,7 @@ from orchestrator.evaluation import Evaluation, evaluation_set
 from orchestrator.learner_group import LearnerGroup
 from orchestrator.pools import ActorPool, wait_ready
 from orchestrator.prompts import PromptStream, read_prompts
-from orchestrator.statistics import rollout_statistics
+from orchestrator.statistics import RewardFailures, RewardWatch, rollout_statistics
 from orchestrator.tracking import Progress, Tracker, read_metrics
 from orchestrator.weight_store import WeightStore
 from reward_servers.orm import OrmActor
@@ -85,6 +86,10 @@ class Run:
         self.progress = Progress(config.iterations, self.state.iteration)
         self._stop: asyncio.Event = asyncio.Event()
         self._generation = 0
+        names = [reward.name for reward in config.rewards.outcome]
+        self.judges = ServerPool("orm", lambda: self.pools["orm"].handles, config.rewards, rewards=names)
+        self.failures = RewardFailures(config.rewards)
+        self.watch = RewardWatch(config.rewards.watch, read_metrics(self.tracker.path))
 
     def _fresh_state(self) -> RunState:
         return RunState(iteration=0, next_group=0, world_size=self.config.pools.learner.num_workers)
@@ -201,6 +206,7 @@ class Run:
         buffered, statistics = self._advantages(groups)
         record |= statistics
         record |= {"rollout/dropped_groups": dropped, "time/rollout_s": rolled_out - began}
+        record |= self.failures.take() | self.watch.update(iteration, statistics, self.progress.say)
         for group in buffered:
             record["buffer/bytes"] = await self._guard(self.buffer.offer.remote(group))
 
@@ -261,7 +267,9 @@ class Run:
             try:
                 return await self._draw_and_score(task)
             except RewardError as error:
-                reason = str(error)
+                # Every request has been tried on all servers; the same group again would ask them the same.
+                self.failures.note(error)
+                return str(error)
             except _ActorLostError as error:
                 reason = str(error)
         return reason
@@ -278,8 +286,7 @@ class Run:
             rollout.release(actor)
         prompts = [task.prompt] * self.config.rollout.group_size
         timeout = self.config.rewards.deadline_s
-        scored = self.pools["orm"].next().score.remote(latents, prompts)
-        scores, seconds = await _awaited(scored, timeout, f"outcome rewards of group {task.group_id}")
+        scores, seconds = await self.judges.ask(lambda server: server.score.remote(latents, prompts, timeout))
         return ScoredGroup(info, payload, scores, seconds)
 
     def _advantages(self, groups: Sequence[ScoredGroup]) -> tuple[list[BufferedGroup], dict[str, float]]:

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.rollout import encode_one, stack_conditionings
+from actors.rollout import encode_one
 from actors.sampler import initial_noise, sample_deterministic
 from core.config import PrmConfig
 from core.records import Array
 from learners.preference import TENTHS, RankedSamples, accuracy_by_noise, train_preference
-from models.generators.base import images_for, open_generator
+from models.generators.base import images_for, open_generator, stack_conditionings
 from models.rewards.prm import ProcessRewardModel
 from orchestrator.prompts import read_prompts
 from reward_servers.orm import OrmScorer

@@ -3,36 +3,75 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from core.arrays import as_tensor
-from core.config import OutcomeRewardConfig, RunConfig
-from core.errors import RewardError
+from core.config import OutcomeRewardConfig, RewardPoolConfig, RunConfig
+from core.errors import NonFiniteRewardError, RewardError
 from core.records import Array
 from models.generators.base import GeneratorFamily, open_generator
 from models.rewards.registry import build_reward
+from reward_servers.batching import MicroBatcher
 
-DECODE_BATCH = 16
+# For every reward, float32 ``[samples]``.
+OrmAnswer = dict[str, Array]
+WHAT = "outcome scoring"
+
+
+@dataclass(frozen=True)
+class OrmRequest:
+    """Finished samples.
+
+    Attributes:
+        latents: float32 ``[samples, *latent]``.
+        prompts: one a sample.
+    """
+
+    latents: Array
+    prompts: Sequence[str]
+
+    @property
+    def size(self) -> int:
+        """See :class:`reward_servers.batching.Request`."""
+        return len(self.latents)
+
+    @property
+    def label(self) -> str:
+        """See :class:`reward_servers.batching.Request`."""
+        return self.prompts[0]
+
+    @property
+    def key(self) -> Hashable:
+        """See :class:`reward_servers.batching.Request`."""
+        return self.latents.shape[1:]
 
 
 class OrmScorer:
-    """The plain class behind an ORM server."""
+    """The plain class behind an ORM server; all rewards of a recipe are resident in it."""
 
-    def __init__(self, rewards: Sequence[OutcomeRewardConfig], family: GeneratorFamily, device: torch.device) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[OutcomeRewardConfig],
+        family: GeneratorFamily,
+        device: torch.device,
+        pool: RewardPoolConfig | None = None,
+    ) -> None:
         self.decode = family.load_decoder(device)
         self.rewards = {spec.name: build_reward(spec) for spec in rewards}
+        self.max_batch = (pool or RewardPoolConfig()).max_batch
 
     def videos(self, latents: Array) -> Array:
         """Decodes latents ``[batch, *latent]`` to uint8 ``[batch, frames, height, width, 3]``."""
-        parts = [self.decode(part) for part in as_tensor(latents).split(DECODE_BATCH)]
+        parts = [self.decode(part) for part in as_tensor(latents).split(self.max_batch)]
         pixels = torch.cat(parts).permute(0, 1, 3, 4, 2).mul(255).round().to(torch.uint8)
         return np.asarray(pixels.cpu().numpy())
 
-    def score(self, latents: Array, prompts: Sequence[str]) -> dict[str, Array]:
+    def score(self, latents: Array, prompts: Sequence[str]) -> OrmAnswer:
         """Scores finished samples.
 
         Args:
@@ -43,49 +82,110 @@ class OrmScorer:
             For every reward, float32 ``[batch]``.
 
         Raises:
-            RewardError: a reward failed or gave something that is not finite; names reward and prompt.
+            NonFiniteRewardError: a reward gave something that is not finite; names reward and prompt.
+            RewardError: a reward failed; names it.
         """
+        (answer,) = self.score_requests([OrmRequest(latents, prompts)])
+        if isinstance(answer, RewardError):
+            raise answer
+        return answer
+
+    def score_requests(self, requests: Sequence[OrmRequest]) -> list[OrmAnswer | RewardError]:
+        """Scores requests together, ``max_batch`` samples at a time.
+
+        Returns:
+            For every request its scores, or why its numbers cannot be used.
+
+        Raises:
+            RewardError: a reward failed, which may be the fault of any of the requests.
+        """
+        latents = np.concatenate([request.latents for request in requests])
+        prompts = [prompt for request in requests for prompt in request.prompts]
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in self.rewards}
-        for begin in range(0, len(latents), DECODE_BATCH):
-            part = slice(begin, begin + DECODE_BATCH)
+        for begin in range(0, len(latents), self.max_batch):
+            part = slice(begin, begin + self.max_batch)
             videos = self.decode(as_tensor(latents[part]))
             for name, reward in self.rewards.items():
                 try:
                     scores = reward.score(videos, prompts[part]).float().cpu()
                 except Exception as error:
-                    raise RewardError(f"outcome reward {name!r} failed: {type(error).__name__}: {error}") from error
-                bad = ~torch.isfinite(scores)
-                if scores.shape != (len(videos),) or bool(bad.any()):
-                    culprit = prompts[part][int(bad.nonzero()[0])] if bool(bad.any()) else prompts[part][0]
                     raise RewardError(
-                        f"outcome reward {name!r} gave {scores.tolist()} for {len(videos)} videos, "
-                        f"for example of {culprit!r}: not one finite number a video"
+                        f"outcome reward {name!r} failed: {type(error).__name__}: {error}", [name]
+                    ) from error
+                if scores.shape != (len(videos),):
+                    raise RewardError(
+                        f"outcome reward {name!r} gave {list(scores.shape)} numbers for {len(videos)} videos, for "
+                        f"example of {prompts[part][0]!r}: not one finite number a video",
+                        [name],
                     )
                 parts[name].append(scores)
-        return {name: torch.cat(scores).numpy() for name, scores in parts.items()}
+        sizes = [request.size for request in requests]
+        split = {name: torch.cat(scores).split(sizes) for name, scores in parts.items()}
+        return [
+            _checked(request, {name: scores[i].numpy() for name, scores in split.items()})
+            for i, request in enumerate(requests)
+        ]
+
+
+def _checked(request: OrmRequest, scores: Mapping[str, Array]) -> OrmAnswer | RewardError:
+    for name, values in scores.items():
+        bad = ~np.isfinite(values.astype(np.float64))
+        if bad.any():
+            return NonFiniteRewardError(
+                f"outcome reward {name!r} gave {values.tolist()} for {len(values)} videos, for example of "
+                f"{request.prompts[int(bad.argmax())]!r}: not one finite number a video",
+                [name],
+            )
+    return dict(scores)
 
 
 class OrmActor:
-    """An :class:`OrmScorer` as a Ray actor."""
+    """An :class:`OrmScorer` as a Ray actor on asyncio; decoder and rewards compute in a thread of their own."""
 
     def __init__(self, index: int, config: RunConfig) -> None:
-        torch.set_num_threads(config.pools.orm.threads)
+        pool = config.pools.orm
+        torch.set_num_threads(pool.threads)
         self.index = index
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.scorer = OrmScorer(config.rewards.outcome, open_generator(config.model), self.device)
+        self.scorer = OrmScorer(config.rewards.outcome, open_generator(config.model), self.device, pool)
+        self.batcher: MicroBatcher[OrmRequest, OrmAnswer] = MicroBatcher(
+            self.scorer.score_requests,
+            WHAT,
+            max_batch=pool.max_batch,
+            wait_s=pool.wait_ms / 1000,
+            threads=pool.threads,
+        )
 
     def __repr__(self) -> str:
         return f"orm-{self.index}"
 
-    def ready(self) -> dict[str, Any]:
+    async def ready(self) -> dict[str, Any]:
         """Answers once decoder and rewards are loaded."""
         return {"device": str(self.device)}
 
-    def score(self, latents: Array, prompts: Sequence[str]) -> tuple[dict[str, Array], float]:
-        """See :meth:`OrmScorer.score`; also the seconds that it took."""
-        began = time.perf_counter()
-        return self.scorer.score(latents, prompts), time.perf_counter() - began
+    async def health(self) -> dict[str, float]:
+        """See :meth:`reward_servers.batching.MicroBatcher.status`; answers also while a reward computes."""
+        return self.batcher.status()
 
-    def videos(self, latents: Array) -> Array:
+    async def score(
+        self, latents: Array, prompts: Sequence[str], deadline_s: float = float("inf")
+    ) -> tuple[OrmAnswer, float]:
+        """Scores one request, together with others that wait; also the seconds that it took, waiting included.
+
+        Args:
+            latents: float32 ``[samples, *latent]``.
+            prompts: one a sample.
+            deadline_s: after which nobody wants the answer.
+
+        Raises:
+            NonFiniteRewardError: a reward of this request is not finite.
+            RewardError: a reward failed on it, or the server came to it only after its deadline.
+        """
+        began = time.perf_counter()
+        scores = await self.batcher.submit(OrmRequest(np.asarray(latents), prompts), deadline_s)
+        return scores, time.perf_counter() - began
+
+    async def videos(self, latents: Array) -> Array:
         """See :meth:`OrmScorer.videos`."""
-        return self.scorer.videos(latents)
+        videos: Array = await self.batcher.run(lambda: self.scorer.videos(latents))
+        return videos

@@ -2,18 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from core.arrays import as_tensor
 from core.config import RunConfig
-from core.errors import RewardError
+from core.errors import NonFiniteRewardError, RewardError
 from core.records import Array
-from models.generators.base import expand
+from models.generators.base import Conditioning, expand, positive, stack_conditionings
 from models.rewards.prm import ProcessRewardModel
+from reward_servers.batching import MicroBatcher
+
+# Rewards ``[samples]``, and their gradient like the states if it was wanted, float32.
+PrmAnswer = tuple[Array, Array | None]
+WHAT = "the process reward model"
+
+
+@dataclass(frozen=True)
+class PrmRequest:
+    """States of one prompt at one noise level.
+
+    Attributes:
+        x: float32 ``[samples, *latent]``.
+        sigma: noise fraction.
+        conditioning: of the prompt, with a leading dimension of 1 or of ``samples``.
+        with_gradient: whether the gradient is wanted too.
+        prompt: for errors.
+    """
+
+    x: Array
+    sigma: float
+    conditioning: dict[str, Array]
+    with_gradient: bool
+    prompt: str = ""
+
+    @property
+    def size(self) -> int:
+        """See :class:`reward_servers.batching.Request`."""
+        return len(self.x)
+
+    @property
+    def label(self) -> str:
+        """See :class:`reward_servers.batching.Request`."""
+        return self.prompt
+
+    @cached_property
+    def key(self) -> Hashable:
+        """Prompts of different lengths share a pass only where a mask hides the padding."""
+        masked = any(name.endswith("mask") for name in self.conditioning)
+        shapes = {
+            name: array.shape[2 if masked and (array.ndim > 2 or name.endswith("mask")) else 1 :]
+            for name, array in self.conditioning.items()
+        }
+        return self.with_gradient, self.x.shape[1:], tuple(sorted(shapes.items()))
 
 
 class PrmScorer:
@@ -23,63 +71,109 @@ class PrmScorer:
         if config.rewards.process is None:
             raise ValueError("a PRM server needs rewards.process")
         self.device = device
+        self.max_batch = config.pools.prm.max_batch
         self.model = ProcessRewardModel.load(Path(config.rewards.process.path), config.model).to(device)
+
+    def score(self, requests: Sequence[PrmRequest]) -> list[PrmAnswer | RewardError]:
+        """Scores requests of equal keys together, ``max_batch`` samples at a time.
+
+        Returns:
+            For every request its answer, or why its numbers cannot be used.
+        """
+        with_gradient = requests[0].with_gradient
+        states = torch.cat([as_tensor(request.x) for request in requests]).to(self.device)
+        sigmas = torch.tensor(
+            [request.sigma for request in requests for _ in range(request.size)], dtype=torch.float32
+        ).to(self.device)
+        conditioning = stack_conditionings([self._conditioning(request) for request in requests])
+        rewards, gradients = [], []
+        for begin in range(0, len(states), self.max_batch):
+            part = slice(begin, begin + self.max_batch)
+            reward, gradient = self._pass(
+                states[part], sigmas[part], {name: t[part] for name, t in conditioning.items()}, with_gradient
+            )
+            rewards.append(reward.float().cpu())
+            if gradient is not None:
+                gradients.append(gradient.float().cpu())
+        sizes = [request.size for request in requests]
+        parts = torch.cat(rewards).split(sizes)
+        gradient_parts = torch.cat(gradients).split(sizes) if with_gradient else [None] * len(requests)
+        return [_checked(*answer) for answer in zip(requests, parts, gradient_parts, strict=True)]
 
     def reward_and_gradient(
         self, x: Array, sigma: float, conditioning: dict[str, Array], with_gradient: bool
-    ) -> tuple[Array, Array | None]:
-        """Scores states of one group.
-
-        Args:
-            x: float32 ``[group, *latent]``.
-            sigma: noise fraction.
-            conditioning: of the prompt, with a leading dimension of 1.
-            with_gradient: whether the gradient is wanted too.
-
-        Returns:
-            Rewards ``[group]`` and gradient like ``x`` or None, float32.
+    ) -> PrmAnswer:
+        """Scores states of one group; the arguments are those of :class:`PrmRequest`.
 
         Raises:
-            RewardError: a reward or gradient that is not finite.
+            NonFiniteRewardError: a reward or gradient that is not finite.
         """
-        states = as_tensor(x).to(self.device)
-        sigmas = torch.full((len(x),), sigma, dtype=torch.float32, device=self.device)
-        prompt = expand(
-            {name: as_tensor(a).to(self.device, self.model.family.dtype) for name, a in conditioning.items()}, len(x)
-        )
-        gradient = None
+        (answer,) = self.score([PrmRequest(x, sigma, conditioning, with_gradient)])
+        if isinstance(answer, RewardError):
+            raise answer
+        return answer
+
+    def _conditioning(self, request: PrmRequest) -> Conditioning:
+        tensors = positive({name: as_tensor(array) for name, array in request.conditioning.items()})
+        moved = {name: tensor.to(self.device, self.model.family.dtype) for name, tensor in tensors.items()}
+        return expand(moved, request.size)
+
+    def _pass(
+        self, states: Tensor, sigmas: Tensor, conditioning: Conditioning, with_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
         if with_gradient:
-            rewards, gradient = self.model.reward_and_gradient(states, sigmas, prompt)
-        else:
-            with torch.no_grad():
-                rewards = self.model(states, sigmas, prompt)
-        for name, tensor in (("reward", rewards), ("gradient", gradient)):
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
-                raise RewardError(f"the process reward model gave a {name} that is not finite at sigma {sigma:.3f}")
-        return (
-            rewards.float().cpu().numpy(),
-            None if gradient is None else gradient.float().cpu().numpy(),
-        )
+            return self.model.reward_and_gradient(states, sigmas, conditioning)
+        with torch.no_grad():
+            return self.model(states, sigmas, conditioning), None
+
+
+def _checked(request: PrmRequest, rewards: Tensor, gradient: Tensor | None) -> PrmAnswer | RewardError:
+    for name, tensor in (("reward", rewards), ("gradient", gradient)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            return NonFiniteRewardError(
+                f"{WHAT} gave a {name} that is not finite for {request.prompt!r} at sigma {request.sigma:.3f}",
+                ["process"],
+            )
+    return rewards.numpy(), None if gradient is None else gradient.numpy()
 
 
 class PrmActor:
-    """A :class:`PrmScorer` as a Ray actor."""
+    """A :class:`PrmScorer` as a Ray actor on asyncio; the model computes in a thread of its own."""
 
     def __init__(self, index: int, config: RunConfig) -> None:
-        torch.set_num_threads(config.pools.prm.threads)
+        pool = config.pools.prm
+        torch.set_num_threads(pool.threads)
         self.index = index
         self.scorer = PrmScorer(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self.batcher: MicroBatcher[PrmRequest, PrmAnswer] = MicroBatcher(
+            self.scorer.score, WHAT, max_batch=pool.max_batch, wait_s=pool.wait_ms / 1000, threads=pool.threads
+        )
 
     def __repr__(self) -> str:
         return f"prm-{self.index}"
 
-    def ready(self) -> dict[str, Any]:
+    async def ready(self) -> dict[str, Any]:
         """Answers once the model is loaded."""
         return {"device": str(self.scorer.device)}
 
-    def reward_and_gradient(
-        self, x: Array, sigma: float, conditioning: dict[str, Array], with_gradient: bool
-    ) -> tuple[Array, Array | None]:
-        """See :meth:`PrmScorer.reward_and_gradient`."""
-        rewards, gradient = self.scorer.reward_and_gradient(np.asarray(x), sigma, conditioning, with_gradient)
-        return rewards, gradient
+    async def health(self) -> dict[str, float]:
+        """See :meth:`reward_servers.batching.MicroBatcher.status`; answers also while the model computes."""
+        return self.batcher.status()
+
+    async def reward_and_gradient(
+        self,
+        x: Array,
+        sigma: float,
+        conditioning: dict[str, Array],
+        with_gradient: bool,
+        prompt: str = "",
+        deadline_s: float = float("inf"),
+    ) -> PrmAnswer:
+        """Scores one request, together with others that wait; the arguments are those of :class:`PrmRequest`.
+
+        Raises:
+            NonFiniteRewardError: a reward or gradient of this request is not finite.
+            RewardError: the model failed on it, or came to it only after its deadline.
+        """
+        request = PrmRequest(np.asarray(x), sigma, conditioning, with_gradient, prompt)
+        return await self.batcher.submit(request, deadline_s)

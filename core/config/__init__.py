@@ -2,9 +2,16 @@
 
 from core.config.base import Node
 from core.config.loading import dump_config, load_config
-from core.config.pools import LearnerPoolConfig, PoolConfig, PoolsConfig
+from core.config.pools import LearnerPoolConfig, PoolConfig, PoolsConfig, RewardPoolConfig
 from core.config.prm import PairsConfig, PrmConfig, PrmOptimizerConfig
-from core.config.rewards import AdvantageConfig, OutcomeRewardConfig, ProcessRewardConfig, RewardsConfig
+from core.config.rewards import (
+    AdvantageConfig,
+    BreakerConfig,
+    OutcomeRewardConfig,
+    ProcessRewardConfig,
+    RewardsConfig,
+    WatchConfig,
+)
 from core.config.sampling import (
     EvaluationConfig,
     GuidanceConfig,
@@ -28,6 +35,7 @@ from core.config.tree import RunConfig
 
 __all__ = [
     "AdvantageConfig",
+    "BreakerConfig",
     "CheckpointConfig",
     "EvaluationConfig",
     "GuidanceConfig",
@@ -49,11 +57,13 @@ __all__ = [
     "PrmOptimizerConfig",
     "ProcessRewardConfig",
     "PromptsConfig",
+    "RewardPoolConfig",
     "RewardsConfig",
     "RolloutConfig",
     "RunConfig",
     "SamplerConfig",
     "SpsaConfig",
+    "WatchConfig",
     "dump_config",
     "load_config",
 ]

@@ -24,6 +24,15 @@ class PoolConfig(Node):
     """How often Ray may restart a dead actor."""
 
 
+class RewardPoolConfig(PoolConfig):
+    """Size of a pool of reward servers, and how each of them merges requests."""
+
+    max_batch: PositiveInt = 16
+    """Samples in one forward pass: requests that wait together are merged up to it, larger ones are cut."""
+    wait_ms: NonNegativeFloat = 2.0
+    """How long an idle server waits for company of the first request; a busy one merges what arrives meanwhile."""
+
+
 class LearnerPoolConfig(Node):
     """Size of the learner group and what each worker takes."""
 
@@ -62,9 +71,9 @@ class PoolsConfig(Node):
 
     rollout: PoolConfig = PoolConfig()
     """Rollout actors, on generator GPUs."""
-    prm: PoolConfig = PoolConfig()
+    prm: RewardPoolConfig = RewardPoolConfig()
     """Process-reward servers, which answer with reward and gradient."""
-    orm: PoolConfig = PoolConfig()
+    orm: RewardPoolConfig = RewardPoolConfig()
     """Outcome-reward servers, which decode latents and score the videos."""
     learner: LearnerPoolConfig = LearnerPoolConfig()
     """The ZeRO-3 learner group."""

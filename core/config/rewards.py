@@ -8,6 +8,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from core.config.base import Node
 
+OnFailure = Literal["drop_group", "abort"]
+
 
 class OutcomeRewardConfig(Node):
     """One outcome reward of finished samples."""
@@ -22,6 +24,9 @@ class OutcomeRewardConfig(Node):
     """Train on 1 above this value and 0 elsewhere, instead of on the value (binary rewards)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the reward's constructor."""
+    on_failure: OnFailure = "drop_group"
+    """What happens when this reward cannot be had for a group, after all attempts: leave the group out and count it,
+    or stop the run with an error."""
 
 
 class ProcessRewardConfig(Node):
@@ -35,6 +40,27 @@ class ProcessRewardConfig(Node):
     """Steps with a process reward: every one, or those of the guidance window (Euphonium's released script)."""
     credit: Literal["state", "next_state"] = "state"
     """Whether action k is credited with the reward of the state it leaves (papers) or of the one it leads to."""
+    on_failure: OnFailure = "drop_group"
+    """The same as ``rewards.outcome[].on_failure``, for the process reward and its gradient."""
+
+
+class BreakerConfig(Node):
+    """When a reward server is left alone for a while."""
+
+    failures: PositiveInt = 3
+    """Failures in a row after which a server is skipped."""
+    cool_down_s: PositiveFloat = 10.0
+    """How long it is skipped; then one request probes it, and its answer decides."""
+
+
+class WatchConfig(Node):
+    """Watch for a policy that has left the process reward model's knowledge behind, or exploits it."""
+
+    window: PositiveInt = 10
+    """Iterations over which the pairwise accuracy of the process reward on the policy's own samples is averaged."""
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.55
+    """Below this average a warning is printed and the metric ``watch/alarm`` is 1; guessing is right in 0.5 of the
+    pairs. 0 never warns."""
 
 
 class RewardsConfig(Node):
@@ -47,7 +73,11 @@ class RewardsConfig(Node):
     deadline_s: PositiveFloat = 60.0
     """Longest wait for one answer of a reward server."""
     attempts: PositiveInt = 3
-    """How often a request is tried before its group is dropped."""
+    """How often a request is tried, each time with another server if there is one, before its group is dropped."""
+    breaker: BreakerConfig = BreakerConfig()
+    """Servers that fail in a row are skipped for a while."""
+    watch: WatchConfig = WatchConfig()
+    """Warning when the process reward no longer orders the policy's samples as the outcome rewards do."""
     max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Share of an iteration's groups that may be dropped before the run stops with an error."""
 

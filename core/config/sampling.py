@@ -47,6 +47,10 @@ class ModelConfig(Node):
     """Classifier-free guidance, in rollout, training and evaluation alike: two forward passes; None for none."""
     negative_prompt: str = ""
     """What classifier-free guidance steers away from."""
+    vae_tiling: bool = False
+    """Decode in overlapping tiles: less memory in the outcome-reward servers, a little slower."""
+    vae_slicing: bool = False
+    """Decode one sample of a batch at a time: less memory in the outcome-reward servers, a little slower."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights."""
 

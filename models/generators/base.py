@@ -225,6 +225,20 @@ class GeneratorFamily(ABC):
         """Configuration of one of the pipeline's networks."""
         return dict(json.loads((self.folder / name / "config.json").read_text()))
 
+    def with_decoding(self, vae: Any) -> Any:
+        """A diffusers VAE with the memory savers of ``model.vae_tiling`` and ``model.vae_slicing``.
+
+        Raises:
+            ConfigError: this VAE has none of that kind.
+        """
+        for option in ("tiling", "slicing"):
+            if getattr(self.config, f"vae_{option}"):
+                enable = getattr(vae, f"enable_{option}", None)
+                if enable is None:
+                    raise ConfigError(f"model.vae_{option}: {type(vae).__name__} cannot do that; leave it off")
+                enable()
+        return vae
+
     def transformer_config(self) -> dict[str, Any]:
         """Configuration of the transformer, as its class takes it."""
         return self.component_config(self.backbone)
@@ -376,6 +390,22 @@ def images_for(family: GeneratorFamily, prompts: PromptsConfig) -> dict[str, Pat
         ConfigError: see :func:`core.prompt_files.prompt_images`.
     """
     return prompt_images([prompts.train, prompts.evaluation]) if family.takes_image else {}
+
+
+def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
+    """One batch of conditionings that may differ in length: shorter ones are padded with zeros, masked out."""
+    stacked: Conditioning = {}
+    for name in parts[0]:
+        tensors = [part[name] for part in parts]
+        if tensors[0].dim() > 1:
+            longest = max(t.shape[1] for t in tensors)
+            tensors = [
+                t if t.shape[1] == longest
+                else torch.cat([t, t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:])], dim=1)
+                for t in tensors
+            ]  # fmt: skip
+        stacked[name] = torch.cat(tensors)
+    return stacked
 
 
 def open_generator(config: ModelConfig) -> GeneratorFamily:

@@ -68,7 +68,7 @@ class HunyuanVideo(GeneratorFamily):
         import diffusers
 
         vae_class = getattr(diffusers, self.component_config("vae")["_class_name"])
-        return vae_class.from_pretrained(self.folder / "vae", dtype=self.dtype).to(device).eval()
+        return self.with_decoding(vae_class.from_pretrained(self.folder / "vae", dtype=self.dtype).to(device).eval())
 
     def load_decoder(self, device: torch.device) -> Decoder:
         """See :class:`GeneratorFamily`."""

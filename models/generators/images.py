@@ -25,7 +25,8 @@ class ImageFamily(GeneratorFamily):
         """See :class:`GeneratorFamily`."""
         from diffusers import AutoencoderKL
 
-        vae = AutoencoderKL.from_pretrained(self.folder / "vae", dtype=self.dtype).to(device).eval()
+        vae = AutoencoderKL.from_pretrained(self.folder / "vae", dtype=self.dtype)
+        vae = self.with_decoding(vae.to(device).eval())
         # Stable Diffusion 1 has none.
         shift = vae.config.shift_factor or 0.0
 

@@ -92,7 +92,8 @@ class Wan(GeneratorFamily):
         """See :class:`GeneratorFamily`; the VAE was made to run in float32."""
         from diffusers import AutoencoderKLWan
 
-        vae = AutoencoderKLWan.from_pretrained(self.folder / "vae", dtype=torch.float32).to(device).eval()
+        vae = AutoencoderKLWan.from_pretrained(self.folder / "vae", dtype=torch.float32)
+        vae = self.with_decoding(vae.to(device).eval())
         mean, std = (
             torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
             for values in (vae.config.latents_mean, vae.config.latents_std)

@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from actors.rollout import RolloutWorker, encode_one, stack_conditionings
+from actors.rollout import RolloutWorker, encode_one
 from actors.sampler import sample_deterministic
 from core.config import LoraConfig, ModelConfig, RunConfig, SamplerConfig
 from core.errors import ConfigError
 from core.records import GroupTask
-from models.generators.base import GeneratorFamily, expand, open_generator
+from models.generators.base import GeneratorFamily, expand, open_generator, stack_conditionings
 from models.generators.lora import adapter_parameters, add_adapter
 from models.generators.registry import FAMILIES
 from models.rewards.prm import ProcessRewardModel

@@ -1,4 +1,6 @@
+import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,9 +8,10 @@ import torch
 from torch import Tensor
 
 from core.config import RunConfig
-from core.errors import ConfigError, RewardError
-from models.generators.base import open_generator
-from reward_servers.orm import OrmScorer
+from core.errors import ConfigError, NonFiniteRewardError, RewardError
+from models.generators.base import GeneratorFamily, open_generator
+from reward_servers.batching import isolated
+from reward_servers.orm import WHAT, OrmActor, OrmRequest, OrmScorer
 
 CPU = torch.device("cpu")
 PROMPT = "a red car moving left on a white background"
@@ -40,6 +43,17 @@ def custom(make_config: MakeConfig, how: str) -> RunConfig:
     return make_config(f"rewards.outcome={spec}")
 
 
+class PickyReward:
+    """A reward of a user, which fails on some prompts."""
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
+        if any("unparsable" in prompt for prompt in prompts):
+            raise ValueError("what is this?")
+        scores = videos.mean(dim=(1, 2, 3, 4))
+        scores[["nan" in prompt for prompt in prompts]] = float("nan")
+        return scores
+
+
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands for a module of the user's on the path."""
@@ -48,6 +62,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
     module = types.ModuleType("reward_server_test_rewards")
     module.BrokenReward = BrokenReward  # type: ignore[attr-defined]
+    module.PickyReward = PickyReward  # type: ignore[attr-defined]
     module.NoReward = object  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "reward_server_test_rewards", module)
 
@@ -83,8 +98,79 @@ def test_large_batches_are_cut_and_joined(make_config: MakeConfig) -> None:
 )  # fmt: skip
 def test_a_failing_reward_is_an_error_that_names_it(make_config: MakeConfig, how: str, message: str) -> None:
     scorer = scorer_of(custom(make_config, how))
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(RewardError, match=message) as caught:
         scorer.score(latents(), [PROMPT] * 3)
+    assert caught.value.rewards == ("mine",)
+    assert isinstance(caught.value, NonFiniteRewardError) == (how in ("nan", "inf"))
+    if how != "raises":
+        assert PROMPT in str(caught.value)
+
+
+def test_a_bad_sample_fails_its_request_alone(make_config: MakeConfig) -> None:
+    kind = "reward_server_test_rewards:PickyReward"
+    config = make_config(f"rewards.outcome=[{{name: mine, type: '{kind}'}}, {{name: quality, type: sprite_quality}}]")
+    scorer = scorer_of(config)
+    prompts = [PROMPT, "nan", "unparsable", PROMPT]
+    requests = [OrmRequest(latents(i + 1), [prompt] * (i + 1)) for i, prompt in enumerate(prompts)]
+    first, nan, unparsable, last = isolated(scorer.score_requests, requests, WHAT)
+    for answer, request in ((first, requests[0]), (last, requests[3])):
+        assert isinstance(answer, dict)
+        alone = scorer.score(request.latents, request.prompts)
+        for name in ("mine", "quality"):
+            np.testing.assert_allclose(answer[name], alone[name], atol=1e-5)
+    assert isinstance(nan, NonFiniteRewardError)
+    assert nan.rewards == ("mine",)
+    assert "example of 'nan'" in str(nan)
+    assert isinstance(unparsable, RewardError)
+    assert "'mine' failed: ValueError: what is this?" in str(unparsable)
+
+
+def test_the_actor_merges_what_comes_together(make_config: MakeConfig) -> None:
+    """The actor's class, without Ray."""
+    config = make_config("pools.orm.wait_ms=500", "pools.orm.max_batch=5")
+    other = "a blue fish moving up on a gray background"
+
+    async def scenario() -> None:
+        actor = OrmActor(0, config)
+        (one, _), (two, seconds) = await asyncio.gather(
+            actor.score(latents(2), [PROMPT] * 2, 60.0), actor.score(latents(3), [other] * 3, 60.0)
+        )
+        assert (await actor.health())["passes"] == 1
+        assert (await actor.videos(latents(1))).shape == (1, 9, 32, 32, 3)
+        await actor.batcher.close()
+        assert seconds > 0
+        for scores, prompt in ((one, PROMPT), (two, other)):
+            assert set(scores) == {"icon", "motion", "quality"}
+            size = len(scores["icon"])
+            alone = actor.scorer.score(latents(size), [prompt] * size)
+            for name, values in scores.items():
+                np.testing.assert_allclose(values, alone[name], atol=1e-4)
+
+    asyncio.run(scenario())
+
+
+def test_decoding_in_tiles_and_slices_is_turned_on_in_the_vae(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vaes: list[Any] = []
+    whole = GeneratorFamily.with_decoding
+
+    def noting(family: GeneratorFamily, vae: Any) -> Any:
+        vaes.append(whole(family, vae))
+        return vae
+
+    monkeypatch.setattr(GeneratorFamily, "with_decoding", noting)
+    plain = scorer_of(make_config()).videos(latents())
+    saving = scorer_of(make_config("model.vae_tiling=true", "model.vae_slicing=true")).videos(latents())
+    assert [(vae.use_tiling, vae.use_slicing) for vae in vaes] == [(False, False), (True, True)]
+    # These samples fit in one tile, so that nothing else changes.
+    assert np.abs(plain.astype(int) - saving.astype(int)).max() <= 1
+
+
+def test_a_vae_that_cannot_decode_in_tiles_is_an_error_that_names_the_field(make_config: MakeConfig) -> None:
+    family = open_generator(make_config("model.vae_tiling=true").model)
+    with pytest.raises(ConfigError, match=r"model\.vae_tiling: object cannot do that"):
+        family.with_decoding(object())
 
 
 @pytest.mark.parametrize(

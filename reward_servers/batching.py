@@ -1,0 +1,226 @@
+"""Dynamic micro-batching: requests that wait at the same time share a forward pass."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from core.errors import EuphoniumError, RewardError
+
+log = logging.getLogger(__name__)
+
+
+class Request(Protocol):
+    """What can be merged."""
+
+    @property
+    def size(self) -> int:
+        """Samples in it."""
+        ...
+
+    @property
+    def key(self) -> Hashable:
+        """Requests with equal keys may share a forward pass."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """Names it in errors: its prompt."""
+        ...
+
+
+Q = TypeVar("Q", bound=Request)
+A = TypeVar("A")
+# One answer or error a request, in order; may raise when it cannot tell whose fault it is.
+Compute = Callable[[Sequence[Q]], Sequence[A | RewardError]]
+
+
+def isolated(compute: Compute[Q, A], requests: Sequence[Q], what: str) -> list[A | RewardError]:
+    """Answers of merged requests, such that a bad request fails alone.
+
+    If the merged pass raises, or gives an error for some requests, those are computed once more, each on its own:
+    what still fails then is its own fault, and what was spoilt by its company gets its answer.
+
+    Args:
+        compute: the merged pass.
+        requests: with equal keys.
+        what: what is computed, for errors: "the process reward model".
+    """
+    try:
+        answers = list(compute(requests))
+    except Exception as error:
+        if len(requests) == 1:
+            return [_typed(error, requests[0], what)]
+        log.warning("%s failed on %d merged requests, trying each alone: %s", what, len(requests), error)
+        return [isolated(compute, [request], what)[0] for request in requests]
+    if len(requests) == 1:
+        return answers
+    return [
+        isolated(compute, [request], what)[0] if isinstance(answer, RewardError) else answer
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+
+
+def _typed(error: Exception, request: Request, what: str) -> RewardError:
+    if isinstance(error, RewardError):
+        return error
+    reason = str(error) if isinstance(error, EuphoniumError) else f"{type(error).__name__}: {error}"
+    typed = RewardError(f"{what} failed on {request.label!r}: {reason}")
+    typed.__cause__ = error
+    return typed
+
+
+@dataclass
+class _Waiting(Generic[Q]):
+    request: Q
+    answer: asyncio.Future[Any]
+    arrived: float
+    expires: float
+
+
+class MicroBatcher(Generic[Q, A]):
+    """Merges requests for one model, which computes in a thread of its own.
+
+    The event loop stays free for health checks and new requests while the model works. An idle model waits up to
+    ``wait_s`` after the first request for others; a busy one takes, when it is done, whatever has arrived meanwhile.
+    Order is that of arrival, except that requests with another key wait for the next pass.
+    """
+
+    def __init__(self, compute: Compute[Q, A], what: str, *, max_batch: int, wait_s: float, threads: int = 1) -> None:
+        """Args as described in the class.
+
+        Args:
+            compute: the merged pass; called in one thread only.
+            what: names it in errors.
+            max_batch: samples that requests are merged up to; a single request may be larger.
+            wait_s: seconds.
+            threads: CPU threads of its tensor operations.
+        """
+        self._compute = compute
+        self._what = what
+        self._max_batch = max_batch
+        self._wait_s = wait_s
+        self._thread = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (threads,))
+        self._queue: deque[_Waiting[Q]] = deque()
+        self._arrival = asyncio.Event()
+        self._batch: list[_Waiting[Q]] = []
+        self._dispatcher: asyncio.Task[None] | None = None
+        self._busy_since: float | None = None
+        self._counts = {"requests": 0, "samples": 0, "passes": 0, "errors": 0, "expired": 0}
+
+    async def submit(self, request: Q, deadline_s: float = float("inf")) -> A:
+        """The answer to one request.
+
+        Args:
+            request: to compute.
+            deadline_s: seconds from now after which nobody wants the answer; it is then not computed.
+
+        Raises:
+            RewardError: the request failed, or waited too long.
+        """
+        loop = asyncio.get_running_loop()
+        if self._dispatcher is None or self._dispatcher.done():
+            self._dispatcher = loop.create_task(self._dispatch())
+        now = loop.time()
+        waiting = _Waiting(request, loop.create_future(), now, now + deadline_s)
+        self._queue.append(waiting)
+        self._arrival.set()
+        answer: A = await waiting.answer
+        return answer
+
+    async def run(self, work: Callable[[], Any]) -> Any:
+        """Result of other work for the same thread, in its turn."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def status(self) -> dict[str, float]:
+        """Counts since the start, requests in the queue, and for how long the present pass has been running."""
+        busy = 0.0 if self._busy_since is None else asyncio.get_running_loop().time() - self._busy_since
+        return {**self._counts, "queued": len(self._queue), "busy_s": busy}
+
+    async def close(self) -> None:
+        """Ends the thread; requests that still wait fail."""
+        if self._dispatcher is not None:
+            self._dispatcher.cancel()
+            await asyncio.gather(self._dispatcher, return_exceptions=True)
+        for waiting in [*self._batch, *self._queue]:
+            if not waiting.answer.done():
+                waiting.answer.set_exception(RewardError(f"{self._what} was closed"))
+        self._queue.clear()
+        self._thread.shutdown(wait=True)
+
+    async def _dispatch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            while not self._queue:
+                self._arrival.clear()
+                await self._arrival.wait()
+            await self._company(loop)
+            self._batch = self._take(loop.time())
+            if not self._batch:
+                continue
+            requests = [waiting.request for waiting in self._batch]
+            self._busy_since = loop.time()
+            try:
+                merged_pass = partial(isolated, self._compute, requests, self._what)
+                answers = await loop.run_in_executor(self._thread, merged_pass)
+            finally:
+                self._busy_since = None
+            self._counts["passes"] += 1
+            for waiting, answer in zip(self._batch, answers, strict=True):
+                self._deliver(waiting, answer)
+            self._batch = []
+
+    async def _company(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Waits until the first request's pass is full, or it has waited long enough."""
+        until = self._queue[0].arrived + self._wait_s
+        while (left := until - loop.time()) > 0:
+            key = self._queue[0].request.key
+            if sum(w.request.size for w in self._queue if w.request.key == key) >= self._max_batch:
+                return
+            self._arrival.clear()
+            try:
+                await asyncio.wait_for(self._arrival.wait(), left)
+            except TimeoutError:
+                return
+
+    def _take(self, now: float) -> list[_Waiting[Q]]:
+        """The next pass: the first request, and those behind it that fit to it."""
+        batch: list[_Waiting[Q]] = []
+        left: deque[_Waiting[Q]] = deque()
+        size = 0
+        for waiting in self._queue:
+            if waiting.answer.done():
+                continue
+            if waiting.expires < now:
+                self._counts["expired"] += 1
+                self._deliver(
+                    waiting, RewardError(f"{self._what} came to {waiting.request.label!r} after its deadline")
+                )
+                continue
+            request = waiting.request
+            if not batch or (request.key == batch[0].request.key and size + request.size <= self._max_batch):
+                batch.append(waiting)
+                size += request.size
+            else:
+                left.append(waiting)
+        self._queue = left
+        return batch
+
+    def _deliver(self, waiting: _Waiting[Q], answer: A | RewardError) -> None:
+        self._counts["requests"] += 1
+        self._counts["samples"] += waiting.request.size
+        if waiting.answer.done():
+            return
+        if isinstance(answer, RewardError):
+            self._counts["errors"] += 1
+            waiting.answer.set_exception(answer)
+        else:
+            waiting.answer.set_result(answer)

@@ -1,0 +1,73 @@
+"""What the run loop does with a group whose rewards cannot be had."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core.config import RunConfig
+from core.errors import RewardError
+from core.records import GroupInfo, GroupTask
+from orchestrator.run import Run, ScoredGroup
+
+MakeConfig = Callable[..., RunConfig]
+
+
+class ScriptedRun(Run):
+    """A run whose roles are replaced by a script: which groups fail, and with what."""
+
+    errors: dict[int, Exception]
+    asked: list[int]
+
+    async def _draw_and_score(self, task: GroupTask) -> ScoredGroup:
+        self.asked.append(task.group_id)
+        if task.group_id in self.errors:
+            raise self.errors[task.group_id]
+        info = GroupInfo(
+            task=task, policy_version=0, fingerprint="", transitions=4, process_rewards=None, seconds={"total": 1.0},
+            payload_bytes=0,
+        )  # fmt: skip
+        return ScoredGroup(info, None, {"icon": np.zeros(3, np.float32)}, 0.1)
+
+
+def collect(config: RunConfig, errors: dict[int, Exception]) -> tuple[Any, dict[str, float], list[int]]:
+    config.run_dir.mkdir(parents=True)
+    run = ScriptedRun(config, "tests", None)
+    run.errors, run.asked = errors, []
+    try:
+        groups, dropped, _ = asyncio.run(run._collect())
+    finally:
+        run.tracker.close()
+    return (len(groups), dropped), run.failures.take(), run.asked
+
+
+def test_a_failed_reward_drops_its_group_and_is_counted(make_config: MakeConfig) -> None:
+    config = make_config("rollout.prompts_per_iteration=4")
+    outcome, failures, asked = collect(config, {2: RewardError("the prm pool did not answer", ["process"])})
+    assert outcome == (3, 1)
+    assert failures == {
+        "rewards/failures/icon": 0, "rewards/failures/motion": 0, "rewards/failures/quality": 0,
+        "rewards/failures/process": 1,
+    }  # fmt: skip
+    # The request has been through its own attempts; drawing the group again would only repeat them.
+    assert sorted(asked) == [0, 1, 2, 3]
+
+
+def test_too_many_dropped_groups_end_the_run(make_config: MakeConfig) -> None:
+    errors: dict[int, Exception] = {i: RewardError("the orm pool did not answer", ["icon"]) for i in (0, 1)}
+    with pytest.raises(RewardError, match=r"2 of 4 groups were lost.*max_dropped_fraction.*the orm pool did not"):
+        collect(make_config("rollout.prompts_per_iteration=4"), errors)
+
+
+@pytest.mark.parametrize("reward", ["icon", "process"])
+def test_a_reward_may_stop_the_run_at_its_first_failure(make_config: MakeConfig, reward: str) -> None:
+    prefix = "rewards.process" if reward == "process" else "rewards.outcome"
+    change = (
+        f"{prefix}.on_failure=abort" if reward == "process"
+        else f"{prefix}=[{{name: icon, type: sprite_icon, on_failure: abort}}]"
+    )  # fmt: skip
+    config = make_config("rollout.prompts_per_iteration=8", change)
+    with pytest.raises(RewardError, match=f"reward '{reward}' failed, and its on_failure is abort: judge down"):
+        collect(config, {5: RewardError("judge down", [reward])})
