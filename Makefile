@@ -20,7 +20,7 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 demo: setup ## Post-train the embedded generator through Ray, on this machine.
-	$(BIN)/euphonium train recipes/embedded/euphonium.yaml name=demo resume=never
+	$(BIN)/euphonium train recipes/embedded/euphonium-sage.yaml name=demo resume=never
 
 test: setup ## Run the tests that CI runs.
 	$(BIN)/ruff check .
