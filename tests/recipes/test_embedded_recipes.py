@@ -1,14 +1,19 @@
 """Every embedded recipe trains: three iterations in one process, with the shipped generator."""
 
+import copy
 import importlib.util
 import math
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from core.config import ModelConfig, load_config
+from learners.batching import TrainedGroup, load_rows, plan_updates
+from learners.objective import References, evaluate_objective
 from models.generators.base import open_generator
 from models.rewards.prm import ProcessRewardModel
 
@@ -49,8 +54,37 @@ def test_an_embedded_recipe_trains(path: Path, process_reward_model: Path, singl
         assert metrics["policy/grad_norm"] > 0
     after = torch.cat([p.detach().flatten() for p in run.parameters])
     assert torch.isfinite(after).all()
+    if config.objective.kl is not None:
+        assert_penalty_counts_the_distance(run, before)
     moved = [not torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True)]
     assert sum(moved) > len(moved) / 2
+
+
+def assert_penalty_counts_the_distance(run: Any, before: list[torch.Tensor]) -> None:
+    """The recipe's KL, which the single process leaves out, between the trained policy and the one before."""
+    config, family = run.config, run.worker.family
+    task = run.prompts.task(run.groups, config.iterations)
+    info, _, payload = run.worker.generate(task, run._source if run.prm else None)
+    group = TrainedGroup(
+        payload=payload,
+        advantages=np.zeros((1, config.rollout.group_size, config.sampler.num_steps), dtype=np.float32),
+        samples=np.arange(config.rollout.group_size),
+        iteration=config.iterations,
+        fingerprint=info.fingerprint,
+    )
+    batch = plan_updates([config.rollout.group_size * payload.steps.shape[1]], 1, 16, 1)[0][0][0]
+    rows = load_rows(batch, group, torch.device("cpu"))
+    anchor = copy.deepcopy(run.policy)
+    for parameter, old in zip(anchor.parameters(), before, strict=True):
+        parameter.data.copy_(old)
+    value = evaluate_objective(
+        config.objective, run.worker.table(config.iterations),
+        lambda x, t, c: family.velocity(run.policy, x, t, c), rows,
+        References(anchor=lambda x, t, c: family.velocity(anchor, x, t, c), kl_weight=1.0),
+    )  # fmt: skip
+    assert torch.isfinite(value.loss)
+    assert (value.kl_anchor > 0).all()
+    assert torch.isfinite(value.kl_previous).all()
 
 
 def small(path: Path, process_reward_model: Path) -> list[str]:
