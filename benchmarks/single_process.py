@@ -9,6 +9,7 @@ is handy for trying a recipe's hyperparameters.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -17,14 +18,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actors.rollout import RolloutWorker
 from actors.sampler import Velocity
 from core.config import RunConfig, load_config
 from dynamics import GroupRewards, StepTable, group_advantages
+from dynamics.kl import KlController
 from learners.batching import TrainedGroup, load_rows, plan_updates
-from learners.objective import evaluate_objective
+from learners.objective import References, evaluate_objective
+from learners.objective import Velocity as VelocityOf
 from models.rewards.prm import LocalRewards, ProcessRewardModel
 from orchestrator.evaluation import evaluation_set
 from orchestrator.prompts import PromptStream, read_prompts
@@ -53,6 +56,12 @@ class SingleProcess:
             weight_decay=settings.weight_decay,
         )  # fmt: skip
         self.average = [p.detach().clone() for p in self.parameters]
+        kl = config.objective.kl
+        self.anchor = copy.deepcopy(self.policy) if kl is not None and kl.anchor != "none" else None
+        self.previous = copy.deepcopy(self.policy) if config.objective.needs_previous_policy else None
+        self.controller = (
+            KlController(**kl.controller.model_dump()) if kl is not None and kl.controller is not None else None
+        )
         self.updates = 0
         self.groups = 0
 
@@ -116,27 +125,58 @@ class SingleProcess:
             rows_per_group, config.objective.updates_per_iteration, config.pools.learner.rows_per_micro_batch, 1
         )
         self.policy.requires_grad_(True)
-        clipped, norms = 0, []
+        if self.previous is not None:
+            _copy(self.policy, self.previous)
+        clipped, norms, divergence = 0, [], 0.0
         for shares in plan:
             for options in self.optimizer.param_groups:
                 options["lr"] = self._rate()
             self.optimizer.zero_grad(set_to_none=True)
+            references = References(
+                anchor=self._velocity(self.anchor), previous=self._velocity(self.previous), kl_weight=self._kl_weight()
+            )
+            observed = 0.0
             for batch in shares[0]:
                 group = groups[batch.group]
                 rows = load_rows(batch, group, CPU)
                 value = evaluate_objective(
                     config.objective, self.worker.table(group.iteration),
-                    lambda x, t, c: self.worker.family.velocity(self.policy, x, t, c), rows,
+                    lambda x, t, c: self.worker.family.velocity(self.policy, x, t, c), rows, references,
                 )  # fmt: skip
                 value.loss.backward()
                 clipped += int(value.clipped.sum())
+                observed += float((value.kl_anchor if self.anchor is not None else value.kl_previous).sum())
             norms.append(float(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.max_grad_norm)))
             self.optimizer.step()
             self.updates += 1
+            self._after_update(observed / sum(batch.end - batch.begin for batch in shares[0]))
+            divergence += observed / sum(rows_per_group)
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, self.parameters, 1 - config.optimizer.ema_decay)
         self.policy.requires_grad_(False)
-        return {"policy/grad_norm": float(np.mean(norms)), "policy/clip_fraction": clipped / sum(rows_per_group)}
+        return {
+            "policy/grad_norm": float(np.mean(norms)),
+            "policy/clip_fraction": clipped / sum(rows_per_group),
+            "kl/observed": divergence,
+        }
+
+    def _velocity(self, model: nn.Module | None) -> VelocityOf | None:
+        if model is None:
+            return None
+        return lambda x, time, conditioning: self.worker.family.velocity(model, x, time, conditioning)
+
+    def _kl_weight(self) -> float:
+        if self.controller is not None:
+            return self.controller.weight
+        return self.config.objective.kl.weight if self.config.objective.kl is not None else 0.0
+
+    def _after_update(self, observed: float) -> None:
+        kl = self.config.objective.kl
+        if self.controller is not None:
+            self.controller.observe(observed)
+        if kl is not None and kl.anchor == "moving" and self.updates % kl.refresh_every == 0:
+            assert self.anchor is not None
+            _copy(self.policy, self.anchor)
 
     def _rate(self) -> float:
         settings = self.config.optimizer
@@ -150,6 +190,13 @@ class SingleProcess:
     def _load(self, weights: list[Tensor]) -> None:
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, weights)
+
+
+@torch.no_grad()
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    targets: list[Tensor] = list(target.parameters())
+    sources: list[Tensor] = list(source.parameters())
+    torch._foreach_copy_(targets, sources)
 
 
 def main() -> None:
