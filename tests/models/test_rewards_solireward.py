@@ -141,7 +141,9 @@ def test_tiles_are_the_library_processors(size: tuple[int, int]) -> None:
     ours = tiles_of(frames, TILE, 4)
     assert counts == [ours.shape[1]] * 2
     levels = theirs * torch.tensor(IMAGE_STD).view(3, 1, 1) + torch.tensor(IMAGE_MEAN).view(3, 1, 1)
-    assert float((ours.flatten(0, 1) - levels * 255).abs().max()) < 1.01
+    # Two roundings; Pillow takes the columns of some tall pictures before their rows.
+    assert float((ours.flatten(0, 1) - levels * 255).abs().max()) < 2.01
+    assert float((ours.flatten(0, 1) - levels * 255).abs().mean()) < 0.1
 
 
 @pytest.mark.parametrize("most", [1, 6, 12])
