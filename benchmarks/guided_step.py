@@ -157,7 +157,13 @@ def family_of(setup: Setup) -> Iterator[GeneratorFamily]:
         "model_index.json": json.dumps({"_class_name": "HunyuanVideoPipeline"}),
         # Not dict(transformer.config): that lists the values that were left out, and from_config would ignore ours.
         "transformer/config.json": transformer.to_json_string(),
-        "vae/config.json": json.dumps({"spatial_compression_ratio": 8, "temporal_compression_ratio": 4}),
+        "vae/config.json": json.dumps(
+            {
+                "latent_channels": transformer.config.in_channels,
+                "spatial_compression_ratio": 8,
+                "temporal_compression_ratio": 4,
+            }
+        ),
     }
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
