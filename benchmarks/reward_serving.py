@@ -71,7 +71,7 @@ class Client(threading.Thread):
         self.latencies: list[float] = []
 
     def run(self) -> None:
-        """Sends requests and notes how long each took."""
+        """See :class:`threading.Thread`."""
         while (began := time.perf_counter()) < self.until:
             x = self.rng.standard_normal(self.shape, dtype=np.float32)
             call = self.server.reward_and_gradient.remote(x, float(self.rng.uniform(0.1, 1.0)), self.conditioning, True)

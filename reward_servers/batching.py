@@ -17,6 +17,11 @@ from core.errors import EuphoniumError, RewardError
 
 log = logging.getLogger(__name__)
 
+# After this many waits in a row that brought nobody, a model waits only once in so many passes: a lone client would
+# otherwise pay for the wait at every step.
+PATIENCE = 3
+RETRY_EVERY = 16
+
 
 class Request(Protocol):
     """What can be merged."""
@@ -89,9 +94,10 @@ class _Waiting(Generic[Q]):
 class MicroBatcher(Generic[Q, A]):
     """Merges requests for one model, which computes in a thread of its own.
 
-    The event loop stays free for health checks and new requests while the model works. An idle model waits up to
-    ``wait_s`` after the first request for others; a busy one takes, when it is done, whatever has arrived meanwhile.
-    Order is that of arrival, except that requests with another key wait for the next pass.
+    The event loop stays free for health checks and new requests while the model works. What arrives meanwhile shares
+    the next pass. Before a pass that is not full, the model waits up to ``wait_s``, from its first request or the end
+    of the pass before, whichever is later: clients that have just got their answers come back together. Order is that
+    of arrival, except that requests with another key wait for the next pass.
     """
 
     def __init__(self, compute: Compute[Q, A], what: str, *, max_batch: int, wait_s: float, threads: int = 1) -> None:
@@ -114,6 +120,8 @@ class MicroBatcher(Generic[Q, A]):
         self._batch: list[_Waiting[Q]] = []
         self._dispatcher: asyncio.Task[None] | None = None
         self._busy_since: float | None = None
+        self._finished = float("-inf")
+        self._waits_in_vain = 0
         self._counts = {"requests": 0, "samples": 0, "passes": 0, "errors": 0, "expired": 0}
 
     async def submit(self, request: Q, deadline_s: float = float("inf")) -> A:
@@ -173,23 +181,28 @@ class MicroBatcher(Generic[Q, A]):
                 answers = await loop.run_in_executor(self._thread, merged_pass)
             finally:
                 self._busy_since = None
+                self._finished = loop.time()
             self._counts["passes"] += 1
             for waiting, answer in zip(self._batch, answers, strict=True):
                 self._deliver(waiting, answer)
             self._batch = []
 
     async def _company(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Waits until the first request's pass is full, or it has waited long enough."""
-        until = self._queue[0].arrived + self._wait_s
+        """Waits until the first request's pass is full, or there has been time enough to join it."""
+        if self._waits_in_vain >= PATIENCE and self._counts["passes"] % RETRY_EVERY:
+            return
+        present = len(self._queue)
+        first = self._queue[0]
+        until = max(first.arrived, self._finished) + self._wait_s
         while (left := until - loop.time()) > 0:
-            key = self._queue[0].request.key
-            if sum(w.request.size for w in self._queue if w.request.key == key) >= self._max_batch:
+            if sum(w.request.size for w in self._queue if w.request.key == first.request.key) >= self._max_batch:
                 return
             self._arrival.clear()
             try:
                 await asyncio.wait_for(self._arrival.wait(), left)
             except TimeoutError:
-                return
+                break
+        self._waits_in_vain = 0 if len(self._queue) > present else self._waits_in_vain + 1
 
     def _take(self, now: float) -> list[_Waiting[Q]]:
         """The next pass: the first request, and those behind it that fit to it."""

@@ -30,7 +30,8 @@ class RewardPoolConfig(PoolConfig):
     max_batch: PositiveInt = 16
     """Samples in one forward pass: requests that wait together are merged up to it, larger ones are cut."""
     wait_ms: NonNegativeFloat = 2.0
-    """How long an idle server waits for company of the first request; a busy one merges what arrives meanwhile."""
+    """How long a server waits for others to share a pass that is not full; it stops waiting while nobody ever comes.
+    Requests that arrive while it computes are merged in any case."""
 
 
 class LearnerPoolConfig(Node):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from core.errors import NonFiniteRewardError, RewardError
-from reward_servers.batching import MicroBatcher, isolated
+from reward_servers.batching import PATIENCE, RETRY_EVERY, MicroBatcher, isolated
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,34 @@ def test_an_idle_model_waits_for_company_but_not_once_the_pass_is_full() -> None
         assert time.monotonic() - began < 0.25
 
     run(scenario, wait_s=0.3)
+
+
+def test_clients_that_come_back_together_share_every_pass() -> None:
+    """Without a wait after a pass they would fall into two halves that take turns."""
+
+    async def scenario(batcher: Batcher, model: Doubler) -> None:
+        async def client(index: int) -> None:
+            for _ in range(5):
+                assert await batcher.submit(Number(index)) == 2 * index
+
+        await asyncio.gather(*(client(i) for i in range(3)))
+        assert model.passes == [[0, 1, 2]] * 5
+
+    run(scenario, wait_s=0.1)
+
+
+def test_a_lone_client_does_not_wait_for_company_for_ever() -> None:
+    async def scenario(batcher: Batcher, model: Doubler) -> None:
+        waits = []
+        for i in range(PATIENCE + RETRY_EVERY):
+            began = time.monotonic()
+            await batcher.submit(Number(i))
+            waits.append(time.monotonic() - began >= 0.05)
+        assert all(waits[:PATIENCE])
+        # Now and then it is tried again.
+        assert sum(waits[PATIENCE:]) == 1
+
+    run(scenario, wait_s=0.06)
 
 
 @pytest.mark.parametrize(
