@@ -2,9 +2,23 @@
 
 from core.config.base import Node
 from core.config.loading import dump_config, load_config
+from core.config.orm import BackboneConfig, OrmConfig, OrmOptimizerConfig
 from core.config.pools import LearnerPoolConfig, PoolConfig, PoolsConfig
-from core.config.prm import PairsConfig, PrmConfig, PrmOptimizerConfig
-from core.config.rewards import AdvantageConfig, OutcomeRewardConfig, ProcessRewardConfig, RewardsConfig
+from core.config.prm import (
+    PairsConfig,
+    PreferencesConfig,
+    PrmConfig,
+    PrmOptimizerConfig,
+    RewardOptimizerConfig,
+    RewardTrainingConfig,
+)
+from core.config.rewards import (
+    AdvantageConfig,
+    OutcomeRewardConfig,
+    PrmRefreshConfig,
+    ProcessRewardConfig,
+    RewardsConfig,
+)
 from core.config.sampling import (
     EvaluationConfig,
     GuidanceConfig,
@@ -28,6 +42,7 @@ from core.config.tree import RunConfig
 
 __all__ = [
     "AdvantageConfig",
+    "BackboneConfig",
     "CheckpointConfig",
     "EvaluationConfig",
     "GuidanceConfig",
@@ -41,14 +56,20 @@ __all__ = [
     "Node",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "OrmConfig",
+    "OrmOptimizerConfig",
     "OutcomeRewardConfig",
     "PairsConfig",
     "PoolConfig",
     "PoolsConfig",
+    "PreferencesConfig",
     "PrmConfig",
     "PrmOptimizerConfig",
+    "PrmRefreshConfig",
     "ProcessRewardConfig",
     "PromptsConfig",
+    "RewardOptimizerConfig",
+    "RewardTrainingConfig",
     "RewardsConfig",
     "RolloutConfig",
     "RunConfig",
