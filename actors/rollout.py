@@ -32,7 +32,7 @@ from core.errors import RewardError, TrainingError
 from core.records import Array, GroupInfo, GroupPayload, GroupTask
 from core.weights import WeightManifest, load_buckets
 from dynamics import StepTable
-from models.generators.base import Conditioning, expand, open_generator
+from models.generators.base import Conditioning, expand, open_generator, stack_conditionings
 from models.generators.lora import adapter_parameters, add_adapter
 
 # Samples in one forward pass of an evaluation.
@@ -201,18 +201,6 @@ class RolloutWorker:
 def encode_one(encoder: Any, prompt: str) -> Conditioning:
     """Conditioning of one prompt, padded to no other."""
     return dict(encoder([prompt]))
-
-
-def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
-    """One batch of conditionings that may differ in length: shorter ones are padded with zeros, masked out."""
-    stacked: Conditioning = {}
-    for name in parts[0]:
-        tensors = [part[name] for part in parts]
-        if tensors[0].dim() > 1:
-            longest = max(t.shape[1] for t in tensors)
-            tensors = [torch.cat([t, t.new_zeros(1, longest - t.shape[1], *t.shape[2:])], dim=1) for t in tensors]
-        stacked[name] = torch.cat(tensors)
-    return stacked
 
 
 class RolloutActor:

@@ -25,6 +25,7 @@ from core.config import RunConfig, load_config
 from dynamics import GroupRewards, StepTable, group_advantages
 from learners.batching import TrainedGroup, load_rows, plan_updates
 from learners.objective import evaluate_objective
+from learners.prm_refresh import PrmRefresh, weighted_total
 from models.rewards.prm import ProcessRewardModel
 from orchestrator.evaluation import evaluation_set
 from orchestrator.prompts import PromptStream, read_prompts
@@ -70,6 +71,10 @@ class SingleProcess:
         self.policy = self.worker.transformer
         process = config.rewards.process
         self.prm = ProcessRewardModel.load(Path(process.path), config.model) if process is not None else None
+        self.refresh: PrmRefresh | None = None
+        if process is not None and process.refresh is not None:
+            own = ProcessRewardModel.load(Path(process.path), config.model)
+            self.refresh = PrmRefresh(process.refresh, own, config.seed, CPU)
         self.orm = OrmScorer(config.rewards.outcome, self.worker.family, CPU)
         self.prompts = PromptStream(read_prompts(config.prompts.train, "prompts.train"), config.seed)
         self.evaluation = evaluation_set(config)
@@ -108,6 +113,8 @@ class SingleProcess:
             infos.append(info)
             payloads.append(payload)
             scores.append(self.orm.score(latents, [task.prompt] * len(latents)))
+            if self.refresh is not None:
+                self.refresh.add(iteration, latents, weighted_total(scores[-1], config.rewards), payload.conditioning)
         rewards = [
             GroupRewards(
                 {n: torch.tensor(v) for n, v in score.items()},
@@ -129,6 +136,9 @@ class SingleProcess:
         rolled_out = time.perf_counter()
         metrics = rollout_statistics(config, infos, scores, advantages)
         metrics |= self._update(groups)
+        if self.refresh is not None and self.prm is not None and self.refresh.due(iteration + 1):
+            metrics |= self.refresh.update()
+            self.prm.load_state_dict({name: torch.from_numpy(a) for name, a in self.refresh.weights().items()})
         metrics |= {"time/rollout_s": rolled_out - began, "time/update_s": time.perf_counter() - rolled_out}
         return metrics
 

@@ -264,7 +264,7 @@ class ZeroEngine(RewardEngine):
         if parts is None:
             return None
         flat = torch.cat(parts)[: parameter.ds_numel]  # type: ignore[attr-defined]
-        return flat.view(parameter.ds_shape).cpu()  # type: ignore[attr-defined, no-any-return]
+        return flat.view(parameter.ds_shape).cpu()  # type: ignore[attr-defined]
 
     def _mine(self, whole: Tensor) -> Tensor:
         size = -(-whole.numel() // self.world_size)

@@ -22,17 +22,22 @@ INCIDENTAL_OPTIMIZER = {"checkpoint_every", "evaluate_every", "evaluation_pairs"
 
 
 class RewardTraining(Protocol):
-    """What differs between the kinds of reward models.
+    """What differs between the kinds of reward models."""
 
-    Attributes:
-        model: on the CPU, with the trained parameters requiring gradients.
-        task: losses and measurements.
-        settings: of the optimisation.
-    """
+    @property
+    def model(self) -> nn.Module:
+        """On the CPU, with the trained parameters requiring gradients."""
+        ...
 
-    model: nn.Module
-    task: Task
-    settings: RewardOptimizerConfig
+    @property
+    def task(self) -> Task:
+        """Losses and measurements."""
+        ...
+
+    @property
+    def settings(self) -> RewardOptimizerConfig:
+        """Of the optimisation."""
+        ...
 
     def result(self, engine: RewardEngine) -> dict[str, Any]:
         """The final numbers, of the engine's model as it is; all ranks call it."""

@@ -53,11 +53,3 @@ def _decoded(path: Path) -> Frames:
             return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     except (av.error.FFmpegError, ValueError, IndexError) as error:
         raise ConfigError(f"{path}: cannot be decoded as a video: {error}") from error
-
-
-def evenly_spaced(frames: Frames, count: int) -> Frames:
-    """``count`` frames at even distances, the first and the last among them; short videos repeat frames."""
-    if count == 1:
-        return frames[len(frames) // 2 : len(frames) // 2 + 1]
-    chosen = np.linspace(0, len(frames) - 1, count).round().astype(np.int64)
-    return frames[chosen]

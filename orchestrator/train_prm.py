@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.rollout import encode_one, stack_conditionings
+from actors.rollout import encode_one
 from actors.sampler import initial_noise, sample_deterministic
 from core.config import PrmConfig
 from core.errors import ConfigError
@@ -26,7 +26,7 @@ from learners.preference_files import PreferenceTable, open_preferences
 from learners.prm_data import is_prepared, write_paired, write_scored
 from learners.reward_worker import RESULT_FILE
 from learners.video_files import read_frames
-from models.generators.base import Conditioning, GeneratorFamily, open_generator, weights_mark
+from models.generators.base import Conditioning, GeneratorFamily, open_generator, stack_conditionings, weights_mark
 from orchestrator.charts import line_chart
 from orchestrator.prompts import read_prompts
 from orchestrator.reward_group import absolute, cluster, map_shares, run_training

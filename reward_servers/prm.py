@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,13 @@ class PrmScorer:
             raise ValueError("a PRM server needs rewards.process")
         self.device = device
         self.model = ProcessRewardModel.load(Path(config.rewards.process.path), config.model).to(device)
+        self.weights_version = 0
+
+    def load_weights(self, version: int, weights: Mapping[str, Array]) -> None:
+        """Takes over refreshed weights; a pass that is under way ends with the model that it began with."""
+        model = copy.deepcopy(self.model)
+        model.load_state_dict({name: as_tensor(array) for name, array in weights.items()})
+        self.model, self.weights_version = model, version
 
     def reward_and_gradient(
         self, x: Array, sigma: float, conditioning: dict[str, Array], with_gradient: bool
@@ -83,3 +92,11 @@ class PrmActor:
         """See :meth:`PrmScorer.reward_and_gradient`."""
         rewards, gradient = self.scorer.reward_and_gradient(np.asarray(x), sigma, conditioning, with_gradient)
         return rewards, gradient
+
+    def load_weights(self, version: int, weights: Mapping[str, Array]) -> None:
+        """See :meth:`PrmScorer.load_weights`."""
+        self.scorer.load_weights(version, weights)
+
+    def weights_version(self) -> int:
+        """Number of refreshes that the weights have been through; 0 after a restart."""
+        return self.scorer.weights_version

@@ -204,6 +204,22 @@ def expand(conditioning: Conditioning, batch: int) -> Conditioning:
     return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in conditioning.items()}
 
 
+def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
+    """One batch of conditionings that may differ in length: shorter ones are padded with zeros, masked out."""
+    stacked: Conditioning = {}
+    for name in parts[0]:
+        tensors = [part[name] for part in parts]
+        if tensors[0].dim() > 1:
+            longest = max(t.shape[1] for t in tensors)
+            tensors = [
+                t if t.shape[1] == longest
+                else torch.cat([t, t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:])], dim=1)
+                for t in tensors
+            ]  # fmt: skip
+        stacked[name] = torch.cat(tensors)
+    return stacked
+
+
 def open_generator(config: ModelConfig) -> GeneratorFamily:
     """Finds the family of a pipeline by the class that its ``model_index.json`` names.
 

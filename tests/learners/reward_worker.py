@@ -28,6 +28,7 @@ def main() -> None:
     config = load_config(target / "recipe.yaml")
     torch.manual_seed(0)
     model = ProcessRewardModel.from_generator(open_generator(config.model), 1).for_training()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     settings, data = toy_settings(eps=1e-4), toy_preferences()
     engine = ZeroEngine(model, settings, LearnerPoolConfig(num_workers=2), CPU)
     records: list[dict] = []
@@ -35,6 +36,9 @@ def main() -> None:
     state = {kind: engine.whole(kind) for kind in KINDS}
     with engine.averaged():
         measured = PrmTask(data, data, settings, 0, CPU).evaluate(engine, 24)
+    engine.restore("average", lambda name: start[name])
+    with engine.averaged():
+        at_start = PrmTask(data, data, settings, 0, CPU).evaluate(engine, 24)
     after = engine.whole("weights")
     torch.manual_seed(0)
     again = ProcessRewardModel.from_generator(open_generator(config.model), 1).for_training()
@@ -45,8 +49,8 @@ def main() -> None:
     held = sum(shard(p).numel() for p in engine.parameters.values())
     torch.save(
         {
-            "state": state, "after": after, "records": records, "measured": measured, "held": held,
-            "resumed": resumed, "continued": continued,
+            "state": state, "after": after, "records": records, "measured": measured, "at_start": at_start,
+            "held": held, "resumed": resumed, "continued": continued,
         },
         target / f"reward_rank_{engine.rank}.pt",
     )  # fmt: skip

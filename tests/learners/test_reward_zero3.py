@@ -44,7 +44,8 @@ def both(tiny_recipe_file: Callable[..., RunConfig], tmp_path_factory: pytest.Te
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr[-8000:]
     ranks = [torch.load(folder / f"reward_rank_{r}.pt", weights_only=False) for r in (0, 1)]
-    return {"ranks": ranks, "engine": engine, "records": records}
+    state = {kind: engine.whole(kind) for kind in KINDS}
+    return {"ranks": ranks, "engine": engine, "state": state, "records": records}
 
 
 def largest_gap(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -53,24 +54,33 @@ def largest_gap(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 
 
 def test_two_ranks_end_with_the_weights_of_one_process(both: dict) -> None:
-    zero, engine = both["ranks"][0], both["engine"]
+    zero = both["ranks"][0]
     for kind in KINDS:
-        assert largest_gap(zero["state"][kind], engine.whole(kind)) < 1e-5, kind
+        assert largest_gap(zero["state"][kind], both["state"][kind]) < 1e-5, kind
     assert [r["loss"] for r in zero["records"]] == pytest.approx([r["loss"] for r in both["records"]], abs=1e-5)
     assert both["ranks"][1]["records"] == []
     assert both["ranks"][1]["state"]["weights"] == {}
 
 
-def test_measurements_are_of_the_averaged_weights_and_leave_the_weights_alone(both: dict) -> None:
+def test_measurements_are_of_the_averages_and_leave_the_weights_alone(both: dict) -> None:
     first, second = both["ranks"]
-    assert first["measured"] == second["measured"]
     data = toy_preferences()
-    with both["engine"].averaged():
-        ours = PrmTask(data, data, toy_settings(), 0, CPU).evaluate(both["engine"], 24)
-    assert first["measured"]["accuracy"] == ours["accuracy"]
-    assert first["measured"]["calibration_error"] == pytest.approx(ours["calibration_error"], abs=1e-4)
+
+    def ours() -> dict:
+        with both["engine"].averaged():
+            return PrmTask(data, data, toy_settings(), 0, CPU).evaluate(both["engine"], 24)
+
+    trained = ours()
+    torch.manual_seed(0)
+    start = ProcessRewardModel.from_generator(both["engine"].model.family, 1)
+    both["engine"].restore("average", dict(start.named_parameters()).__getitem__)
+    fresh = ours()
+    for name, expected in (("measured", trained), ("at_start", fresh)):
+        assert first[name] == second[name]
+        assert first[name]["accuracy"] == expected["accuracy"]
+        assert first[name]["calibration_error"] == pytest.approx(expected["calibration_error"], abs=1e-4)
+    assert abs(fresh["calibration_error"][0] - trained["calibration_error"][0]) > 1e-2
     assert largest_gap(first["after"], first["state"]["weights"]) == 0
-    assert largest_gap(first["state"]["average"], first["state"]["weights"]) > 1e-3
 
 
 def test_every_rank_holds_half(both: dict) -> None:
@@ -83,4 +93,4 @@ def test_a_checkpoint_of_one_process_is_taken_up_by_two_ranks(both: dict) -> Non
     zero = both["ranks"][0]
     assert zero["continued"][0] == {"resumed": 4}
     for kind in KINDS:
-        assert largest_gap(zero["resumed"][kind], both["engine"].whole(kind)) < 1e-5, kind
+        assert largest_gap(zero["resumed"][kind], both["state"][kind]) < 1e-5, kind
