@@ -28,6 +28,7 @@ from dynamics.kl import KlController
 from learners.batching import TrainedGroup, load_rows, plan_updates
 from learners.objective import References, evaluate_objective
 from learners.objective import Velocity as VelocityOf
+from learners.prm_refresh import PrmRefresh, weighted_total
 from models.rewards.prm import LocalRewards, ProcessRewardModel
 from orchestrator.evaluation import evaluation_set
 from orchestrator.prompts import PromptStream, read_prompts
@@ -46,6 +47,10 @@ class SingleProcess:
         self.policy = self.worker.transformer
         process = config.rewards.process
         self.prm = ProcessRewardModel.load(Path(process.path), config.model) if process is not None else None
+        self.refresh: PrmRefresh | None = None
+        if process is not None and process.refresh is not None:
+            own = ProcessRewardModel.load(Path(process.path), config.model)
+            self.refresh = PrmRefresh(process.refresh, own, config.seed, CPU)
         self.orm = OrmScorer(config.rewards.outcome, self.worker.family, CPU)
         self.prompts = PromptStream(read_prompts(config.prompts.train, "prompts.train"), config.seed)
         self.evaluation = evaluation_set(config)
@@ -90,6 +95,8 @@ class SingleProcess:
             infos.append(info)
             payloads.append(payload)
             scores.append(self.orm.score(latents, [task.prompt] * len(latents)))
+            if self.refresh is not None:
+                self.refresh.add(iteration, latents, weighted_total(scores[-1], config.rewards), payload.conditioning)
         rewards = [
             GroupRewards(
                 {n: torch.tensor(v) for n, v in score.items()},
@@ -111,6 +118,9 @@ class SingleProcess:
         rolled_out = time.perf_counter()
         metrics = rollout_statistics(config, infos, scores, advantages)
         metrics |= self._update(groups)
+        if self.refresh is not None and self.prm is not None and self.refresh.due(iteration + 1):
+            metrics |= self.refresh.update()
+            self.prm.load_state_dict({name: torch.from_numpy(a) for name, a in self.refresh.weights().items()})
         metrics |= {"time/rollout_s": rolled_out - began, "time/update_s": time.perf_counter() - rolled_out}
         return metrics
 

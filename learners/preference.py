@@ -1,159 +1,266 @@
-"""Bradley-Terry training of process reward models on ranked samples (Euphonium, Eq. 13)."""
+"""Bradley-Terry training of process reward models on preferences (Euphonium, Eq. 13), and what they learned."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from core.config import PrmOptimizerConfig
+from core.errors import ConfigError
+from learners.preference_files import Pairs, ranked_pairs
+from learners.reward_engine import RewardEngine
 from models.generators.base import Conditioning
-from models.rewards.prm import ProcessRewardModel
 
 TENTHS = 10
+BINS = 10
+# Pairs in one forward pass of a measurement.
+EVALUATION_BATCH = 64
+
+
+class Latents(Protocol):
+    """Clean latents by number; a tensor is one, memory-mapped ones and files are others."""
+
+    def __getitem__(self, chosen: NDArray[np.int64]) -> Tensor:
+        """float32 ``[chosen, *latent]``."""
+        ...
+
+
+class LatentFiles:
+    """Latents in one file each, read when they are asked for."""
+
+    def __init__(self, files: Sequence[Path], shape: tuple[int, ...]) -> None:
+        self.files = files
+        self.shape = shape
+
+    def __getitem__(self, chosen: NDArray[np.int64]) -> Tensor:
+        return torch.stack([read_latent(self.files[i], self.shape) for i in chosen])
+
+
+def read_latent(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """One clean latent, float32, as the generator's sampler ends with it (scaled, not as the VAE gives it).
+
+    Args:
+        path: ``.npy``, or ``.safetensors`` with one tensor.
+        shape: that the generator's latents have.
+
+    Raises:
+        ConfigError: another shape, several tensors, or values that are not finite.
+    """
+    if path.suffix == ".npy":
+        latent = torch.from_numpy(np.load(path, allow_pickle=False))
+    else:
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+        if len(tensors) != 1:
+            raise ConfigError(
+                f"{path}: holds {len(tensors)} tensors ({', '.join(sorted(tensors)[:4])}); a latent is one"
+            )
+        (latent,) = tensors.values()
+    if latent.shape == (1, *shape):
+        latent = latent[0]
+    if latent.shape != shape:
+        raise ConfigError(
+            f"{path}: a latent of shape {tuple(latent.shape)}; the generator's is {shape} [channels, frames, height, "
+            "width] at the recipe's model.frames, model.height and model.width"
+        )
+    latent = latent.float()
+    if not bool(torch.isfinite(latent).all()):
+        raise ConfigError(f"{path}: a latent with values that are not finite")
+    return latent
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankedSamples:
-    """Finished samples with the scores that rank them.
+class Preferences:
+    """Pairs of finished samples.
 
     Attributes:
-        latents: float32 ``[samples, *latent]``.
+        latents: of the samples.
+        latent_shape: of one of them.
         prompt: int64 ``[samples]``, index of each sample's prompt.
-        score: float64 ``[samples]``.
         conditioning: per prompt, stacked to one batch.
+        pairs: int64 ``[pairs, 2]``, winner and loser, of one prompt each.
     """
 
-    latents: Tensor
+    latents: Latents
+    latent_shape: tuple[int, ...]
     prompt: NDArray[np.int64]
-    score: NDArray[np.float64]
     conditioning: Conditioning
+    pairs: Pairs
 
-    def pairs(self, margin: float) -> NDArray[np.int64]:
-        """All (winner, loser) pairs of samples of one prompt whose scores differ by at least ``margin``."""
-        found = []
-        for prompt in np.unique(self.prompt):
-            members = np.flatnonzero(self.prompt == prompt)
-            gap = self.score[members][:, None] - self.score[members][None, :]
-            winners, losers = np.nonzero((gap >= margin) & (gap > 0))
-            found.append(np.stack([members[winners], members[losers]], axis=1))
-        return np.concatenate(found)
+
+def preferences_by_score(
+    latents: Tensor, prompt: NDArray[np.int64], score: NDArray[np.float64], conditioning: Conditioning, margin: float
+) -> Preferences:
+    """Samples ranked by a score; see :func:`ranked_pairs`."""
+    return Preferences(
+        latents=latents,
+        latent_shape=tuple(latents.shape[1:]),
+        prompt=prompt,
+        conditioning=conditioning,
+        pairs=ranked_pairs(prompt, score, margin),
+    )
 
 
 def paired_rewards(
-    model: ProcessRewardModel, data: RankedSamples, pairs: NDArray[np.int64], sigma: Tensor, noise: Tensor
+    model: nn.Module, data: Preferences, pairs: Pairs, sigma: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Rewards of winners and losers, each pair under one noise level and one noise.
 
     Args:
-        model: to score with.
+        model: a process reward model, or the engine around one.
         data: samples.
         pairs: ``[batch, 2]``.
-        sigma: float32 ``[batch]``.
-        noise: float32 ``[batch, *latent]``.
+        sigma: float32 ``[batch]``, on the model's device.
+        noise: float32 ``[batch, *latent]``, there too.
 
     Returns:
         ``[batch]`` each.
     """
-    clean = torch.cat([data.latents[pairs[:, 0]], data.latents[pairs[:, 1]]])
+    device = sigma.device
+    clean = torch.cat([data.latents[pairs[:, 0]], data.latents[pairs[:, 1]]]).to(device)
     sigmas, noises = sigma.repeat(2), noise.repeat(2, *[1] * (noise.dim() - 1))
     noisy = torch.lerp(clean, noises, sigmas.view(-1, *[1] * (clean.dim() - 1)))
     prompts = torch.from_numpy(data.prompt[pairs[:, 0]]).repeat(2)
-    rewards: Tensor = model(noisy, sigmas, {name: t[prompts] for name, t in data.conditioning.items()})
+    rewards: Tensor = model(noisy, sigmas, {name: t[prompts].to(device) for name, t in data.conditioning.items()})
     winners, losers = rewards.chunk(2)
     return winners, losers
 
 
 def bradley_terry(winners: Tensor, losers: Tensor) -> Tensor:
-    """``-log sigmoid(r_w - r_l)``, averaged (Eq. 13)."""
-    return -functional.logsigmoid(winners - losers).mean()
+    """``-log sigmoid(r_w - r_l)`` of each pair (Eq. 13)."""
+    return -functional.logsigmoid(winners - losers)
 
 
-@torch.no_grad()
-def accuracy_by_noise(
-    model: ProcessRewardModel, data: RankedSamples, pairs: NDArray[np.int64], *, per_tenth: int, seed: int = 0
-) -> list[float]:
-    """Share of pairs ranked as the outcome rewards rank them, for every tenth of sigma (the paper's Figure 3).
+class PairSampler:
+    """Draws batches of pairs with prompts equally often, each with its noise level and noise.
+
+    A batch follows from the seed and its number alone.
+    """
+
+    def __init__(self, data: Preferences, count: int, seed: int) -> None:
+        """Args: data to draw from; pairs in a batch; seed of everything."""
+        self.data, self.count, self.seed = data, count, seed
+        prompts = data.prompt[data.pairs[:, 0]]
+        order = np.argsort(prompts, kind="stable")
+        self._by_prompt = np.split(data.pairs[order], np.flatnonzero(np.diff(prompts[order])) + 1)
+
+    def draw(self, number: int) -> tuple[Pairs, Tensor, Tensor]:
+        """Pairs ``[count, 2]``, noise fractions ``[count]`` (uniform on [0, 1]) and noises ``[count, *latent]``."""
+        sequence = np.random.SeedSequence([self.seed, number])
+        rng = np.random.default_rng(sequence)
+        generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+        prompts = rng.integers(len(self._by_prompt), size=self.count)
+        pairs = np.stack([self._by_prompt[p][rng.integers(len(self._by_prompt[p]))] for p in prompts])
+        sigma = torch.rand(self.count, generator=generator)
+        noise = torch.randn((self.count, *self.data.latent_shape), generator=generator)
+        return pairs, sigma, noise
+
+
+class PrmTask:
+    """A process reward model's preferences, as :class:`learners.reward_training.Task`."""
+
+    def __init__(
+        self, train: Preferences, held_out: Preferences, settings: PrmOptimizerConfig, seed: int, device: torch.device
+    ) -> None:
+        for part, data in (("training", train), ("held-out", held_out)):
+            if not len(data.pairs):
+                raise ConfigError(
+                    f"the {part} preferences hold no pair: no prompt has a better and a worse sample (with drawn "
+                    "samples, lower pairs.margin or raise the samples a prompt)"
+                )
+        self.held_out, self.device = held_out, device
+        self._sampler = PairSampler(train, settings.pairs_per_update, seed)
+
+    def batch(self, update: int) -> tuple[Pairs, Tensor, Tensor]:
+        """See :class:`learners.reward_training.Task`."""
+        return self._sampler.draw(update)
+
+    def losses(self, model: nn.Module, batch: tuple[Pairs, Tensor, Tensor], part: slice) -> Tensor:
+        """See :class:`learners.reward_training.Task`."""
+        pairs, sigma, noise = batch
+        rewards = paired_rewards(
+            model, self._sampler.data, pairs[part], sigma[part].to(self.device), noise[part].to(self.device)
+        )
+        return bradley_terry(*rewards)
+
+    def evaluate(self, engine: RewardEngine, pairs: int) -> dict[str, Any]:
+        """Accuracy and calibration error by tenth of sigma, of ``pairs`` held-out pairs each."""
+        gaps = gaps_by_noise(engine, self.held_out, self.held_out.pairs, per_tenth=pairs)
+        return measured(gaps)
+
+
+def gaps_by_noise(
+    engine: RewardEngine, data: Preferences, pairs: Pairs, *, per_tenth: int, seed: int = 0
+) -> NDArray[np.float64]:
+    """``r_w - r_l`` of held-out pairs, for every tenth of sigma; ranks share the work.
 
     Args:
-        model: to measure.
+        engine: whose model is measured, as it is.
         data: held-out samples.
-        pairs: from :meth:`RankedSamples.pairs`; as many as asked for are drawn anew for each tenth.
+        pairs: as many as asked for are drawn anew for each tenth, with replacement where there are fewer.
         per_tenth: pairs a tenth.
         seed: of pairs, noise levels and noise.
-    """
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    result = []
-    for tenth in range(TENTHS):
-        right = 0
-        chosen = pairs[rng.choice(len(pairs), size=per_tenth, replace=per_tenth > len(pairs))]
-        for part in np.array_split(chosen, max(1, per_tenth // 64)):
-            sigma = (tenth + torch.rand(len(part), generator=generator)) / TENTHS
-            noise = torch.randn((len(part), *data.latents.shape[1:]), generator=generator)
-            winners, losers = paired_rewards(model, data, part, sigma, noise)
-            right += int((winners > losers).sum())
-        result.append(right / per_tenth)
-    return result
-
-
-def train_preference(
-    model: ProcessRewardModel,
-    data: RankedSamples,
-    settings: PrmOptimizerConfig,
-    *,
-    margin: float,
-    seed: int,
-    report: Callable[[int, float, ProcessRewardModel], None],
-) -> ProcessRewardModel:
-    """Trains a model on pairs drawn from ranked samples, prompts equally often.
-
-    Args:
-        model: trained in place.
-        data: training samples.
-        settings: of the optimisation.
-        margin: see :meth:`RankedSamples.pairs`.
-        seed: of pairs and noise.
-        report: called with update, mean loss since the last call and the averaged model, every
-            ``settings.evaluate_every`` updates.
 
     Returns:
-        The averaged model.
+        ``[TENTHS, per_tenth]``, the same on every rank.
     """
-    pairs = data.pairs(margin)
-    by_prompt = [pairs[data.prompt[pairs[:, 0]] == prompt] for prompt in np.unique(data.prompt[pairs[:, 0]])]
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    parameters: list[Tensor] = list(model.parameters())
-    averages: list[Tensor] = list(average.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    warmup = max(1, settings.updates // 20)
-    losses = []
-    model.train()
-    for update in range(settings.updates):
-        progress = update / settings.updates
-        rate = min((update + 1) / warmup, 0.5 * (1 + math.cos(math.pi * progress)))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * rate
-        prompts = rng.integers(len(by_prompt), size=settings.pairs_per_update)
-        batch = np.stack([by_prompt[p][rng.integers(len(by_prompt[p]))] for p in prompts])
-        sigma = torch.rand(len(batch), generator=generator)
-        noise = torch.randn((len(batch), *data.latents.shape[1:]), generator=generator)
-        loss = bradley_terry(*paired_rewards(model, data, batch, sigma, noise))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-        optimizer.step()
-        decay = min(settings.ema_decay, (update + 1) / (update + 10))
-        torch._foreach_lerp_(averages, parameters, 1 - decay)
-        losses.append(loss.item())
-        if (update + 1) % settings.evaluate_every == 0 or update + 1 == settings.updates:
-            report(update + 1, float(np.mean(losses)), average)
-            losses.clear()
-    return average
+    gaps = torch.zeros(TENTHS, per_tenth, dtype=torch.float64)
+    parts = [(t, low) for t in range(TENTHS) for low in range(0, per_tenth, EVALUATION_BATCH)]
+    for index in range(0, len(parts), engine.world_size):
+        # All ranks make the same number of passes, as ZeRO-3 needs; a rank without a part repeats the last one.
+        mine = index + engine.rank
+        tenth, low = parts[min(mine, len(parts) - 1)]
+        rng = np.random.default_rng([seed, tenth])
+        chosen = pairs[rng.choice(len(pairs), size=per_tenth, replace=per_tenth > len(pairs))]
+        chosen = chosen[low : low + EVALUATION_BATCH]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + tenth * 10_007 + low)
+        sigma = (tenth + torch.rand(len(chosen), generator=generator)) / TENTHS
+        noise = torch.randn((len(chosen), *data.latent_shape), generator=generator)
+        with torch.no_grad():
+            winners, losers = paired_rewards(
+                engine.model, data, chosen, sigma.to(engine.device), noise.to(engine.device)
+            )
+        if mine < len(parts):
+            gaps[tenth, low : low + len(chosen)] = (winners - losers).double().cpu()
+    return np.asarray(engine.sum(gaps).numpy())
+
+
+def measured(gaps: NDArray[np.float64]) -> dict[str, Any]:
+    """Accuracy (the paper's Figure 3) and calibration error of every row of ``r_w - r_l``."""
+    accuracy = [float((row > 0).mean()) for row in gaps]
+    return {
+        "accuracy": accuracy,
+        "calibration_error": [calibration_error(row) for row in gaps],
+        "mean_accuracy": float(np.mean(accuracy)),
+        "pairs": gaps.shape[1],
+    }
+
+
+def calibration_error(gaps: NDArray[np.float64]) -> float:
+    """Expected calibration error of ``sigmoid(r_w - r_l)`` as the probability that the winner wins.
+
+    A pair's order is a label of ours, so the prediction is folded: the model names as winner whichever has the higher
+    reward, with confidence ``sigmoid(|gap|)`` in [0.5, 1]. The error is the distance between mean confidence and
+    share of right answers, averaged over bins of confidence by the pairs in them.
+
+    Args:
+        gaps: ``r_w - r_l``, ``[pairs]``.
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(gaps)))
+    right = (gaps > 0).astype(np.float64)
+    bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
+    total = 0.0
+    for b in range(BINS):
+        inside = bins == b
+        if inside.any():
+            total += abs(confidence[inside].mean() - right[inside].mean()) * inside.mean()
+    return float(total)

@@ -136,11 +136,26 @@ def evaluate(
 
 @app.command("train-prm")
 def train_prm_command(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Train a process reward model on the generator's own samples, ranked by outcome rewards."""
+    """Train a process reward model on preferences, or on the generator's samples ranked by outcome rewards.
+
+    Goes on from its newest checkpoint if it was interrupted.
+    """
     from core.config import PrmConfig, load_config
     from orchestrator.train_prm import train_prm
 
     train_prm(load_config(recipe, overrides or [], PrmConfig), say)
+
+
+@app.command("train-orm")
+def train_orm_command(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train an outcome reward model, a vision-language model with a scalar head, on preferences over videos.
+
+    Goes on from its newest checkpoint if it was interrupted.
+    """
+    from core.config import OrmConfig, load_config
+    from orchestrator.train_orm import train_orm
+
+    train_orm(load_config(recipe, overrides or [], OrmConfig), say)
 
 
 @app.command()
@@ -166,12 +181,14 @@ def export(
 def options(
     prefix: Annotated[str, typer.Argument(help="Show only fields that begin with this, for example sampler.")] = "",
     prm: Annotated[bool, typer.Option("--prm", help="Fields of train-prm recipes instead.")] = False,
+    orm: Annotated[bool, typer.Option("--orm", help="Fields of train-orm recipes instead.")] = False,
 ) -> None:
     """List every field of a recipe: type, default, meaning."""
-    from core.config import PrmConfig, RunConfig
+    from core.config import OrmConfig, PrmConfig, RunConfig
     from orchestrator.reference import fields
 
-    shown = [field for field in fields(PrmConfig if prm else RunConfig) if field.path.startswith(prefix)]
+    tree = PrmConfig if prm else OrmConfig if orm else RunConfig
+    shown = [field for field in fields(tree) if field.path.startswith(prefix)]
     if not shown:
         raise ConfigError(f"no field begins with {prefix!r}; `euphonium options` lists all")
     for field in shown:

@@ -62,6 +62,11 @@ METRICS = (
            "iterations."),
     Metric("watch/alarm", "watch_alarm", "1 while that average is below rewards.watch.min_accuracy: the process reward "
            "no longer leads where the outcome rewards point; lower its influence or train it anew."),
+    Metric("process/refresh_accuracy", "process_refresh_accuracy",
+           "Share of pairs of the newest groups that the process reward model ranks as the outcome rewards do, over "
+           "all noise levels, before a refresh trains on them."),
+    Metric("process/refresh_loss", "process_refresh_loss", "Mean Bradley-Terry loss of a refresh."),
+    Metric("process/refresh_pairs", "process_refresh_pairs", "Pairs in the replay of a refresh."),
     Metric("advantage/zero_std_groups", "zero_spread_groups", "Groups in which no outcome reward had any spread."),
     Metric("advantage/std", "advantage_std", "Standard deviation of the advantages."),
     Metric("policy/loss", "policy_loss", "Mean loss of the iteration's updates."),
@@ -88,6 +93,7 @@ METRICS = (
     Metric("time/rollout_s", "rollout_seconds", "Drawing and scoring all groups."),
     Metric("time/scoring_s", "scoring_seconds", "Outcome scoring, summed over groups; most of it behind rollouts."),
     Metric("time/update_s", "update_seconds", "All updates of the iteration in the learner group."),
+    Metric("time/prm_refresh_s", "prm_refresh_seconds", "Refreshing the process reward model and handing it out."),
     Metric("time/fetch_s", "fetch_seconds", "Fetching trajectories in the learner group."),
     Metric("time/publish_s", "publish_seconds", "Gathering weights and handing them to the weight store."),
     Metric("time/weight_sync_s", "weight_sync_seconds", "Publication and the rollout actors' pulls of new weights."),

@@ -80,7 +80,7 @@ def _kind(annotation: Any) -> str:
 
 def configuration_page() -> str:
     """``docs/configuration.md``."""
-    from core.config import PrmConfig, RunConfig
+    from core.config import OrmConfig, PrmConfig, RunConfig
 
     parts = [
         "# Configuration",
@@ -91,8 +91,9 @@ def configuration_page() -> str:
         "can be set on the command line: `euphonium train RECIPE pools.rollout.num_actors=4 rollout.group_size=8`.",
         "Entries of lists go by number: `rewards.outcome.0.weight=2`.",
     ]
-    for title, model in (("`euphonium train`", RunConfig), ("`euphonium train-prm`", PrmConfig)):
-        parts += ["", f"## {title}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
+    trees: dict[str, type[BaseModel]] = {"train": RunConfig, "train-prm": PrmConfig, "train-orm": OrmConfig}
+    for command, model in trees.items():
+        parts += ["", f"## `euphonium {command}`", "", "| field | type | default | meaning |", "|---|---|---|---|"]
         parts += [
             f"| `{f.path}` | {f.kind} | {'required' if f.default == 'required' else f'`{f.default}`'} "
             f"| {f.description.replace('|', chr(92) + '|')} |"

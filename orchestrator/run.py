@@ -35,11 +35,13 @@ from core.errors import EuphoniumError, RewardError, TrainingError
 from core.records import Array, GroupInfo, GroupTask, UpdatePlan, UpdateReport
 from core.servers import ServerPool
 from dynamics import GroupRewards, group_advantages
+from learners.prm_refresh import weighted_total
 from orchestrator.buffer import BufferedGroup, LearnerState, TrajectoryBuffer
 from orchestrator.checkpoints import Checkpoint, CheckpointStore, RunState
 from orchestrator.evaluation import Evaluation, evaluation_set
 from orchestrator.learner_group import LearnerGroup
 from orchestrator.pools import ActorPool, wait_ready
+from orchestrator.prm_refresh import RefreshHandle
 from orchestrator.prompts import PromptStream, read_prompts
 from orchestrator.statistics import RewardFailures, RewardWatch, rollout_statistics
 from orchestrator.tracking import Progress, Tracker, read_metrics
@@ -64,9 +66,10 @@ class LearnerRestartedError(Exception):
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """A group with its rewards; ``payload`` is the reference to its transitions."""
+    """A group with its rewards; ``latents`` and ``payload`` are references to final latents and transitions."""
 
     info: GroupInfo
+    latents: Any
     payload: Any
     scores: dict[str, Array]
     scoring_s: float
@@ -90,6 +93,7 @@ class Run:
         self.judges = ServerPool("orm", lambda: self.pools["orm"].handles, config.rewards, rewards=names)
         self.failures = RewardFailures(config.rewards)
         self.watch = RewardWatch(config.rewards.watch, read_metrics(self.tracker.path))
+        self.refresh: RefreshHandle | None = None
 
     def _fresh_state(self) -> RunState:
         return RunState(iteration=0, next_group=0, world_size=self.config.pools.learner.num_workers)
@@ -136,6 +140,7 @@ class Run:
         await self._guard(wait_ready(list(self.pools.values()), pools.start_timeout_s, self.progress.say))
         await self._guard(self._learner_started())
         self._generation = await self.buffer.generation.remote()
+        await self._guard(self._restore_prm())
         if self.tracker.endpoint is not None:
             self.progress.say(f"metrics at {self.tracker.endpoint.address}")
 
@@ -230,6 +235,7 @@ class Run:
         await self._sync_rollouts(iteration)
         record["time/weight_sync_s"] = time.monotonic() - syncing + report.metrics["time/publish_s"]
         record["time/iteration_s"] = time.monotonic() - began
+        record |= await self._refresh_prm(iteration, groups, folder)
         self.state = RunState(iteration=iteration, next_group=next_group, world_size=config.pools.learner.num_workers)
         if folder is not None:
             self._commit(folder)
@@ -287,7 +293,7 @@ class Run:
         prompts = [task.prompt] * self.config.rollout.group_size
         timeout = self.config.rewards.deadline_s
         scores, seconds = await self.judges.ask(lambda server: server.score.remote(latents, prompts, timeout))
-        return ScoredGroup(info, payload, scores, seconds)
+        return ScoredGroup(info, latents, payload, scores, seconds)
 
     def _advantages(self, groups: Sequence[ScoredGroup]) -> tuple[list[BufferedGroup], dict[str, float]]:
         """Turns rewards into advantages; global scopes need all groups of the iteration at once."""
@@ -350,6 +356,25 @@ class Run:
         self.tracker.rewind(self.state.iteration)
         self.progress.say(f"the learner group has restarted; going on from iteration {self.state.iteration}")
         await self._guard(self._sync_rollouts(self.state.iteration))
+        await self._guard(self._restore_prm())
+
+    async def _restore_prm(self) -> None:
+        """Makes the refresh of the process reward model, if there is one, take up the last checkpoint."""
+        process = self.config.rewards.process
+        if process is None or process.refresh is None:
+            return
+        if self.refresh is None:
+            self.refresh = RefreshHandle(self.config)
+        await self.refresh.restore(self.checkpoint.folder if self.checkpoint else None, self.pools["prm"].handles)
+
+    async def _refresh_prm(
+        self, iteration: int, groups: Sequence[ScoredGroup], folder: Path | None
+    ) -> dict[str, float]:
+        """Trains the process reward model on the iteration's samples, where the recipe says so."""
+        if self.refresh is None:
+            return {}
+        replayed = [(g.latents, g.payload, weighted_total(g.scores, self.config.rewards)) for g in groups]
+        return await self.refresh.step(iteration, replayed, self.pools["prm"].handles, folder)
 
     def _commit(self, folder: Path) -> None:
         self.checkpoint = self.checkpoints.commit(folder, self.state, dump_config(self.config))

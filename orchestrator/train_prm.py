@@ -1,12 +1,17 @@
-"""``euphonium train-prm``: draws samples, ranks them by outcome rewards, trains a process reward model on the pairs."""
+"""``euphonium train-prm``: gets preferences ready, trains a process reward model on them, shows what it learned.
+
+Preferences come from files, or are samples of the generator itself, ranked by outcome rewards. Getting them ready
+(drawing, scoring, encoding prompts and videos) is done by tasks on the learners' resources if there is a group.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,20 +19,35 @@ import torch
 from actors.rollout import encode_one
 from actors.sampler import initial_noise, sample_deterministic
 from core.config import PrmConfig
+from core.errors import ConfigError
 from core.records import Array
-from learners.preference import TENTHS, RankedSamples, accuracy_by_noise, train_preference
-from models.generators.base import images_for, open_generator, stack_conditionings
-from models.rewards.prm import ProcessRewardModel
+from learners.preference import TENTHS, read_latent
+from learners.preference_files import PreferenceTable, open_preferences
+from learners.prm_data import is_prepared, write_paired, write_scored
+from learners.reward_worker import RESULT_FILE
+from learners.video_files import read_frames
+from models.generators.base import (
+    Conditioning,
+    GeneratorFamily,
+    images_for,
+    open_generator,
+    stack_conditionings,
+    weights_mark,
+)
+from orchestrator.charts import line_chart
 from orchestrator.prompts import read_prompts
+from orchestrator.reward_group import absolute, cluster, map_shares, run_training
 from reward_servers.orm import OrmScorer
 
-log = logging.getLogger(__name__)
-
 BATCH = 32
-PAIRS_PER_TENTH = 2000
+PARTS = ("train", "held_out")
+ACCURACY_FILE = "accuracy.json"
+CHART_FILE = "accuracy.png"
+
+Say = Callable[[str], None]
 
 
-def train_prm(config: PrmConfig, say: Callable[[str], None]) -> list[float]:
+def train_prm(config: PrmConfig, say: Say) -> list[float]:
     """Trains a process reward model as a recipe says, and writes it to ``config.target``.
 
     Args:
@@ -36,91 +56,202 @@ def train_prm(config: PrmConfig, say: Callable[[str], None]) -> list[float]:
 
     Returns:
         Held-out pairwise accuracy by tenth of sigma.
+
+    Raises:
+        ConfigError: preferences that cannot be used.
+        TrainingError: the group was lost for good, or the loss is not finite.
     """
+    config = absolute(config)
+    # A recipe's mistakes show before samples are drawn for hours.
+    open_generator(config.model).build_trunk(config.blocks)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.threads)
-    pairs = config.pairs
-    train = _ranked(config, "train", config.prompts.train, pairs.samples_per_prompt, say)
-    held_out = _ranked(config, "held_out", config.prompts.evaluation, pairs.held_out_samples_per_prompt, say)
-    held_out_pairs = held_out.pairs(pairs.margin)
-    say(f"{len(train.pairs(pairs.margin))} training pairs, {len(held_out_pairs)} held-out pairs")
-    torch.manual_seed(config.seed)
-    model = ProcessRewardModel.from_generator(open_generator(config.model), config.blocks)
-    began = time.monotonic()
-
-    def report(update: int, loss: float, average: ProcessRewardModel) -> None:
-        accuracy = accuracy_by_noise(average, held_out, held_out_pairs, per_tenth=PAIRS_PER_TENTH // 5)
-        shown = " ".join(f"{a:.2f}" for a in accuracy)
-        say(f"update {update}/{config.optimizer.updates}, loss {loss:.4f}, accuracy by tenth {shown}, "
-            f"{time.monotonic() - began:.0f} s")  # fmt: skip
-
-    average = train_preference(model, train, config.optimizer, margin=pairs.margin, seed=config.seed, report=report)
-    accuracy = accuracy_by_noise(average, held_out, held_out_pairs, per_tenth=PAIRS_PER_TENTH)
-    every = held_out.pairs(0.0)
-    without_margin = accuracy_by_noise(average, held_out, every, per_tenth=PAIRS_PER_TENTH)
-    say(accuracy_table(accuracy, without_margin, pairs.margin))
-    average.save(
-        config.target,
-        getattr(torch, config.save_dtype),
-        held_out_accuracy=[round(a, 4) for a in accuracy],
-        held_out_accuracy_without_margin=[round(a, 4) for a in without_margin],
-        margin=pairs.margin,
-    )
-    (config.run_dir / "accuracy.json").write_text(json.dumps(accuracy) + "\n")
-    say(f"wrote {config.target}")
-    return accuracy
+    with cluster(config):
+        if config.preferences is None:
+            for part in PARTS:
+                _draw(config, part, say)
+        else:
+            _encode(config, say)
+        run_training("prm", config, say)
+    result = json.loads((config.run_dir / RESULT_FILE).read_text())
+    say(f"{result['training_pairs']} training pairs, {result['held_out_pairs']} held-out pairs")
+    say(accuracy_table(result))
+    edges = [round(tenth / TENTHS, 1) for tenth in range(TENTHS + 1)]
+    (config.run_dir / ACCURACY_FILE).write_text(json.dumps({"sigma_edges": edges, **result}, indent=1) + "\n")
+    accuracy_chart(result, config.name).save(config.run_dir / CHART_FILE)
+    say(f"wrote {config.target}, {config.run_dir / ACCURACY_FILE} and {CHART_FILE} beside it")
+    return list(result["accuracy"])
 
 
-def accuracy_table(accuracy: Sequence[float], without_margin: Sequence[float], margin: float) -> str:
-    """Accuracies by noise level, for people."""
-    lines = [f"held-out pairwise accuracy   pairs {margin:g} apart   all pairs"]
+def accuracy_table(result: dict[str, Any]) -> str:
+    """Accuracies and calibration by noise level, for people."""
+    columns: dict[str, Sequence[float]] = {"accuracy": result["accuracy"]}
+    if "accuracy_without_margin" in result:
+        columns = {f"pairs {result['margin']:g} apart": result["accuracy"]}
+        columns["all pairs"] = result["accuracy_without_margin"]
+    columns["calibration error"] = result["calibration_error"]
+    lines = [f"{'held-out pairwise accuracy':<28}" + "".join(f"{name:>19}" for name in columns)]
     for tenth in range(TENTHS):
         span = f"sigma {tenth / TENTHS:.1f} - {(tenth + 1) / TENTHS:.1f}"
-        lines.append(f"{span:<28} {accuracy[tenth]:14.1%} {without_margin[tenth]:11.1%}")
+        lines.append(f"{span:<28}" + "".join(f"{column[tenth]:19.1%}" for column in columns.values()))
     return "\n".join(lines)
 
 
-def _ranked(config: PrmConfig, part: str, prompts_file: Path, count: int, say: Callable[[str], None]) -> RankedSamples:
-    """Samples of every prompt with their weighted outcome rewards; kept in the run's folder for the next time."""
-    prompts = read_prompts(prompts_file, f"prompts.{part}")
+def accuracy_chart(result: dict[str, Any], title: str) -> Any:
+    """The paper's Figure 3: accuracy over the noise level, and the calibration error below."""
+    centres = [(tenth + 0.5) / TENTHS for tenth in range(TENTHS)]
+    series = {"accuracy": result["accuracy"]}
+    if "accuracy_without_margin" in result:
+        series = {f"accuracy, pairs {result['margin']:g} apart": result["accuracy"]}
+        series["accuracy, all pairs"] = result["accuracy_without_margin"]
+    series["calibration error"] = result["calibration_error"]
+    return line_chart(
+        centres, series, title=f"{title}: held-out pairs", x_label="sigma (0 data, 1 noise)", guides={0.5: "guessing"}
+    )
+
+
+# --- preferences from files ------------------------------------------------------------------------------------
+
+
+def _encode(config: PrmConfig, say: Say) -> None:
+    """Reads preference files, and encodes their prompts and videos."""
+    assert config.preferences is not None
     family = open_generator(config.model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = family.prompt_encoder(device, images_for(family, config.prompts))
-    conditioning = stack_conditionings([encode_one(encoder, prompt) for prompt in prompts])
-    index = np.repeat(np.arange(len(prompts)), count)
-    stored = config.run_dir / f"samples_{part}.npz"
-    if stored.exists():
-        data = np.load(stored)
-        latents, score = data["latents"], data["score"]
-        if len(latents) == len(index):
-            say(f"{part}: {len(latents)} samples from {stored}")
-            return RankedSamples(
-                latents=torch.from_numpy(latents), prompt=index, score=score, conditioning=conditioning
+    tables = dict(zip(PARTS, open_preferences(config.preferences, config.seed), strict=True))
+    for part, table in tables.items():
+        if not len(table.pairs):
+            raise ConfigError(
+                f"preferences: the {part.replace('_', '-')} part has no pair: give winner and loser, or samples of one "
+                "prompt with both labels"
             )
+        mark = _mark(config, family, [[str(f) for f in table.files], table.prompts, table.pairs.tolist()])
+        folder = config.run_dir / "data" / part
+        if is_prepared(folder, mark):
+            say(f"{part}: {len(table.files)} samples ready in {folder}")
+            continue
+        began = time.monotonic()
+        shares = map_shares(
+            _latent_files, config.learner, len(table.files), say, part, config, table, folder / "encoded"
+        )
+        files = [file for share in shares for file in share]
+        conditioning = _encoded_prompts(config, table.prompts, say, part)
+        write_paired(folder, mark, files, family.latent_shape, table.prompt, table.pairs, conditioning)
+        say(f"{part}: {len(files)} samples of {len(table.prompts)} prompts, {len(table.pairs)} pairs, "
+            f"{time.monotonic() - began:.0f} s")  # fmt: skip
+
+
+def _latent_files(share: Iterable[int], config: PrmConfig, table: PreferenceTable, folder: Path) -> list[Path]:
+    """Latent files of some samples: given ones are checked, videos are encoded."""
+    from safetensors.torch import save_file
+
+    from models.generators.encoding import load_encoder
+
+    family, encoder, files = open_generator(config.model), None, []
+    for i in share:
+        file = table.files[i]
+        if _holds_latent(file):
+            read_latent(file, family.latent_shape)
+            files.append(file)
+            continue
+        stat = file.stat()
+        name = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:24]
+        target = folder / f"{name}.safetensors"
+        files.append(target)
+        if target.exists():
+            continue
+        encoder = encoder or load_encoder(family, _device())
+        pixels = torch.from_numpy(read_frames(file)).permute(0, 3, 1, 2).float() / 255
+        try:
+            latent = encoder(pixels[None])[0]
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"latent": latent}, f"{target}.tmp")
+        Path(f"{target}.tmp").rename(target)
+    return files
+
+
+def _holds_latent(file: Path) -> bool:
+    if file.suffix == ".npy":
+        return bool(np.load(file, mmap_mode="r").dtype != np.uint8)
+    return file.suffix == ".safetensors"
+
+
+# --- samples that are drawn ------------------------------------------------------------------------------------
+
+
+def _draw(config: PrmConfig, part: str, say: Say) -> None:
+    """Samples of every prompt with their weighted outcome rewards; kept in the run's folder for the next time."""
+    assert config.prompts is not None
+    training = part == "train"
+    prompts = read_prompts(
+        config.prompts.train if training else config.prompts.evaluation,
+        "prompts.train" if training else "prompts.evaluation",
+    )
+    count = config.pairs.samples_per_prompt if training else config.pairs.held_out_samples_per_prompt
+    family = open_generator(config.model)
+    settings = [config.pairs.num_steps, config.pairs.shift, [r.model_dump(mode="json") for r in config.outcome]]
+    mark = _mark(config, family, [prompts, count, *settings])
+    folder = config.run_dir / "data" / part
+    if is_prepared(folder, mark):
+        say(f"{part}: {len(prompts) * count} samples from {folder}")
+        return
+    conditioning = _encoded_prompts(config, prompts, say, part)
+    index = np.repeat(np.arange(len(prompts)), count)
+    batches = -(-len(index) // BATCH)
+    shares = map_shares(_samples, config.learner, batches, say, part, config, prompts, index, conditioning)
+    latents, score = (np.concatenate(arrays) for arrays in zip(*shares, strict=True))
+    write_scored(folder, mark, latents, index, score, conditioning)
+    say(f"{part}: {len(latents)} samples, mean score {score.mean():.3f}, spread within a prompt "
+        f"{score.reshape(len(prompts), count).std(axis=1).mean():.3f}")  # fmt: skip
+
+
+def _encoded_prompts(config: PrmConfig, prompts: list[str], say: Say, part: str) -> Conditioning:
+    return map_shares(_conditioning, config.learner, 1, say, f"{part} prompts", config, prompts)[0]
+
+
+def _conditioning(_: Iterable[int], config: PrmConfig, prompts: Sequence[str]) -> Conditioning:
+    family = open_generator(config.model)
+    images = images_for(family, config.prompts) if config.prompts is not None else {}
+    encoder = family.prompt_encoder(_device(), images)
+    stacked = stack_conditionings([encode_one(encoder, prompt) for prompt in prompts])
+    return {name: tensor.cpu() for name, tensor in stacked.items()}
+
+
+def _samples(
+    share: Iterable[int], config: PrmConfig, prompts: Sequence[str], index: Array, conditioning: Conditioning
+) -> tuple[Array, Array]:
+    """Draws and scores some batches: latents ``[samples, *latent]`` and scores ``[samples]``."""
+    family, device = open_generator(config.model), _device()
     transformer = family.load_transformer(device).requires_grad_(False)
     scorer = OrmScorer(config.outcome, family, device)
     weights = {reward.name: reward.weight for reward in config.outcome}
     table = family.ode_table(config.pairs.num_steps, config.pairs.shift)
-    parts: list[Array] = []
+    latents: list[Array] = []
     scores = []
-    began = time.monotonic()
-    for begin in range(0, len(index), BATCH):
+    for number in share:
+        begin = number * BATCH
         chosen = index[begin : begin + BATCH]
         batch = {name: tensor[torch.from_numpy(chosen)].to(device) for name, tensor in conditioning.items()}
         seed = int(np.random.SeedSequence([config.seed, len(prompts), begin]).generate_state(1, np.uint64)[0] >> 1)
         start, _ = initial_noise(family.latent_shape, len(chosen), seed, shared=False, device=device)
 
-        def velocity(x: torch.Tensor, time: float, batch: dict[str, torch.Tensor] = batch) -> torch.Tensor:
+        def velocity(x: torch.Tensor, time: float, batch: Conditioning = batch) -> torch.Tensor:
             return family.velocity(transformer, x, torch.full((len(x),), time, device=device), batch)
 
         latent = sample_deterministic(table, velocity, start).cpu().numpy()
         values = scorer.score(latent, [prompts[i] for i in chosen])
         scores.append(sum(weights[name] * v.astype(np.float64) for name, v in values.items()))
-        parts.append(latent)
-        if (begin // BATCH) % 50 == 49:
-            say(f"{part}: {begin + len(chosen)}/{len(index)} samples, {time.monotonic() - began:.0f} s")
-    latents, score = np.concatenate(parts), np.concatenate(scores) / sum(map(abs, weights.values()))
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    np.savez(stored, latents=latents, score=score)
-    say(f"{part}: {len(latents)} samples, mean score {score.mean():.3f}, spread within a prompt "
-        f"{score.reshape(len(prompts), count).std(axis=1).mean():.3f}")  # fmt: skip
-    return RankedSamples(latents=torch.from_numpy(latents), prompt=index, score=score, conditioning=conditioning)
+        latents.append(latent)
+    return np.concatenate(latents), np.concatenate(scores) / sum(map(abs, weights.values()))
+
+
+def _mark(config: PrmConfig, family: GeneratorFamily, what: list[Any]) -> str:
+    """Mark of prepared samples: the generator, and what was asked of it."""
+    generator = [family.fingerprint(), weights_mark(family.transformer_files()[0].parent)]
+    values = [config.model.model_dump(mode="json"), config.seed, generator, what]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

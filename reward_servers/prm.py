@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import copy
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +74,13 @@ class PrmScorer:
         self.device = device
         self.max_batch = config.pools.prm.max_batch
         self.model = ProcessRewardModel.load(Path(config.rewards.process.path), config.model).to(device)
+        self.weights_version = 0
+
+    def load_weights(self, version: int, weights: Mapping[str, Array]) -> None:
+        """Takes over refreshed weights; a pass that is under way ends with the model that it began with."""
+        model = copy.deepcopy(self.model)
+        model.load_state_dict({name: as_tensor(array) for name, array in weights.items()})
+        self.model, self.weights_version = model, version
 
     def score(self, requests: Sequence[PrmRequest]) -> list[PrmAnswer | RewardError]:
         """Scores requests of equal keys together, ``max_batch`` samples at a time.
@@ -177,3 +185,11 @@ class PrmActor:
         """
         request = PrmRequest(np.asarray(x), sigma, conditioning, with_gradient, prompt)
         return await self.batcher.submit(request, deadline_s)
+
+    async def load_weights(self, version: int, weights: Mapping[str, Array]) -> None:
+        """See :meth:`PrmScorer.load_weights`."""
+        self.scorer.load_weights(version, weights)
+
+    async def weights_version(self) -> int:
+        """Number of refreshes that the weights have been through; 0 after a restart."""
+        return self.scorer.weights_version

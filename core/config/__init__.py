@@ -2,12 +2,21 @@
 
 from core.config.base import Node
 from core.config.loading import dump_config, load_config
+from core.config.orm import BackboneConfig, OrmConfig, OrmOptimizerConfig
 from core.config.pools import LearnerPoolConfig, PoolConfig, PoolsConfig, RewardPoolConfig
-from core.config.prm import PairsConfig, PrmConfig, PrmOptimizerConfig
+from core.config.prm import (
+    PairsConfig,
+    PreferencesConfig,
+    PrmConfig,
+    PrmOptimizerConfig,
+    RewardOptimizerConfig,
+    RewardTrainingConfig,
+)
 from core.config.rewards import (
     AdvantageConfig,
     BreakerConfig,
     OutcomeRewardConfig,
+    PrmRefreshConfig,
     ProcessRewardConfig,
     RewardsConfig,
     WatchConfig,
@@ -35,6 +44,7 @@ from core.config.tree import RunConfig
 
 __all__ = [
     "AdvantageConfig",
+    "BackboneConfig",
     "BreakerConfig",
     "CheckpointConfig",
     "EvaluationConfig",
@@ -49,15 +59,21 @@ __all__ = [
     "Node",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "OrmConfig",
+    "OrmOptimizerConfig",
     "OutcomeRewardConfig",
     "PairsConfig",
     "PoolConfig",
     "PoolsConfig",
+    "PreferencesConfig",
     "PrmConfig",
     "PrmOptimizerConfig",
+    "PrmRefreshConfig",
     "ProcessRewardConfig",
     "PromptsConfig",
+    "RewardOptimizerConfig",
     "RewardPoolConfig",
+    "RewardTrainingConfig",
     "RewardsConfig",
     "RolloutConfig",
     "RunConfig",

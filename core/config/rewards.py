@@ -29,6 +29,21 @@ class OutcomeRewardConfig(Node):
     or stop the run with an error."""
 
 
+class PrmRefreshConfig(Node):
+    """Training of the process reward model during a run, on the policy's own samples."""
+
+    every: PositiveInt = 1
+    """Iterations between refreshes."""
+    updates: PositiveInt = 10
+    """Optimiser steps of a refresh."""
+    pairs_per_update: PositiveInt = 32
+    """Pairs in a batch."""
+    learning_rate: PositiveFloat = 1e-5
+    """Constant rate of AdamW."""
+    buffer_groups: PositiveInt = 64
+    """Newest groups that pairs are drawn from."""
+
+
 class ProcessRewardConfig(Node):
     """The process reward model, which scores noisy states."""
 
@@ -38,6 +53,8 @@ class ProcessRewardConfig(Node):
     """Weight of the process advantage; 0 keeps the gradient guidance alone."""
     steps: Literal["all", "guided"] = "all"
     """Steps with a process reward: every one, or those of the guidance window (Euphonium's released script)."""
+    refresh: PrmRefreshConfig | None = None
+    """Keeps training the model on the policy's own samples, ranked by the outcome rewards; null never does."""
     credit: Literal["state", "next_state"] = "state"
     """Whether action k is credited with the reward of the state it leaves (papers) or of the one it leads to."""
     on_failure: OnFailure = "drop_group"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -62,19 +63,43 @@ class ProcessRewardModel(nn.Module):
     ) -> ProcessRewardModel:
         """A model whose trunk starts from the generator's own first blocks."""
         model = cls(family, blocks, head)
-        wanted = model.trunk.state_dict()
-        state = {
-            name: tensor
-            for file in family.transformer_files()
-            for name, tensor in load_file(file).items()
-            if name in wanted
-        }
+        wanted = model.trunk.state_dict().keys()
+        state = {}
+        for file in family.transformer_files():
+            with safe_open(file, framework="pt") as stream:
+                for name in wanted & set(stream.keys()):
+                    state[name] = stream.get_tensor(name)
+        if missing := wanted - state.keys():
+            raise ConfigError(
+                f"model.path: the transformer of {family.folder} lacks {len(missing)} weights of its first {blocks} "
+                f"blocks, for example {min(missing)}"
+            )
         model.trunk.load_state_dict(state)
         return model
 
+    def for_training(self, *, gradient_checkpointing: bool = False) -> ProcessRewardModel:
+        """Makes all weights float32 and trainable; the trunk still computes in the generator's type.
+
+        Raises:
+            ConfigError: checkpointing was asked of a transformer that cannot.
+        """
+        self.float().train().requires_grad_(True)
+        if gradient_checkpointing:
+            if not getattr(self.trunk, "_supports_gradient_checkpointing", False):
+                raise ConfigError(f"gradient_checkpointing: {type(self.trunk).__name__} has none; leave it off")
+            self.trunk.enable_gradient_checkpointing()  # type: ignore[operator]
+        return self
+
+    def _computing(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Where float32 weights of a bfloat16 generator are in training, the arithmetic stays the generator's."""
+        weight = next(self.trunk.parameters())
+        if weight.dtype == self.family.dtype:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.family.dtype)
+
     def forward(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Rewards ``[batch]`` (float32) of states ``[batch, *latent]`` at noise fractions ``[batch]``."""
-        with _captured_input(self.family.output_norm(self.trunk)) as tokens:
+        with _captured_input(self.family.output_norm(self.trunk)) as tokens, self._computing(x.device):
             self.family.network(self.trunk, x, sigma, positive(conditioning))
         scores: Tensor = self.head(tokens[0])
         return scores
@@ -123,6 +148,11 @@ class ProcessRewardModel(nn.Module):
             )
         description = json.loads((folder / CONFIG_FILE).read_text())
         family = open_generator(config)
+        if description["pipeline_class"] != family.pipeline_class:
+            raise ConfigError(
+                f"rewards.process.path: {folder} was trained for a {description['pipeline_class']}, and "
+                f"{family.folder} is a {family.pipeline_class}: train one for this generator with `euphonium train-prm`"
+            )
         for part, mark in family.fingerprint().items():
             if description["generator"].get(part) != mark:
                 raise ConfigError(
@@ -131,7 +161,12 @@ class ProcessRewardModel(nn.Module):
                     "for this generator with `euphonium train-prm`"
                 )
         model = cls(family, int(description["blocks"]), description["head"])
-        model.load_state_dict({name: t.float() for name, t in load_file(folder / WEIGHTS_FILE).items()})
+        try:
+            model.load_state_dict({name: t.float() for name, t in load_file(folder / WEIGHTS_FILE).items()})
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(
+                f"rewards.process.path: the weights of {folder} do not fit {family.folder}: {error}"
+            ) from error
         return model.eval().requires_grad_(False)
 
 

@@ -1,0 +1,243 @@
+"""Keeps a process reward model up with the policy: Bradley-Terry updates on the policy's own newest samples.
+
+A process reward model that was trained on the first policy's samples knows less and less of the current one's, and a
+policy that follows its gradient finds what it overrates. The outcome rewards of every iteration rank fresh samples at
+no cost; a few updates on them between iterations keep the model honest where the policy now is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from core.arrays import as_tensor
+from core.config import PrmRefreshConfig, RewardsConfig, RunConfig
+from core.records import Array
+from learners.preference import PairSampler, Preferences, bradley_terry, paired_rewards
+from learners.preference_files import Pairs, ranked_pairs
+from models.generators.base import Conditioning, stack_conditionings
+from models.rewards.prm import ProcessRewardModel
+
+STATE_FILE = "refresh.json"
+TENSORS_FILE = "refresh.safetensors"
+# Pairs of the newest groups on which a refresh is judged before it starts.
+JUDGED_PAIRS = 64
+
+
+@dataclass(frozen=True)
+class ReplayedGroup:
+    """One group of the policy's samples.
+
+    Attributes:
+        iteration: that drew it.
+        latents: float32 ``[group, *latent]``, clean.
+        totals: float64 ``[group]``, weighted outcome rewards.
+        conditioning: of its prompt, with a leading dimension of 1.
+    """
+
+    iteration: int
+    latents: Tensor
+    totals: NDArray[np.float64]
+    conditioning: Conditioning
+
+
+def weighted_total(scores: Mapping[str, Array], rewards: RewardsConfig) -> Array:
+    """Weighted outcome rewards ``[group]`` of a group, which rank its samples."""
+    weights = {reward.name: reward.weight for reward in rewards.outcome}
+    return np.sum([weights[name] * values.astype(np.float64) for name, values in scores.items()], axis=0)
+
+
+class PrmRefresh:
+    """The newest groups, and the model that is trained on them.
+
+    Attributes:
+        model: the process reward model, float32, trained in place.
+        version: refreshes so far.
+    """
+
+    def __init__(self, settings: PrmRefreshConfig, model: ProcessRewardModel, seed: int, device: torch.device) -> None:
+        self.settings, self.seed, self.device = settings, seed, device
+        self.model = model.to(device).for_training()
+        self.version = 0
+        self._groups: deque[ReplayedGroup] = deque(maxlen=settings.buffer_groups)
+        self._parameters = dict(self.model.named_parameters())
+        # The trunk's weights are good already: no decay pulls them to zero over a long run.
+        self._optimizer = torch.optim.AdamW(
+            list(self._parameters.values()), lr=settings.learning_rate, weight_decay=0.0
+        )
+
+    def add(self, iteration: int, latents: Array, totals: Array, conditioning: dict[str, Array]) -> None:
+        """Takes in a group; the oldest one goes when there are ``buffer_groups``.
+
+        Args:
+            iteration: that drew it.
+            latents: float32 ``[group, *latent]``, clean.
+            totals: ``[group]``, weighted outcome rewards.
+            conditioning: of its prompt, with a leading dimension of 1.
+        """
+        self._groups.append(
+            ReplayedGroup(
+                iteration=iteration,
+                latents=as_tensor(latents).clone(),
+                totals=np.asarray(totals, dtype=np.float64),
+                conditioning={name: as_tensor(array).clone() for name, array in conditioning.items()},
+            )
+        )
+
+    def due(self, iteration: int) -> bool:
+        """Whether a refresh follows an iteration, counted from 1."""
+        return iteration % self.settings.every == 0
+
+    def update(self) -> dict[str, float]:
+        """One refresh.
+
+        Returns:
+            Metrics; accuracy is measured first, on pairs of the newest iteration's groups, which the model has not
+            seen. Without any pair (all totals equal) nothing is trained and nothing returned.
+        """
+        data = self._preferences(list(self._groups))
+        if not len(data.pairs):
+            return {}
+        metrics = self._judged()
+        sampler = PairSampler(data, self.settings.pairs_per_update, self.seed)
+        losses = []
+        self.model.train()
+        for update in range(self.settings.updates):
+            pairs, sigma, noise = sampler.draw(self.version * self.settings.updates + update)
+            loss = bradley_terry(*self._rewards(data, pairs, sigma, noise)).mean()
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), 1.0)
+            self._optimizer.step()
+            losses.append(float(loss.detach()))
+        self.version += 1
+        return metrics | {
+            "process/refresh_loss": float(np.mean(losses)),
+            "process/refresh_pairs": float(len(data.pairs)),
+        }
+
+    def weights(self) -> dict[str, Array]:
+        """All weights by name, as :meth:`reward_servers.prm.PrmScorer.load_weights` takes them; copies."""
+        return {name: np.array(tensor.detach().cpu().numpy()) for name, tensor in self.model.state_dict().items()}
+
+    def _judged(self) -> dict[str, float]:
+        newest = self._groups[-1].iteration
+        data = self._preferences([group for group in self._groups if group.iteration == newest])
+        if not len(data.pairs):
+            return {}
+        pairs, sigma, noise = PairSampler(data, JUDGED_PAIRS, self.seed + 1).draw(self.version)
+        self.model.eval()
+        with torch.no_grad():
+            winners, losers = self._rewards(data, pairs, sigma, noise)
+        return {"process/refresh_accuracy": float((winners > losers).float().mean())}
+
+    def _rewards(self, data: Preferences, pairs: Pairs, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return paired_rewards(self.model, data, pairs, sigma.to(self.device), noise.to(self.device))
+
+    def _preferences(self, groups: list[ReplayedGroup]) -> Preferences:
+        # A group is a prompt of its own here, even where two have the same text: their noise may differ.
+        prompt = np.repeat(np.arange(len(groups)), [len(group.latents) for group in groups])
+        latents = torch.cat([group.latents for group in groups])
+        return Preferences(
+            latents=latents,
+            latent_shape=tuple(latents.shape[1:]),
+            prompt=prompt,
+            conditioning=stack_conditionings([group.conditioning for group in groups]),
+            pairs=ranked_pairs(prompt, np.concatenate([group.totals for group in groups]), 0.0),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes model, optimizer and replay; the folder is also a process reward model that can be loaded."""
+        self.model.save(folder, refreshes=self.version)
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            for moment, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{moment}"] = value.cpu()
+        for i, group in enumerate(self._groups):
+            tensors[f"group.{i}.latents"] = group.latents
+            tensors |= {f"group.{i}.conditioning.{name}": t.contiguous() for name, t in group.conditioning.items()}
+        save_file(tensors, folder / TENSORS_FILE)
+        state = {
+            "version": self.version,
+            "groups": [{"iteration": g.iteration, "totals": g.totals.tolist()} for g in self._groups],
+        }
+        (folder / STATE_FILE).write_text(json.dumps(state) + "\n")
+
+    def restore(self, folder: Path) -> None:
+        """Takes up what :meth:`save` wrote."""
+        from models.rewards.prm import WEIGHTS_FILE
+
+        self.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        tensors, state = load_file(folder / TENSORS_FILE), json.loads((folder / STATE_FILE).read_text())
+        self.version = int(state["version"])
+        for name, parameter in self._parameters.items():
+            prefix = f"optimizer.{name}."
+            # No tensor's name holds a dot behind the moment's: exp_avg, exp_avg_sq and step.
+            self._optimizer.state[parameter] = {
+                key.removeprefix(prefix): value.to(self.device) if value.dim() else value
+                for key, value in tensors.items()
+                if key.startswith(prefix) and "." not in key.removeprefix(prefix)
+            }
+        self._groups.clear()
+        for i, group in enumerate(state["groups"]):
+            prefix = f"group.{i}.conditioning."
+            self._groups.append(
+                ReplayedGroup(
+                    iteration=group["iteration"],
+                    latents=tensors[f"group.{i}.latents"],
+                    totals=np.array(group["totals"]),
+                    conditioning={k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)},
+                )
+            )
+
+
+class PrmRefreshActor:
+    """A :class:`PrmRefresh` as a Ray actor."""
+
+    def __init__(self, config: RunConfig) -> None:
+        torch.set_num_threads(config.pools.prm.threads)
+        self.config = config
+        self.refresh = self._fresh()
+
+    def _fresh(self) -> PrmRefresh:
+        process = self.config.rewards.process
+        assert process is not None
+        assert process.refresh is not None
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = ProcessRewardModel.load(Path(process.path), self.config.model)
+        return PrmRefresh(process.refresh, model, self.config.seed, device)
+
+    def __repr__(self) -> str:
+        return "prm-refresh"
+
+    def restore(self, folder: str | None) -> int:
+        """Goes back to a checkpoint's state, or to the start where it has none; the number of refreshes until then."""
+        self.refresh = self._fresh()
+        if folder is not None and (Path(folder) / STATE_FILE).is_file():
+            self.refresh.restore(Path(folder))
+        return self.refresh.version
+
+    def add(self, iteration: int, latents: Array, totals: Array, conditioning: dict[str, Array]) -> None:
+        """See :meth:`PrmRefresh.add`."""
+        self.refresh.add(iteration, latents, totals, conditioning)
+
+    def step(self, iteration: int, folder: str | None) -> tuple[int, dict[str, float]]:
+        """Refreshes if it is time, and saves if there is a folder; refreshes so far, and metrics."""
+        metrics: dict[str, Any] = self.refresh.update() if self.refresh.due(iteration) else {}
+        if folder is not None:
+            self.refresh.save(Path(folder))
+        return self.refresh.version, metrics
+
+    def weights(self) -> dict[str, Array]:
+        """See :meth:`PrmRefresh.weights`."""
+        return self.refresh.weights()
