@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,20 @@ class PrmActor:
         torch.set_num_threads(config.pools.prm.threads)
         self.index = index
         self.scorer = PrmScorer(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self.busy_s = 0.0
 
     def __repr__(self) -> str:
         return f"prm-{self.index}"
 
     def ready(self) -> dict[str, Any]:
-        """Answers once the model is loaded."""
-        return {"device": str(self.scorer.device)}
+        """Answers once the model is loaded; also the seconds that have been spent scoring."""
+        return {"device": str(self.scorer.device), "busy_s": self.busy_s}
 
     def reward_and_gradient(
         self, x: Array, sigma: float, conditioning: dict[str, Array], with_gradient: bool
     ) -> tuple[Array, Array | None]:
         """See :meth:`PrmScorer.reward_and_gradient`."""
+        began = time.perf_counter()
         rewards, gradient = self.scorer.reward_and_gradient(np.asarray(x), sigma, conditioning, with_gradient)
+        self.busy_s += time.perf_counter() - began
         return rewards, gradient
