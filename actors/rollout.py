@@ -6,6 +6,8 @@ run one after another, so weights change between trajectories only, and every tr
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -28,8 +30,8 @@ from actors.spsa import Score, SpsaSource
 from core.arrays import as_tensor
 from core.config import GuidanceConfig, RunConfig
 from core.deadlines import get
-from core.errors import TrainingError
-from core.records import Array, GroupInfo, GroupPayload, GroupTask
+from core.errors import LostActorError, TrainingError, WeightsMissingError
+from core.records import Array, GroupInfo, GroupPayload, GroupTask, RolloutContext
 from core.servers import ServerPool
 from core.weights import WeightManifest, load_buckets
 from dynamics import StepTable
@@ -209,9 +211,7 @@ def encode_one(encoder: Any, prompt: str) -> Conditioning:
 class RolloutActor:
     """A :class:`RolloutWorker` as a Ray actor; the orchestrator makes it with ``ray.remote``."""
 
-    def __init__(
-        self, index: int, config: RunConfig, prm_servers: Sequence[str], orm_servers: Sequence[str], store: str
-    ) -> None:
+    def __init__(self, index: int, config: RunConfig, store: str) -> None:
         import ray
 
         torch.set_num_threads(config.pools.rollout.threads)
@@ -219,14 +219,17 @@ class RolloutActor:
         self.index = index
         self.config = config
         self.worker = RolloutWorker(config, device)
-        # By name: a restarted actor finds the others again, which it could not by handles in its arguments.
-        self.prm_servers = [ray.get_actor(name) for name in prm_servers]
-        self.orm_servers = [ray.get_actor(name) for name in orm_servers]
         rewards = config.rewards
         outcome = [reward.name for reward in rewards.outcome]
+        # Both pools change while the run goes on: every order says who is in them.
+        self.prm_servers: list[Any] = []
+        self.orm_servers: list[Any] = []
         self.prm = ServerPool("prm", lambda: self.prm_servers, rewards, rewards=["process"], offset=index)
         self.orm = ServerPool("orm", lambda: self.orm_servers, rewards, rewards=outcome, offset=index)
         self.store = ray.get_actor(store)
+        self._servers: dict[str, Any] = {}
+        # Epoch, version and kind of the weights held; an actor that Ray has restarted holds none of this run's.
+        self._holds: tuple[int, int, str] | None = None
 
     def __repr__(self) -> str:
         return f"rollout-{self.index}"
@@ -235,31 +238,59 @@ class RolloutActor:
         """Answers once the models are loaded."""
         return {"policy_version": self.worker.policy_version, "device": str(self.worker.device)}
 
-    def update_weights(self, version: int, kind: str = "policy") -> float:
-        """Pulls published weights from the store.
+    def generate(self, task: GroupTask, context: RolloutContext) -> tuple[GroupInfo, Array, GroupPayload]:
+        """See :meth:`RolloutWorker.generate`; called with ``num_returns=3``, so that the caller owns the arrays.
 
-        Returns:
-            Seconds that it took.
+        Newer weights are taken over first if there are any: between trajectories, never within one.
+
+        Raises:
+            WeightsMissingError: the weight store does not have the weights.
         """
-        began = time.perf_counter()
-        timeout = self.config.pools.start_timeout_s
-        manifest, refs = get(self.store.fetch.remote(version, kind), timeout, f"weights of version {version} ({kind})")
-        self.worker.load_weights(manifest, get(refs, timeout, f"weight buckets of version {version} ({kind})"))
-        return time.perf_counter() - began
-
-    def generate(self, task: GroupTask) -> tuple[GroupInfo, Array, GroupPayload]:
-        """See :meth:`RolloutWorker.generate`; called with ``num_returns=3``, so that the caller owns the arrays."""
+        pulled = self._follow(context)
         guidance = self.config.sampler.guidance
         factory: SourceFactory | None = None
         if guidance is not None and guidance.source == "spsa":
+            self.orm_servers = self._find(context.orm_servers)
             factory = self._spsa(task, guidance)
-        elif self.prm_servers:
+        elif self.config.rewards.process is not None:
+            self.prm_servers = self._find(context.prm_servers)
             factory = self._prm(task.prompt)
-        return self.worker.generate(task, factory)
+        info, latents, payload = self.worker.generate(task, factory)
+        return dataclasses.replace(info, seconds={**info.seconds, "weights": pulled}), latents, payload
 
-    def evaluate(self, prompts: Sequence[str], seeds: Sequence[int]) -> Array:
+    def evaluate(self, prompts: Sequence[str], seeds: Sequence[int], context: RolloutContext) -> Array:
         """See :meth:`RolloutWorker.evaluate`."""
+        self._follow(context)
         return self.worker.evaluate(prompts, seeds)
+
+    def _follow(self, context: RolloutContext) -> float:
+        """Takes over the weights that an order asks for, and returns the seconds that it took."""
+        if self._holds is not None:
+            epoch, version, kind = self._holds
+            if (epoch, kind) == (context.epoch, context.kind) and version >= context.version:
+                return 0.0
+        began = time.perf_counter()
+        timeout = self.config.pools.start_timeout_s
+        what = f"weights of version {context.version} ({context.kind})"
+        try:
+            manifest, refs = get(self.store.fetch.remote(context.version, context.kind), timeout, what)
+            buckets = get(refs, timeout, what)
+        except LostActorError as error:
+            raise WeightsMissingError(f"the weight store is gone: {error}") from error
+        self._holds = None
+        self.worker.load_weights(manifest, buckets)
+        self._holds = context.epoch, manifest.version, context.kind
+        return time.perf_counter() - began
+
+    def _find(self, names: Sequence[str]) -> list[Any]:
+        """Handles of those servers of a pool that there are."""
+        import ray
+
+        for name in names:
+            if name not in self._servers:
+                with contextlib.suppress(ValueError):
+                    self._servers[name] = ray.get_actor(name)
+        return [self._servers[name] for name in names if name in self._servers]
 
     def _prm(self, prompt: str) -> SourceFactory:
         return lambda conditioning, table, velocity: PrmClient(self.prm, conditioning, table, prompt)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from core.errors import EuphoniumError, TrainingError
+from core.errors import EuphoniumError, LostActorError, TrainingError
 
 LOG_EVERY_S = 30.0
 
 
-def get(ref: Any, timeout_s: float, what: str) -> Any:
+def get(ref: Any, timeout_s: float | None, what: str) -> Any:
     """Value of an object reference.
 
     Args:
         ref: reference, or a list of them.
-        timeout_s: seconds to wait.
+        timeout_s: seconds to wait; None for whom something else watches over.
         what: what is awaited, for the error: "the weights of version 3".
 
     Raises:
-        TrainingError: it did not come in time, or whoever makes it is gone.
+        TrainingError: it did not come in time.
+        LostActorError: whoever makes it is gone.
         EuphoniumError: whatever error of ours the remote side raised.
     """
     import ray
@@ -28,12 +29,13 @@ def get(ref: Any, timeout_s: float, what: str) -> Any:
     try:
         return ray.get(ref, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
+        assert timeout_s is not None
         raise TrainingError(f"{what} did not come within {timeout_s:.0f} s") from error
     except ray.exceptions.RayTaskError as error:
         raise remote_error(error, what) from error
     except ray.exceptions.RayError as error:
         waited = time.monotonic() - began
-        raise TrainingError(f"{what} will not come, after {waited:.0f} s: {describe(error)}") from error
+        raise LostActorError(f"{what} will not come, after {waited:.0f} s: {describe(error)}") from error
 
 
 def remote_error(error: Any, what: str) -> EuphoniumError:

@@ -39,6 +39,14 @@ class TrainingError(EuphoniumError):
     exit_status = 5
 
 
+class LostActorError(TrainingError):
+    """An actor or an object that is gone: asking again, or somebody else, may help."""
+
+
+class WeightsMissingError(TrainingError):
+    """The weight store does not have the weights that were asked for: they must be published again."""
+
+
 class RewardError(TrainingError):
     """A reward that could not be had: the server is gone, too slow, or answered something that is no number.
 

@@ -28,6 +28,26 @@ class GroupTask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RolloutContext:
+    """What a rollout actor works with at the moment; it comes with every order, because pools and weights change.
+
+    Attributes:
+        version: oldest policy version that may be used; a newer published one is taken when there is one.
+        epoch: of the weights' history. It begins anew when the run goes back to a checkpoint: versions of an earlier
+            epoch are other weights.
+        kind: ``policy``, or ``average`` for the moving average.
+        prm_servers: names of the PRM servers.
+        orm_servers: names of the ORM servers.
+    """
+
+    version: int
+    epoch: int
+    kind: str = "policy"
+    prm_servers: tuple[str, ...] = ()
+    orm_servers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class GroupInfo:
     """What the orchestrator needs to know of a finished group; its arrays stay in the object store.
 
@@ -84,7 +104,8 @@ class UpdatePlan:
 
     Attributes:
         iteration: number of this transaction; the policy it yields gets this version.
-        num_groups: groups to train on; 0 for a plan that only checkpoints.
+        num_groups: groups to train on; 0 for a plan that only checkpoints or publishes.
+        publish: whether the weights are published; plans with groups publish in any case.
         publish_average: whether the averaged weights are published too.
         checkpoint: folder into which every rank writes its part, or None.
         stop: leave the loop afterwards.
@@ -92,6 +113,7 @@ class UpdatePlan:
 
     iteration: int
     num_groups: int
+    publish: bool = False
     publish_average: bool = False
     checkpoint: str | None = None
     stop: bool = False

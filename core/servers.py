@@ -123,8 +123,12 @@ class ServerPool:
         """Sends a request now, whose answer is fetched later."""
         return Call(self, send)
 
-    async def ask(self, send: Send) -> Any:
+    async def ask(self, send: Send, deadline_s: float | None = None) -> Any:
         """Sends a request and awaits its answer.
+
+        Args:
+            send: makes the Ray call.
+            deadline_s: for each attempt, if another than the pool's.
 
         Raises:
             RewardError: no server answered, or the reward itself failed.
@@ -137,7 +141,7 @@ class ServerPool:
             await asyncio.sleep(pause)
             asked_at = self._clock()
             try:
-                answer = await asyncio.wait_for(_value(send(server)), self.deadline_s)
+                answer = await asyncio.wait_for(_value(send(server)), deadline_s or self.deadline_s)
             except (TimeoutError, ray.exceptions.RayError) as error:
                 failures.append(self._judge(server, error, asked_at))
             else:

@@ -84,6 +84,7 @@ class TrainedGroup:
         samples: int64, samples to train on, ascending.
         iteration: that it was drawn for, which decides its step table.
         fingerprint: of the sampler that drew it.
+        on_policy: whether the policy before the iteration's first update drew it.
     """
 
     payload: GroupPayload
@@ -91,6 +92,7 @@ class TrainedGroup:
     samples: Array
     iteration: int
     fingerprint: str
+    on_policy: bool = True
 
 
 def load_rows(batch: MicroBatch, group: TrainedGroup, device: torch.device) -> Transitions:

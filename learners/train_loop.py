@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import math
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from core.config import RunConfig
 from core.deadlines import get
-from core.errors import EuphoniumError, TrainingError
+from core.errors import EuphoniumError, LostActorError, TrainingError, WeightsMissingError
 from core.records import UpdatePlan, UpdateReport
 from core.weights import BucketManifest, WeightManifest, pack
 from dynamics import StepTable
@@ -35,6 +36,7 @@ from models.generators.base import Conditioning, open_generator
 log = logging.getLogger(__name__)
 
 MEGABYTE = 1 << 20
+PUBLISH_ATTEMPTS = 5
 
 
 class Learner:
@@ -46,6 +48,7 @@ class Learner:
         previous: the policy that drew the groups, where more than log-probabilities is needed of it, or None.
         controller: of the KL's weight, or None.
         updates_done: optimiser steps so far.
+        version: policy version that it holds, the number of iterations trained.
     """
 
     def __init__(self, config: RunConfig, rank: int, world_size: int, device: torch.device) -> None:
@@ -73,6 +76,7 @@ class Learner:
         if kl is not None and kl.controller is not None:
             self.controller = KlController(**kl.controller.model_dump())
         self.updates_done = 0
+        self.version = 0
 
     def _reference(self, adapter: str | None) -> Reference:
         if self.config.model.lora is not None:
@@ -143,7 +147,8 @@ class Learner:
                 sums["log_ratio_squared"] += value.ratio.log().square().sum().item()
                 sums["kl_anchor"] += value.kl_anchor.sum().item()
                 sums["kl_previous"] += value.kl_previous.sum().item()
-                if index == 0:
+                # The ratio to an earlier policy is no check of anything.
+                if index == 0 and groups[batch.group].on_policy:
                     first_deviation = max(first_deviation, (value.ratio - 1).abs().max().item())
             self.updates_done += 1
             norms.append(self.policy.grad_norm())
@@ -216,11 +221,28 @@ class Learner:
         }
 
     def publish(self, store: Any, version: int, kind: str, timeout_s: float) -> float:
-        """Collects the weights on rank 0 and hands them to the store, bucket by bucket.
+        """Collects the weights on rank 0 and hands them to the store; again, if the store dies over it.
 
         Returns:
             Bytes published (0 on other ranks).
+
+        Raises:
+            LostActorError: the store does not come back.
         """
+        for attempt in range(PUBLISH_ATTEMPTS):
+            size, error = 0.0, None
+            try:
+                size = self._publish_once(store, version, kind, timeout_s)
+            except (LostActorError, WeightsMissingError) as lost:
+                error = lost
+            # All ranks collect, so all must know whether to collect once more.
+            if self._reduce({"failed": float(error is not None)}, "max")["failed"] == 0:
+                return size
+            log.warning("publishing version %d, attempt %d: %s", version, attempt + 1, error)
+            time.sleep(2.0)
+        raise LostActorError(f"the weight store did not take version {version} in {PUBLISH_ATTEMPTS} attempts")
+
+    def _publish_once(self, store: Any, version: int, kind: str, timeout_s: float) -> float:
         pending: list[Any] = []
         manifests: list[BucketManifest] = []
         limit = int(self.config.pools.learner.weight_bucket_mb * MEGABYTE)
@@ -261,20 +283,35 @@ def train_loop(settings: dict[str, Any]) -> None:
     buffer = ray.get_actor(settings["buffer"], namespace=settings["namespace"])
     store = ray.get_actor(settings["store"], namespace=settings["namespace"])
     timeout = config.pools.learner.update_timeout_s
+    attempt = ""
     try:
         learner = _start(config, rank, world_size)
-        resume = get(buffer.join.remote(rank, world_size), timeout, "the buffer's answer to a joining learner")
+        attempt = _common_name()
+        joined = get(buffer.join.remote(attempt, world_size), timeout, "the buffer's answer to a joining learner")
+        resume, learner.version = joined
         if resume is not None:
             load_rank_state(learner, Path(resume))
         # The store may be empty: after a restart rollout actors must draw with exactly these weights.
-        learner.publish(store, get(buffer.version.remote(), timeout, "the policy version"), "policy", timeout)
+        learner.publish(store, learner.version, "policy", timeout)
         if rank == 0:
-            get(buffer.learner_ready.remote(world_size), timeout, "the buffer's note of the learner's start")
-        while _step(learner, buffer, store, timeout):
+            get(buffer.learner_ready.remote(attempt), timeout, "the buffer's note of the learner's start")
+        while _step(learner, buffer, store, attempt, timeout):
             pass
-    except EuphoniumError as error:
-        ray.get(buffer.fail.remote(f"learner rank {rank} of {world_size}: {error}"))
+    except LostActorError:
+        # Not this group's fault, and curable: Ray Train starts the group anew, which then joins again.
         raise
+    except EuphoniumError as error:
+        ray.get(buffer.fail.remote(attempt, f"learner rank {rank} of {world_size}: {error}"))
+        raise
+
+
+def _common_name() -> str:
+    """A name that all ranks of this start of the group share, and no other start."""
+    import torch.distributed as dist
+
+    names = [uuid.uuid4().hex]
+    dist.broadcast_object_list(names, src=0)
+    return names[0]
 
 
 def _start(config: RunConfig, rank: int, world_size: int) -> Learner:
@@ -290,15 +327,18 @@ def _start(config: RunConfig, rank: int, world_size: int) -> Learner:
     return Learner(config, rank, world_size, device)
 
 
-def _step(learner: Learner, buffer: Any, store: Any, timeout: float) -> bool:
+def _step(learner: Learner, buffer: Any, store: Any, attempt: str, timeout: float) -> bool:
     """Works off one plan; False when it was the last."""
     rank = learner.rank
     waited = time.perf_counter()
     # Waiting for work has no deadline of its own: the orchestrator ends the run if rollouts stop coming.
-    import ray
-
-    plan, lease = ray.get(buffer.lease.remote(rank))
+    plan, lease = get(buffer.lease.remote(rank, attempt), None, "the next plan")
     assert isinstance(plan, UpdatePlan)
+    if plan.iteration != learner.version + (plan.num_groups > 0):
+        raise TrainingError(
+            f"plan {plan.iteration} does not follow the learner's version {learner.version}: an iteration would be "
+            "trained twice or left out"
+        )
     began = time.perf_counter()
     metrics: dict[str, float] = {"time/learner_wait_s": began - waited}
     if plan.num_groups:
@@ -311,9 +351,12 @@ def _step(learner: Learner, buffer: Any, store: Any, timeout: float) -> bool:
         fetched = time.perf_counter()
         metrics |= learner.update(lease["rows_per_group"], groups)
         metrics |= {"time/fetch_s": fetched - began, "time/update_s": time.perf_counter() - fetched}
+        learner.version = plan.iteration
         began = time.perf_counter()
         metrics["weights/bytes"] = learner.publish(store, plan.iteration, "policy", timeout)
         metrics["time/publish_s"] = time.perf_counter() - began
+    elif plan.publish:
+        learner.publish(store, plan.iteration, "policy", timeout)
     if plan.publish_average:
         learner.publish(store, plan.iteration, "average", timeout)
     if plan.checkpoint is not None:
@@ -321,7 +364,7 @@ def _step(learner: Learner, buffer: Any, store: Any, timeout: float) -> bool:
         save_rank_state(learner, Path(plan.checkpoint))
         metrics["time/checkpoint_s"] = time.perf_counter() - began
     get(
-        buffer.acknowledge.remote(rank, UpdateReport(iteration=plan.iteration, metrics=metrics)),
+        buffer.acknowledge.remote(rank, attempt, UpdateReport(iteration=plan.iteration, metrics=metrics)),
         timeout, f"the buffer's receipt for iteration {plan.iteration}",
     )  # fmt: skip
     return not plan.stop

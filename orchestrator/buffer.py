@@ -1,8 +1,13 @@
 """The trajectory buffer: a Ray actor with references to finished groups, and the learners' only way to work.
 
 It holds references, never arrays: the arrays are return values of calls that the orchestrator made, so the
-orchestrator owns them and they outlive the rollout actor that drew them. An iteration is the transaction: groups
+orchestrator owns them and they outlive the rollout actor that drew them. An iteration is the transaction: its groups
 leave the buffer when every rank has acknowledged the plan that they belong to.
+
+A learner group that starts joins with a name of its own, the *attempt*. Whatever an earlier attempt still asks is
+refused, also calls that have been waiting here since before it died; and a plan is taken only from an orchestrator
+that knows of the attempt, because the group may have gone back to a checkpoint in the meantime. A buffer that was
+restarted has forgotten everything and lets nobody join before it was told where to resume from.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.config import RunConfig
+from core.errors import LostActorError
 from core.records import Array, UpdatePlan, UpdateReport
 from learners.batching import plan_updates
 
@@ -29,6 +35,7 @@ class BufferedGroup:
         advantages: float32 ``[components, group, num_steps]``.
         samples: int64, samples to train on.
         iteration: that it was drawn for, from 0.
+        policy_version: of the weights that drew it.
         fingerprint: of the sampler that drew it.
     """
 
@@ -39,6 +46,7 @@ class BufferedGroup:
     advantages: Array
     samples: Array
     iteration: int
+    policy_version: int
     fingerprint: str
 
 
@@ -49,112 +57,120 @@ class LearnerState:
     Attributes:
         report: of the awaited iteration, or None while it is under way.
         failure: why the group gave up, or None.
-        generation: how often the group has started.
+        generation: how often the group has joined.
+        ready: whether it can take plans.
+        resumed: policy version of the checkpoint from which it started last.
     """
 
     report: UpdateReport | None
     failure: str | None
     generation: int
+    ready: bool
+    resumed: int
 
 
 class TrajectoryBuffer:
     """See the module; one event loop, so methods interleave only where they await."""
 
-    def __init__(self, config: RunConfig, capacity_bytes: int) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._capacity = capacity_bytes
-        self._groups: dict[int, BufferedGroup] = {}
         self._changed = asyncio.Condition()
         self._plan: UpdatePlan | None = None
-        self._plan_groups: list[int] = []
+        self._groups: list[BufferedGroup] = []
         self._leased: set[int] = set()
         self._acknowledged: dict[int, UpdateReport] = {}
         self._report: UpdateReport | None = None
         self._failure: str | None = None
         self._generation = 0
+        self._ready = False
+        self._attempt = ""
         self._world_size = 0
-        self._joined: set[int] = set()
-        self._resume: str | None = None
-        self._version = 0
+        self._checkpoint: tuple[str | None, int] | None = None
+        self._resumed: tuple[str | None, int] = None, 0
 
     def __repr__(self) -> str:
         return "trajectory-buffer"
 
-    async def offer(self, group: BufferedGroup) -> int:
-        """Takes a group, once there is room for it.
+    # --- the orchestrator's side --------------------------------------------------------------------------------
+
+    async def set_checkpoint(self, folder: str | None, version: int) -> None:
+        """Tells from where a starting learner group resumes, and which policy version that is."""
+        async with self._changed:
+            self._checkpoint = folder, version
+            self._changed.notify_all()
+
+    async def submit(self, plan: UpdatePlan, groups: list[BufferedGroup], generation: int) -> bool:
+        """Orders an update.
 
         Returns:
-            Bytes now referred to.
+            Whether it was taken; not if the learner group has started anew since ``generation``.
         """
         async with self._changed:
-            await self._changed.wait_for(
-                lambda: not self._groups or self._bytes() + group.payload_bytes <= self._capacity
-            )
-            self._groups[group.group_id] = group
-            return self._bytes()
-
-    async def submit(self, plan: UpdatePlan, group_ids: list[int]) -> None:
-        """Orders an update on groups that the buffer holds."""
-        async with self._changed:
-            self._plan, self._plan_groups = plan, group_ids
+            if generation != self._generation or not self._ready:
+                return False
+            self._plan, self._groups = plan, groups
             self._leased.clear()
             self._acknowledged.clear()
             self._report = None
             self._changed.notify_all()
+            return True
 
-    async def state(self, iteration: int, timeout_s: float) -> LearnerState:
-        """Waits until the iteration is reported or the group fails or restarts, at most ``timeout_s``."""
-        generation = self._generation
+    async def state(self, iteration: int, generation: int, timeout_s: float) -> LearnerState:
+        """Waits until the iteration is reported or the group fails or has restarted; or for the timeout."""
 
         def settled() -> bool:
             reported = self._report is not None and self._report.iteration == iteration
-            return reported or self._failure is not None or self._generation != generation
+            return reported or self._failure is not None or (self._ready and self._generation != generation)
 
         async with self._changed:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait_for(settled), timeout_s)
             report = self._report if self._report is not None and self._report.iteration == iteration else None
-            return LearnerState(report=report, failure=self._failure, generation=self._generation)
+            return LearnerState(
+                report=report, failure=self._failure, generation=self._generation, ready=self._ready,
+                resumed=self._resumed[1],
+            )  # fmt: skip
 
-    async def set_checkpoint(self, folder: str | None, version: int) -> None:
-        """Tells from where a restarting learner group resumes, and which policy version that is."""
-        self._resume, self._version = folder, version
+    # --- the learners' side ------------------------------------------------------------------------------------
 
-    async def join(self, rank: int, world_size: int) -> str | None:
-        """Called by every rank when it starts; answers with the checkpoint to load, or None."""
+    async def join(self, attempt: str, world_size: int) -> tuple[str | None, int]:
+        """Called by every rank when it starts.
+
+        Returns:
+            The checkpoint to load, or None, and its policy version; the same for all ranks of an attempt.
+        """
         async with self._changed:
-            if rank in self._joined or world_size != self._world_size:
-                self._joined.clear()
-            self._joined.add(rank)
-            self._world_size = world_size
-            # Whatever an earlier generation had under way is void: it resumes from the checkpoint.
-            self._plan, self._report = None, None
-            return self._resume
+            await self._changed.wait_for(lambda: self._checkpoint is not None)
+            assert self._checkpoint is not None
+            if attempt != self._attempt:
+                # Whatever an earlier attempt had under way is void: this one resumes from the checkpoint.
+                self._attempt, self._world_size, self._resumed = attempt, world_size, self._checkpoint
+                self._plan, self._report, self._groups = None, None, []
+                self._generation, self._ready = self._generation + 1, False
+                self._changed.notify_all()
+            return self._resumed
 
-    async def version(self) -> int:
-        """Policy version of the checkpoint that :meth:`join` answered with."""
-        return self._version
-
-    async def learner_ready(self, world_size: int) -> None:
+    async def learner_ready(self, attempt: str) -> None:
         """Called by rank 0 once the group can take plans."""
         async with self._changed:
-            self._generation += 1
-            self._world_size = world_size
-            self._groups.clear()
+            self._must_be_current(attempt)
+            self._ready = True
             self._changed.notify_all()
 
-    async def generation(self) -> int:
-        """How often the learner group has started."""
-        return self._generation
+    async def lease(self, rank: int, attempt: str) -> tuple[UpdatePlan, dict[str, Any]]:
+        """The next plan, with what this rank needs of it; waits for one.
 
-    async def lease(self, rank: int) -> tuple[UpdatePlan, dict[str, Any]]:
-        """The next plan, with what this rank needs of it; waits for one."""
+        Raises:
+            LostActorError: another attempt has joined since.
+        """
         async with self._changed:
-            await self._changed.wait_for(lambda: self._plan is not None and rank not in self._leased)
+            await self._changed.wait_for(
+                lambda: attempt != self._attempt or (self._plan is not None and rank not in self._leased)
+            )
+            self._must_be_current(attempt)
             assert self._plan is not None
             self._leased.add(rank)
-            groups = [self._groups[i] for i in self._plan_groups]
-            rows = [group.rows for group in groups]
+            rows = [group.rows for group in self._groups]
             needed = {
                 batch.group
                 for shares in plan_updates(
@@ -169,32 +185,38 @@ class TrajectoryBuffer:
                 "rows_per_group": rows,
                 "groups": {
                     i: {
-                        "payload_ref": groups[i].payload[0],
-                        "advantages": groups[i].advantages,
-                        "samples": groups[i].samples,
-                        "iteration": groups[i].iteration,
-                        "fingerprint": groups[i].fingerprint,
+                        "payload_ref": self._groups[i].payload[0],
+                        "advantages": self._groups[i].advantages,
+                        "samples": self._groups[i].samples,
+                        "iteration": self._groups[i].iteration,
+                        "on_policy": self._groups[i].policy_version == self._plan.iteration - 1,
+                        "fingerprint": self._groups[i].fingerprint,
                     }
                     for i in sorted(needed)
                 },
             }
 
-    async def acknowledge(self, rank: int, report: UpdateReport) -> None:
-        """Called by every rank when a plan is done; the last one completes the transaction."""
+    async def acknowledge(self, rank: int, attempt: str, report: UpdateReport) -> None:
+        """Called by every rank when a plan is done; the last one completes the transaction.
+
+        Raises:
+            LostActorError: another attempt has joined since.
+        """
         async with self._changed:
+            self._must_be_current(attempt)
             self._acknowledged[rank] = report
             if len(self._acknowledged) == self._world_size:
                 self._report = self._acknowledged[0]
-                for group_id in self._plan_groups:
-                    self._groups.pop(group_id, None)
-                self._plan, self._plan_groups = None, []
+                self._plan, self._groups = None, []
                 self._changed.notify_all()
 
-    async def fail(self, reason: str) -> None:
+    async def fail(self, attempt: str, reason: str) -> None:
         """Called by a rank that cannot go on and should not be restarted."""
         async with self._changed:
-            self._failure = self._failure or reason
-            self._changed.notify_all()
+            if attempt == self._attempt:
+                self._failure = self._failure or reason
+                self._changed.notify_all()
 
-    def _bytes(self) -> int:
-        return sum(group.payload_bytes for group in self._groups.values())
+    def _must_be_current(self, attempt: str) -> None:
+        if attempt != self._attempt:
+            raise LostActorError("another learner group has taken this one's place")

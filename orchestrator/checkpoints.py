@@ -21,7 +21,7 @@ from core.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
@@ -51,20 +51,43 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    Args:
+        folder: that holds them.
+        keep_last: newest checkpoints that are kept.
+        keep_every: those of iterations that it divides are kept as well; None for no others.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int | None = None) -> None:
         self.folder = folder
         self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._being_filled: set[Path] = set()
 
     def begin(self, iteration: int) -> Path:
         """A new folder, aside, for the ranks to write to."""
         folder = self.folder / f"step_{iteration:06d}.tmp-{uuid.uuid4().hex[:8]}"
         folder.mkdir(parents=True)
+        self._being_filled.add(folder)
         return folder
 
     def commit(self, folder: Path, state: RunState, config_yaml: str) -> Checkpoint:
-        """Makes a checkpoint of a filled folder, then removes old ones."""
+        """Makes a checkpoint of a filled folder, then removes old ones.
+
+        It reads everything that it hashes, so that the run loop has a thread do it; one at a time.
+
+        Raises:
+            CheckpointError: the file system refused, for example because it is full.
+        """
+        try:
+            return self._commit(folder, state, config_yaml)
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint of iteration {state.iteration} could not be written to {self.folder}: {error}"
+            ) from error
+
+    def _commit(self, folder: Path, state: RunState, config_yaml: str) -> Checkpoint:
         (folder / STATE).write_text(json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n")
         (folder / CONFIG).write_text(config_yaml)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -80,9 +103,11 @@ class CheckpointStore:
         target = self.folder / f"step_{state.iteration:06d}"
         if target.exists():
             shutil.rmtree(target)
-        _flush_folder(folder)
+        for inside in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+            _flush_folder(inside)
         folder.rename(target)
         _flush_folder(self.folder)
+        self._being_filled.discard(folder)
         self._prune()
         return Checkpoint(target, state)
 
@@ -98,9 +123,18 @@ class CheckpointStore:
         return None
 
     def _prune(self) -> None:
-        kept = [folder for folder in sorted(self.folder.glob("step_*")) if ".tmp-" not in folder.name]
-        for folder in [*kept[: -self._keep_last], *self.folder.glob("*.tmp-*")]:
+        whole = [folder for folder in sorted(self.folder.glob("step_*")) if ".tmp-" not in folder.name]
+        old = [folder for folder in whole[: -self._keep_last] if not self._is_kept_for_good(folder)]
+        abandoned = [folder for folder in self.folder.glob("*.tmp-*") if folder not in self._being_filled]
+        for folder in [*old, *abandoned]:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _is_kept_for_good(self, folder: Path) -> bool:
+        return self._keep_every is not None and int(folder.name.removeprefix("step_")) % self._keep_every == 0
+
+    def abandon(self, folder: Path) -> None:
+        """Says that a folder of :meth:`begin` will not be committed; the next commit removes it."""
+        self._being_filled.discard(folder)
 
 
 def verify(folder: Path) -> Checkpoint:

@@ -5,10 +5,12 @@ Heavy libraries are imported by the commands that need them, so that ``--help`` 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -74,6 +76,59 @@ def train(
         asyncio.run(execute())
     finally:
         ray.shutdown()
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(help="Name of the run; may be left out if there is only one.")] = None,
+) -> None:
+    """Show a running job: its pools, policy version, queue and last iteration."""
+    from orchestrator.control import ANSWER_TIMEOUT_S, describe_status
+
+    with _running(run) as (name, desk):
+        say(describe_status(name, _ask(desk.status.remote(), ANSWER_TIMEOUT_S)))
+
+
+@app.command()
+def scale(
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    sizes: Annotated[list[str], typer.Argument(metavar="POOL=SIZE...", help="rollout=6 prm=2 orm=1 learner=2.")],
+) -> None:
+    """Change pools of a running job.
+
+    New actors load their models, fetch the current weights and join; leaving ones finish what they do. The learner
+    group writes a checkpoint after its current iteration and starts from it with the new number of ranks. A run that
+    is resumed later starts with the recipe's sizes.
+    """
+    from orchestrator.control import ANSWER_TIMEOUT_S, parse_sizes
+
+    wanted = parse_sizes(sizes)
+    with _running(run) as (name, desk):
+        before = _ask(desk.scale.remote(wanted), ANSWER_TIMEOUT_S).get("pools", {})
+        for role, size in wanted.items():
+            old = before.get(role, {}).get("wanted", "?")
+            say(f"{name}: {role} {old} -> {size} is under way; see euphonium status {name}")
+
+
+@contextlib.contextmanager
+def _running(run: str | None) -> Iterator[tuple[str, Any]]:
+    """Name and control actor of a running job; connected while the context is open."""
+    import ray
+
+    from orchestrator.control import find_desk
+    from orchestrator.launch import join_ray
+
+    join_ray()
+    try:
+        yield find_desk(run)
+    finally:
+        ray.shutdown()
+
+
+def _ask(call: Any, timeout_s: float) -> Any:
+    from core.deadlines import get
+
+    return get(call, timeout_s, "the answer of the run")
 
 
 @app.command()

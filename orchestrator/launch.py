@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from core.config import RunConfig, dump_config
-from core.errors import CheckpointError, ConfigError
+from core.errors import CheckpointError, ConfigError, PreflightError
 from orchestrator.checkpoints import Checkpoint, CheckpointStore, verify
 
 log = logging.getLogger(__name__)
@@ -152,12 +152,9 @@ def connect_ray(namespace: str, *, verbose: bool) -> None:
         namespace: of the run's actors.
         verbose: print what the actors log; it is in Ray's log files and dashboard in any case.
     """
-    # Ray's own notices are for people who write Ray programs.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _quiet_ray()
     import ray
 
-    # That a local cluster asks for its token is what we want, and what SECURITY.md says.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.WARNING, "log_to_driver": verbose}
     try:
         ray.init(address="auto", **options)
@@ -165,3 +162,27 @@ def connect_ray(namespace: str, *, verbose: bool) -> None:
         if os.environ.get("RAY_ADDRESS"):
             raise
         ray.init(include_dashboard=True, **options)
+
+
+def join_ray() -> None:
+    """Joins the cluster that runs on this machine or that the environment names.
+
+    Raises:
+        PreflightError: there is none.
+    """
+    _quiet_ray()
+    import ray
+
+    try:
+        ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError as error:
+        raise PreflightError(
+            "no Ray cluster is running on this machine, and RAY_ADDRESS names none: is the job running?"
+        ) from error
+
+
+def _quiet_ray() -> None:
+    """Ray's own notices are for people who write Ray programs."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # That a local cluster asks for its token is what we want, and what SECURITY.md says.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)

@@ -118,8 +118,8 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, description=text)
 
-    def iteration(self, record: Mapping[str, float]) -> None:
-        """Reports one iteration."""
+    def iteration(self, record: Mapping[str, float]) -> str:
+        """Reports one iteration, and returns the line."""
         done = int(record["iteration"])
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
@@ -134,7 +134,9 @@ class Progress:
             parts.append(f"grad {record['policy/grad_norm']:.2g}")
         if "eval/total/mean" in record:
             parts.append(f"held-out {record['eval/total/mean']:.4f}")
-        self.say(" | ".join(parts))
+        line = " | ".join(parts)
+        self.say(line)
+        return line
 
     def summary(self, records: Sequence[Mapping[str, float]]) -> None:
         """Compares the first and the last evaluation of a run."""

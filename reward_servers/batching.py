@@ -98,6 +98,9 @@ class MicroBatcher(Generic[Q, A]):
     the next pass. Before a pass that is not full, the model waits up to ``wait_s``, from its first request or the end
     of the pass before, whichever is later: clients that have just got their answers come back together. Order is that
     of arrival, except that requests with another key wait for the next pass.
+
+    Attributes:
+        worked_s: seconds spent computing since the start.
     """
 
     def __init__(self, compute: Compute[Q, A], what: str, *, max_batch: int, wait_s: float, threads: int = 1) -> None:
@@ -121,6 +124,7 @@ class MicroBatcher(Generic[Q, A]):
         self._dispatcher: asyncio.Task[None] | None = None
         self._busy_since: float | None = None
         self._finished = float("-inf")
+        self.worked_s = 0.0
         self._waits_in_vain = 0
         self._counts = {"requests": 0, "samples": 0, "passes": 0, "errors": 0, "expired": 0}
 
@@ -180,8 +184,9 @@ class MicroBatcher(Generic[Q, A]):
                 merged_pass = partial(isolated, self._compute, requests, self._what)
                 answers = await loop.run_in_executor(self._thread, merged_pass)
             finally:
-                self._busy_since = None
                 self._finished = loop.time()
+                self.worked_s += self._finished - self._busy_since
+                self._busy_since = None
             self._counts["passes"] += 1
             for waiting, answer in zip(self._batch, answers, strict=True):
                 self._deliver(waiting, answer)

@@ -160,8 +160,8 @@ class OrmActor:
         return f"orm-{self.index}"
 
     async def ready(self) -> dict[str, Any]:
-        """Answers once decoder and rewards are loaded."""
-        return {"device": str(self.device)}
+        """Answers once decoder and rewards are loaded; also the seconds that have been spent computing."""
+        return {"device": str(self.device), "busy_s": self.batcher.worked_s}
 
     async def health(self) -> dict[str, float]:
         """See :meth:`reward_servers.batching.MicroBatcher.status`; answers also while a reward computes."""

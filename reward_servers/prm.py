@@ -161,8 +161,8 @@ class PrmActor:
         return f"prm-{self.index}"
 
     async def ready(self) -> dict[str, Any]:
-        """Answers once the model is loaded."""
-        return {"device": str(self.scorer.device)}
+        """Answers once the model is loaded; also the seconds that have been spent computing."""
+        return {"device": str(self.scorer.device), "busy_s": self.batcher.worked_s}
 
     async def health(self) -> dict[str, float]:
         """See :meth:`reward_servers.batching.MicroBatcher.status`; answers also while the model computes."""

@@ -80,3 +80,5 @@ class PoolsConfig(Node):
     """The ZeRO-3 learner group."""
     start_timeout_s: PositiveFloat = 300.0
     """Longest wait for all actors to be ready."""
+    rejoin_timeout_s: PositiveFloat = 300.0
+    """Longest wait for a lost actor to be back; then its pool goes on without it."""

@@ -202,6 +202,13 @@ class RolloutConfig(Node):
     """Samples of a group, G; advantages compare them."""
     deadline_s: PositiveFloat = 600.0
     """Longest time that one group may take before its actor counts as hung."""
+    max_staleness: NonNegativeInt = 0
+    """Iterations that rollouts may run ahead of the learner. 0 is strictly on-policy: rollout and update take turns,
+    and runs repeat exactly. With n, groups are drawn while up to n earlier iterations are still being trained."""
+    buffer_mb: PositiveFloat = 2048.0
+    """Trajectories that may be held before drawing ahead pauses; those of the next iteration are always drawn."""
+    buffer_groups: PositiveInt | None = None
+    """The same bound as a number of groups; null allows what ``max_staleness`` allows."""
 
 
 class EvaluationConfig(Node):

@@ -108,6 +108,8 @@ class CheckpointConfig(Node):
     """Iterations between checkpoints; one more is written at the end and on SIGTERM."""
     keep_last: PositiveInt = 2
     """Newest checkpoints that are kept."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of iterations that this divides are kept for good; null keeps only the newest."""
 
 
 class MetricsConfig(Node):

@@ -64,6 +64,14 @@ class RunConfig(Node):
             trained.append(process.weight)
         if not any(trained):
             raise ValueError("all rewards that advantage.mode lets in have weight 0: nothing to learn from")
+        if self.rollout.max_staleness > 0 and (
+            self.objective.old_log_probs == "replay" or self.objective.needs_previous_policy
+        ):
+            raise ValueError(
+                "rollout.max_staleness above 0 trains on groups of earlier policies, which the learner no longer has: "
+                "it goes with objective.old_log_probs: rollout, without objective.ratio_normalisation, and without "
+                "objective.kl.previous: gaussian"
+            )
         best_of = self.advantage.best_of
         if best_of is not None and 2 * best_of > self.rollout.group_size:
             raise ValueError(f"advantage.best_of takes {2 * best_of} of {self.rollout.group_size} samples of a group")

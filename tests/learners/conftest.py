@@ -54,6 +54,12 @@ def draw_groups(config: RunConfig) -> list[tuple[list[GroupPayload], list[np.nda
     return iterations
 
 
+@pytest.fixture(scope="session")
+def drawn() -> Callable[[RunConfig], list[tuple[list[GroupPayload], list[np.ndarray]]]]:
+    """Draws the groups of two iterations with a recipe."""
+    return draw_groups
+
+
 @pytest.fixture(scope="module")
 def train_on_two_ranks(
     tiny_recipe_file: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory

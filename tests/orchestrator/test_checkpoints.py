@@ -66,5 +66,29 @@ def test_a_damaged_one_is_skipped_and_named(store: CheckpointStore, damage: str)
     assert "step_000002" in said[0]
 
 
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=1, keep_every=3)
+    for iteration in range(1, 9):
+        write(store, iteration)
+    assert [p.name for p in sorted(store.folder.iterdir())] == ["step_000003", "step_000006", "step_000008"]
+
+
+def test_a_commit_leaves_alone_what_is_being_filled(store: CheckpointStore) -> None:
+    abandoned = store.begin(1)
+    store.abandon(abandoned)
+    filling = store.begin(3)
+    write(store, 2)
+    assert filling.is_dir()
+    assert not abandoned.exists()
+
+
+def test_a_disk_that_refuses_is_a_checkpoint_error(store: CheckpointStore) -> None:
+    folder = store.begin(1)
+    (folder / "policy.safetensors").mkdir()
+    (folder / "state.json").mkdir()
+    with pytest.raises(CheckpointError, match="iteration 1 could not be written"):
+        store.commit(folder, RunState(iteration=1, next_group=4, world_size=2), "name: demo\n")
+
+
 def test_no_checkpoint_is_no_error(store: CheckpointStore) -> None:
     assert store.newest() is None

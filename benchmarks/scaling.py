@@ -1,0 +1,96 @@
+"""How the service itself scales: 1 to 32 rollout actors whose computation is a sleep, everything else real.
+
+    python benchmarks/scaling.py --actors 1 2 4 8 16 32 --seconds 1.0
+
+Actors, run loop, object store, buffer, weight publication and checkpoints are those of a real run; drawing a group
+sleeps, an update sleeps. The work grows with the actors (two groups an actor and iteration), rollout runs ahead of the
+update by one iteration. Efficiency is groups per second and actor against the run with one actor: what it loses is
+what orchestration costs. The actors of one machine share its cores, so the sleep should be long against
+``32 actors * cost of a call / cores``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from core.config import RunConfig, load_config
+
+
+def recipe(folder: Path, actors: int, iterations: int, payload_mb: float) -> RunConfig:
+    (folder / "train.txt").write_text("\n".join(f"prompt {i}" for i in range(100)))
+    (folder / "held_out.txt").write_text("held out")
+    tree = {
+        "name": f"scaling-{actors}", "output_dir": str(folder), "iterations": iterations,
+        "model": {"path": "none", "frames": 9, "height": 32, "width": 32, "max_prompt_tokens": 16},
+        "prompts": {"train": str(folder / "train.txt"), "evaluation": str(folder / "held_out.txt")},
+        "sampler": {"law": "dance", "eta": 0.5, "num_steps": 4},
+        "rollout": {"prompts_per_iteration": 2 * actors, "group_size": 8, "max_staleness": 1},
+        "rewards": {"outcome": [{"name": "icon", "type": "sprite_icon"}, {"name": "motion", "type": "sprite_motion"}]},
+        "optimizer": {"learning_rate": 1e-4},
+        "evaluation": {"every": 1000, "clips": 0, "prompts": 1},
+        "pools": {
+            "rollout": {"num_actors": actors, "num_cpus": 0.01}, "orm": {"num_cpus": 0.01},
+            "learner": {"num_cpus": 0.01}, "start_timeout_s": 900,
+        },
+        "checkpoint": {"every": 1000},
+        "metrics": {"tensorboard": False, "prometheus_port": None},
+    }  # fmt: skip
+    path = folder / f"recipe-{actors}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return load_config(path)
+
+
+def measure(folder: Path, actors: int, iterations: int, seconds: float, payload_mb: float) -> dict[str, float]:
+    import ray
+    import stub_roles
+
+    class Sleeping(stub_roles.StubRun):
+        rollout_s, update_s = seconds, seconds / 2
+        # 8 samples, states and next states.
+        values = max(stub_roles.SIZE, int(payload_mb * 2**20 / 8 / 2 / 4))
+
+    ray.cloudpickle.register_pickle_by_value(stub_roles)
+    config = recipe(folder, actors, iterations, payload_mb)
+    asyncio.run(Sleeping(config, "scaling", None).execute())
+    for name in ray.util.list_named_actors():
+        ray.kill(ray.get_actor(name))
+    records = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    # The first iterations fill the pipeline, the last evaluates.
+    steady = records[3:-1]
+    groups = sum(record["rollout/groups"] for record in steady)
+    span = sum(record["time/iteration_s"] for record in steady)
+    busy = sum(record["busy/rollout"] for record in steady) / len(steady)
+    return {"actors": actors, "groups_per_s": groups / span, "rollout_busy": busy}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--actors", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=1.0, help="that drawing a group takes")
+    parser.add_argument("--payload-mb", type=float, default=1.0, help="trajectories of a group")
+    options = parser.parse_args()
+    import ray
+
+    logging.getLogger("orchestrator").setLevel(logging.ERROR)
+    ray.init(namespace="scaling", log_to_driver=False, logging_level="ERROR")
+    first = None
+    with tempfile.TemporaryDirectory() as folder:
+        for actors in options.actors:
+            row = measure(Path(folder), actors, options.iterations, options.seconds, options.payload_mb)
+            each = row["groups_per_s"] / actors
+            first = first or each
+            row |= {"efficiency": each / first, "of_ideal": each * options.seconds}
+            print(json.dumps({name: round(value, 4) for name, value in row.items()}), flush=True)
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Roles whose computation is a sleep and a little arithmetic, around the real run loop, pools, buffer and transport.
+
+What they compute forms a chain: samples depend on seed and weights, rewards on samples, weights on all groups that
+were trained, in order. A group that is trained twice, left out, or drawn by other weights changes every later number,
+so that runs can be compared as runs of the real roles can, in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from actors.rollout import RolloutActor
+from core.config import RunConfig
+from core.deadlines import get
+from core.errors import LostActorError, TrainingError
+from core.records import GroupInfo, GroupPayload, GroupTask, UpdateReport
+from core.weights import WeightManifest, pack, unpack
+from orchestrator.run import BUFFER, STORE, Run
+
+SIZE = 16
+
+
+class StubWorker:
+    """Stands in for :class:`actors.rollout.RolloutWorker`."""
+
+    def __init__(self, config: RunConfig, seconds: float, values: int) -> None:
+        self.config, self.seconds, self.values = config, seconds, values
+        self.weights = np.zeros(SIZE, dtype=np.float32)
+        self.policy_version = 0
+        self.device = "cpu"
+
+    def load_weights(self, manifest: WeightManifest, buckets: list[Any]) -> None:
+        """See :class:`actors.rollout.RolloutWorker`."""
+        for description, bucket in zip(manifest.buckets, buckets, strict=True):
+            for name, tensor in unpack(description, bucket):
+                if name == "w":
+                    self.weights = tensor.numpy().copy()
+        self.policy_version = manifest.version
+
+    def generate(self, task: GroupTask, _source: Any) -> tuple[GroupInfo, Any, GroupPayload]:
+        """See :class:`actors.rollout.RolloutWorker`; sleeps."""
+        began = time.perf_counter()
+        time.sleep(self.seconds)
+        config, group = self.config, self.config.rollout.group_size
+        rng = np.random.default_rng(task.seed)
+        latents = rng.standard_normal((group, SIZE), dtype=np.float32) + self.weights
+        states = np.zeros((group, 1, self.values), dtype=np.float32)
+        states[:, 0, :SIZE] = latents
+        payload = GroupPayload(
+            states=states, next_states=states, steps=np.zeros((group, 1), dtype=np.int64),
+            log_probs=np.zeros((group, 1), dtype=np.float32), gradients=None, conditioning={},
+        )  # fmt: skip
+        info = GroupInfo(
+            task=task, policy_version=self.policy_version, fingerprint="stub", transitions=1,
+            process_rewards=None, payload_bytes=payload.nbytes,
+            seconds={"total": time.perf_counter() - began, "process_reward": 0.0},
+        )  # fmt: skip
+        assert config.rollout.group_size == len(latents)
+        return info, latents, payload
+
+    def evaluate(self, prompts: list[str], seeds: list[int]) -> Any:
+        """See :class:`actors.rollout.RolloutWorker`."""
+        noise = np.stack([np.random.default_rng(seed).standard_normal(SIZE) for seed in seeds])
+        return (noise + self.weights).astype(np.float32)
+
+
+class StubRollout(RolloutActor):
+    """The real actor around a stub worker."""
+
+    def __init__(self, index: int, config: RunConfig, seconds: float, values: int) -> None:
+        self.index, self.config = index, config
+        self.worker: Any = StubWorker(config, seconds, values)
+        self.store = ray.get_actor(STORE)
+        self._servers, self._holds = {}, None
+
+
+class StubJudge:
+    """Outcome rewards: the mean of the latents' first half and of their second."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def ready(self) -> dict[str, Any]:
+        """Answers once it is there."""
+        return {}
+
+    def score(self, latents: Any, prompts: list[str]) -> tuple[dict[str, Any], float]:
+        """See :class:`reward_servers.orm.OrmActor`; sleeps."""
+        time.sleep(self.seconds)
+        half = latents.shape[1] // 2
+        scores = {"icon": latents[:, :half].mean(1), "motion": latents[:, half:].mean(1)}
+        return {name: values.astype(np.float32) for name, values in scores.items()}, self.seconds
+
+
+class StubLearners:
+    """Stands in for :class:`orchestrator.learner_group.LearnerGroup`: a thread that is a learner of one rank.
+
+    Args:
+        seconds: that an update takes.
+        weight_values: float32 values published besides the weights themselves.
+        crashes: iterations in whose update it dies, once each, to start anew from the checkpoint.
+    """
+
+    def __init__(self, seconds: float, weight_values: int = 0, crashes: set[int] | None = None) -> None:
+        self.seconds, self.crashes = seconds, crashes if crashes is not None else set()
+        self.padding = torch.zeros(weight_values)
+        self.trained: list[list[float]] = []
+        self.restarts = 0
+        self.replaced = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises if the thread has ended."""
+        if not self._thread.is_alive():
+            raise TrainingError(f"the learner group is gone: {self._error}")
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for the thread."""
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._attempt()
+                return
+            except LostActorError:
+                if self.replaced:
+                    return
+                self.restarts += 1
+                time.sleep(0.5)
+            except BaseException as error:
+                self._error = error
+                return
+
+    def _attempt(self) -> None:
+        buffer, self.store = ray.get_actor(BUFFER), ray.get_actor(STORE)
+        attempt = uuid.uuid4().hex
+        folder, version = get(buffer.join.remote(attempt, 1), 60, "join")
+        self.weights = np.zeros(SIZE, dtype=np.float32)
+        if folder is not None:
+            self.weights = np.array(json.loads((Path(folder) / "weights.json").read_text()), dtype=np.float32)
+        self._publish(version, "policy")
+        get(buffer.learner_ready.remote(attempt), 60, "ready")
+        while True:
+            began = time.perf_counter()
+            plan, lease = get(buffer.lease.remote(0, attempt), None, "a plan")
+            waited = time.perf_counter() - began
+            assert plan.iteration == version + (plan.num_groups > 0), (plan, version)
+            if plan.num_groups:
+                payloads = get([g["payload_ref"] for g in lease["groups"].values()], 60, "groups")
+                time.sleep(self.seconds)
+                if plan.iteration in self.crashes:
+                    self.crashes.remove(plan.iteration)
+                    raise LostActorError("crashed")
+                means = [float(payload.states[:, 0, :SIZE].mean()) for payload in payloads]
+                for payload in payloads:
+                    self.weights = 0.9 * self.weights + 0.1 * payload.states[:, 0, :SIZE].mean(0)
+                self.trained.append([plan.iteration, *means])
+                version = plan.iteration
+            if plan.num_groups or plan.publish:
+                published = time.perf_counter()
+                self._publish(version, "policy")
+                published = time.perf_counter() - published
+            if plan.publish_average:
+                self._publish(version, "average")
+            if plan.checkpoint is not None:
+                (Path(plan.checkpoint) / "weights.json").write_text(json.dumps(self.weights.tolist()))
+            metrics = {"time/publish_s": 0.0, "policy/ratio_deviation": 0.0, "policy/grad_norm": 0.0}
+            metrics |= {"time/learner_wait_s": waited}
+            if plan.num_groups:
+                metrics |= {"time/update_s": self.seconds, "time/publish_s": published}
+                metrics |= {"policy/loss": float(self.weights.mean())}
+            report = UpdateReport(iteration=plan.iteration, metrics=metrics)
+            get(buffer.acknowledge.remote(0, attempt, report), 60, "acknowledge")
+            if plan.stop:
+                return
+
+    def _publish(self, version: int, kind: str) -> None:
+        for _ in range(20):
+            try:
+                data, manifest = pack({"w": torch.from_numpy(self.weights.astype(np.float32)), "p": self.padding})
+                get(self.store.put_bucket.remote(version, kind, 0, data), 60, "bucket")
+                whole = WeightManifest(version=version, kind=kind, buckets=(manifest,))
+                get(self.store.commit.remote(whole), 60, "commit")
+                return
+            except LostActorError:
+                time.sleep(0.5)
+        raise LostActorError("the store is gone")
+
+
+class StubRun(Run):
+    """A run with these roles."""
+
+    rollout_s, score_s, update_s = 0.05, 0.0, 0.05
+    values, weight_values = 64, 0
+    crashes: set[int] = set()  # noqa: RUF012
+
+    def __init__(self, config: RunConfig, namespace: str, resume: Any) -> None:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        super().__init__(config, namespace, resume)
+
+    def actors(self) -> dict[str, Any]:
+        """See :class:`orchestrator.run.Run`."""
+        config, seconds, values, score = self.config, self.rollout_s, self.values, self.score_s
+        return {
+            "orm": lambda i: (StubJudge, (score,)),
+            "rollout": lambda i: (StubRollout, (i, config, seconds, values)),
+        }
+
+    def learner_group(self) -> Any:
+        """See :class:`orchestrator.run.Run`."""
+        return StubLearners(self.update_s, self.weight_values, self.crashes)
+
+    def _export(self) -> None:
+        pass

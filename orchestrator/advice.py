@@ -1,0 +1,38 @@
+"""What the busy fractions of the pools say about their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+IDLE, BUSY = 0.4, 0.8
+REMEDY = {
+    "rollout": "add rollout actors",
+    "prm": "add PRM servers",
+    "orm": "add ORM servers",
+    "learner": "add learner ranks, or draw larger groups' rows in one micro-batch",
+}
+
+
+def advice(busy: Mapping[str, float], sizes: Mapping[str, int], max_staleness: int) -> str | None:
+    """One line on which pool to change, or None while none waits for another.
+
+    Args:
+        busy: share of the time that each pool worked, by role.
+        sizes: members of each pool, by role.
+        max_staleness: of the run; strictly on-policy, rollout and learner take turns.
+    """
+    if "learner" not in busy or "rollout" not in busy:
+        return None
+    waiting = {role: share for role, share in busy.items() if share < 1 - IDLE}
+    idle = ", ".join(f"{role} {1 - share:.0%}" for role, share in sorted(waiting.items(), key=lambda item: item[1]))
+    limiting = max(busy, key=lambda role: busy[role])
+    if not waiting:
+        return None
+    if busy[limiting] >= BUSY:
+        roles = {"learner": "learner ranks", "rollout": "rollout actors", "prm": "PRM servers", "orm": "ORM servers"}
+        return f"idle: {idle}; the {sizes[limiting]} {roles[limiting]} hold up the rest: {REMEDY[limiting]}"
+    if max_staleness == 0 and "learner" in waiting and "rollout" in waiting:
+        return f"idle: {idle}; rollout and learner take turns: rollout.max_staleness=1 lets them overlap"
+    if "learner" in waiting:
+        return f"idle: {idle}; the learner waits for groups: {REMEDY['rollout']}"
+    return f"idle: {idle}; these pools can be smaller"

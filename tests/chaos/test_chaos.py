@@ -1,0 +1,222 @@
+"""Everything dies once: the run recovers with the numbers of an unbroken one, or ends soon with an error that says why.
+
+Two tests are part of every run of the suite; the others are marked slow.
+"""
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from orchestrator.checkpoints import MANIFEST, CheckpointStore
+from orchestrator.control import describe_status
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+BOUND_S = 400.0
+
+
+def test_a_learner_rank_killed_in_an_update_repeats_and_skips_nothing(
+    start: Callable, recipe: Callable[..., Path], same_numbers: Callable
+) -> None:
+    job = start(str(recipe()))
+    job.wait_for("iteration 3/6")
+    # Iteration 4 is under way; the checkpoint before is that of iteration 2.
+    victim = job.one("RayTrainWorker")
+    deadline = time.monotonic() + 60
+    before = victim.cpu_times().user
+    while victim.cpu_times().user < before + 0.3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victim.kill()
+    killed = time.monotonic()
+    job.wait_for("going on from iteration 2")
+    assert time.monotonic() - killed < BOUND_S
+    assert job.finish() == 0, job.output
+    same_numbers()
+
+
+def test_a_run_killed_at_once_goes_on_from_its_last_checkpoint(
+    start: Callable, recipe: Callable[..., Path], same_numbers: Callable, tmp_path: Path
+) -> None:
+    path = recipe()
+    job = start(str(path))
+    job.wait_for("iteration 3/6")
+    # Inside the writing of the checkpoint of iteration 4: its folder is there, under its temporary name.
+    folder = tmp_path / "runs" / "tiny" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("step_000004*")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    job.popen.send_signal(signal.SIGKILL)
+    assert job.finish() == -signal.SIGKILL
+    again = start(str(path))
+    again.wait_for("resuming from")
+    assert again.finish() == 0, again.output
+    same_numbers()
+    assert not list(folder.glob("*.tmp-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_at_any_instant_goes_on(
+    start: Callable, recipe: Callable[..., Path], same_numbers: Callable, seed: int
+) -> None:
+    path = recipe("checkpoint.every=1")
+    rng = random.Random(seed)
+    job = start(str(path))
+    job.wait_for(f"iteration {rng.randrange(5)}/6")
+    time.sleep(rng.uniform(0, 4))
+    job.popen.send_signal(signal.SIGKILL)
+    job.finish()
+    again = start(str(path))
+    assert again.finish() == 0, again.output
+    same_numbers()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "titles",
+    [
+        ("RolloutActor", "rollout-"), ("PrmActor", "prm-"), ("OrmActor", "orm-"),
+        ("TrajectoryBuffer", "trajectory-buffer"), ("WeightStore", "weight-store"), ("ControlDesk", "control"),
+    ],
+    ids=lambda titles: titles[0],
+)  # fmt: skip
+def test_a_killed_role_is_replaced(
+    start: Callable, recipe: Callable[..., Path], same_numbers: Callable, titles: tuple[str, ...]
+) -> None:
+    job = start(str(recipe("rewards.deadline_s=60")))
+    job.wait_for("iteration 3/6")
+    job.one(*titles).kill()
+    killed = time.monotonic()
+    assert job.finish() == 0, job.output
+    assert time.monotonic() - killed < BOUND_S
+    same_numbers()
+
+
+@pytest.mark.slow
+def test_a_run_is_stopped_in_the_middle_of_anything(
+    start: Callable, recipe: Callable[..., Path], same_numbers: Callable
+) -> None:
+    path = recipe("checkpoint.every=100")
+    for seed in range(3):
+        job = start(str(path))
+        job.wait_for("/6 |")
+        time.sleep(random.Random(seed).uniform(0, 2))
+        job.popen.send_signal(signal.SIGTERM)
+        signalled = time.monotonic()
+        assert job.finish() == 0, job.output
+        assert time.monotonic() - signalled < 120
+    last = start(str(path))
+    assert last.finish() == 0, last.output
+    same_numbers()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over(
+    start: Callable, recipe: Callable[..., Path], same_numbers: Callable, tmp_path: Path, damage: str
+) -> None:
+    path = recipe()
+    job = start(str(path))
+    job.wait_for("iteration 5/6")
+    job.popen.send_signal(signal.SIGKILL)
+    job.finish()
+    newest = CheckpointStore(tmp_path / "runs" / "tiny" / "checkpoints", 2).newest()
+    assert newest is not None
+    assert newest.state.iteration == 4
+    (shard,) = sorted(newest.folder.rglob("shard_00001*"))
+    content = bytearray(shard.read_bytes())
+    content = content[: len(content) // 2] if damage == "truncated" else content
+    content[len(content) // 3] ^= 16
+    shard.write_bytes(content)
+    again = start(str(path))
+    again.wait_for("(iteration 2)")
+    assert "step_000004" in again.output
+    assert again.finish() == 0, again.output
+    same_numbers()
+
+
+@pytest.mark.slow
+def test_rewards_that_are_no_numbers_end_the_run_with_an_error(
+    start: Callable, recipe: Callable[..., Path], tiny_prm: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in tiny_prm.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (weights,) = broken.glob("*.safetensors")
+    tensors = {name: torch.full_like(t, float("nan")) for name, t in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    job = start(str(recipe(f"rewards.process.path={broken}", "rewards.attempts=2")))
+    assert job.finish(BOUND_S) == 5, job.output
+    assert job.lines[-1].startswith("error:")
+    assert "not finite" in job.output
+
+
+@pytest.mark.slow
+def test_a_reward_that_hangs_is_asked_again_or_ends_the_run(
+    start: Callable, recipe: Callable[..., Path], same_numbers: Callable
+) -> None:
+    path = recipe("rewards.deadline_s=8", "rewards.attempts=3")
+    job = start(str(path))
+    job.wait_for("iteration 3/6")
+    server = job.one("OrmActor", "orm-")
+    server.suspend()
+    time.sleep(12)
+    server.resume()
+    job.wait_for("iteration 4/6")
+    server.suspend()
+    began = time.monotonic()
+    assert job.finish(BOUND_S) == 5, job.output
+    assert time.monotonic() - began < BOUND_S
+    assert "outcome rewards" in job.lines[-1]
+
+
+@pytest.mark.slow
+def test_a_rollout_actor_that_hangs_is_started_anew(
+    start: Callable, recipe: Callable[..., Path], same_numbers: Callable
+) -> None:
+    job = start(str(recipe("rollout.deadline_s=30")))
+    job.wait_for("iteration 3/6")
+    job.one("RolloutActor", "rollout-").suspend()
+    assert job.finish() == 0, job.output
+    assert "is lost" in job.output
+    same_numbers()
+
+
+@pytest.mark.slow
+def test_the_learner_group_and_all_pools_change_size(
+    start: Callable, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    import subprocess
+    import sys
+
+    job = start(str(recipe("iterations=30", "checkpoint.every=1000", "rollout.max_staleness=1")))
+    job.wait_for("iteration  2/30")
+    control = [sys.executable, "-m", "orchestrator"]
+    if job.address == "local":
+        pytest.skip("asks a cluster that other processes can join: set RAY_ADDRESS")
+    sizes = ["rollout=3", "prm=2", "learner=1"]
+    scaled = subprocess.run([*control, "scale", "tiny", *sizes], capture_output=True, text=True, check=True)
+    assert "rollout 2 -> 3" in scaled.stdout
+    job.wait_for("the learner group has 1 ranks")
+    job.wait_for("prm-1 has joined")
+    job.wait_for("rollout-2 has joined")
+    status = subprocess.run([*control, "status"], capture_output=True, text=True, check=True)
+    assert "rollout" in status.stdout
+    assert job.finish(900) == 0, job.output
+    lines = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    last: dict[str, Any] = json.loads(lines[-1])
+    assert (last["pool/rollout"], last["pool/prm"], last["pool/learner"]) == (3, 2, 1)
+    assert last["policy/ratio_deviation"] < 1e-4
+    newest = CheckpointStore(tmp_path / "runs" / "tiny" / "checkpoints", 2).newest()
+    assert newest is not None
+    assert newest.state.world_size == 1
+    assert (newest.folder / MANIFEST).is_file()
+    assert describe_status("tiny", {}) == "tiny: starting"

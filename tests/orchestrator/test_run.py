@@ -1,0 +1,225 @@
+"""The run loop: order, staleness, loss of every role, pools that change. Roles are stubs whose numbers form a chain."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from core.config import RunConfig
+from core.errors import TrainingError
+from orchestrator.checkpoints import CheckpointStore
+from orchestrator.control import CONTROL
+
+pytestmark = pytest.mark.ray
+
+
+def records(config: RunConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def chain(config: RunConfig) -> list[tuple[float, ...]]:
+    """What the iterations' groups and weights were, as numbers that any slip would change."""
+    keys = ("iteration", "reward/icon/mean", "reward/motion/mean", "policy/loss", "advantage/std")
+    return [tuple(record[key] for key in keys) for record in records(config)[1:]]
+
+
+@pytest.fixture(scope="module")
+def unbroken() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def expected(unbroken: dict, stubs: Any, stub_config: Callable, execute: Callable, tmp_path: Path) -> list:
+    """The chain of a run that nothing happens to."""
+    if not unbroken:
+        config = stub_config(f"output_dir={tmp_path}/unbroken")
+        execute(stubs.StubRun(config, "stubs", None))
+        unbroken["chain"] = chain(config)
+        unbroken["records"] = records(config)
+    return unbroken["chain"]
+
+
+def test_a_run_is_on_policy_by_default(expected: list, unbroken: dict) -> None:
+    assert [row[0] for row in expected] == list(range(1, 9))
+    assert len({row[3] for row in expected}) == 8
+    for record in unbroken["records"][1:]:
+        assert record["staleness/max"] == 0
+        assert record["buffer/groups"] == 3
+        assert record["pool/rollout"] == 2
+        assert 0 <= record["busy/rollout"] <= 1
+        assert 0 < record["busy/learner"] <= 1
+
+
+def test_rollouts_overlap_updates_within_the_bound(stubs: Any, stub_config: Callable, execute: Callable) -> None:
+    class Slow(stubs.StubRun):
+        rollout_s, update_s = 0.3, 0.8
+
+    took = {}
+    for staleness in (0, 1):
+        config = stub_config(f"name=s{staleness}", f"rollout.max_staleness={staleness}", "checkpoint.every=100")
+        execute(Slow(config, "stubs", None))
+        lags = [record["staleness/max"] for record in records(config)[1:]]
+        assert max(lags) == staleness
+        assert lags[0] == 0
+        took[staleness] = sum(record["time/iteration_s"] for record in records(config)[3:])
+    # Three groups on two actors take 0.6 s, the update 0.8 s: 1.4 s in turns, 0.8 s overlapped.
+    assert took[1] < 0.8 * took[0]
+
+
+def test_a_small_buffer_holds_drawing_back_but_not_up(stubs: Any, stub_config: Callable, execute: Callable) -> None:
+    config = stub_config("rollout.max_staleness=3", "rollout.buffer_groups=4", "iterations=6")
+    execute(stubs.StubRun(config, "stubs", None))
+    assert [record["iteration"] for record in records(config)] == list(range(7))
+    assert all(record["buffer/groups"] <= 4 for record in records(config)[1:])
+
+
+def test_a_learner_that_dies_in_an_update_repeats_nothing_and_skips_nothing(
+    expected: list, stubs: Any, stub_config: Callable, execute: Callable
+) -> None:
+    class Crashing(stubs.StubRun):
+        crashes = {2, 5, 8}  # noqa: RUF012
+
+    config = stub_config()
+    run = Crashing(config, "stubs", None)
+    execute(run)
+    assert run.learners.restarts == 3
+    assert chain(config) == expected
+
+
+def test_a_learner_that_dies_while_it_waits_takes_no_plan_of_another_version(
+    expected: list, stubs: Any, stub_config: Callable, execute: Callable
+) -> None:
+    class Slow(stubs.StubRun):
+        rollout_s = 0.3
+
+    async def restart(run: Any) -> None:
+        while run.state.iteration < 5:
+            await asyncio.sleep(0.02)
+        # It joins anew while groups for iteration 6 are drawn, and is back at iteration 3.
+        run.learners.replaced = True
+        run.learners = stubs.StubLearners(0.05)
+        run.learners.start()
+
+    config = stub_config()
+    execute(Slow(config, "stubs", None), restart)
+    assert chain(config) == expected
+
+
+@pytest.mark.parametrize("role", ["rollout", "orm", "trajectory-buffer", "weight-store"])
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_killed_role_is_replaced(
+    expected: list, stubs: Any, stub_config: Callable, execute: Callable, role: str, staleness: int
+) -> None:
+    class Slow(stubs.StubRun):
+        rollout_s = 0.2
+
+    async def kill(run: Any) -> None:
+        while run.state.iteration < 4:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(kill_process, {"rollout": "rollout-1", "orm": "orm-0"}.get(role, role))
+
+    config = stub_config(f"rollout.max_staleness={staleness}", "rewards.attempts=8")
+    execute(Slow(config, "stubs", None), kill)
+    if staleness == 0:
+        assert chain(config) == expected
+    else:
+        assert [record["iteration"] for record in records(config)] == list(range(9))
+        assert all(record["staleness/max"] <= 1 for record in records(config)[1:])
+    assert all(record.get("rollout/dropped_groups", 0) == 0 for record in records(config))
+
+
+def kill_process(name: str) -> None:
+    import ray
+
+    (pid,) = ray.get([ray.get_actor(name).__ray_call__.remote(lambda self: __import__("os").getpid())])
+    psutil.Process(pid).kill()
+
+
+def test_a_pool_without_restarts_goes_on_smaller_and_ends_with_an_error_when_empty(
+    stubs: Any, stub_config: Callable, execute: Callable
+) -> None:
+    said: list[str] = []
+
+    async def kill(run: Any) -> None:
+        while run.state.iteration < 2:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(kill_process, "rollout-0")
+        while len(run.pools["rollout"].members) > 1:
+            await asyncio.sleep(0.05)
+        before = run.state.iteration
+        while run.state.iteration < before + 3:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(kill_process, "rollout-1")
+
+    config = stub_config("pools.rollout.max_restarts=0", "iterations=10000", "rewards.attempts=8")
+    run = stubs.StubRun(config, "stubs", None)
+    say = run.progress.say
+    run.progress.say = lambda text: (said.append(text), say(text))
+    began = time.monotonic()
+    with pytest.raises(TrainingError, match=r"no rollout actor is left.*pools\.rollout\.max_restarts"):
+        execute(run, kill)
+    assert time.monotonic() - began < 120
+    assert any("rollout-0" in line and "going on with 1 of 1 rollout actors" in line for line in said)
+
+
+def test_pools_change_while_the_run_goes_on(
+    expected: list, stubs: Any, stub_config: Callable, execute: Callable
+) -> None:
+    class Slow(stubs.StubRun):
+        rollout_s = 0.2
+
+    async def scale(run: Any) -> None:
+        import ray
+
+        desk = ray.get_actor(CONTROL)
+        while run.state.iteration < 2:
+            await asyncio.sleep(0.05)
+        await desk.scale.remote({"rollout": 4, "orm": 2, "learner": 2})
+        while len(run.pools["rollout"].present) < 4 or len(run.pools["orm"].present) < 2:
+            await asyncio.sleep(0.05)
+        reached["grown"] = run.state.iteration
+        while (await desk.status.remote())["pools"]["rollout"]["wanted"] < 4:
+            await asyncio.sleep(0.2)
+        await desk.scale.remote({"rollout": 1, "orm": 1})
+        while len(run.pools["rollout"].members) > 1 or len(run.pools["orm"].members) > 1:
+            await asyncio.sleep(0.05)
+        reached["shrunk"] = run.state.iteration
+        with pytest.raises(ray.exceptions.RayTaskError, match="no prm pool"):
+            await desk.scale.remote({"prm": 2})
+
+    reached: dict[str, int] = {}
+    config = stub_config("iterations=40")
+    execute(Slow(config, "stubs", None), scale)
+    everything = records(config)
+    # Who draws a group does not change it: the numbers are those of a run of constant pools.
+    assert chain(config)[:8] == expected
+    assert [record["iteration"] for record in everything] == list(range(41))
+    assert everything[-1]["pool/rollout"] == 1
+    assert everything[-1]["pool/learner"] == 2
+    assert max(record["pool/rollout"] for record in everything[1:]) == 4
+    newest = CheckpointStore(config.run_dir / "checkpoints", 2).newest()
+    assert newest is not None
+    assert newest.state.world_size == 2
+
+
+def test_a_stopped_run_goes_on_where_it_was(
+    expected: list, stubs: Any, stub_config: Callable, execute: Callable
+) -> None:
+    async def stop(run: Any) -> None:
+        while run.state.iteration < 4:
+            await asyncio.sleep(0.01)
+        run._stop.set()
+
+    config = stub_config()
+    execute(stubs.StubRun(config, "stubs", None), stop)
+    checkpoint = CheckpointStore(config.run_dir / "checkpoints", 2).newest()
+    assert checkpoint is not None
+    assert 4 <= checkpoint.state.iteration < 8
+    assert checkpoint.state.next_group == 3 * checkpoint.state.iteration
+    execute(stubs.StubRun(config, "stubs", checkpoint))
+    assert chain(config) == expected
