@@ -146,7 +146,9 @@ def _check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
 
 
 def connect_ray(namespace: str, *, verbose: bool) -> None:
-    """Joins the cluster that the environment names or that runs on this machine, or starts one here.
+    """Joins the cluster that RAY_ADDRESS names or that ``ray start`` started on this machine, or starts one here.
+
+    A cluster that another program started for itself is left alone: it ends with that program.
 
     Args:
         namespace: of the run's actors.
@@ -157,11 +159,12 @@ def connect_ray(namespace: str, *, verbose: bool) -> None:
 
     options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.WARNING, "log_to_driver": verbose}
     try:
-        ray.init(address="auto", **options)
+        ray.init(**options)
     except ConnectionError:
         if os.environ.get("RAY_ADDRESS"):
             raise
-        ray.init(include_dashboard=True, **options)
+        # Ray's note of a cluster that is gone.
+        ray.init(address="local", **options)
 
 
 def join_ray() -> None:
