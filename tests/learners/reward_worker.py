@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from core.config import LearnerPoolConfig, load_config
+from core.config import LearnerPoolConfig, OrmConfig, load_config
+from learners.outcome import OrmTraining
 from learners.preference import PrmTask
 from learners.reward_engine import KINDS, ZeroEngine
 from learners.reward_training import fit
@@ -46,11 +47,16 @@ def main() -> None:
     continued: list[dict] = []
     fit(other, PrmTask(data, data, settings, 0, CPU), settings, target / "died", "mark", continued.append)
     resumed = {kind: other.whole(kind) for kind in KINDS}
+    orm = OrmConfig.model_validate_json((target / "orm.json").read_text())
+    training = OrmTraining(orm, CPU)
+    judge = ZeroEngine(training.model, orm.optimizer, LearnerPoolConfig(num_workers=2), CPU)
+    fit(judge, training.task, orm.optimizer, target / "orm_checkpoints", "mark", lambda _: None)
+    outcome = judge.whole("weights")
     held = sum(shard(p).numel() for p in engine.parameters.values())
     torch.save(
         {
             "state": state, "after": after, "records": records, "measured": measured, "at_start": at_start,
-            "held": held, "resumed": resumed, "continued": continued,
+            "held": held, "resumed": resumed, "continued": continued, "outcome": outcome,
         },
         target / f"reward_rank_{engine.rank}.pt",
     )  # fmt: skip

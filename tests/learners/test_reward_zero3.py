@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from core.config import RunConfig, dump_config
+from learners.outcome import OrmTraining
 from learners.preference import PrmTask
 from learners.reward_engine import KINDS, LocalEngine
 from learners.reward_training import Task, fit
 from models.generators.base import open_generator
 from models.rewards.prm import ProcessRewardModel
+from tests.learners.tiny_backbone import tiny_orm_recipe
 from tests.learners.toy_preferences import CPU, Mortal, toy_preferences, toy_settings
 
 
@@ -41,11 +43,14 @@ def both(tiny_recipe_file: Callable[..., RunConfig], tmp_path_factory: pytest.Te
     engine, records = train("local", task)
     with pytest.raises(KeyboardInterrupt):
         train("died", Mortal(task, die_in=5))
+    few = {"updates": 3, "pairs_per_update": 4, "pairs_per_micro_batch": 1, "learning_rate": 1e-3, "eps": 1e-4}
+    orm = tiny_orm_recipe(folder, few)
+    (folder / "orm.json").write_text(orm.model_dump_json())
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr[-8000:]
     ranks = [torch.load(folder / f"reward_rank_{r}.pt", weights_only=False) for r in (0, 1)]
     state = {kind: engine.whole(kind) for kind in KINDS}
-    return {"ranks": ranks, "engine": engine, "state": state, "records": records}
+    return {"ranks": ranks, "engine": engine, "state": state, "records": records, "orm": orm}
 
 
 def largest_gap(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -94,3 +99,15 @@ def test_a_checkpoint_of_one_process_is_taken_up_by_two_ranks(both: dict) -> Non
     assert zero["continued"][0] == {"resumed": 4}
     for kind in KINDS:
         assert largest_gap(zero["resumed"][kind], both["state"][kind]) < 1e-5, kind
+
+
+def test_an_outcome_model_on_two_ranks_ends_with_the_weights_of_one_process(both: dict, tmp_path: Path) -> None:
+    orm = both["orm"]
+    training = OrmTraining(orm, CPU)
+    start = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    engine = LocalEngine(training.model, orm.optimizer, CPU)
+    fit(engine, training.task, orm.optimizer, tmp_path, "mark", lambda _: None)
+    zero = both["ranks"][0]["outcome"]
+    # Input and output embeddings of the backbone are one parameter.
+    assert largest_gap(zero, engine.whole("weights")) < 1e-5
+    assert largest_gap(zero, start) > 1e-3

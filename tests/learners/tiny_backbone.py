@@ -1,8 +1,12 @@
 """An InternVL of the real classes with random weights, small enough for a test."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from core.config import OrmConfig
 
 WORDS = (
     "a red blue car cat moving left right up down on white black background Frame1 Frame2 : The prompt of this video "
@@ -41,3 +45,23 @@ def build_backbone(folder: Path, *, tied: bool = True) -> Path:
     )  # fmt: skip
     InternVLForConditionalGeneration(config).save_pretrained(folder)
     return folder
+
+
+def tiny_orm_recipe(folder: Path, optimizer: dict[str, object]) -> OrmConfig:
+    """A recipe with a backbone and three pairs of videos, which are written into the folder."""
+    build_backbone(folder / "backbone")
+    rng, rows = np.random.default_rng(0), []
+    for p, prompt in enumerate(["a red car", "a blue cat moving left", "a black cat"]):
+        for sample, level in enumerate((60, 190)):
+            noise = rng.integers(-30, 30, (3, 20, 24, 3))
+            np.save(folder / f"{p}{sample}.npy", (level + noise).astype(np.uint8))
+        rows.append({"prompt": prompt, "winner": f"{p}1.npy", "loser": f"{p}0.npy"})
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return OrmConfig(
+        name="orm",
+        output_dir=folder / "runs",
+        target=folder / "orm",
+        model={"path": str(folder / "backbone"), "frames": 2},
+        preferences={"train": folder / "pairs.jsonl", "held_out_fraction": 0.34},
+        optimizer=optimizer,
+    )
