@@ -160,11 +160,8 @@ class ActorPool:
         Raises:
             TrainingError: no member is left.
         """
-        while not (present := self.present):
-            self._must_have_members()
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), 1.0)
+        await self.manned()
+        present = self.present
         member = present[self._turn % len(present)]
         self._turn += 1
         member.users += 1
@@ -173,6 +170,18 @@ class ActorPool:
         finally:
             member.users -= 1
             self._changed.set()
+
+    async def manned(self) -> None:
+        """Waits while all members are starting or absent.
+
+        Raises:
+            TrainingError: no member is left.
+        """
+        while not self.present:
+            self._must_have_members()
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 1.0)
 
     async def _acquire(self, priority: int) -> Member:
         self._must_have_members()
@@ -200,7 +209,7 @@ class ActorPool:
     def _must_have_members(self) -> None:
         if not any(member.state != "leaving" for member in self.members):
             raise TrainingError(
-                f"no {self.role} actor is left: each of them died more than pools.{self.role}.max_restarts "
+                f"the {self.role} pool has no actor left: each of them died more than pools.{self.role}.max_restarts "
                 f"({self.config.max_restarts}) times or could not be placed again within pools.rejoin_timeout_s"
             )
 
