@@ -113,7 +113,9 @@ def inference_guidance(config: RunConfig) -> GuidanceConfig:
         raise ConfigError(
             "--protocol inference_rgg: guidance by beta vanishes without noise; only guidance.scale can be kept"
         )
-    table = config.sampler.table()
+    from models.generators.base import open_generator
+
+    table = open_generator(config.model).step_table(config.sampler)
     times = [1 - float(table.sigmas[k]) for k in table.guided_steps]
     window = guidance.time_window or (times[0], times[-1])
     return guidance.model_copy(update={"window": None, "time_window": window})
@@ -169,8 +171,10 @@ def _draw_with_diffusers(folder: Path, prompts: list[str], seed: int, steps: int
     described = folder.parent / "config.resolved.yaml"
     if described.is_file():
         run: RunConfig = load_config(described)
-        shape = {"num_frames": run.model.frames, "height": run.model.height, "width": run.model.width}
-    pipeline = DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+        shape = {"height": run.model.height, "width": run.model.width}
+        if run.model.frames > 1:
+            shape["num_frames"] = run.model.frames
+    pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=len(prompts) > 1)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     videos = []

@@ -46,7 +46,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         ConfigError: names the field, and what to do.
     """
     from actors.sampler import select_steps
-    from models.generators.base import open_generator
+    from models.generators.base import images_for, open_generator
     from models.rewards.registry import build_reward
     from orchestrator.evaluation import evaluation_set
     from orchestrator.prompts import read_prompts
@@ -55,6 +55,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     shape = family.latent_shape
     prompts = read_prompts(config.prompts.train, "prompts.train")
     evaluation_set(config)
+    images_for(family, config.prompts)
     for reward in config.rewards.outcome:
         build_reward(reward)
     if config.rewards.process is not None:

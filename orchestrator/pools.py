@@ -85,7 +85,6 @@ class ActorPool:
         self._rejoin_timeout_s = rejoin_timeout_s
         self._say = say
         self._indices = itertools.count()
-        self._turn = 0
         self._waiting: list[tuple[int, int, asyncio.Future[Member]]] = []
         self._order = itertools.count()
         self._watchers: set[asyncio.Task[None]] = set()
@@ -158,6 +157,18 @@ class ActorPool:
             member.began = None
             self._hand_out()
 
+    async def manned(self) -> None:
+        """Waits while all members are starting or absent.
+
+        Raises:
+            TrainingError: no member is left.
+        """
+        while not self.present:
+            self._must_have_members()
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 1.0)
+
     async def _acquire(self, priority: int) -> Member:
         self._must_have_members()
         future: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
@@ -184,7 +195,7 @@ class ActorPool:
     def _must_have_members(self) -> None:
         if not any(member.state != "leaving" for member in self.members):
             raise TrainingError(
-                f"no {self.role} actor is left: each of them died more than pools.{self.role}.max_restarts "
+                f"the {self.role} pool has no actor left: each of them died more than pools.{self.role}.max_restarts "
                 f"({self.config.max_restarts}) times or could not be placed again within pools.rejoin_timeout_s"
             )
 

@@ -478,6 +478,8 @@ class Run:
 
     async def _draw_and_score(self, task: GroupTask) -> ScoredGroup:
         deadline, what = self.config.rollout.deadline_s, f"group {task.group_id} from the rollout pool"
+        if "prm" in self.pools:
+            await self.pools["prm"].manned()
         async with self.pools["rollout"].exclusive(priority=task.group_id) as member:
             # The driver makes the call, so it owns the three results: they outlive the actor.
             generate = member.handle.generate.options(num_returns=3)

@@ -155,7 +155,10 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def same_numbers(tmp_path: Path, unbroken: list[dict[str, Any]]) -> Callable[[], None]:
-    """Checks that the test's run has the numbers of the unbroken one, and every iteration once."""
+    """Checks that the test's run has the numbers of the unbroken one, and every iteration once.
+
+    Evaluations are shared among the actors that are there, and batches of other sizes round otherwise.
+    """
 
     def check() -> None:
         ours = records(tmp_path / "runs" / "tiny")
@@ -163,6 +166,9 @@ def same_numbers(tmp_path: Path, unbroken: list[dict[str, Any]]) -> Callable[[],
         for got, expected in zip(ours, unbroken, strict=True):
             for key, value in expected.items():
                 if key.split("/")[0] in ("reward", "process", "advantage", "policy", "eval", "staleness"):
-                    assert got[key] == pytest.approx(value, rel=1e-6, abs=1e-9), (key, expected["iteration"])
+                    assert got[key] == pytest.approx(value, rel=1e-6, abs=1e-6 if key.startswith("eval/") else 1e-9), (
+                        key,
+                        expected["iteration"],
+                    )
 
     return check

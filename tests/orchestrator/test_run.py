@@ -161,7 +161,7 @@ def test_a_pool_without_restarts_goes_on_smaller_and_ends_with_an_error_when_emp
     say = run.progress.say
     run.progress.say = lambda text: (said.append(text), say(text))
     began = time.monotonic()
-    with pytest.raises(TrainingError, match=r"no rollout actor is left.*pools\.rollout\.max_restarts"):
+    with pytest.raises(TrainingError, match=r"the rollout pool has no actor left.*pools\.rollout\.max_restarts"):
         execute(run, kill)
     assert time.monotonic() - began < 120
     assert any("rollout-0" in line and "going on with 1 of 1 rollout actors" in line for line in said)
