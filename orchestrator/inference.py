@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from core.config import GuidanceConfig, RunConfig, load_config
 from core.errors import CheckpointError, ConfigError
@@ -157,7 +156,8 @@ def generate_clips(
         policy = open_policy(checkpoint, config.model_copy(update={"evaluation": evaluation}), protocol=protocol)
         latents = policy.sample(prompts, [seed + i for i in range(len(prompts))])
         decode = policy.worker.family.load_decoder(policy.worker.device)
-        videos = torch.cat([decode(Tensor(part)) for part in np.split(latents, len(latents))]).cpu().numpy()
+        decoded = torch.cat([decode(torch.from_numpy(part)) for part in np.split(latents, len(latents))])
+        videos = decoded.permute(0, 1, 3, 4, 2).cpu().numpy()
     pixels = (videos * 255).round().astype(np.uint8)
     save_samples(output, prompts, pixels, {})
     return [*(output / f"{i:02d}.gif" for i in range(len(prompts))), output / "contact_sheet.png"]

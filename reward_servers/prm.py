@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ class PrmActor:
 
     async def load_weights(self, version: int, weights: Mapping[str, Array]) -> None:
         """See :meth:`PrmScorer.load_weights`."""
-        self.scorer.load_weights(version, weights)
+        await self.batcher.run(partial(self.scorer.load_weights, version, weights))
 
     async def weights_version(self) -> int:
         """Number of refreshes that the weights have been through; 0 after a restart."""
