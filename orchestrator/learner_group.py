@@ -23,6 +23,7 @@ class LearnerGroup:
         self._settings = {
             "config": config.model_dump(mode="json"), "namespace": namespace, "buffer": buffer, "store": store,
         }  # fmt: skip
+        self._dismissed = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)
 
@@ -36,10 +37,16 @@ class LearnerGroup:
         Raises:
             TrainingError: with the reason that Ray Train gives.
         """
+        if self._dismissed:
+            return
         if self._error is not None:
             raise TrainingError(f"the learner group is gone: {_reason(self._error)}") from self._error
         if not self._thread.is_alive():
             raise TrainingError("the learner group has ended before the run did")
+
+    def dismiss(self) -> None:
+        """Notes that the group has done its last plan and may end, while the run has still something to do."""
+        self._dismissed = True
 
     def join(self, timeout_s: float) -> None:
         """Waits for the group to end, after a plan that says stop."""

@@ -354,6 +354,8 @@ class Run:
         async with self._learner_turn:
             await self._submit(plan, buffered)
             report = await self._report(iteration)
+        if last:
+            self.learners.dismiss()
         record |= report.metrics
         pulls = max(group.info.seconds["weights"] for group in groups)
         record["time/weight_sync_s"] = report.metrics["time/publish_s"] + pulls
