@@ -93,7 +93,7 @@ class StubJudge:
         """Answers once it is there."""
         return {}
 
-    def score(self, latents: Any, prompts: list[str]) -> tuple[dict[str, Any], float]:
+    def score(self, latents: Any, prompts: list[str], deadline_s: float = float("inf")) -> tuple[dict[str, Any], float]:
         """See :class:`reward_servers.orm.OrmActor`; sleeps."""
         time.sleep(self.seconds)
         half = latents.shape[1] // 2
@@ -116,6 +116,7 @@ class StubLearners:
         self.trained: list[list[float]] = []
         self.restarts = 0
         self.replaced = False
+        self._dismissed = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -124,9 +125,13 @@ class StubLearners:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises if the thread has ended."""
-        if not self._thread.is_alive():
+        """Raises if the thread has ended, unless it may."""
+        if not self._dismissed and not self._thread.is_alive():
             raise TrainingError(f"the learner group is gone: {self._error}")
+
+    def dismiss(self) -> None:
+        """The thread may end."""
+        self._dismissed = True
 
     def join(self, timeout_s: float) -> None:
         """Waits for the thread."""
