@@ -76,7 +76,8 @@ class StubWorker:
 class StubRollout(RolloutActor):
     """The real actor around a stub worker."""
 
-    def __init__(self, index: int, config: RunConfig, seconds: float, values: int) -> None:
+    def __init__(self, index: int, config: RunConfig, seconds: float, values: int, start_s: float) -> None:
+        time.sleep(start_s)
         self.index, self.config = index, config
         self.worker: Any = StubWorker(config, seconds, values)
         self.store = ray.get_actor(STORE)
@@ -86,7 +87,8 @@ class StubRollout(RolloutActor):
 class StubJudge:
     """Outcome rewards: the mean of the latents' first half and of their second."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, start_s: float) -> None:
+        time.sleep(start_s)
         self.seconds = seconds
 
     def ready(self) -> dict[str, Any]:
@@ -210,7 +212,7 @@ class StubLearners:
 class StubRun(Run):
     """A run with these roles."""
 
-    rollout_s, score_s, update_s = 0.05, 0.0, 0.05
+    rollout_s, score_s, update_s, start_s = 0.05, 0.0, 0.05, 0.0
     values, weight_values = 64, 0
     crashes: set[int] = set()  # noqa: RUF012
 
@@ -220,10 +222,10 @@ class StubRun(Run):
 
     def actors(self) -> dict[str, Any]:
         """See :class:`orchestrator.run.Run`."""
-        config, seconds, values, score = self.config, self.rollout_s, self.values, self.score_s
+        config, seconds, values, score, start = self.config, self.rollout_s, self.values, self.score_s, self.start_s
         return {
-            "orm": lambda i: (StubJudge, (score,)),
-            "rollout": lambda i: (StubRollout, (i, config, seconds, values)),
+            "orm": lambda i: (StubJudge, (score, start)),
+            "rollout": lambda i: (StubRollout, (i, config, seconds, values, start)),
         }
 
     def learner_group(self) -> Any:

@@ -240,15 +240,22 @@ class ActorPool:
             patience = None
             if member.state != "present":
                 limit = self._start_timeout_s if member.state == "starting" else self._rejoin_timeout_s
-                patience = max(0.1, member.since + limit - time.monotonic())
+                patience = member.since + limit - time.monotonic()
+                if patience <= 0:
+                    self._give_up(member, f"is not there after {limit:.0f} s ({free_resources(self.demand())})")
+                    return
             try:
                 answer = await asyncio.wait_for(_result(member.handle.ready.remote()), patience)
             except TimeoutError:
-                self._give_up(member, f"did not start within {limit:.0f} s ({free_resources(self.demand())})")
+                continue
+            except ray.exceptions.ActorUnavailableError:
+                # It is being restarted.
+                self.lose(member)
+                await asyncio.sleep(0.5)
             except ray.exceptions.RayTaskError as error:
                 self._give_up(member, f"failed to start: {error.cause}")
             except ray.exceptions.RayError as error:
-                # The error of a call does not tell whether the actor will be restarted; further calls do.
+                # A call that was under way does not tell whether the actor will be restarted; further ones do.
                 failures += 1
                 self.lose(member)
                 if failures > self.config.max_restarts + 1:
