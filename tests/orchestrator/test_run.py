@@ -111,7 +111,7 @@ def test_a_learner_that_dies_while_it_waits_takes_no_plan_of_another_version(
 
 
 @pytest.mark.parametrize("role", ["rollout", "orm", "trajectory-buffer", "weight-store"])
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_role_is_replaced(
     expected: list, stubs: Any, stub_config: Callable, execute: Callable, role: str, staleness: int
 ) -> None:
