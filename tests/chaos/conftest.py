@@ -86,6 +86,12 @@ class Job:
             if p.info["name"].startswith("raylet") and any(w.endswith(f":{port}") for w in p.info["cmdline"] or [])
         ]  # fmt: skip
 
+    @property
+    def cluster(self) -> str:
+        """Address of the job's cluster, for other processes to join."""
+        (raylet,) = self._raylets()
+        return next(w.partition("=")[2] for w in raylet.cmdline() if w.startswith("--gcs-address="))
+
     def one(self, *titles: str, timeout_s: float = 60) -> psutil.Process:
         deadline = time.monotonic() + timeout_s
         while not (found := self.processes(*titles)) and time.monotonic() < deadline:
