@@ -29,7 +29,7 @@ class ScriptedRun(Run):
             task=task, policy_version=0, fingerprint="", transitions=4, process_rewards=None, seconds={"total": 1.0},
             payload_bytes=0,
         )  # fmt: skip
-        return ScoredGroup(info, None, {"icon": np.zeros(3, np.float32)}, 0.1)
+        return ScoredGroup(info, None, None, {"icon": np.zeros(3, np.float32)}, 0.1)
 
 
 def collect(config: RunConfig, errors: dict[int, Exception]) -> tuple[Any, dict[str, float], list[int]]:
@@ -37,10 +37,10 @@ def collect(config: RunConfig, errors: dict[int, Exception]) -> tuple[Any, dict[
     run = ScriptedRun(config, "tests", None)
     run.errors, run.asked = errors, []
     try:
-        groups, dropped, _ = asyncio.run(run._collect())
+        batch = asyncio.run(run._collect(0))
     finally:
         run.tracker.close()
-    return (len(groups), dropped), run.failures.take(), run.asked
+    return (len(batch.groups), batch.dropped), run.failures.take(), run.asked
 
 
 def test_a_failed_reward_drops_its_group_and_is_counted(make_config: MakeConfig) -> None:
