@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.checkpoints import MANIFEST, CheckpointStore
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 BOUND_S = 400.0
 
 
