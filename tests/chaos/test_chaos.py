@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.checkpoints import MANIFEST, CheckpointStore
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 BOUND_S = 400.0
 
 
