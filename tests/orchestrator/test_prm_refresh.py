@@ -37,6 +37,8 @@ def group(seed: int) -> tuple[Any, Any, np.ndarray]:
 
 def wait_for(actor: Any) -> None:
     """Returns when a restarting actor answers again."""
+    # A kill is not at once: the process that is being ended may still answer.
+    time.sleep(2.0)
     import ray
 
     deadline = time.monotonic() + 120
