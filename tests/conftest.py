@@ -101,11 +101,14 @@ def tiny_recipe(generator: Path, prm: Path, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray cluster for all tests that need no cluster of their own."""
+    """A local Ray cluster that nobody else sees, or the one that RAY_ADDRESS names, which saves the start."""
     import ray
 
-    ray.init(num_cpus=4, namespace="tests", include_dashboard=True, log_to_driver=False)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(namespace="tests", log_to_driver=False)
+    else:
+        ray.init(address="local", num_cpus=4, namespace="tests", include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

@@ -1,11 +1,10 @@
-"""The run loop around stub roles, in a Ray cluster of its own."""
+"""The run loop around stub roles."""
 
 import asyncio
 import importlib.util
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +29,6 @@ def stubs() -> Any:
     spec.loader.exec_module(module)
     ray.cloudpickle.register_pickle_by_value(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    import ray
-
-    # A cluster that RAY_ADDRESS names saves the start; otherwise one that nobody else sees.
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(namespace="stubs", log_to_driver=False)
-    else:
-        ray.init(address="local", num_cpus=4, namespace="stubs", include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
@@ -76,7 +62,7 @@ def stub_config(tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 @pytest.fixture
-def execute(cluster: None) -> Callable[..., None]:
+def execute(ray_cluster: None) -> Callable[..., None]:
     """Runs a run to its end, with another coroutine beside it, and takes its actors away."""
 
     def go(run: Any, beside: Callable[[Any], Any] | None = None) -> None:

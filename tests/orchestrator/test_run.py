@@ -38,7 +38,7 @@ def expected(unbroken: dict, stubs: Any, stub_config: Callable, execute: Callabl
     """The chain of a run that nothing happens to."""
     if not unbroken:
         config = stub_config(f"output_dir={tmp_path}/unbroken")
-        execute(stubs.StubRun(config, "stubs", None))
+        execute(stubs.StubRun(config, "tests", None))
         unbroken["chain"] = chain(config)
         unbroken["records"] = records(config)
     return unbroken["chain"]
@@ -62,7 +62,7 @@ def test_rollouts_overlap_updates_within_the_bound(stubs: Any, stub_config: Call
     took = {}
     for staleness in (0, 1):
         config = stub_config(f"name=s{staleness}", f"rollout.max_staleness={staleness}", "checkpoint.every=100")
-        execute(Slow(config, "stubs", None))
+        execute(Slow(config, "tests", None))
         lags = [record["staleness/max"] for record in records(config)[1:]]
         assert max(lags) == staleness
         assert lags[0] == 0
@@ -73,7 +73,7 @@ def test_rollouts_overlap_updates_within_the_bound(stubs: Any, stub_config: Call
 
 def test_a_small_buffer_holds_drawing_back_but_not_up(stubs: Any, stub_config: Callable, execute: Callable) -> None:
     config = stub_config("rollout.max_staleness=3", "rollout.buffer_groups=4", "iterations=6")
-    execute(stubs.StubRun(config, "stubs", None))
+    execute(stubs.StubRun(config, "tests", None))
     assert [record["iteration"] for record in records(config)] == list(range(7))
     assert all(record["buffer/groups"] <= 4 for record in records(config)[1:])
 
@@ -85,7 +85,7 @@ def test_a_learner_that_dies_in_an_update_repeats_nothing_and_skips_nothing(
         crashes = {2, 5, 8}  # noqa: RUF012
 
     config = stub_config()
-    run = Crashing(config, "stubs", None)
+    run = Crashing(config, "tests", None)
     execute(run)
     assert run.learners.restarts == 3
     assert chain(config) == expected
@@ -106,7 +106,7 @@ def test_a_learner_that_dies_while_it_waits_takes_no_plan_of_another_version(
         run.learners.start()
 
     config = stub_config()
-    execute(Slow(config, "stubs", None), restart)
+    execute(Slow(config, "tests", None), restart)
     assert chain(config) == expected
 
 
@@ -124,7 +124,7 @@ def test_a_killed_role_is_replaced(
         await asyncio.to_thread(kill_process, {"rollout": "rollout-1", "orm": "orm-0"}.get(role, role))
 
     config = stub_config(f"rollout.max_staleness={staleness}", "rewards.attempts=8")
-    run = Slow(config, "stubs", None)
+    run = Slow(config, "tests", None)
     execute(run, kill)
     assert all(len(pool.members) == pool.wanted for pool in run.pools.values()), "nobody was given up"
     if staleness == 0:
@@ -159,7 +159,7 @@ def test_a_pool_without_restarts_goes_on_smaller_and_ends_with_an_error_when_emp
         await asyncio.to_thread(kill_process, "rollout-1")
 
     config = stub_config("pools.rollout.max_restarts=0", "iterations=10000", "rewards.attempts=8")
-    run = stubs.StubRun(config, "stubs", None)
+    run = stubs.StubRun(config, "tests", None)
     say = run.progress.say
     run.progress.say = lambda text: (said.append(text), say(text))
     began = time.monotonic()
@@ -203,7 +203,7 @@ def test_pools_change_while_the_run_goes_on(
             await asyncio.sleep(0.05)
 
     config = stub_config("iterations=10000")
-    execute(Slow(config, "stubs", None), scale)
+    execute(Slow(config, "tests", None), scale)
     everything = records(config)
     # Who draws a group does not change it: the numbers are those of a run of constant pools.
     assert chain(config)[:8] == expected
@@ -225,7 +225,7 @@ def test_a_stopped_run_goes_on_where_it_was(
         run._stop.set()
 
     config = stub_config()
-    execute(stubs.StubRun(config, "stubs", None), stop)
+    execute(stubs.StubRun(config, "tests", None), stop)
     checkpoint = CheckpointStore(config.run_dir / "checkpoints", 2).newest()
     assert checkpoint is not None
     assert 4 <= checkpoint.state.iteration < 8
