@@ -274,9 +274,13 @@ class RolloutActor:
         what = f"weights of version {context.version} ({context.kind})"
         try:
             manifest, refs = get(self.store.fetch.remote(context.version, context.kind), timeout, what)
-            buckets = get(refs, timeout, what)
         except LostActorError as error:
             raise WeightsMissingError(f"the weight store is gone: {error}") from error
+        try:
+            buckets = get(refs, timeout, what)
+        except LostActorError as error:
+            self.store.lost.remote(manifest.version, manifest.kind)
+            raise WeightsMissingError(f"the learner that published the weights is gone: {error}") from error
         self._holds = None
         self.worker.load_weights(manifest, buckets)
         self._holds = context.epoch, manifest.version, context.kind

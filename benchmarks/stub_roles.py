@@ -200,7 +200,7 @@ class StubLearners:
         for _ in range(20):
             try:
                 data, manifest = pack({"w": torch.from_numpy(self.weights.astype(np.float32)), "p": self.padding})
-                get(self.store.put_bucket.remote(version, kind, 0, data), 60, "bucket")
+                get(self.store.put_bucket.remote(version, kind, 0, [ray.put(data)], keep=False), 60, "bucket")
                 whole = WeightManifest(version=version, kind=kind, buckets=(manifest,))
                 get(self.store.commit.remote(whole), 60, "commit")
                 return

@@ -2,9 +2,9 @@
 
     python benchmarks/weight_publication.py --mb 512 --receivers 1 2 4
 
-Publishes float32 tensors the way the learner does (packed into buckets, handed to the weight store) and has receivers
-take them over the way rollout actors do (fetch, checksum, copy into the module's tensors), all at the same time. The
-yardstick is one ``tensor.copy_`` of the same bytes in this process, in the same run.
+Publishes float32 tensors the way the learner does (buckets into the object store, their references to the weight
+store) and has receivers take them over the way rollout actors do (fetch, checksum, copy into the module's tensors), all
+at the same time. The yardstick is one ``tensor.copy_`` of the same bytes in this process, in the same run.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def publish(store: Any, tensors: dict[str, torch.Tensor], version: int, bucket_b
     pending, manifests = [], []
     for index, names in enumerate(split_into_buckets(sizes, bucket_bytes)):
         data, manifest = pack({name: tensors[name] for name in names})
-        pending.append(store.put_bucket.remote(version, "policy", index, data))
+        pending.append(store.put_bucket.remote(version, "policy", index, [ray.put(data)], keep=False))
         manifests.append(manifest)
     ray.get(pending)
     ray.get(store.commit.remote(WeightManifest(version=version, kind="policy", buckets=tuple(manifests))))

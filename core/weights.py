@@ -1,34 +1,34 @@
-"""Weights on the wire: buckets of raw bytes and a manifest that says what lies where.
+"""Weights on the wire: buckets of raw bytes and a manifest that says what is what.
 
 Torch tensors travel slowly through Ray's object store (they are pickled and copied), numpy arrays as shared memory.
-A bucket is therefore one flat uint8 array; the manifest names the tensors in it, and a checksum guards each bucket.
+A bucket is therefore a list of uint8 arrays on the tensors' own memory, so that putting it into the object store is
+the only copy; the manifest names the tensors, and a checksum guards each bucket.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
 from core.arrays import as_tensor
 from core.errors import TrainingError
 
-Bucket = NDArray[np.uint8]
+Bucket = list[NDArray[np.uint8]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """Place of one tensor in a bucket; ``dtype`` is torch's name of it."""
+    """One tensor of a bucket; ``dtype`` is torch's name of it."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    offset: int
     nbytes: int
 
 
@@ -74,22 +74,25 @@ def split_into_buckets(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def pack(tensors: Mapping[str, Tensor]) -> tuple[Bucket, BucketManifest]:
-    """Copies tensors into one bucket, each at an offset that is a multiple of 16."""
-    entries, offset = [], 0
+    """Describes tensors on the CPU as a bucket, which shares their memory where they are contiguous."""
+    entries, bucket = [], []
     for name, tensor in tensors.items():
-        nbytes = tensor.numel() * tensor.element_size()
+        raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
         entries.append(
             TensorEntry(
-                name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape),
-                offset=offset, nbytes=nbytes,
+                name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), nbytes=raw.nbytes
             )
-        )  # fmt: skip
-        offset += (nbytes + 15) // 16 * 16
-    bucket = np.zeros(offset, dtype=np.uint8)
-    for entry, tensor in zip(entries, tensors.values(), strict=True):
-        flat = torch.from_numpy(bucket[entry.offset : entry.offset + entry.nbytes])
-        flat.copy_(tensor.detach().contiguous().flatten().view(torch.uint8))
-    return bucket, BucketManifest(entries=tuple(entries), checksum=zlib.crc32(bucket.data))
+        )
+        bucket.append(raw)
+    return bucket, BucketManifest(entries=tuple(entries), checksum=_checksum(bucket))
+
+
+def _checksum(bucket: Bucket) -> int:
+    # As fast as memory: a CRC would cost several times what copying the weights does.
+    digest = xxhash.xxh3_64()
+    for raw in bucket:
+        digest.update(raw.data)
+    return digest.intdigest()
 
 
 def unpack(manifest: BucketManifest, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
@@ -98,11 +101,10 @@ def unpack(manifest: BucketManifest, bucket: Bucket) -> Iterator[tuple[str, Tens
     Raises:
         TrainingError: the bytes are not those that were published.
     """
-    if zlib.crc32(bucket.data) != manifest.checksum:
+    if _checksum(bucket) != manifest.checksum:
         raise TrainingError("a weight bucket arrived damaged: its checksum differs from the manifest's")
-    for entry in manifest.entries:
-        raw = as_tensor(bucket[entry.offset : entry.offset + entry.nbytes])
-        yield entry.name, raw.view(getattr(torch, entry.dtype)).view(entry.shape)
+    for entry, raw in zip(manifest.entries, bucket, strict=True):
+        yield entry.name, as_tensor(raw).view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
 def load_buckets(manifest: WeightManifest, buckets: Sequence[Bucket], parameters: Mapping[str, Tensor]) -> None:

@@ -220,8 +220,15 @@ class Learner:
             for position, batch in enumerate(shares[self.rank])
         }
 
-    def publish(self, store: Any, version: int, kind: str, timeout_s: float) -> float:
+    def publish(self, store: Any, version: int, kind: str, timeout_s: float, *, keep: bool = False) -> float:
         """Collects the weights on rank 0 and hands them to the store; again, if the store dies over it.
+
+        Args:
+            store: handle of the weight store.
+            version: of the policy.
+            kind: ``policy`` or ``average``.
+            timeout_s: longest wait for the store.
+            keep: this learner is about to end, and its weights are still needed.
 
         Returns:
             Bytes published (0 on other ranks).
@@ -232,7 +239,7 @@ class Learner:
         for attempt in range(PUBLISH_ATTEMPTS):
             size, error = 0.0, None
             try:
-                size = self._publish_once(store, version, kind, timeout_s)
+                size = self._publish_once(store, version, kind, timeout_s, keep)
             except (LostActorError, WeightsMissingError) as lost:
                 error = lost
             # All ranks collect, so all must know whether to collect once more.
@@ -242,14 +249,17 @@ class Learner:
             time.sleep(2.0)
         raise LostActorError(f"the weight store did not take version {version} in {PUBLISH_ATTEMPTS} attempts")
 
-    def _publish_once(self, store: Any, version: int, kind: str, timeout_s: float) -> float:
+    def _publish_once(self, store: Any, version: int, kind: str, timeout_s: float, keep: bool) -> float:
+        import ray
+
         pending: list[Any] = []
         manifests: list[BucketManifest] = []
         limit = int(self.config.pools.learner.weight_bucket_mb * MEGABYTE)
         for bucket in self.policy.gathered(limit, average=kind == "average"):
             if self.rank == 0:
                 data, manifest = pack(bucket)
-                pending.append(store.put_bucket.remote(version, kind, len(manifests), data))
+                boxed = [ray.put(data)]
+                pending.append(store.put_bucket.remote(version, kind, len(manifests), boxed, keep=keep))
                 manifests.append(manifest)
         if self.rank != 0:
             return 0.0
@@ -353,12 +363,12 @@ def _step(learner: Learner, buffer: Any, store: Any, attempt: str, timeout: floa
         metrics |= {"time/fetch_s": fetched - began, "time/update_s": time.perf_counter() - fetched}
         learner.version = plan.iteration
         began = time.perf_counter()
-        metrics["weights/bytes"] = learner.publish(store, plan.iteration, "policy", timeout)
+        metrics["weights/bytes"] = learner.publish(store, plan.iteration, "policy", timeout, keep=plan.stop)
         metrics["time/publish_s"] = time.perf_counter() - began
     elif plan.publish:
         learner.publish(store, plan.iteration, "policy", timeout)
     if plan.publish_average:
-        learner.publish(store, plan.iteration, "average", timeout)
+        learner.publish(store, plan.iteration, "average", timeout, keep=plan.stop)
     if plan.checkpoint is not None:
         began = time.perf_counter()
         save_rank_state(learner, Path(plan.checkpoint))

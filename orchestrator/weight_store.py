@@ -1,11 +1,15 @@
-"""The weight store: a Ray actor that owns the published weights, so that they outlive the learner that made them."""
+"""The weight store: a Ray actor that knows where the published weights are.
+
+The learner owns the buckets, since every further copy would take as long as the publication itself. If it dies they are
+gone, and the group that takes its place publishes its own; only what an ending learner leaves is copied.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from core.errors import WeightsMissingError
-from core.weights import Bucket, WeightManifest
+from core.weights import WeightManifest
 
 KEPT_VERSIONS = 2
 
@@ -20,11 +24,19 @@ class WeightStore:
     def __repr__(self) -> str:
         return "weight-store"
 
-    def put_bucket(self, version: int, kind: str, index: int, data: Bucket) -> None:
-        """Copies one bucket into an object of the store's own: the learner's would die with the learner."""
+    def put_bucket(self, version: int, kind: str, index: int, boxed: list[Any], *, keep: bool) -> None:
+        """Takes the reference to one bucket.
+
+        Args:
+            version: of the policy.
+            kind: of weights.
+            index: of the bucket.
+            boxed: the reference, in a list so that it arrives as one; the learner owns what it points to.
+            keep: the learner is about to end: copy the bucket into an object of the store's own.
+        """
         import ray
 
-        self._arriving.setdefault((version, kind), {})[index] = ray.put(data)
+        self._arriving.setdefault((version, kind), {})[index] = ray.put(ray.get(boxed[0])) if keep else boxed[0]
 
     def commit(self, manifest: WeightManifest) -> None:
         """Publishes a version, all of whose buckets have arrived.
@@ -57,6 +69,10 @@ class WeightStore:
             have = {kind: sorted(versions) for kind, versions in self._published.items()}
             raise WeightsMissingError(f"the weight store has no version {version} ({kind}); it has {have}")
         return self._published[kind][newest]
+
+    def lost(self, version: int, kind: str) -> None:
+        """Notes that a version's buckets cannot be had any more: the learner that owned them has died."""
+        self._published.get(kind, {}).pop(version, None)
 
     def newest(self, kind: str) -> int:
         """Newest version of a kind; -1 if there is none."""

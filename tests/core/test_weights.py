@@ -19,16 +19,24 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def test_packed_tensors_read_back_bit_by_bit() -> None:
     bucket, manifest = pack(tensors())
-    bucket.flags.writeable = False
+    for raw in bucket:
+        raw.flags.writeable = False
     read = dict(unpack(manifest, bucket))
     for name, tensor in tensors().items():
         assert read[name].dtype == tensor.dtype
         assert torch.equal(read[name], tensor)
 
 
+def test_a_bucket_shares_the_memory_of_its_tensors() -> None:
+    tensor = torch.zeros(4)
+    bucket, _ = pack({"w": tensor})
+    tensor.fill_(1)
+    assert bucket[0].view(np.float32).tolist() == [1, 1, 1, 1]
+
+
 def test_a_flipped_bit_is_noticed() -> None:
     bucket, manifest = pack(tensors())
-    bucket[11] ^= 1
+    bucket[1][11] ^= 1
     with pytest.raises(TrainingError, match="damaged"):
         list(unpack(manifest, bucket))
 
