@@ -23,6 +23,7 @@ BUILT_IN: dict[str, str] = {
     "aesthetic": "models.rewards.clip:AestheticReward",
     "ocr": "models.rewards.ocr:OcrReward",
     "optical_flow": "models.rewards.optical_flow:OpticalFlowReward",
+    "trained": "models.rewards.outcome_model:TrainedOutcomeReward",
     "http": "models.rewards.http:HttpReward",
 }
 
