@@ -54,7 +54,7 @@ def test_pairs_ties_and_labels_in_one_file(tmp_path: Path) -> None:
         (pair(" ", "a", "b"), "field 'prompt' must be a text"),
         (pair("x", "a", "a"), "name the same file"),
         (pair("x", "a", "b", tie="no"), "field 'tie' must be true or false"),
-        (pair("x", "a", "b", score=1), "unknown field 'score'; known here: loser, prompt, tie, winner"),
+        (pair("x", "a", "b", score=1), "unknown field 'score'; known here: image, loser, prompt, tie, winner"),
         (label("x", "a", 2), "field 'label' must be 0 or 1, got 2"),
         (label("x", "a", None), "field 'label' must be 0 or 1"),
         (label("first", "a", 0), "field 'label': the sample already has the label 1"),

@@ -62,7 +62,7 @@ def test_an_outcome_reward_that_does_not_exist_is_refused() -> None:
     reward = load(ROOT / "flux" / "dancegrpo.yaml").rewards.outcome[0]
     with pytest.raises(ConfigError, match=r"rewards.outcome \(hps\).type: unknown reward 'hps_v2'.*'hps_v21'"):
         find_reward(reward.model_copy(update={"type": "hps_v2"}))
-    with pytest.raises(ConfigError, match="cannot import 'models.rewards.clip:HpsV22'"):
+    with pytest.raises(ConfigError, match=r"cannot import 'models\.rewards\.clip:HpsV22'"):
         find_reward(reward.model_copy(update={"type": "models.rewards.clip:HpsV22"}))
 
 
