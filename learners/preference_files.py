@@ -5,7 +5,8 @@
     {"prompt": "a red car", "sample": "d.safetensors", "label": 1}
 
 Both kinds may stand in one file. Paths are relative to the file's folder. Labelled samples of one prompt make a pair
-of every positive with every negative (Euphonium, section 5.1).
+of every positive with every negative (Euphonium, section 5.1). For image-to-video, ``"image"`` names the picture that
+the prompt's videos begin with, in one of its lines or in all.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class PreferenceTable:
         label: int64 ``[samples]``: 1, 0, or -1 for samples without a label.
         pairs: int64 ``[pairs, 2]``, winner and loser.
         ties: int64 ``[ties, 2]``.
+        images: pictures by prompt, where lines name them.
     """
 
     prompts: list[str]
@@ -45,6 +47,7 @@ class PreferenceTable:
     label: NDArray[np.int64]
     pairs: Pairs
     ties: Pairs
+    images: dict[str, Path] = field(default_factory=dict)
 
     def of_prompts(self, chosen: Sequence[int]) -> PreferenceTable:
         """The preferences of some prompts alone."""
@@ -58,6 +61,7 @@ class PreferenceTable:
             label=self.label[kept],
             pairs=renumbered[self.pairs[kept[self.pairs[:, 0]]]],
             ties=renumbered[self.ties[kept[self.ties[:, 0]]]],
+            images={text: self.images[text] for text in (self.prompts[i] for i in chosen) if text in self.images},
         )
 
 
@@ -141,6 +145,7 @@ class _Rows:
     labels: dict[int, int] = field(default_factory=dict)
     pairs: list[tuple[int, int]] = field(default_factory=list)
     ties: list[tuple[int, int]] = field(default_factory=list)
+    images: dict[str, Path] = field(default_factory=dict)
 
     def add(self, line: str, place: str) -> None:
         try:
@@ -149,10 +154,12 @@ class _Rows:
             raise ConfigError(f"{place}: not valid JSON: {error}") from error
         if not isinstance(row, dict):
             raise ConfigError(f"{place}: not a JSON object")
-        known = {"prompt", "sample", "label"} if "sample" in row else {"prompt", "winner", "loser", "tie"}
+        known = {"prompt", "image"} | ({"sample", "label"} if "sample" in row else {"winner", "loser", "tie"})
         if unknown := sorted(set(row) - known):
             raise ConfigError(f"{place}: unknown field {unknown[0]!r}; known here: {', '.join(sorted(known))}")
         prompt = self.prompts.setdefault(_text(row, "prompt", place), len(self.prompts))
+        if "image" in row:
+            self._image(row, place)
         if "sample" in row:
             sample = self._sample(row, "sample", prompt, place)
             label = row.get("label")
@@ -168,6 +175,16 @@ class _Rows:
         if not isinstance(tie, bool):
             raise ConfigError(f"{place}: field 'tie' must be true or false, got {tie!r}")
         (self.ties if tie else self.pairs).append(pair)
+
+    def _image(self, row: dict[str, Any], place: str) -> None:
+        text, image = row["prompt"], self.folder / _text(row, "image", place)
+        if not image.is_file():
+            raise ConfigError(f"{place}: field 'image': there is no file {image}")
+        if self.images.setdefault(text, image) != image:
+            raise ConfigError(
+                f"{place}: field 'image': the prompt {text!r} already has the image {self.images[text]}; word the "
+                "prompts differently"
+            )
 
     def _sample(self, row: dict[str, Any], name: str, prompt: int, place: str) -> int:
         path = self.folder / _text(row, name, place)
@@ -189,6 +206,7 @@ class _Rows:
             label=label,
             pairs=np.unique(np.concatenate([given, paired]), axis=0),
             ties=np.array(self.ties, dtype=np.int64).reshape(-1, 2),
+            images=self.images,
         )
 
 

@@ -38,6 +38,5 @@ def train_orm(config: OrmConfig, say: Callable[[str], None]) -> dict[str, Any]:
     for name in ("accuracy", "label_accuracy", "calibration_error"):
         if name in result:
             say(f"held-out {name.replace('_', ' ')}: {result[name]:.1%}")
-    say(f"wrote {config.target}: reward type models.rewards.outcome_model:TrainedOutcomeReward with options "
-        f"{{ path: {config.target} }}")  # fmt: skip
+    say(f"wrote {config.target}: reward type trained with options {{ path: {config.target} }}")
     return result

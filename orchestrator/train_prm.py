@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,8 @@ def _encode(config: PrmConfig, say: Say) -> None:
                 f"preferences: the {part.replace('_', '-')} part has no pair: give winner and loser, or samples of one "
                 "prompt with both labels"
             )
-        mark = _mark(config, family, [[str(f) for f in table.files], table.prompts, table.pairs.tolist()])
+        images = {prompt: str(image) for prompt, image in table.images.items()}
+        mark = _mark(config, family, [[str(f) for f in table.files], table.prompts, table.pairs.tolist(), images])
         folder = config.run_dir / "data" / part
         if is_prepared(folder, mark):
             say(f"{part}: {len(table.files)} samples ready in {folder}")
@@ -134,7 +135,7 @@ def _encode(config: PrmConfig, say: Say) -> None:
             _latent_files, config.learner, len(table.files), say, part, config, table, folder / "encoded"
         )
         files = [file for share in shares for file in share]
-        conditioning = _encoded_prompts(config, table.prompts, say, part)
+        conditioning = _encoded_prompts(config, table.prompts, table.images, say, part)
         write_paired(folder, mark, files, family.latent_shape, table.prompt, table.pairs, conditioning)
         say(f"{part}: {len(files)} samples of {len(table.prompts)} prompts, {len(table.pairs)} pairs, "
             f"{time.monotonic() - began:.0f} s")  # fmt: skip
@@ -196,7 +197,7 @@ def _draw(config: PrmConfig, part: str, say: Say) -> None:
     if is_prepared(folder, mark):
         say(f"{part}: {len(prompts) * count} samples from {folder}")
         return
-    conditioning = _encoded_prompts(config, prompts, say, part)
+    conditioning = _encoded_prompts(config, prompts, images_for(family, config.prompts), say, part)
     index = np.repeat(np.arange(len(prompts)), count)
     batches = -(-len(index) // BATCH)
     shares = map_shares(_samples, config.learner, batches, say, part, config, prompts, index, conditioning)
@@ -206,13 +207,17 @@ def _draw(config: PrmConfig, part: str, say: Say) -> None:
         f"{score.reshape(len(prompts), count).std(axis=1).mean():.3f}")  # fmt: skip
 
 
-def _encoded_prompts(config: PrmConfig, prompts: list[str], say: Say, part: str) -> Conditioning:
-    return map_shares(_conditioning, config.learner, 1, say, f"{part} prompts", config, prompts)[0]
+def _encoded_prompts(
+    config: PrmConfig, prompts: list[str], images: dict[str, Path], say: Say, part: str
+) -> Conditioning:
+    absolute_images = {prompt: image.resolve() for prompt, image in images.items()}
+    return map_shares(_conditioning, config.learner, 1, say, f"{part} prompts", config, prompts, absolute_images)[0]
 
 
-def _conditioning(_: Iterable[int], config: PrmConfig, prompts: Sequence[str]) -> Conditioning:
+def _conditioning(
+    _: Iterable[int], config: PrmConfig, prompts: Sequence[str], images: Mapping[str, Path]
+) -> Conditioning:
     family = open_generator(config.model)
-    images = images_for(family, config.prompts) if config.prompts is not None else {}
     encoder = family.prompt_encoder(_device(), images)
     stacked = stack_conditionings([encode_one(encoder, prompt) for prompt in prompts])
     return {name: tensor.cpu() for name, tensor in stacked.items()}

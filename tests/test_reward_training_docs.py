@@ -1,5 +1,6 @@
 """Recipes in docs/reward_training.md are recipes."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ import yaml
 
 from core.config import OrmConfig, OutcomeRewardConfig, PrmConfig, ProcessRewardConfig, load_config
 from core.config.base import Node
+from models.rewards.outcome_model import TrainedOutcomeReward
+from models.rewards.registry import BUILT_IN
 
 PAGE = (Path(__file__).parent.parent / "docs" / "reward_training.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
@@ -25,7 +28,9 @@ def test_rewards_on_the_page_are_valid() -> None:
     parts = [yaml.safe_load(block)["rewards"] for block in BLOCKS if block.startswith("rewards:")]
     process = ProcessRewardConfig.model_validate(parts[0]["process"])
     assert process.refresh is not None
-    assert OutcomeRewardConfig.model_validate(parts[1]["outcome"][0]).name == "preference"
+    outcome = OutcomeRewardConfig.model_validate(parts[1]["outcome"][0])
+    assert outcome.type in BUILT_IN
+    inspect.signature(TrainedOutcomeReward).bind(**outcome.options)
 
 
 def test_preferences_on_the_page_are_valid(tmp_path: Path) -> None:

@@ -177,8 +177,15 @@ class GeneratorFamily(ABC):
         return complete
 
     def load_image_encoder(self, device: torch.device) -> ImageEncoder:
-        """The VAE as a function from pictures to latents, in families that take an image."""
-        raise NotImplementedError(f"{self.pipeline_class} takes no image")
+        """The VAE as a function from pictures to latents, in families that take an image.
+
+        Raises:
+            ConfigError: this one takes none.
+        """
+        raise ConfigError(
+            f"model.path: {self.folder} is a {self.pipeline_class}, which takes no image; for image-to-video give a "
+            "pipeline that does, such as a HunyuanSkyreelsImageToVideoPipeline"
+        )
 
     def _image_of(self, prompt: str, images: Mapping[str, Path]) -> Path:
         if prompt not in images:

@@ -7,6 +7,7 @@ in what is read off the features. Of a video, a few frames are scored and averag
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -118,7 +119,7 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-class _ClipReward:
+class _ClipReward(ABC):
     """Network, tokenizer and preparation of a frame; subclasses say what is read off the features."""
 
     name: ClassVar[str]
@@ -207,9 +208,9 @@ class _ClipReward:
         projection = self.network.get_parameter("visual_projection.weight")
         return int(projection.shape[0])
 
+    @abstractmethod
     def _read(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores ``[batch, frames]`` of unit vectors ``[batch, frames, width]``."""
-        raise NotImplementedError
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
         """See :class:`models.rewards.base.OutcomeReward`; the mean over the chosen frames."""

@@ -2,7 +2,7 @@
 
 It sees evenly spaced frames of a video, then its prompt. A saved model is a folder with ``config.json`` (how a video
 becomes tokens), the tokenizer, the backbone in ``backbone/`` and ``head.safetensors`` (``weight`` [1, width] and
-``bias`` [1]). As a reward its type is ``models.rewards.outcome_model:TrainedOutcomeReward``.
+``bias`` [1]). As a reward its type is ``trained``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch.nn import functional
 
 from core.config import BackboneConfig
 from core.errors import ConfigError
+from models.rewards.frames import check_videos
+from models.rewards.pretrained import device_of
 
 CONFIG_FILE = "config.json"
 HEAD_FILE = "head.safetensors"
@@ -245,14 +247,18 @@ class TrainedOutcomeReward:
 
         Raises:
             ConfigError: the folder holds no such model.
+            ValueError: an option out of range.
         """
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if batch < 1:
+            raise ValueError("batch must be at least 1")
+        self.device = device_of(device)
         self.model = OutcomeModel.load(Path(path)).to(self.device)
         self.batch = batch
 
     @torch.inference_mode()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
         """See :class:`models.rewards.base.OutcomeReward`."""
+        check_videos(videos, prompts)
         parts = []
         for begin in range(0, len(videos), self.batch):
             part = slice(begin, begin + self.batch)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 from core.config import OutcomeRewardConfig
 from core.errors import ConfigError
@@ -23,15 +25,16 @@ BUILT_IN: dict[str, str] = {
     "aesthetic": "models.rewards.clip:AestheticReward",
     "ocr": "models.rewards.ocr:OcrReward",
     "optical_flow": "models.rewards.optical_flow:OpticalFlowReward",
+    "trained": "models.rewards.outcome_model:TrainedOutcomeReward",
     "http": "models.rewards.http:HttpReward",
 }
 
 
-def build_reward(config: OutcomeRewardConfig) -> OutcomeReward:
-    """Constructs a reward.
+def find_reward(config: OutcomeRewardConfig) -> Callable[..., Any]:
+    """What makes a reward of its options: the class that ``type`` names.
 
     Raises:
-        ConfigError: an unknown name, a class that cannot be imported, or options that it does not take.
+        ConfigError: an unknown name, or a class that cannot be imported.
     """
     path = BUILT_IN.get(config.type, config.type)
     module_name, separator, class_name = path.partition(":")
@@ -41,9 +44,20 @@ def build_reward(config: OutcomeRewardConfig) -> OutcomeReward:
         advice = f"did you mean {near[0]!r}?" if near else f"built-in are {', '.join(BUILT_IN)}"
         raise ConfigError(f"{field}: unknown reward {config.type!r}; {advice} Your own go by package.module:Class")
     try:
-        made_by = getattr(importlib.import_module(module_name), class_name)
+        found: Callable[..., Any] = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{field}: cannot import {path!r}: {error}") from error
+    return found
+
+
+def build_reward(config: OutcomeRewardConfig) -> OutcomeReward:
+    """Constructs a reward.
+
+    Raises:
+        ConfigError: see :func:`find_reward`; or options that the class does not take, or that it cannot be made with.
+    """
+    made_by = find_reward(config)
+    path, field = BUILT_IN.get(config.type, config.type), f"rewards.outcome ({config.name}).type"
     try:
         made = made_by(**config.options)
     except ConfigError as error:

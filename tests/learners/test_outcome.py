@@ -94,10 +94,11 @@ def test_training_separates_a_toy_set_and_its_model_scores_as_a_reward(
     result = train_orm(config, lines.append)
     assert result["accuracy"] > 0.9, lines
     assert objective != "bce" or result["label_accuracy"] > 0.9
+    assert lines[-1] == f"wrote {tmp_path / 'orm'}: reward type trained with options {{ path: {tmp_path / 'orm'} }}"
     reward = build_reward(
         OutcomeRewardConfig(
             name="orm",
-            type="models.rewards.outcome_model:TrainedOutcomeReward",
+            type="trained",
             options={"path": str(tmp_path / "orm"), "batch": 3},
         )
     )
@@ -187,6 +188,11 @@ def test_mistakes_are_named(backbone: Path, videos: Path, tmp_path: Path, tiny_g
         OutcomeModel.from_backbone(BackboneConfig(path=str(tiny_generator / "text_encoder_2")))
     with pytest.raises(ConfigError, match="holds no outcome reward model"):
         OutcomeModel.load(tmp_path)
+    spec = OutcomeRewardConfig(name="mine", type="trained", options={"path": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"rewards.outcome \(mine\).options: .* holds no outcome reward model"):
+        build_reward(spec)
+    with pytest.raises(ConfigError, match="batch must be at least 1"):
+        build_reward(spec.model_copy(update={"options": {"path": str(tmp_path), "batch": 0}}))
     model = OutcomeModel.from_backbone(BackboneConfig(path=str(backbone), frames=2))
     with pytest.raises(ValueError, match="own tokens"):
         model.inputs([torch.zeros(2, 3, 28, 28, dtype=torch.uint8)], ["a <IMG_CONTEXT> car"], CPU)

@@ -54,18 +54,31 @@ def test_pairs_ties_and_labels_in_one_file(tmp_path: Path) -> None:
         (pair(" ", "a", "b"), "field 'prompt' must be a text"),
         (pair("x", "a", "a"), "name the same file"),
         (pair("x", "a", "b", tie="no"), "field 'tie' must be true or false"),
-        (pair("x", "a", "b", score=1), "unknown field 'score'; known here: loser, prompt, tie, winner"),
+        (pair("x", "a", "b", score=1), "unknown field 'score'; known here: image, loser, prompt, tie, winner"),
         (label("x", "a", 2), "field 'label' must be 0 or 1, got 2"),
         (label("x", "a", None), "field 'label' must be 0 or 1"),
         (label("first", "a", 0), "field 'label': the sample already has the label 1"),
+        (pair("x", "a", "b", image="nowhere.png"), "field 'image': there is no file"),
+        (pair("x", "a", "b", image=3), "field 'image' must be a text"),
+        (label("first", "a", 1) | {"image": "b.npy"}, "field 'image': the prompt 'first' already has the image"),
     ],
 )
 def test_mistakes_name_file_line_and_field(tmp_path: Path, row: Any, message: str) -> None:
-    path = write(tmp_path, label("first", "a", 1), row)
+    path = write(tmp_path, label("first", "a", 1) | {"image": "a.npy"}, row)
     with pytest.raises(ConfigError) as error:
         read_preferences(path, "preferences.train")
     assert f"{path}:2: " in str(error.value)
     assert message in str(error.value)
+
+
+def test_pictures_go_with_their_prompts(tmp_path: Path) -> None:
+    # In one line of a prompt, or in all; files stand for pictures here.
+    rows = [pair("x", "a", "b", image="c.npy"), pair("x", "a", "d"), pair("y", "a", "b", image="d.npy")]
+    path = write(tmp_path, *rows, rows[0], pair("z", "a", "b"))
+    assert read_preferences(path, "f").images == {"x": tmp_path / "c.npy", "y": tmp_path / "d.npy"}
+    parts = open_preferences(PreferencesConfig(train=path, held_out_fraction=0.34), seed=0)
+    assert sorted(text for part in parts for text in part.images) == ["x", "y"]
+    assert all(set(part.images) <= set(part.prompts) for part in parts)
 
 
 def test_held_out_prompts_are_strictly_held_out(tmp_path: Path) -> None:

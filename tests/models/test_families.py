@@ -417,6 +417,12 @@ def test_a_prompt_without_its_image_is_refused(folders: Folders, tmp_path: Path)
         family.prompt_encoder(CPU, {PROMPTS[0]: tmp_path / "broken.png"})(PROMPTS[:1])
 
 
+def test_a_family_of_texts_says_that_it_takes_no_image(folders: Folders) -> None:
+    family = family_of("flux", folders)
+    with pytest.raises(ConfigError, match=r"model\.path: .* is a FluxPipeline, which takes no image"):
+        family.load_image_encoder(CPU)
+
+
 def ddim_sampler(**changes: Any) -> SamplerConfig:
     return SamplerConfig(**({"law": "ddim", "eta": 1.0, "num_steps": 10} | changes))
 

@@ -12,17 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.models.tiny_pipelines import BUILDERS, build_pipeline
+from tests.models.tiny_pipelines import BUILDERS, SHAPES, build_pipeline, model_fields
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "FluxPipeline": {"embedded_guidance": 3.5},
-    "StableDiffusion3Pipeline": {"cfg_scale": 4.5},
-    "WanPipeline": {"frames": 5, "cfg_scale": 5.0},
-    "StableDiffusionPipeline": {"cfg_scale": 7.5},
-    "HunyuanVideoPipeline": {"frames": 5, "height": 32, "width": 32, "embedded_guidance": 6.0},
-    "HunyuanVideo15Pipeline": {"frames": 5, "cfg_scale": 6.0},
-    "HunyuanSkyreelsImageToVideoPipeline": {"frames": 5, "height": 32, "width": 32, "embedded_guidance": 1.0},
-}
 # Changes of the model's configuration, whether activations are recomputed, and the largest difference between what
 # learner and rollout actor compute: the last bit of a convolution may depend on where its weights lie in memory.
 WAYS: dict[str, tuple[dict[str, Any], bool, float]] = {
@@ -36,10 +27,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]
     folder = tmp_path_factory.mktemp("zero3")
     orders = {}
     Image.new("RGB", (32, 32), "red").save(folder / "first_frame.png")
-    for name, shape in SHAPES.items():
+    for name in SHAPES:
         build_pipeline(name).save_pretrained(folder / name)
         for way, (changes, checkpointing, _) in WAYS.items():
-            model = {"path": str(folder / name), "height": 16, "width": 16, "max_prompt_tokens": 16} | shape | changes
+            model = model_fields(name, folder / name) | changes
             orders[f"{name}, {way}"] = {"model": model, "checkpointing": checkpointing}
     (folder / "orders.json").write_text(json.dumps(orders))
     worker = str(Path(__file__).with_name("families_zero3_worker.py"))

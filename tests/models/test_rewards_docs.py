@@ -9,12 +9,18 @@ import pytest
 import torch
 import yaml
 
-from core.config import OutcomeRewardConfig
+from core.config import OutcomeRewardConfig, RunConfig, WatchConfig
 from core.errors import ConfigError
 from models.rewards.base import OutcomeReward
 from models.rewards.registry import BUILT_IN, build_reward
+from orchestrator.metrics import METRICS, find_metric
+from orchestrator.reference import fields
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+TABLE = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in PAGE.split("## What there is")[1].split("\n\n")[1].splitlines()
+]
 
 
 def blocks(language: str) -> list[str]:
@@ -37,7 +43,41 @@ def own_options(name: str) -> dict[str, inspect.Parameter]:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_reward_is_importable_and_in_the_table(name: str) -> None:
     assert issubclass(reward_class(name), OutcomeReward)
-    assert re.search(rf"^\| `{name}` \|", PAGE, flags=re.MULTILINE)
+    (row,) = [row for row in TABLE[2:] if row[0] == f"`{name}`"]
+    assert len(row) == len(TABLE[0])
+    assert all(row)
+
+
+def test_the_table_says_what_one_must_know_and_speeds_are_measured_or_said_not_to_be() -> None:
+    header, _, *rows = TABLE
+    assert header == ["type", "architecture", "weights", "licence", "range", "speed, CPU", "tested how"]
+    measured = set()
+    for row in rows:
+        kind, speed = row[0].strip("`"), row[header.index("speed, CPU")]
+        if re.search(r"\d (ms|s)\b", speed):
+            measured.add(kind)
+        elif as_other := re.fullmatch(r"as `(\w+)`", speed):
+            assert as_other[1] in measured
+        elif kind in BUILT_IN:
+            assert speed.startswith("not measured here")
+
+
+def test_metrics_and_fields_on_the_page_exist() -> None:
+    words = set(re.findall(r"`([a-z_./<>]+)`", PAGE))
+    named = {word for word in words if word.startswith(("process/", "watch/", "rewards/f", "reward/", "correlation/"))}
+    for metric in named:
+        find_metric(re.sub(r"<\w+>", "some", metric))
+    watched = {metric.key for metric in METRICS if metric.key.startswith(("process/", "watch/"))}
+    assert named >= {metric for metric in watched if "refresh" not in metric}
+    roots = ("rewards.", "sampler.", "advantage.", "objective.", "optimizer.", "rollout.")
+    paths = {field.path.replace("[]", "") for field in fields(RunConfig)}
+    groups = {path[:i] for path in paths for i, letter in enumerate(path) if letter == "."}
+    said = {word for word in words if word.startswith(roots) and "/" not in word}
+    assert said >= {"rewards.attempts", "rewards.max_dropped_fraction", "rewards.watch.min_accuracy"}
+    assert said <= paths | groups
+    watch = WatchConfig()
+    assert f"`rewards.watch.window` ({watch.window})" in PAGE
+    assert f"`rewards.watch.min_accuracy` ({watch.min_accuracy})" in PAGE
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if not name.startswith("sprite_")])
@@ -85,7 +125,8 @@ def test_documented_recipes_parse_into_rewards() -> None:
         held = yaml.safe_load(block)
         parsed += held["rewards"]["outcome"] if isinstance(held, dict) else held
     specs = [OutcomeRewardConfig(**entry) for entry in parsed]
-    assert {"ocr", "optical_flow", "hps_v21", "videoalign", "my_rewards:ColourReward"} == {spec.type for spec in specs}
+    kinds = {"ocr", "optical_flow", "hps_v21", "videoalign", "trained", "my_rewards:ColourReward"}
+    assert kinds == {spec.type for spec in specs}
     for spec in specs:
         if spec.type in BUILT_IN:
             assert set(spec.options) <= set(own_options(spec.type))

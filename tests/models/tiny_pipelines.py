@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -271,6 +272,23 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "HunyuanVideo15Pipeline": hunyuan_video_15,
     "HunyuanSkyreelsImageToVideoPipeline": skyreels_image_to_video,
 }
+
+
+# What a sample of each is, where it is not an image of 16 x 16 pixels, and how it is guided.
+SHAPES: dict[str, dict[str, Any]] = {
+    "FluxPipeline": {"embedded_guidance": 3.5},
+    "StableDiffusion3Pipeline": {"cfg_scale": 4.5},
+    "WanPipeline": {"frames": 5, "cfg_scale": 5.0},
+    "StableDiffusionPipeline": {"cfg_scale": 7.5},
+    "HunyuanVideoPipeline": {"frames": 5, "height": 32, "width": 32, "embedded_guidance": 6.0},
+    "HunyuanVideo15Pipeline": {"frames": 5, "cfg_scale": 6.0},
+    "HunyuanSkyreelsImageToVideoPipeline": {"frames": 5, "height": 32, "width": 32, "embedded_guidance": 1.0},
+}
+
+
+def model_fields(pipeline_class: str, folder: Path) -> dict[str, Any]:
+    """Fields of a recipe's ``model`` for a pipeline that was saved to a folder."""
+    return {"path": str(folder), "height": 16, "width": 16, "max_prompt_tokens": 16} | SHAPES[pipeline_class]
 
 
 def build_pipeline(pipeline_class: str, seed: int = 0) -> Any:

@@ -1,5 +1,6 @@
 """Every recipe that is shipped: it can be read, its arithmetic works, and its numbers are those that it cites."""
 
+import inspect
 import math
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import yaml
 
 from core.config import PrmConfig, RunConfig, dump_config, load_config
 from core.errors import ConfigError
+from models.generators.base import open_generator
+from models.rewards.base import OutcomeReward
+from models.rewards.prm import ProcessRewardModel
+from models.rewards.registry import build_reward, find_reward
 
 ROOT = Path("recipes")
 # A base holds what recipes share and is no recipe: it may lack required fields.
@@ -34,6 +39,55 @@ def test_a_run_loads_and_writes_back(path: Path) -> None:
 @pytest.mark.parametrize("path", PRM, ids=str)
 def test_a_process_reward_training_loads(path: Path) -> None:
     assert load_config(path, [], PrmConfig).optimizer.updates > 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_outcome_rewards_are_there_and_take_their_options(path: Path) -> None:
+    rewards = load_config(path, [], PrmConfig).outcome if path in PRM else load(path).rewards.outcome
+    assert rewards
+    for reward in rewards:
+        parameters = list(inspect.signature(find_reward(reward)).parameters.values())
+        # The rest of a reward's options may be those of its base class.
+        open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        assert open_ended or set(reward.options) <= {parameter.name for parameter in parameters}
+        required = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+        # What a recipe cannot ship it asks for.
+        text = "".join(file.read_text() for file in {path, path.with_name("base.yaml")} if file.is_file())
+        assert all(name in text for name in required - set(reward.options) if name != "options"), reward.name
+        if path.parent.name == "embedded":
+            assert isinstance(build_reward(reward), OutcomeReward)
+
+
+def test_an_outcome_reward_that_does_not_exist_is_refused() -> None:
+    reward = load(ROOT / "flux" / "dancegrpo.yaml").rewards.outcome[0]
+    with pytest.raises(ConfigError, match=r"rewards.outcome \(hps\).type: unknown reward 'hps_v2'.*'hps_v21'"):
+        find_reward(reward.model_copy(update={"type": "hps_v2"}))
+    with pytest.raises(ConfigError, match=r"cannot import 'models\.rewards\.clip:HpsV22'"):
+        find_reward(reward.model_copy(update={"type": "models.rewards.clip:HpsV22"}))
+
+
+@pytest.mark.parametrize("path", [path for path in RUNS if load(path).rewards.process is not None], ids=str)
+def test_a_process_reward_is_that_of_its_training_recipe(path: Path) -> None:
+    config, recipe = load(path), load_config(path.with_name("prm.yaml"), [], PrmConfig)
+    process = config.rewards.process
+    assert process is not None
+    assert Path(process.path) == recipe.target
+    for field in ("path", "frames", "height", "width", "embedded_guidance", "max_prompt_tokens"):
+        assert getattr(config.model, field) == getattr(recipe.model, field), field
+    assert process.steps == "all" or config.sampler.guidance is not None
+    assert process.refresh is None or process.refresh.buffer_groups >= config.rollout.prompts_per_iteration
+    if path.parent.name == "embedded":
+        # Shipped: its blocks are the recipe's, and it is of this very generator.
+        assert ProcessRewardModel.load(Path(process.path), config.model).blocks == recipe.blocks
+
+
+def test_trunks_of_process_rewards_are_shorter_than_their_generators() -> None:
+    blocks = {path.parent.name: load_config(path, [], PrmConfig).blocks for path in PRM}
+    embedded = open_generator(load_config(ROOT / "embedded" / "prm.yaml", [], PrmConfig).model)
+    counts = embedded.trunk_config(blocks["embedded"])
+    assert sum(counts[field] for field in embedded.block_fields) == blocks["embedded"]
+    # Table 7 of Euphonium.
+    assert blocks["hunyuan-video"] == 8
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("base.yaml")), ids=str)
