@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from core.config import LearnerPoolConfig, OrmConfig, PrmConfig
-from core.deadlines import remote_error
+from core.deadlines import get
 from core.errors import TrainingError
 from learners.reward_training import PROGRESS_FILE
 
@@ -103,12 +103,7 @@ def map_shares(
         if waiting:
             say(f"{what}: {shares - len(waiting)}/{shares} shares done, {time.monotonic() - began:.0f} s (each needs "
                 f"{pool.num_cpus:g} CPU, {pool.num_gpus:g} GPU)")  # fmt: skip
-    try:
-        return list(ray.get(refs))
-    except ray.exceptions.RayTaskError as error:
-        raise remote_error(error, what) from error
-    except ray.exceptions.RayError as error:
-        raise TrainingError(f"{what} failed: {error}") from error
+    return list(get(refs, None, what))
 
 
 def _task(work: Callable[..., _T], threads: int, share: range, named: dict[str, Any], *arguments: Any) -> _T:
