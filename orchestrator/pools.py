@@ -245,7 +245,7 @@ class ActorPool:
                     self._give_up(member, f"is not there after {limit:.0f} s ({free_resources(self.demand())})")
                     return
             try:
-                answer = await asyncio.wait_for(_result(member.handle.ready.remote()), patience)
+                answer = await asyncio.wait_for(member.handle.ready.remote(), patience)
             except TimeoutError:
                 continue
             except ray.exceptions.ActorUnavailableError:
@@ -437,5 +437,10 @@ def free_resources(demand: Mapping[str, float]) -> str:
     )
 
 
-async def _result(ref: Any) -> Any:
-    return await ref
+def lacking_resources(demand: Mapping[str, float]) -> str:
+    """What the cluster does not have free of a demand, in words; empty if it has all."""
+    import ray
+
+    free = ray.available_resources()
+    short = {name: amount for name, amount in demand.items() if amount > free.get(name, 0.0) + 1e-6}
+    return free_resources(short) if short else ""
