@@ -113,8 +113,7 @@ class ActorPool:
 
     def demand(self) -> dict[str, float]:
         """Resources that the whole pool reserves."""
-        each = {"CPU": self.config.num_cpus, "GPU": self.config.num_gpus, **self.config.resources}
-        return {name: amount * len(self.members) for name, amount in each.items() if amount}
+        return {name: amount * len(self.members) for name, amount in self.config.reserved.items()}
 
     def _grow(self, count: int) -> list[Member]:
         import ray
@@ -126,9 +125,7 @@ class ActorPool:
             cls, arguments = self._make(index)
             actor = ray.remote(cls).options(
                 name=name,
-                num_cpus=self.config.num_cpus,
-                num_gpus=self.config.num_gpus,
-                resources=dict(self.config.resources) or None,
+                **self.config.ray_options,
                 max_restarts=self.config.max_restarts,
                 # A lost call must come back as an error: whoever made it decides what is safe to repeat.
                 max_task_retries=0,

@@ -28,13 +28,8 @@ class RefreshHandle:
     def __init__(self, config: RunConfig) -> None:
         import ray
 
-        pool = config.pools.prm
         self._timeout = config.pools.learner.update_timeout_s
-        self._actor = (
-            ray.remote(PrmRefreshActor)
-            .options(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, resources=pool.resources or None)
-            .remote(config)
-        )
+        self._actor = ray.remote(PrmRefreshActor).options(**config.pools.prm.ray_options).remote(config)
         # Wherever the transitions lie; only the prompt's embeddings travel.
         self._conditioning = ray.remote(_conditioning).options(num_cpus=0)
         self._version = 0

@@ -324,10 +324,8 @@ class Run:
     async def _resize_learners(self, size: int) -> None:
         """Ends the learner group at a checkpoint and starts one of another size from it."""
         old = self.config.pools.learner
-        each = {"CPU": old.num_cpus, "GPU": old.num_gpus, **old.resources}
-        lacking = lacking_resources(
-            {name: amount * (size - old.num_workers) for name, amount in each.items() if amount}
-        )
+        more = {name: amount * (size - old.num_workers) for name, amount in old.reserved.items()}
+        lacking = lacking_resources(more)
         if size > old.num_workers and lacking:
             self.progress.say(f"the learner group stays at {old.num_workers} ranks: {size} do not fit ({lacking})")
             self._learner_size = old.num_workers

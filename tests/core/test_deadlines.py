@@ -36,6 +36,6 @@ def test_errors_of_ours_come_back_as_they_are_and_others_are_quoted() -> None:
     with pytest.raises(TrainingError, match="the group failed: TimeoutError: socket") as other:
         asyncio.run(ask(fails(remote(TimeoutError("socket")))))
     assert not isinstance(other.value, LostActorError)
-    with pytest.raises(LostActorError, match="the group will not come.*restarting") as lost:
+    with pytest.raises(LostActorError, match=r"the group will not come.*restarting") as lost:
         asyncio.run(ask(fails(ActorUnavailableError("restarting", b"0" * 16))))
     assert not isinstance(lost.value, LateError)
