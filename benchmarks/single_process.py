@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -24,11 +23,11 @@ from actors.rollout import RolloutWorker
 from actors.sampler import Velocity
 from core.config import RunConfig, load_config
 from dynamics import GroupRewards, StepTable, group_advantages
-from dynamics.kl import KlController
 from learners.batching import TrainedGroup, load_rows, plan_updates
 from learners.objective import References, evaluate_objective
 from learners.objective import Velocity as VelocityOf
 from learners.prm_refresh import PrmRefresh, weighted_total
+from learners.schedules import kl_controller, kl_weight, learning_rate
 from models.rewards.prm import LocalRewards, ProcessRewardModel
 from orchestrator.evaluation import evaluation_set
 from orchestrator.prompts import PromptStream, read_prompts
@@ -64,9 +63,7 @@ class SingleProcess:
         kl = config.objective.kl
         self.anchor = copy.deepcopy(self.policy) if kl is not None and kl.anchor != "none" else None
         self.previous = copy.deepcopy(self.policy) if config.objective.needs_previous_policy else None
-        self.controller = (
-            KlController(**kl.controller.model_dump()) if kl is not None and kl.controller is not None else None
-        )
+        self.controller = kl_controller(kl)
         self.updates = 0
         self.groups = 0
 
@@ -140,10 +137,12 @@ class SingleProcess:
         clipped, norms, divergence = 0, [], 0.0
         for shares in plan:
             for options in self.optimizer.param_groups:
-                options["lr"] = self._rate()
+                options["lr"] = learning_rate(config, self.updates)
             self.optimizer.zero_grad(set_to_none=True)
             references = References(
-                anchor=self._velocity(self.anchor), previous=self._velocity(self.previous), kl_weight=self._kl_weight()
+                anchor=self._velocity(self.anchor),
+                previous=self._velocity(self.previous),
+                kl_weight=kl_weight(config.objective.kl, self.controller),
             )
             observed = 0.0
             for batch in shares[0]:
@@ -175,11 +174,6 @@ class SingleProcess:
             return None
         return lambda x, time, conditioning: self.worker.family.velocity(model, x, time, conditioning)
 
-    def _kl_weight(self) -> float:
-        if self.controller is not None:
-            return self.controller.weight
-        return self.config.objective.kl.weight if self.config.objective.kl is not None else 0.0
-
     def _after_update(self, observed: float) -> None:
         kl = self.config.objective.kl
         if self.controller is not None:
@@ -187,15 +181,6 @@ class SingleProcess:
         if kl is not None and kl.anchor == "moving" and self.updates % kl.refresh_every == 0:
             assert self.anchor is not None
             _copy(self.policy, self.anchor)
-
-    def _rate(self) -> float:
-        settings = self.config.optimizer
-        total = self.config.iterations * self.config.objective.updates_per_iteration
-        if self.updates < settings.warmup_updates:
-            return settings.learning_rate * (self.updates + 1) / settings.warmup_updates
-        progress = (self.updates - settings.warmup_updates) / max(1, total - settings.warmup_updates)
-        factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-        return settings.learning_rate * factor[settings.schedule]
 
     def _load(self, weights: list[Tensor]) -> None:
         with torch.no_grad():

@@ -24,7 +24,8 @@ from core.deadlines import get
 from core.errors import LostActorError, TrainingError
 from core.records import GroupInfo, GroupPayload, GroupTask, UpdateReport
 from core.weights import WeightManifest, pack, unpack
-from orchestrator.run import BUFFER, STORE, Run
+from orchestrator.learner_link import BUFFER, STORE
+from orchestrator.run import Run
 
 SIZE = 16
 

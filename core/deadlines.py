@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from core.errors import EuphoniumError, LostActorError, TrainingError
+from core.errors import EuphoniumError, LateError, LostActorError, TrainingError
 
 LOG_EVERY_S = 30.0
 
@@ -25,12 +28,46 @@ def get(ref: Any, timeout_s: float | None, what: str) -> Any:
     """
     import ray
 
+    with _typed(what):
+        try:
+            return ray.get(ref, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise TrainingError(f"{what} did not come within {timeout_s:.0f} s") from error
+
+
+async def awaited(ref: Any, timeout_s: float | None, what: str) -> Any:
+    """Value of one object reference, for event loops.
+
+    Args:
+        ref: reference.
+        timeout_s: seconds to wait; None for whom something else watches over.
+        what: what is awaited, for the error.
+
+    Raises:
+        LateError: it did not come in time.
+        LostActorError: whoever makes it is gone.
+        EuphoniumError: whatever error of ours the remote side raised.
+    """
+    import ray
+
+    with _typed(what):
+        try:
+            return await asyncio.wait_for(ref, timeout_s)
+        except ray.exceptions.RayError:
+            # It is also an instance of whatever the remote side raised, which may be a timeout of its own.
+            raise
+        except TimeoutError as error:
+            raise LateError(f"{what} did not come within {timeout_s:.0f} s") from error
+
+
+@contextmanager
+def _typed(what: str) -> Iterator[None]:
+    """Turns Ray's errors into ours."""
+    import ray
+
     began = time.monotonic()
     try:
-        return ray.get(ref, timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError as error:
-        assert timeout_s is not None
-        raise TrainingError(f"{what} did not come within {timeout_s:.0f} s") from error
+        yield
     except ray.exceptions.RayTaskError as error:
         raise remote_error(error, what) from error
     except ray.exceptions.RayError as error:

@@ -43,6 +43,10 @@ class LostActorError(TrainingError):
     """An actor or an object that is gone: asking again, or somebody else, may help."""
 
 
+class LateError(LostActorError):
+    """An answer that did not come in time: whoever was asked hangs, or has too much to do; another one may do."""
+
+
 class WeightsMissingError(TrainingError):
     """The weight store does not have the weights that were asked for: they must be published again."""
 

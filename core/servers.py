@@ -141,7 +141,7 @@ class ServerPool:
             await asyncio.sleep(pause)
             asked_at = self._clock()
             try:
-                answer = await asyncio.wait_for(_value(send(server)), deadline_s or self.deadline_s)
+                answer = await asyncio.wait_for(send(server), deadline_s or self.deadline_s)
             except (TimeoutError, ray.exceptions.RayError) as error:
                 failures.append(self._judge(server, error, asked_at))
             else:
@@ -232,7 +232,3 @@ class Call:
             self._due = self._servers._clock()
             self._ref = self._send(self._server)
         return self._servers._fetch(self._server, self._ref, self._send, self._due)
-
-
-async def _value(ref: Any) -> Any:
-    return await ref

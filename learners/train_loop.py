@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -25,11 +24,11 @@ from core.errors import EuphoniumError, LostActorError, TrainingError, WeightsMi
 from core.records import UpdatePlan, UpdateReport
 from core.weights import BucketManifest, WeightManifest, pack
 from dynamics import StepTable
-from dynamics.kl import KlController
 from learners.batching import MicroBatch, TrainedGroup, load_rows, plan_updates
 from learners.checkpoint import load_rank_state, save_rank_state
 from learners.objective import References, evaluate_objective, replayed_log_probs
 from learners.references import AdapterReference, FrozenCopy, Reference
+from learners.schedules import kl_controller, kl_weight, learning_rate
 from learners.zero3 import ZeroPolicy, quiet_deepspeed
 from models.generators.base import Conditioning, open_generator
 
@@ -72,9 +71,7 @@ class Learner:
         if kl is not None and kl.anchor != "none":
             self.anchor = self._reference("anchor" if kl.anchor == "moving" else None)
         self.previous = self._reference("previous") if objective.needs_previous_policy else None
-        self.controller: KlController | None = None
-        if kl is not None and kl.controller is not None:
-            self.controller = KlController(**kl.controller.model_dump())
+        self.controller = kl_controller(kl)
         self.updates_done = 0
         self.version = 0
 
@@ -82,21 +79,6 @@ class Learner:
         if self.config.model.lora is not None:
             return AdapterReference(self.family, self.policy, adapter)
         return FrozenCopy(self.family, self.config.pools.learner, self.policy)
-
-    def learning_rate(self) -> float:
-        """Rate of the next update: linear warm-up, then the schedule over all updates of the run."""
-        optimizer = self.config.optimizer
-        total = self.config.iterations * self.config.objective.updates_per_iteration
-        warmup = optimizer.warmup_updates
-        if self.updates_done < warmup:
-            return optimizer.learning_rate * (self.updates_done + 1) / warmup
-        progress = min(1.0, (self.updates_done - warmup) / max(1, total - warmup))
-        factor = {
-            "constant": 1.0,
-            "linear": 1 - progress,
-            "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        }[optimizer.schedule]
-        return optimizer.learning_rate * factor
 
     def velocity(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity of the policy in training."""
@@ -122,14 +104,14 @@ class Learner:
             self.previous.refresh(self.policy)
         replayed = self._replay(plan, groups, tables) if objective.old_log_probs == "replay" else {}
         sums = dict.fromkeys(("rows", "loss", "clipped", "ratio", "log_ratio_squared", "kl_anchor", "kl_previous"), 0.0)
-        first_deviation, norms, rate, kl_weight = 0.0, [], 0.0, 0.0
+        first_deviation, norms, rate, weight = 0.0, [], 0.0, 0.0
         for index, shares in enumerate(plan):
-            rate, kl_weight = self.learning_rate(), self.kl_weight()
+            rate, weight = learning_rate(self.config, self.updates_done), kl_weight(objective.kl, self.controller)
             self.policy.set_learning_rate(rate)
             references = References(
                 anchor=self.anchor.velocity if self.anchor is not None else None,
                 previous=self.previous.velocity if self.previous is not None else None,
-                kl_weight=kl_weight,
+                kl_weight=weight,
             )
             before = dict(sums)
             for position, batch in enumerate(shares[self.rank]):
@@ -174,16 +156,10 @@ class Learner:
             "policy/transitions": count,
         }
         if objective.kl is not None:
-            metrics["kl/weight"] = kl_weight
+            metrics["kl/weight"] = weight
             metrics["kl/anchor"] = totals["kl_anchor"] / count
             metrics["kl/previous"] = totals["kl_previous"] / count
         return metrics
-
-    def kl_weight(self) -> float:
-        """lambda_KL of the next update."""
-        if self.controller is not None:
-            return self.controller.weight
-        return self.config.objective.kl.weight if self.config.objective.kl is not None else 0.0
 
     def _after_update(self, sums: dict[str, float]) -> None:
         kl = self.config.objective.kl

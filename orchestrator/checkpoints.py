@@ -6,13 +6,15 @@ and nothing is loaded before they have been verified.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -135,6 +137,77 @@ class CheckpointStore:
     def abandon(self, folder: Path) -> None:
         """Says that a folder of :meth:`begin` will not be committed; the next commit removes it."""
         self._being_filled.discard(folder)
+
+
+class BackgroundCommits:
+    """Commits filled checkpoints on a thread, one at a time, while the run goes on.
+
+    Attributes:
+        newest: checkpoint from which a learner group that is lost resumes, or None.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        start: RunState,
+        newest: Checkpoint | None,
+        tell: Callable[[Checkpoint], Awaitable[None]],
+    ) -> None:
+        """Args as described in the class.
+
+        Args:
+            store: of the run.
+            start: where the run begins.
+            newest: where it resumes from, if it does.
+            tell: called with every new checkpoint.
+        """
+        self._store = store
+        self._states = {start.iteration: start}
+        self._tell = tell
+        self._under_way: asyncio.Task[None] | None = None
+        self._seconds: float | None = None
+        self.newest = newest
+
+    @property
+    def resume_point(self) -> tuple[str | None, int]:
+        """Folder of the newest checkpoint, None if there is none, and its iteration."""
+        return (None, 0) if self.newest is None else (str(self.newest.folder.resolve()), self.newest.state.iteration)
+
+    def state_of(self, iteration: int) -> RunState:
+        """Where the run stood at the start, or at one of its checkpoints."""
+        return self._states[iteration]
+
+    async def commit(self, folder: Path, state: RunState, config_yaml: str) -> None:
+        """Begins to commit a filled folder; waits for the commit before it.
+
+        Raises:
+            CheckpointError: that one could not be written.
+        """
+        await self.finished()
+
+        async def commit() -> None:
+            began = time.monotonic()
+            self.newest = await asyncio.to_thread(self._store.commit, folder, state, config_yaml)
+            self._states[state.iteration] = state
+            self._seconds = time.monotonic() - began
+            await self._tell(self.newest)
+
+        self._under_way = asyncio.ensure_future(commit())
+
+    async def finished(self) -> None:
+        """Waits for the commit under way.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            await under_way
+
+    def take_seconds(self) -> float | None:
+        """How long the last commit took, once."""
+        seconds, self._seconds = self._seconds, None
+        return seconds
 
 
 def verify(folder: Path) -> Checkpoint:

@@ -1,8 +1,10 @@
-"""Evaluation on held-out prompts: which prompts and noise, and the pictures that come of it."""
+"""Evaluation on held-out prompts: which prompts and noise, who draws and scores them, the pictures that come of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,12 @@ import numpy as np
 from PIL import Image
 
 from core.config import RunConfig
-from core.errors import ConfigError
+from core.errors import ConfigError, LostActorError, TrainingError, WeightsMissingError
+from core.records import Array
+from orchestrator.crew import Crew
 from orchestrator.pictures import Video, contact_sheet, save_gif, save_samples, side_by_side
 from orchestrator.prompts import read_prompts, spread
+from orchestrator.tracking import Tracker
 
 
 def evaluation_set(config: RunConfig) -> tuple[list[str], list[int]]:
@@ -34,7 +39,7 @@ def evaluation_set(config: RunConfig) -> tuple[list[str], list[int]]:
     return prompts, [int(state >> np.uint64(1)) for state in states]
 
 
-class Evaluation:
+class SampleFolder:
     """Pictures of a run's evaluations, in ``samples/``."""
 
     def __init__(self, folder: Path) -> None:
@@ -54,3 +59,80 @@ class Evaluation:
                 rows.append((prompt, [("before", before[i]), (f"after {iteration} iterations", videos[i])]))
             contact_sheet(rows).save(self.folder / "before_after.png")
         return sheet
+
+
+class Evaluator:
+    """Evaluates a run's policy with its own rollout actors and ORM servers."""
+
+    def __init__(
+        self, config: RunConfig, crew: Crew, tracker: Tracker, republish: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Args as described in the class.
+
+        Args:
+            config: of the run.
+            crew: that draws and scores.
+            tracker: takes the contact sheets.
+            republish: has weights that are missing published again.
+
+        Raises:
+            ConfigError: a held-out prompt that is also trained on.
+        """
+        self._config = config
+        self._crew = crew
+        self._tracker = tracker
+        self._republish = republish
+        self._prompts, self._seeds = evaluation_set(config)
+        self._pictures = SampleFolder(config.run_dir / "samples")
+
+    async def evaluate(self, iteration: int) -> dict[str, float]:
+        """Draws and scores deterministic samples of the averaged policy, if there is one, and saves some as clips.
+
+        Args:
+            iteration: that was trained last; 0 before training.
+
+        Returns:
+            Metrics.
+
+        Raises:
+            RewardError: no ORM server answered.
+            TrainingError: the samples could not be had.
+        """
+        began = time.monotonic()
+        config, prompts = self._config, self._prompts
+        kind = "average" if config.optimizer.ema_decay > 0 and iteration > 0 else "policy"
+        count = min(len(prompts), max(1, len(self._crew.pools["rollout"].present)))
+        shares = [slice(i, None, count) for i in range(count)]
+        parts = await asyncio.gather(*(self._samples(prompts[s], self._seeds[s], kind) for s in shares))
+        latents = np.empty((len(prompts), *parts[0].shape[1:]), dtype=np.float32)
+        for share, part in zip(shares, parts, strict=True):
+            latents[share] = part
+        timeout = config.rollout.deadline_s
+        scores, _ = await self._crew.scores(latents, prompts, timeout)
+        shown = np.linspace(0, len(prompts) - 1, min(config.evaluation.clips, len(prompts))).round().astype(int)
+        if len(shown):
+            videos = await self._crew.videos(latents[shown], timeout)
+            sheet = self._pictures.save(
+                iteration, [prompts[i] for i in shown], videos, {n: v[shown] for n, v in scores.items()}
+            )
+            self._tracker.picture("samples", np.asarray(sheet), iteration)
+        weights = {reward.name: reward.weight for reward in config.rewards.outcome}
+        total = sum(weights[name] * float(values.mean()) for name, values in scores.items())
+        return {
+            **{f"eval/{name}/mean": float(values.mean()) for name, values in scores.items()},
+            "eval/total/mean": total / sum(map(abs, weights.values())),
+            "time/evaluation_s": time.monotonic() - began,
+        }
+
+    async def _samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: str) -> Array:
+        """Samples of one share; from another actor if one is lost."""
+        error = TrainingError("no attempt was made")
+        for _ in range(self._config.rewards.attempts):
+            try:
+                return await self._crew.samples(prompts, seeds, kind)
+            except LostActorError as lost:
+                error = lost
+            except WeightsMissingError as missing:
+                error = missing
+                await self._republish()
+        raise error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from orchestrator.checkpoints import Checkpoint, CheckpointStore, verify
 log = logging.getLogger(__name__)
 
 RESOLVED = "config.resolved.yaml"
+LEFTOVERS_TIMEOUT_S = 60.0
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
@@ -190,3 +193,21 @@ def _quiet_ray() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # That a local cluster asks for its token is what we want, and what SECURITY.md says.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+
+
+async def name_is_free(name: str) -> None:
+    """Waits for what a run of this name that was killed a moment ago has left; Ray takes it away.
+
+    Raises:
+        PreflightError: a run of this name is running in this cluster.
+    """
+    import ray
+
+    deadline = time.monotonic() + LEFTOVERS_TIMEOUT_S
+    while names := ray.util.list_named_actors():
+        if time.monotonic() > deadline:
+            raise PreflightError(
+                f"a run named {name} is running in this cluster ({', '.join(sorted(names))}): "
+                "stop it, or take another name=..."
+            )
+        await asyncio.sleep(0.5)

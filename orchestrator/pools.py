@@ -113,8 +113,7 @@ class ActorPool:
 
     def demand(self) -> dict[str, float]:
         """Resources that the whole pool reserves."""
-        each = {"CPU": self.config.num_cpus, "GPU": self.config.num_gpus, **self.config.resources}
-        return {name: amount * len(self.members) for name, amount in each.items() if amount}
+        return {name: amount * len(self.members) for name, amount in self.config.reserved.items()}
 
     def _grow(self, count: int) -> list[Member]:
         import ray
@@ -126,9 +125,7 @@ class ActorPool:
             cls, arguments = self._make(index)
             actor = ray.remote(cls).options(
                 name=name,
-                num_cpus=self.config.num_cpus,
-                num_gpus=self.config.num_gpus,
-                resources=dict(self.config.resources) or None,
+                **self.config.ray_options,
                 max_restarts=self.config.max_restarts,
                 # A lost call must come back as an error: whoever made it decides what is safe to repeat.
                 max_task_retries=0,
@@ -245,7 +242,7 @@ class ActorPool:
                     self._give_up(member, f"is not there after {limit:.0f} s ({free_resources(self.demand())})")
                     return
             try:
-                answer = await asyncio.wait_for(_result(member.handle.ready.remote()), patience)
+                answer = await asyncio.wait_for(member.handle.ready.remote(), patience)
             except TimeoutError:
                 continue
             except ray.exceptions.ActorUnavailableError:
@@ -437,5 +434,10 @@ def free_resources(demand: Mapping[str, float]) -> str:
     )
 
 
-async def _result(ref: Any) -> Any:
-    return await ref
+def lacking_resources(demand: Mapping[str, float]) -> str:
+    """What the cluster does not have free of a demand, in words; empty if it has all."""
+    import ray
+
+    free = ray.available_resources()
+    short = {name: amount for name, amount in demand.items() if amount > free.get(name, 0.0) + 1e-6}
+    return free_resources(short) if short else ""

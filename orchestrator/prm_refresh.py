@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from core.config import RunConfig
-from core.deadlines import describe, remote_error
+from core.deadlines import awaited
 from core.errors import TrainingError
 from core.records import Array, GroupPayload
 from learners.prm_refresh import PrmRefreshActor
@@ -28,13 +28,8 @@ class RefreshHandle:
     def __init__(self, config: RunConfig) -> None:
         import ray
 
-        pool = config.pools.prm
         self._timeout = config.pools.learner.update_timeout_s
-        self._actor = (
-            ray.remote(PrmRefreshActor)
-            .options(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, resources=pool.resources or None)
-            .remote(config)
-        )
+        self._actor = ray.remote(PrmRefreshActor).options(**config.pools.prm.ray_options).remote(config)
         # Wherever the transitions lie; only the prompt's embeddings travel.
         self._conditioning = ray.remote(_conditioning).options(num_cpus=0)
         self._version = 0
@@ -91,22 +86,8 @@ class RefreshHandle:
             return None
 
     async def _wait(self, ref: Any) -> Any:
-        import ray
-
-        what = "the refresh of the process reward model"
-        try:
-            return await asyncio.wait_for(asyncio.ensure_future(_unwrap(ref)), self._timeout)
-        except TimeoutError as error:
-            raise TrainingError(f"{what} did not answer within {self._timeout:.0f} s") from error
-        except ray.exceptions.RayTaskError as error:
-            raise remote_error(error, what) from error
-        except ray.exceptions.RayError as error:
-            raise TrainingError(f"{what} failed: {describe(error)}") from error
+        return await awaited(ref, self._timeout, "an answer of the process reward model's refresh")
 
 
 def _conditioning(payload: GroupPayload) -> dict[str, Array]:
     return payload.conditioning
-
-
-async def _unwrap(ref: Any) -> Any:
-    return await ref

@@ -7,16 +7,16 @@ import json
 import os
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from core.config import LearnerPoolConfig, OrmConfig, PrmConfig
-from core.deadlines import remote_error
+from core.deadlines import get
 from core.errors import TrainingError
 from learners.reward_training import PROGRESS_FILE
+from orchestrator.learner_group import deepest_reason, torch_trainer
 
 Say = Callable[[str], None]
 
@@ -92,7 +92,7 @@ def map_shares(
 
     shares = min(pool.num_workers, count)
     bounds = [count * i // shares for i in range(shares + 1)]
-    task = ray.remote(_task).options(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus, resources=pool.resources or None)
+    task = ray.remote(_task).options(**pool.ray_options)
     shared = [ray.put(argument) for argument in arguments]
     refs = [
         task.remote(work, pool.threads, range(low, high), named, *shared) for low, high in itertools.pairwise(bounds)
@@ -103,12 +103,7 @@ def map_shares(
         if waiting:
             say(f"{what}: {shares - len(waiting)}/{shares} shares done, {time.monotonic() - began:.0f} s (each needs "
                 f"{pool.num_cpus:g} CPU, {pool.num_gpus:g} GPU)")  # fmt: skip
-    try:
-        return list(ray.get(refs))
-    except ray.exceptions.RayTaskError as error:
-        raise remote_error(error, what) from error
-    except ray.exceptions.RayError as error:
-        raise TrainingError(f"{what} failed: {error}") from error
+    return list(get(refs, None, what))
 
 
 def _task(work: Callable[..., _T], threads: int, share: range, named: dict[str, Any], *arguments: Any) -> _T:
@@ -158,7 +153,7 @@ def run_training(kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, say
             for line in stream:
                 say(progress_line(json.loads(line)))
     if errors:
-        raise _typed(errors[0])
+        raise TrainingError(f"the reward model's learner group is gone: {deepest_reason(errors[0])}") from errors[0]
 
 
 def progress_line(record: dict[str, Any]) -> str:
@@ -180,44 +175,10 @@ def progress_line(record: dict[str, Any]) -> str:
 
 def _fit(kind: str, config: PrmConfig | OrmConfig, errors: list[BaseException]) -> None:
     try:
-        _trainer(kind, config).fit()
+        from learners.reward_worker import reward_train_loop
+
+        assert config.learner is not None
+        settings = {"kind": kind, "config": config.model_dump(mode="json")}
+        torch_trainer(reward_train_loop, settings, config.learner, config.name, config.run_dir).fit()
     except BaseException as error:
         errors.append(error)
-
-
-def _trainer(kind: str, config: PrmConfig | OrmConfig) -> Any:
-    pool = config.learner
-    assert pool is not None
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(pool.start_timeout_s)
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from learners.reward_worker import reward_train_loop
-
-    gpu = pool.num_gpus > 0
-    resources = {"CPU": pool.num_cpus, "GPU": pool.num_gpus, **pool.resources}
-    environment = {"OMP_NUM_THREADS": str(pool.threads), "DS_ACCELERATOR": "cuda" if gpu else "cpu"}
-    return TorchTrainer(
-        reward_train_loop,
-        train_loop_config={"kind": kind, "config": config.model_dump(mode="json")},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=pool.num_workers,
-            use_gpu=gpu,
-            resources_per_worker={name: amount for name, amount in resources.items() if amount},
-        ),
-        run_config=ray.train.RunConfig(
-            # A name that was used before would make Ray Train resume on its own; our checkpoints decide that.
-            name=f"{config.name}-{uuid.uuid4().hex[:8]}",
-            storage_path=str((config.run_dir / "ray_train").resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=pool.max_failures, controller_failure_limit=3),
-            worker_runtime_env={"env_vars": environment},
-        ),
-    )
-
-
-def _typed(error: BaseException) -> TrainingError:
-    """One line on why the group ended: the deepest cause comes last in what Ray Train says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return TrainingError(f"the reward model's learner group is gone: {lines[-1] if lines else type(error).__name__}")

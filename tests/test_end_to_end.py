@@ -2,12 +2,10 @@
 
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,49 +19,10 @@ from safetensors.torch import load_file
 
 from core.config import RunConfig, dump_config
 from orchestrator.checkpoints import CheckpointStore
+from tests.process import ROOT, Process
 
 pytestmark = pytest.mark.ray
-ROOT = Path(__file__).parent.parent
-CLI = [sys.executable, "-m", "orchestrator"]
 PROMPT = "a red crab moving down on a black background"
-
-
-class Process:
-    """A command whose output can be waited on line by line."""
-
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
-        self.popen = subprocess.Popen(
-            [*CLI, *arguments], cwd=ROOT, env=os.environ | (env or {}), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        self.lines: list[str] = []
-        self._queue: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            self._queue.put(line.rstrip())
-        self._queue.put(None)
-
-    def wait_for(self, text: str, timeout_s: float = 240) -> str:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            line = self._queue.get(timeout=max(0.1, deadline - time.monotonic()))
-            assert line is not None, f"ended without {text!r}:\n" + self.output
-            self.lines.append(line)
-            if text in line:
-                return line
-
-    def finish(self, timeout_s: float = 240) -> int:
-        code = self.popen.wait(timeout_s)
-        while (line := self._queue.get(timeout=30)) is not None:
-            self.lines.append(line)
-        return code
-
-    @property
-    def output(self) -> str:
-        return "\n".join(self.lines)
 
 
 @pytest.fixture

@@ -2,24 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from core.config.base import Node, NonNegativeFloat, NonNegativeInt
 
 
-class PoolConfig(Node):
-    """Size of a pool of actors and what each of them takes."""
+class ShareConfig(Node):
+    """What each actor or worker of a pool takes."""
 
+    num_cpus: NonNegativeFloat = 1.0
+    """CPUs that each reserves."""
+    num_gpus: NonNegativeFloat = 0.0
+    """GPUs that each reserves: a fraction for actors that share one, 0 or 1 for learners."""
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Custom Ray resources that each reserves, for example ``{rollout: 1}``."""
+    threads: PositiveInt = 1
+    """CPU threads of the tensor operations of each."""
+
+    @property
+    def reserved(self) -> dict[str, float]:
+        """What each reserves, by Ray's names; without what it does not need."""
+        each = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
+        return {name: amount for name, amount in each.items() if amount}
+
+    @property
+    def ray_options(self) -> dict[str, Any]:
+        """The same as options of a Ray actor or task."""
+        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "resources": dict(self.resources) or None}
+
+
+class _Actors(Node):
     num_actors: PositiveInt = 1
     """Actors in the pool."""
-    num_cpus: NonNegativeFloat = 1.0
-    """CPUs an actor reserves."""
-    num_gpus: NonNegativeFloat = 0.0
-    """GPUs an actor reserves; may be a fraction."""
-    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
-    """Custom Ray resources an actor reserves, for example ``{rollout: 1}``."""
-    threads: PositiveInt = 1
-    """CPU threads of the actor's tensor operations."""
+
+
+class _Workers(Node):
+    num_workers: PositiveInt = 1
+    """ZeRO-3 ranks."""
+
+
+# Fields of the last base come first: the size of a pool, then what each takes.
+class PoolConfig(ShareConfig, _Actors):
+    """Size of a pool of actors and what each of them takes."""
+
     max_restarts: NonNegativeInt = 2
     """How often Ray may restart a dead actor."""
 
@@ -34,19 +61,9 @@ class RewardPoolConfig(PoolConfig):
     Requests that arrive while it computes are merged in any case."""
 
 
-class LearnerPoolConfig(Node):
+class LearnerPoolConfig(ShareConfig, _Workers):
     """Size of the learner group and what each worker takes."""
 
-    num_workers: PositiveInt = 1
-    """ZeRO-3 ranks."""
-    num_cpus: NonNegativeFloat = 1.0
-    """CPUs a worker reserves."""
-    num_gpus: NonNegativeFloat = 0.0
-    """GPUs a worker reserves (0 or 1)."""
-    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
-    """Custom Ray resources a worker reserves, for example ``{learner: 1}``."""
-    threads: PositiveInt = 1
-    """CPU threads of a worker's tensor operations."""
     max_failures: NonNegativeInt = 2
     """How often the group may be restarted from the latest checkpoint."""
     start_timeout_s: PositiveFloat = 300.0

@@ -2,11 +2,8 @@
 
 import json
 import os
-import queue
 import signal
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,51 +13,20 @@ import psutil
 import pytest
 
 from core.config import RunConfig, dump_config
+from tests.process import Process
 
-ROOT = Path(__file__).parent.parent.parent
 
-
-class Job:
+class Job(Process):
     """A run in a process of its own.
 
     Unless RAY_ADDRESS names a cluster, it gets one that nobody else sees and that ends with it.
     """
 
+    patience_s = 400.0
+
     def __init__(self, *arguments: str) -> None:
-        environment = {**os.environ, "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local"}
-        self.address = environment["RAY_ADDRESS"]
-        self.popen = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator", "train", *arguments], cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        self.lines: list[str] = []
-        self._queue: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            self._queue.put(line.rstrip())
-        self._queue.put(None)
-
-    def wait_for(self, text: str, timeout_s: float = 400) -> str:
-        deadline = time.monotonic() + timeout_s
-        while True:
-            line = self._queue.get(timeout=max(0.1, deadline - time.monotonic()))
-            assert line is not None, f"ended without {text!r}:\n{self.output}"
-            self.lines.append(line)
-            if text in line:
-                return line
-
-    def finish(self, timeout_s: float = 400) -> int:
-        code = self.popen.wait(timeout_s)
-        while (line := self._queue.get(timeout=30)) is not None:
-            self.lines.append(line)
-        return code
-
-    @property
-    def output(self) -> str:
-        return "\n".join(self.lines)
+        self.address = os.environ.get("RAY_ADDRESS") or "local"
+        super().__init__("train", *arguments, env={"RAY_ADDRESS": self.address})
 
     def processes(self, *titles: str) -> list[psutil.Process]:
         """Workers of the job's cluster whose title begins with ``ray::`` and the class or the name of an actor."""

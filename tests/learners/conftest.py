@@ -10,37 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from actors.rollout import RolloutWorker
 from core.config import RunConfig, dump_config
 from core.records import GroupPayload, GroupTask
-from dynamics import StepTable
-from reward_servers.prm import PrmScorer
+from models.rewards.prm import LocalRewards, ProcessRewardModel
 
 ITERATIONS, GROUPS = 2, 3
 
 
-class InProcess:
-    """A process-reward source without a server."""
-
-    def __init__(self, scorer: PrmScorer, conditioning: dict[str, Tensor], table: StepTable) -> None:
-        self.scorer, self.conditioning, self.table = scorer, conditioning, table
-
-    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> "InProcess":
-        arrays = {name: tensor.numpy() for name, tensor in self.conditioning.items()}
-        sigma = float(self.table.sigmas[k])
-        rewards, gradient = self.scorer.reward_and_gradient(x.numpy(), sigma, arrays, with_gradient)
-        self.answer = torch.tensor(rewards), None if gradient is None else torch.tensor(gradient)
-        return self
-
-    def result(self) -> tuple[Tensor, Tensor | None]:
-        return self.answer
-
-
 def draw_groups(config: RunConfig) -> list[tuple[list[GroupPayload], list[np.ndarray]]]:
     worker = RolloutWorker(config, torch.device("cpu"))
-    scorer = PrmScorer(config, torch.device("cpu"))
+    assert config.rewards.process is not None
+    prm = ProcessRewardModel.load(Path(config.rewards.process.path), config.model)
     prompts = ["a red car moving left on a white background", "a blue fish moving up on a gray background"]
     rng = np.random.default_rng(0)
     iterations = []
@@ -48,7 +30,7 @@ def draw_groups(config: RunConfig) -> list[tuple[list[GroupPayload], list[np.nda
         payloads, advantages = [], []
         for g in range(GROUPS):
             task = GroupTask(group_id=g, prompt=prompts[g % 2], seed=100 * i + g)
-            payloads.append(worker.generate(task, lambda c, table, v: InProcess(scorer, c, table))[2])
+            payloads.append(worker.generate(task, lambda c, table, v: LocalRewards(prm, c, table.sigmas))[2])
             advantages.append(rng.standard_normal((config.rollout.group_size, 4)).astype(np.float32))
         iterations.append((payloads, advantages))
     return iterations

@@ -79,7 +79,7 @@ def execute(ray_cluster: None) -> Callable[..., None]:
             asyncio.run(both())
         finally:
             # The thread of a run that failed must not join the next one's.
-            run.learners.replaced = True
+            run.learners.group.replaced = True
             for name in ray.util.list_named_actors():
                 ray.kill(ray.get_actor(name))
             deadline = time.monotonic() + 30

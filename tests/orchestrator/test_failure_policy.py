@@ -10,13 +10,18 @@ import pytest
 from core.config import RunConfig
 from core.errors import RewardError
 from core.records import GroupInfo, GroupTask
-from orchestrator.run import Run, ScoredGroup
+from orchestrator.batches import BatchSource, ScoredGroup
+from orchestrator.checkpoints import RunState
+from orchestrator.crew import Crew, Position
+from orchestrator.prompts import PromptStream
+from orchestrator.statistics import RewardFailures
+from orchestrator.tracking import Progress
 
 MakeConfig = Callable[..., RunConfig]
 
 
-class ScriptedRun(Run):
-    """A run whose roles are replaced by a script: which groups fail, and with what."""
+class ScriptedSource(BatchSource):
+    """Batches whose roles are replaced by a script: which groups fail, and with what."""
 
     errors: dict[int, Exception]
     asked: list[int]
@@ -33,14 +38,20 @@ class ScriptedRun(Run):
 
 
 def collect(config: RunConfig, errors: dict[int, Exception]) -> tuple[Any, dict[str, float], list[int]]:
-    config.run_dir.mkdir(parents=True)
-    run = ScriptedRun(config, "tests", None)
-    run.errors, run.asked = errors, []
-    try:
-        batch = asyncio.run(run._collect(0))
-    finally:
-        run.tracker.close()
-    return (len(batch.groups), batch.dropped), run.failures.take(), run.asked
+    position = Position(RunState(iteration=0, next_group=0, world_size=1))
+    crew, failures = Crew(config, position, Progress(1, 0)), RewardFailures(config.rewards)
+
+    async def next_batch() -> Any:
+        source = ScriptedSource(config, crew, position, PromptStream(["a prompt"], 0), failures, never)
+        source.errors, source.asked = errors, []
+        return await source.next(), source.asked
+
+    batch, asked = asyncio.run(next_batch())
+    return (len(batch.groups), batch.dropped), failures.take(), asked
+
+
+async def never() -> None:
+    raise AssertionError("no weights are missing")
 
 
 def test_a_failed_reward_drops_its_group_and_is_counted(make_config: MakeConfig) -> None:

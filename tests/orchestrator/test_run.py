@@ -87,7 +87,7 @@ def test_a_learner_that_dies_in_an_update_repeats_nothing_and_skips_nothing(
     config = stub_config()
     run = Crashing(config, "tests", None)
     execute(run)
-    assert run.learners.restarts == 3
+    assert run.learners.group.restarts == 3
     assert chain(config) == expected
 
 
@@ -101,9 +101,8 @@ def test_a_learner_that_dies_while_it_waits_takes_no_plan_of_another_version(
         while run.state.iteration < 5:
             await asyncio.sleep(0.02)
         # It joins anew while groups for iteration 6 are drawn, and is back at iteration 3.
-        run.learners.replaced = True
-        run.learners = stubs.StubLearners(0.05)
-        run.learners.start()
+        run.learners.group.replaced = True
+        run.learners.start(stubs.StubLearners(0.05))
 
     config = stub_config()
     execute(Slow(config, "tests", None), restart)

@@ -75,16 +75,13 @@ def build_prompt_encoder(tokenizer: Any) -> Any:
 
     return LlamaModel(
         LlamaConfig(
-            vocab_size=len(tokenizer),
             hidden_size=TEXT_DIM,
             intermediate_size=2 * TEXT_DIM,
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=512,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            **_vocabulary(tokenizer),
         )
     )
 
@@ -95,15 +92,22 @@ def build_pooled_encoder(tokenizer: Any) -> Any:
 
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer),
             hidden_size=POOLED_DIM,
             intermediate_size=2 * POOLED_DIM,
             projection_dim=POOLED_DIM,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=77,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            **_vocabulary(tokenizer),
         )
     )
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    """What an encoder's configuration says of its tokenizer."""
+    return {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }

@@ -1,0 +1,51 @@
+"""The command line in a process of its own, for tests of whole runs."""
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+class Process:
+    """A command whose output can be waited on line by line."""
+
+    patience_s = 240.0
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator", *arguments], cwd=ROOT, env=os.environ | (env or {}), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.lines: list[str] = []
+        self._queue: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self._queue.put(line.rstrip())
+        self._queue.put(None)
+
+    def wait_for(self, text: str) -> str:
+        deadline = time.monotonic() + self.patience_s
+        while True:
+            line = self._queue.get(timeout=max(0.1, deadline - time.monotonic()))
+            assert line is not None, f"ended without {text!r}:\n{self.output}"
+            self.lines.append(line)
+            if text in line:
+                return line
+
+    def finish(self, timeout_s: float | None = None) -> int:
+        code = self.popen.wait(timeout_s or self.patience_s)
+        while (line := self._queue.get(timeout=30)) is not None:
+            self.lines.append(line)
+        return code
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
