@@ -28,12 +28,13 @@ from actors.sampler import (
 )
 from actors.spsa import Score, SpsaSource
 from core.arrays import as_tensor
+from core.collective import Channel, visit
 from core.config import GuidanceConfig, RunConfig
 from core.deadlines import get
 from core.errors import LostActorError, TrainingError, WeightsMissingError
-from core.records import Array, GroupInfo, GroupPayload, GroupTask, RolloutContext
+from core.records import Array, GroupInfo, GroupPayload, GroupTask, RolloutContext, WeightOrder
 from core.servers import ServerPool
-from core.weights import WeightManifest, load_buckets
+from core.weights import WeightManifest, load_buckets, load_tensors
 from dynamics import StepTable
 from models.generators.base import Conditioning, expand, images_for, open_generator, stack_conditionings
 from models.generators.lora import adapter_parameters, add_adapter
@@ -68,6 +69,11 @@ class RolloutWorker:
         """Takes over published weights and their version."""
         load_buckets(manifest, buckets, self.published)
         self.policy_version = manifest.version
+
+    def receive_weights(self, channel: Channel, order: WeightOrder) -> None:
+        """Takes over weights from a broadcast, and their version."""
+        load_tensors(channel.receive(order.transfer), self.published)
+        self.policy_version = order.version
 
     def conditioning(self, prompt: str) -> Conditioning:
         """Conditioning of one prompt, with a leading dimension of 1; encoded once."""
@@ -230,6 +236,7 @@ class RolloutActor:
         self._servers: dict[str, Any] = {}
         # Epoch, version and kind of the weights held; an actor that Ray has restarted holds none of this run's.
         self._holds: tuple[int, int, str] | None = None
+        self._channel: tuple[str, Channel] | None = None
 
     def __repr__(self) -> str:
         return f"rollout-{self.index}"
@@ -262,6 +269,24 @@ class RolloutActor:
         """See :meth:`RolloutWorker.evaluate`."""
         self._follow(context)
         return self.worker.evaluate(prompts, seeds)
+
+    def receive(self, order: WeightOrder) -> None:
+        """Takes part in a broadcast of weights.
+
+        Raises:
+            LostActorError: the learner or another member is gone; the weights have to be fetched.
+        """
+        timeout = self.config.pools.learner.weight_broadcast_timeout_s
+        if self._channel is None or self._channel[0] != order.address:
+            store = visit(order.address, timeout)
+            self._channel = order.address, Channel(store, order.rank, order.size, timeout, self.worker.device)
+        self._holds = None
+        try:
+            self.worker.receive_weights(self._channel[1], order)
+        except LostActorError:
+            self._channel = None
+            raise
+        self._holds = order.epoch, order.version, order.kind
 
     def _follow(self, context: RolloutContext) -> float:
         """Takes over the weights that an order asks for, and returns the seconds that it took."""

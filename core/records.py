@@ -109,6 +109,8 @@ class UpdatePlan:
         publish_average: whether the averaged weights are published too.
         checkpoint: folder into which every rank writes its part, or None.
         stop: leave the loop afterwards.
+        receivers: rollout actors to which the weights are broadcast.
+        epoch: of the run, how often it has been rewound; weights of an earlier one are void.
     """
 
     iteration: int
@@ -117,6 +119,31 @@ class UpdatePlan:
     publish_average: bool = False
     checkpoint: str | None = None
     stop: bool = False
+    receivers: tuple[str, ...] = ()
+    epoch: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightOrder:
+    """What a rollout actor is told about a broadcast of weights.
+
+    Attributes:
+        version: policy version.
+        kind: ``policy`` or ``average``.
+        epoch: of the run.
+        address: ``host:port`` where the channel's members meet.
+        transfer: number of the broadcast in this channel.
+        rank: of the actor in the channel, from 1.
+        size: number of members of the channel.
+    """
+
+    version: int
+    kind: str
+    epoch: int
+    address: str = ""
+    transfer: int = 0
+    rank: int = 0
+    size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

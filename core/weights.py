@@ -7,7 +7,8 @@ the only copy; the manifest names the tensors, and a checksum guards each bucket
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,15 +114,24 @@ def load_buckets(manifest: WeightManifest, buckets: Sequence[Bucket], parameters
     Raises:
         TrainingError: names, shapes or bytes do not fit.
     """
+    contents = zip(manifest.buckets, buckets, strict=True)
+    load_tensors(itertools.chain.from_iterable(unpack(*content) for content in contents), parameters)
+
+
+def load_tensors(tensors: Iterable[tuple[str, Tensor]], parameters: Mapping[str, Tensor]) -> None:
+    """Copies tensors into those of the same names.
+
+    Raises:
+        TrainingError: names or shapes do not fit.
+    """
     missing = set(parameters)
     with torch.no_grad():
-        for description, bucket in zip(manifest.buckets, buckets, strict=True):
-            for name, tensor in unpack(description, bucket):
-                if name not in parameters or parameters[name].shape != tensor.shape:
-                    raise TrainingError(
-                        f"published weights do not fit the model: {name} {tuple(tensor.shape)} has no counterpart"
-                    )
-                parameters[name].copy_(tensor)
-                missing.discard(name)
+        for name, tensor in tensors:
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                raise TrainingError(
+                    f"published weights do not fit the model: {name} {tuple(tensor.shape)} has no counterpart"
+                )
+            parameters[name].copy_(tensor)
+            missing.discard(name)
     if missing:
         raise TrainingError(f"published weights lack {len(missing)} tensors, for example {min(missing)}")

@@ -20,22 +20,19 @@ from torch import Tensor
 
 from core.config import RunConfig
 from core.deadlines import get
-from core.errors import EuphoniumError, LostActorError, TrainingError, WeightsMissingError
+from core.errors import EuphoniumError, LostActorError, TrainingError
 from core.records import UpdatePlan, UpdateReport
-from core.weights import BucketManifest, WeightManifest, pack
 from dynamics import StepTable
 from learners.batching import MicroBatch, TrainedGroup, load_rows, plan_updates
 from learners.checkpoint import load_rank_state, save_rank_state
 from learners.objective import References, evaluate_objective, replayed_log_probs
+from learners.publication import Publisher, reduced
 from learners.references import AdapterReference, FrozenCopy, Reference
 from learners.schedules import kl_controller, kl_weight, learning_rate
 from learners.zero3 import ZeroPolicy, quiet_deepspeed
 from models.generators.base import Conditioning, open_generator
 
 log = logging.getLogger(__name__)
-
-MEGABYTE = 1 << 20
-PUBLISH_ATTEMPTS = 5
 
 
 class Learner:
@@ -72,6 +69,7 @@ class Learner:
             self.anchor = self._reference("anchor" if kl.anchor == "moving" else None)
         self.previous = self._reference("previous") if objective.needs_previous_policy else None
         self.controller = kl_controller(kl)
+        self.publisher = Publisher(config, rank, device, self.policy)
         self.updates_done = 0
         self.version = 0
 
@@ -135,8 +133,8 @@ class Learner:
             self.updates_done += 1
             norms.append(self.policy.grad_norm())
             self._after_update({name: sums[name] - before[name] for name in sums})
-        totals = self._reduce(sums, "sum")
-        deviation = self._reduce({"deviation": first_deviation}, "max")["deviation"]
+        totals = reduced(self.device, sums, "sum")
+        deviation = reduced(self.device, {"deviation": first_deviation}, "max")["deviation"]
         if not deviation <= objective.ratio_tolerance:
             raise TrainingError(
                 f"on the first update the importance ratio is off 1 by {deviation:.3g}, more than "
@@ -166,7 +164,7 @@ class Learner:
         if kl is None:
             return
         if self.controller is not None:
-            totals = self._reduce(sums, "sum")
+            totals = reduced(self.device, sums, "sum")
             observed = totals["kl_anchor"] if kl.anchor != "none" else totals["kl_previous"]
             self.controller.observe(observed / totals["rows"])
         if kl.anchor == "moving" and self.anchor is not None and self.updates_done % kl.refresh_every == 0:
@@ -196,61 +194,6 @@ class Learner:
             for position, batch in enumerate(shares[self.rank])
         }
 
-    def publish(self, store: Any, version: int, kind: str, timeout_s: float, *, keep: bool = False) -> float:
-        """Collects the weights on rank 0 and hands them to the store; again, if the store dies over it.
-
-        Args:
-            store: handle of the weight store.
-            version: of the policy.
-            kind: ``policy`` or ``average``.
-            timeout_s: longest wait for the store.
-            keep: this learner is about to end, and its weights are still needed.
-
-        Returns:
-            Bytes published (0 on other ranks).
-
-        Raises:
-            LostActorError: the store does not come back.
-        """
-        for attempt in range(PUBLISH_ATTEMPTS):
-            size, error = 0.0, None
-            try:
-                size = self._publish_once(store, version, kind, timeout_s, keep)
-            except (LostActorError, WeightsMissingError) as lost:
-                error = lost
-            # All ranks collect, so all must know whether to collect once more.
-            if self._reduce({"failed": float(error is not None)}, "max")["failed"] == 0:
-                return size
-            log.warning("publishing version %d, attempt %d: %s", version, attempt + 1, error)
-            time.sleep(2.0)
-        raise LostActorError(f"the weight store did not take version {version} in {PUBLISH_ATTEMPTS} attempts")
-
-    def _publish_once(self, store: Any, version: int, kind: str, timeout_s: float, keep: bool) -> float:
-        import ray
-
-        pending: list[Any] = []
-        manifests: list[BucketManifest] = []
-        limit = int(self.config.pools.learner.weight_bucket_mb * MEGABYTE)
-        for bucket in self.policy.gathered(limit, average=kind == "average"):
-            if self.rank == 0:
-                data, manifest = pack(bucket)
-                boxed = [ray.put(data)]
-                pending.append(store.put_bucket.remote(version, kind, len(manifests), boxed, keep=keep))
-                manifests.append(manifest)
-        if self.rank != 0:
-            return 0.0
-        get(pending, timeout_s, f"the weight store's receipt of version {version}")
-        whole = WeightManifest(version=version, kind=kind, buckets=tuple(manifests))
-        get(store.commit.remote(whole), timeout_s, f"the weight store's commit of version {version}")
-        return float(whole.nbytes)
-
-    def _reduce(self, values: dict[str, float], how: str) -> dict[str, float]:
-        import torch.distributed as dist
-
-        tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
-        return dict(zip(values, tensor.tolist(), strict=True))
-
 
 def train_loop(settings: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker.
@@ -278,7 +221,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         if resume is not None:
             load_rank_state(learner, Path(resume))
         # The store may be empty: after a restart rollout actors must draw with exactly these weights.
-        learner.publish(store, learner.version, "policy", timeout)
+        learner.publisher.publish(store, learner.version, "policy")
         if rank == 0:
             get(buffer.learner_ready.remote(attempt), timeout, "the buffer's note of the learner's start")
         while _step(learner, buffer, store, attempt, timeout):
@@ -339,12 +282,14 @@ def _step(learner: Learner, buffer: Any, store: Any, attempt: str, timeout: floa
         metrics |= {"time/fetch_s": fetched - began, "time/update_s": time.perf_counter() - fetched}
         learner.version = plan.iteration
         began = time.perf_counter()
-        metrics["weights/bytes"] = learner.publish(store, plan.iteration, "policy", timeout, keep=plan.stop)
+        metrics |= learner.publisher.publish(
+            store, plan.iteration, "policy", keep=plan.stop, receivers=plan.receivers, epoch=plan.epoch
+        )
         metrics["time/publish_s"] = time.perf_counter() - began
     elif plan.publish:
-        learner.publish(store, plan.iteration, "policy", timeout)
+        learner.publisher.publish(store, plan.iteration, "policy")
     if plan.publish_average:
-        learner.publish(store, plan.iteration, "average", timeout, keep=plan.stop)
+        learner.publisher.publish(store, plan.iteration, "average", keep=plan.stop)
     if plan.checkpoint is not None:
         began = time.perf_counter()
         save_rank_state(learner, Path(plan.checkpoint))

@@ -74,6 +74,12 @@ class Crew:
         drained = {"rollout": None, "prm": self.pools["rollout"].quiet, "orm": self._judged}
         pool.resize(size, drained=drained[role])
 
+    def receivers(self) -> tuple[str, ...]:
+        """Rollout actors that take part in the next broadcast of weights; none without ``collective`` transport."""
+        if self._config.pools.learner.weight_transport != "collective":
+            return ()
+        return tuple(member.name for member in self.pools["rollout"].present)
+
     def load(self) -> dict[str, float]:
         """Busy fractions and sizes of the pools, as metrics."""
         record = {}

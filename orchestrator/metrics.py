@@ -103,6 +103,8 @@ METRICS = (
     Metric("pool/orm", "orm_servers", "ORM servers at work."),
     Metric("pool/learner", "learner_ranks", "Ranks of the learner group."),
     Metric("weights/bytes", "weights_bytes", "Bytes of one published policy."),
+    Metric("weights/receivers", "weights_receivers",
+           "Rollout actors that got the weights by broadcast; 0 when they went through the object store."),
     Metric("time/iteration_s", "iteration_seconds", "Wall time of the iteration."),
     Metric("time/rollout_s", "rollout_seconds", "Drawing and scoring all groups."),
     Metric("time/scoring_s", "scoring_seconds", "Outcome scoring, summed over groups; most of it behind rollouts."),

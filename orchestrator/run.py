@@ -228,6 +228,8 @@ class Run:
             publish_average=evaluates and config.optimizer.ema_decay > 0,
             checkpoint=str(folder.resolve()) if folder is not None else None,
             stop=last,
+            receivers=() if evaluates else self.crew.receivers(),
+            epoch=self.position.epoch,
         )
         self._enter(f"iteration {iteration}: update")
         # From here to the report the transaction must not be cut in two.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -82,6 +82,12 @@ class LearnerPoolConfig(ShareConfig, _Workers):
     """Keep frozen copies of the policy (KL anchor, previous policy) in host memory."""
     weight_bucket_mb: PositiveFloat = 256.0
     """Size of the pieces in which weights are gathered and published."""
+    weight_transport: Literal["object_store", "collective"] = "object_store"
+    """How new weights reach the rollout actors: ``object_store``, where each takes them when it is ready, or
+    ``collective``, a broadcast in a group of their own (NCCL between GPUs, gloo between CPUs) for which the learner
+    waits until every actor has ended its group; actors that join or fail get them through the object store."""
+    weight_broadcast_timeout_s: PositiveFloat = 120.0
+    """Longest wait of a broadcast for its members; then the weights go through the object store."""
 
 
 class PoolsConfig(Node):
