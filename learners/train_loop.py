@@ -287,7 +287,7 @@ def _step(learner: Learner, buffer: Any, store: Any, attempt: str, timeout: floa
         )
         metrics["time/publish_s"] = time.perf_counter() - began
     elif plan.publish:
-        learner.publisher.publish(store, plan.iteration, "policy")
+        learner.publisher.publish(store, plan.iteration, "policy", keep=plan.stop)
     if plan.publish_average:
         learner.publisher.publish(store, plan.iteration, "average", keep=plan.stop)
     if plan.checkpoint is not None:

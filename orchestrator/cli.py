@@ -51,7 +51,7 @@ def train(
     import asyncio
 
     from core.config import RunConfig, load_config
-    from orchestrator.launch import absolute_paths, connect_ray, preflight, prepare_run_dir
+    from orchestrator.launch import absolute_paths, connect_ray, is_complete, preflight, prepare_run_dir
 
     config: RunConfig = absolute_paths(load_config(recipe, overrides or []))
     preflight(config)
@@ -59,7 +59,7 @@ def train(
     say(f"run {config.name}: {config.run_dir}")
     if checkpoint is not None:
         say(f"resuming from {checkpoint.folder} (iteration {checkpoint.state.iteration})")
-        if checkpoint.state.iteration >= config.iterations:
+        if is_complete(config, checkpoint):
             say(f"nothing to do: {config.iterations} iterations are done")
             return
     namespace = f"euphonium-{config.name}"

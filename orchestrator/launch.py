@@ -15,6 +15,7 @@ import yaml
 from core.config import RunConfig, dump_config
 from core.errors import CheckpointError, ConfigError, PreflightError
 from orchestrator.checkpoints import Checkpoint, CheckpointStore, verify
+from orchestrator.tracking import METRICS_FILE, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,8 @@ def prepare_run_dir(config: RunConfig) -> Checkpoint | None:
         else:
             store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last)
             checkpoint = store.newest()
-            began = (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0
+            metrics = folder / METRICS_FILE
+            began = metrics.exists() and metrics.stat().st_size > 0
             if checkpoint is None and began:
                 raise CheckpointError(
                     f"{folder} holds an earlier run but no checkpoint to resume from; take another name=..., or "
@@ -133,6 +135,17 @@ def prepare_run_dir(config: RunConfig) -> Checkpoint | None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESOLVED).write_text(dump_config(config))
     return checkpoint
+
+
+def is_complete(config: RunConfig, checkpoint: Checkpoint) -> bool:
+    """Whether the run of a checkpoint has nothing left to do: trained, evaluated and exported."""
+    done = checkpoint.state.iteration
+    if done != config.iterations:
+        return done > config.iterations
+    evaluated = any(
+        r["iteration"] == done and "eval/total/mean" in r for r in read_metrics(config.run_dir / METRICS_FILE)
+    )
+    return evaluated and (config.run_dir / "export").is_dir()
 
 
 def _check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:

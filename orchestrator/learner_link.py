@@ -198,9 +198,7 @@ class LearnerLink:
                 async with self.turn:
                     if await awaited(self._store.newest.remote("policy"), 30.0, "the weight store") >= version:
                         return
-                    self._progress.say(
-                        f"the weight store lacks the weights; publishing version {version} again"
-                    )
+                    self._progress.say(f"the weight store lacks the weights; publishing version {version} again")
                     averages = self._config.optimizer.ema_decay > 0
                     await self.carry_out(
                         UpdatePlan(iteration=version, num_groups=0, publish=True, publish_average=averages)

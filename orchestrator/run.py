@@ -160,6 +160,8 @@ class Run:
 
     async def _train(self) -> None:
         evaluated = self.state.iteration > 0
+        if self.state.iteration == self.config.iterations:
+            await self._evaluate_at_last()
         while self.state.iteration < self.config.iterations:
             try:
                 if not evaluated:
@@ -176,6 +178,18 @@ class Run:
         self._export()
         self.progress.summary(read_metrics(self.tracker.path))
         self.progress.say(f"before and after: {self.config.run_dir / 'samples' / 'before_after.png'}")
+
+    async def _evaluate_at_last(self) -> None:
+        """Makes up for the last evaluation of a run that was cut short in it."""
+        done = self.state.iteration
+        averages = self.config.optimizer.ema_decay > 0
+        plan = UpdatePlan(iteration=done, num_groups=0, publish=True, publish_average=averages, stop=True)
+        await self.learners.carry_out(plan)
+        self.learners.dismiss()
+        values = await self._guard(self._evaluate(done))
+        last = read_metrics(self.tracker.path)[-1]
+        self.tracker.rewind(done - 1)
+        self._record(last | values)
 
     async def _save_and_stop(self) -> None:
         """Checkpoints where the run stands, after a signal."""

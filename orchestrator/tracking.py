@@ -14,12 +14,14 @@ from orchestrator.metrics import PrometheusEndpoint, find_metric
 
 log = logging.getLogger(__name__)
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class Tracker:
     """Records one object an iteration, everywhere at once."""
 
     def __init__(self, config: RunConfig, iterations_done: int) -> None:
-        self.path = config.run_dir / "metrics.jsonl"
+        self.path = config.run_dir / METRICS_FILE
         _drop_after(self.path, iterations_done)
         self._stream = self.path.open("a", encoding="utf-8")
         self._events = None
