@@ -30,7 +30,7 @@ from actors.spsa import Score, SpsaSource
 from core.arrays import as_tensor
 from core.collective import Channel, visit
 from core.config import GuidanceConfig, RunConfig
-from core.deadlines import get
+from core.deadlines import get, node_id
 from core.errors import LostActorError, TrainingError, WeightsMissingError
 from core.records import Array, GroupInfo, GroupPayload, GroupTask, RolloutContext, WeightOrder
 from core.servers import ServerPool
@@ -230,8 +230,12 @@ class RolloutActor:
         # Both pools change while the run goes on: every order says who is in them.
         self.prm_servers: list[Any] = []
         self.orm_servers: list[Any] = []
-        self.prm = ServerPool("prm", lambda: self.prm_servers, rewards, rewards=["process"], offset=index)
+        self.near: set[Any] = set()
+        self.prm = ServerPool(
+            "prm", lambda: self.prm_servers, rewards, rewards=["process"], offset=index, near=self.near.__contains__
+        )
         self.orm = ServerPool("orm", lambda: self.orm_servers, rewards, rewards=outcome, offset=index)
+        self.node = node_id()
         self.store = ray.get_actor(store)
         self._servers: dict[str, Any] = {}
         # Epoch, version and kind of the weights held; an actor that Ray has restarted holds none of this run's.
@@ -261,6 +265,9 @@ class RolloutActor:
             factory = self._spsa(task, guidance)
         elif self.config.rewards.process is not None:
             self.prm_servers = self._find(context.prm_servers)
+            own = [name for name, node in zip(context.prm_servers, context.prm_nodes, strict=True) if node == self.node]
+            self.near.clear()
+            self.near.update(self._find(own))
             factory = self._prm(task.prompt)
         info, latents, payload = self.worker.generate(task, factory)
         return dataclasses.replace(info, seconds={**info.seconds, "weights": pulled}), latents, payload

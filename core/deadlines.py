@@ -13,6 +13,13 @@ from core.errors import EuphoniumError, LateError, LostActorError, TrainingError
 LOG_EVERY_S = 30.0
 
 
+def node_id() -> str:
+    """Id of the Ray node that this process is on."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def get(ref: Any, timeout_s: float | None, what: str) -> Any:
     """Value of an object reference.
 

@@ -37,6 +37,7 @@ class RolloutContext:
             epoch are other weights.
         kind: ``policy``, or ``average`` for the moving average.
         prm_servers: names of the PRM servers.
+        prm_nodes: ids of their nodes, in the same order; empty where it is not known yet.
         orm_servers: names of the ORM servers.
     """
 
@@ -44,6 +45,7 @@ class RolloutContext:
     epoch: int
     kind: str = "policy"
     prm_servers: tuple[str, ...] = ()
+    prm_nodes: tuple[str, ...] = ()
     orm_servers: tuple[str, ...] = ()
 
 

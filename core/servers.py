@@ -28,10 +28,11 @@ class _Health:
 class ServerPool:
     """One caller's view of a pool of reward servers.
 
-    Requests go round the servers. A failed server is left alone for a moment, longer with every failure in a row;
-    after ``breaker.failures`` of them it is skipped for ``breaker.cool_down_s``, and then gets one request as a
-    probe, whose answer decides. A server whose actor has died for good is not asked again. While every server is being
-    left alone, callers wait for the one that is due first, so that a pool of one survives its restart.
+    Requests go round the servers, those of the caller's own node if there are any. A failed server is left alone for a
+    moment, longer with every failure in a row; after ``breaker.failures`` of them it is skipped for
+    ``breaker.cool_down_s``, and then gets one request as a probe, whose answer decides. A server whose actor has died
+    for good is not asked again. While every server is being left alone, callers wait for the one that is due first, so
+    that a pool of one survives its restart.
 
     Safe to use from several threads.
     """
@@ -44,6 +45,7 @@ class ServerPool:
         *,
         rewards: Sequence[str] = (),
         offset: int = 0,
+        near: Callable[[Any], bool] = lambda server: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args as described in the class.
@@ -54,6 +56,7 @@ class ServerPool:
             config: deadline, attempts and breaker.
             rewards: names of the rewards that it serves, for errors.
             offset: server to begin with, so that callers do not all begin with the same one.
+            near: whether a server is on the caller's own node; those are asked as long as they answer.
             clock: seconds.
         """
         self._role = role
@@ -61,6 +64,7 @@ class ServerPool:
         self._rewards = tuple(rewards)
         self._attempts = config.attempts
         self._breaker = config.breaker
+        self._near = near
         self._clock = clock
         self._turns = itertools.count(offset)
         self._health: dict[Any, _Health] = {}
@@ -84,7 +88,8 @@ class ServerPool:
             first = next(self._turns) % len(alive)
             now = self._clock()
             server = min(
-                [*alive[first:], *alive[:first]], key=lambda one: max(now, self._health.get(one, _Health()).retry_at)
+                [*alive[first:], *alive[:first]],
+                key=lambda one: (max(now, self._health.get(one, _Health()).retry_at), not self._near(one)),
             )
             health = self._health.setdefault(server, _Health())
             pause = max(0.0, health.retry_at - now)

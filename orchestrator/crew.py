@@ -149,12 +149,14 @@ class Crew:
 
     def _context(self, kind: str) -> RolloutContext:
         """What rollout actors work with from now on."""
+        prm = self.pools["prm"].reachable if "prm" in self.pools else []
         return RolloutContext(
             version=self._position.state.iteration,
             epoch=self._position.epoch,
             kind=kind,
-            prm_servers=self.pools["prm"].reachable if "prm" in self.pools else (),
-            orm_servers=self.pools["orm"].reachable,
+            prm_servers=tuple(member.name for member in prm),
+            prm_nodes=tuple(member.node for member in prm),
+            orm_servers=tuple(member.name for member in self.pools["orm"].reachable),
         )
 
     async def _rollout_answer(self, member: Member, ref: Any, what: str) -> Any:

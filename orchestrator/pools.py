@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 SAY_EVERY_S = 15.0
 PING_EVERY_S = 3.0
+# Asked in every step of every sample: clients prefer a server on their own node, so there should be one.
+SPREAD = ("prm",)
 
 
 @dataclass(eq=False)
@@ -39,6 +41,7 @@ class Member:
         began: start of the work that has the member for itself, or None.
         since: when the state last changed (monotonic clock).
         worked_s: seconds that it has been known to work.
+        node: id of the node that it is on, once it has answered.
         reported: time and value of the last cumulative reading of its own, for servers that count themselves.
     """
 
@@ -49,6 +52,7 @@ class Member:
     began: float | None = None
     since: float = field(default_factory=time.monotonic)
     worked_s: float = 0.0
+    node: str = ""
     reported: tuple[float, float] | None = None
 
     def become(self, state: Literal["starting", "present", "absent", "leaving"]) -> None:
@@ -102,14 +106,14 @@ class ActorPool:
         return [member for member in self.members if member.state == "present"]
 
     @property
-    def reachable(self) -> tuple[str, ...]:
-        """Names of the members that clients may ask: also those that are absent, for they are expected back."""
-        return tuple(member.name for member in self.members if member.state in ("present", "absent"))
+    def reachable(self) -> list[Member]:
+        """Members that clients may ask: also those that are absent, for they are expected back."""
+        return [member for member in self.members if member.state in ("present", "absent")]
 
     @property
     def reachable_handles(self) -> list[Any]:
         """Their handles."""
-        return [member.handle for member in self.members if member.state in ("present", "absent")]
+        return [member.handle for member in self.reachable]
 
     def demand(self) -> dict[str, float]:
         """Resources that the whole pool reserves."""
@@ -127,6 +131,7 @@ class ActorPool:
                 name=name,
                 **self.config.ray_options,
                 max_restarts=self.config.max_restarts,
+                scheduling_strategy="SPREAD" if self.role in SPREAD else "DEFAULT",
                 # A lost call must come back as an error: whoever made it decides what is safe to repeat.
                 max_task_retries=0,
             )
@@ -264,6 +269,7 @@ class ActorPool:
                 await asyncio.sleep(PING_EVERY_S)
 
     def _answered(self, member: Member, answer: Mapping[str, Any]) -> None:
+        member.node = answer.get("node", "")
         if member.state in ("starting", "absent"):
             member.become("present")
             self._say(f"{member.name} has joined; {self._strength()}")
@@ -387,7 +393,7 @@ async def wait_ready(pools: Sequence[ActorPool], timeout_s: float, say: Callable
         for ref in done:
             _, member = waiting.pop(ref)
             try:
-                await ref
+                member.node = (await ref).get("node", "")
             except ray.exceptions.RayTaskError as error:
                 raise TrainingError(f"{member.name} failed to start: {error.cause}") from error
             except ray.exceptions.RayError as error:

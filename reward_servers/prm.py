@@ -15,6 +15,7 @@ from torch import Tensor
 
 from core.arrays import as_tensor
 from core.config import RunConfig
+from core.deadlines import node_id
 from core.errors import NonFiniteRewardError, RewardError
 from core.records import Array
 from models.generators.base import Conditioning, expand, positive, stack_conditionings
@@ -161,8 +162,8 @@ class PrmActor:
         return f"prm-{self.index}"
 
     async def ready(self) -> dict[str, Any]:
-        """Answers once the model is loaded; also the seconds that have been spent computing."""
-        return {"device": str(self.scorer.device), "busy_s": self.batcher.worked_s}
+        """Answers once the model is loaded; also its node, and the seconds that have been spent computing."""
+        return {"device": str(self.scorer.device), "busy_s": self.batcher.worked_s, "node": node_id()}
 
     async def health(self) -> dict[str, float]:
         """See :meth:`reward_servers.batching.MicroBatcher.status`; answers also while the model computes."""

@@ -18,16 +18,29 @@ class Clock:
         return self.now
 
 
-def pool_of(members: list[str], clock: Clock, **changes: Any) -> ServerPool:
+def pool_of(members: list[str], clock: Clock, near: str = "", **changes: Any) -> ServerPool:
     outcome = [OutcomeRewardConfig(name="icon", type="sprite_icon")]
     breaker = BreakerConfig(failures=3, cool_down_s=10.0)
     config = RewardsConfig(outcome=outcome, breaker=breaker, **{"deadline_s": 8.0, "attempts": 3} | changes)
-    return ServerPool("orm", lambda: members, config, rewards=["icon"], clock=clock)
+    return ServerPool("orm", lambda: members, config, rewards=["icon"], clock=clock, near=lambda server: server in near)
 
 
 def test_requests_go_round() -> None:
     pool = pool_of(["a", "b", "c"], Clock())
     assert [pool.choose() for _ in range(4)] == [("a", 0), ("b", 0), ("c", 0), ("a", 0)]
+
+
+def test_servers_of_the_own_node_are_asked_as_long_as_they_answer() -> None:
+    clock = Clock()
+    pool = pool_of(["a", "b", "c", "d"], clock, near="bd")
+    assert [pool.choose()[0] for _ in range(8)].count("b") > 0
+    assert {pool.choose()[0] for _ in range(8)} == {"b", "d"}
+    pool.failed("b")
+    assert {pool.choose()[0] for _ in range(4)} == {"d"}
+    pool.failed("d")
+    assert {pool.choose()[0] for _ in range(4)} == {"a", "c"}
+    clock.now += 2.0
+    assert {pool.choose()[0] for _ in range(8)} == {"b", "d"}
 
 
 def test_a_failed_server_is_left_alone_for_longer_every_time_and_others_take_over() -> None:
