@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from actors.rollout import RolloutWorker
 from actors.sampler import Velocity
 from core.config import RunConfig, load_config
+from core.rewards import weighted_total
 from dynamics import GroupRewards, StepTable, group_advantages
 from learners.batching import TrainedGroup, load_rows, plan_updates
 from learners.objective import References, evaluate_objective
 from learners.objective import Velocity as VelocityOf
-from learners.prm_refresh import PrmRefresh, weighted_total
+from learners.prm_refresh import PrmRefresh
 from learners.schedules import kl_controller, kl_weight, learning_rate
 from models.rewards.prm import LocalRewards, ProcessRewardModel
-from orchestrator.evaluation import evaluation_set
+from orchestrator.evaluation import evaluation_metrics, evaluation_set
 from orchestrator.prompts import PromptStream, read_prompts
 from orchestrator.statistics import rollout_statistics
 from reward_servers.orm import OrmScorer
@@ -75,9 +76,7 @@ class SingleProcess:
         prompts, seeds = self.evaluation
         scores = self.orm.score(self.worker.evaluate(prompts, seeds), prompts)
         self._load(current)
-        weights = {reward.name: reward.weight for reward in self.config.rewards.outcome}
-        total = sum(weights[n] * float(v.mean()) for n, v in scores.items()) / sum(map(abs, weights.values()))
-        return {"eval/total/mean": total} | {f"eval/{n}/mean": float(v.mean()) for n, v in scores.items()}
+        return evaluation_metrics(scores, self.config.rewards.outcome)
 
     def iterate(self) -> dict[str, float]:
         """Draws, scores and trains on one iteration's groups."""
@@ -93,7 +92,8 @@ class SingleProcess:
             payloads.append(payload)
             scores.append(self.orm.score(latents, [task.prompt] * len(latents)))
             if self.refresh is not None:
-                self.refresh.add(iteration, latents, weighted_total(scores[-1], config.rewards), payload.conditioning)
+                total = weighted_total(scores[-1], config.rewards.outcome)
+                self.refresh.add(iteration, latents, total, payload.conditioning)
         rewards = [
             GroupRewards(
                 {n: torch.tensor(v) for n, v in score.items()},

@@ -10,8 +10,6 @@ from typing import Any
 
 from core.errors import EuphoniumError, LateError, LostActorError, TrainingError
 
-LOG_EVERY_S = 30.0
-
 
 def get(ref: Any, timeout_s: float | None, what: str) -> Any:
     """Value of an object reference.

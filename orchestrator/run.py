@@ -36,7 +36,7 @@ from core.config import RunConfig, dump_config
 from core.deadlines import awaited
 from core.errors import EuphoniumError
 from core.records import UpdatePlan
-from learners.prm_refresh import weighted_total
+from core.rewards import weighted_total
 from orchestrator.advice import advice
 from orchestrator.batches import Batch, BatchSource, ScoredGroup, training_groups
 from orchestrator.checkpoints import BackgroundCommits, Checkpoint, CheckpointStore, RunState
@@ -318,7 +318,8 @@ class Run:
         """Trains the process reward model on the iteration's samples, where the recipe says so."""
         if self.refresh is None:
             return {}
-        replayed = [(g.latents, g.payload, weighted_total(g.scores, self.config.rewards)) for g in groups]
+        rewards = self.config.rewards.outcome
+        replayed = [(g.latents, g.payload, weighted_total(g.scores, rewards)) for g in groups]
         return await self.refresh.step(iteration, replayed, self.pools["prm"].reachable_handles, folder)
 
     async def _resize_learners(self, size: int) -> None:
