@@ -164,6 +164,7 @@ class BackgroundCommits:
         self._store = store
         self._states = {start.iteration: start}
         self._tell = tell
+        self._filling: set[Path] = set()
         self._under_way: asyncio.Task[None] | None = None
         self._seconds: float | None = None
         self.newest = newest
@@ -177,6 +178,18 @@ class BackgroundCommits:
         """Where the run stood at the start, or at one of its checkpoints."""
         return self._states[iteration]
 
+    def begin(self, iteration: int) -> Path:
+        """See :meth:`CheckpointStore.begin`."""
+        folder = self._store.begin(iteration)
+        self._filling.add(folder)
+        return folder
+
+    def abandon(self) -> None:
+        """Gives up the folders that are being filled: the ranks that filled them are gone."""
+        for folder in self._filling:
+            self._store.abandon(folder)
+        self._filling.clear()
+
     async def commit(self, folder: Path, state: RunState, config_yaml: str) -> None:
         """Begins to commit a filled folder; waits for the commit before it.
 
@@ -184,6 +197,7 @@ class BackgroundCommits:
             CheckpointError: that one could not be written.
         """
         await self.finished()
+        self._filling.discard(folder)
 
         async def commit() -> None:
             began = time.monotonic()
