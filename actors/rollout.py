@@ -33,6 +33,7 @@ from core.config import GuidanceConfig, RunConfig
 from core.deadlines import get, node_id
 from core.errors import LostActorError, TrainingError, WeightsMissingError
 from core.records import Array, GroupInfo, GroupPayload, GroupTask, RolloutContext, WeightOrder
+from core.rewards import weighted_total
 from core.servers import ServerPool
 from core.weights import WeightManifest, load_buckets, load_tensors
 from dynamics import StepTable
@@ -332,18 +333,17 @@ class RolloutActor:
         return lambda conditioning, table, velocity: PrmClient(self.prm, conditioning, table, prompt)
 
     def _spsa(self, task: GroupTask, guidance: GuidanceConfig) -> SourceFactory:
-        weights = {reward.name: reward.weight for reward in self.config.rewards.outcome}
         return lambda conditioning, table, velocity: SpsaSource(
             table,
             velocity,
-            self._outcome_score(task.prompt, weights),
+            self._outcome_score(task.prompt),
             perturbations=guidance.spsa.perturbations,
             scale=guidance.spsa.scale,
             seed=task.seed,
         )
 
-    def _outcome_score(self, prompt: str, weights: dict[str, float]) -> Score:
-        timeout = self.config.rewards.deadline_s
+    def _outcome_score(self, prompt: str) -> Score:
+        rewards, timeout = self.config.rewards.outcome, self.config.rewards.deadline_s
 
         def score(latents: Tensor) -> Callable[[], Tensor]:
             prompts, arrays = [prompt] * len(latents), latents.cpu().numpy()
@@ -351,8 +351,7 @@ class RolloutActor:
 
             def answer() -> Tensor:
                 scores, _ = call.result()
-                total = sum(weights[name] * values.astype(np.float64) for name, values in scores.items())
-                return as_tensor(np.asarray(total, dtype=np.float32))
+                return as_tensor(weighted_total(scores, rewards).astype(np.float32))
 
             return answer
 

@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from actors.rollout import RolloutWorker
 from actors.sampler import Velocity
 from core.config import RunConfig, load_config
-from dynamics import GroupRewards, StepTable, group_advantages
+from core.rewards import weighted_total
+from dynamics import StepTable
 from learners.batching import TrainedGroup, load_rows, plan_updates
 from learners.objective import References, evaluate_objective
 from learners.objective import Velocity as VelocityOf
-from learners.prm_refresh import PrmRefresh, weighted_total
+from learners.prm_refresh import PrmRefresh
 from learners.schedules import kl_controller, kl_weight, learning_rate
 from models.rewards.prm import LocalRewards, ProcessRewardModel
-from orchestrator.evaluation import evaluation_set
+from orchestrator.batches import advantages
+from orchestrator.evaluation import evaluation_metrics, evaluation_set
 from orchestrator.prompts import PromptStream, read_prompts
 from orchestrator.statistics import rollout_statistics
 from reward_servers.orm import OrmScorer
@@ -75,9 +77,7 @@ class SingleProcess:
         prompts, seeds = self.evaluation
         scores = self.orm.score(self.worker.evaluate(prompts, seeds), prompts)
         self._load(current)
-        weights = {reward.name: reward.weight for reward in self.config.rewards.outcome}
-        total = sum(weights[n] * float(v.mean()) for n, v in scores.items()) / sum(map(abs, weights.values()))
-        return {"eval/total/mean": total} | {f"eval/{n}/mean": float(v.mean()) for n, v in scores.items()}
+        return evaluation_metrics(scores, self.config.rewards.outcome)
 
     def iterate(self) -> dict[str, float]:
         """Draws, scores and trains on one iteration's groups."""
@@ -93,15 +93,9 @@ class SingleProcess:
             payloads.append(payload)
             scores.append(self.orm.score(latents, [task.prompt] * len(latents)))
             if self.refresh is not None:
-                self.refresh.add(iteration, latents, weighted_total(scores[-1], config.rewards), payload.conditioning)
-        rewards = [
-            GroupRewards(
-                {n: torch.tensor(v) for n, v in score.items()},
-                None if info.process_rewards is None else torch.tensor(info.process_rewards),
-            )
-            for info, score in zip(infos, scores, strict=True)
-        ]
-        advantages = group_advantages(rewards, config.advantage_rule())
+                total = weighted_total(scores[-1], config.rewards.outcome)
+                self.refresh.add(iteration, latents, total, payload.conditioning)
+        results = advantages(config, infos, scores)
         groups = [
             TrainedGroup(
                 payload=payload,
@@ -110,10 +104,10 @@ class SingleProcess:
                 iteration=iteration,
                 fingerprint=info.fingerprint,
             )
-            for payload, a, info in zip(payloads, advantages, infos, strict=True)
+            for payload, a, info in zip(payloads, results, infos, strict=True)
         ]
         rolled_out = time.perf_counter()
-        metrics = rollout_statistics(config, infos, scores, advantages)
+        metrics = rollout_statistics(config, infos, scores, results)
         metrics |= self._update(groups)
         if self.refresh is not None and self.prm is not None and self.refresh.due(iteration + 1):
             metrics |= self.refresh.update()

@@ -10,8 +10,6 @@ from typing import Any
 
 from core.errors import EuphoniumError, LateError, LostActorError, TrainingError
 
-LOG_EVERY_S = 30.0
-
 
 def node_id() -> str:
     """Id of the Ray node that this process is on."""

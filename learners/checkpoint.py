@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from core.errors import CheckpointError
-from learners.zero3 import shard
+from learners.zero3 import MOMENTS, shard
 
 if TYPE_CHECKING:
     from learners.train_loop import Learner
@@ -31,7 +31,6 @@ POLICY_FILE = "policy.safetensors"
 AVERAGE_FILE = "average.safetensors"
 FOLDER = "learner"
 TRAINER_FILE = "trainer.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_rank_state(learner: Learner, folder: Path) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from core.config import PrmOptimizerConfig
 from core.errors import ConfigError
-from learners.preference_files import Pairs, ranked_pairs
+from learners.preference_files import Pairs
 from learners.reward_engine import RewardEngine
 from models.generators.base import Conditioning
 
@@ -95,19 +95,6 @@ class Preferences:
     prompt: NDArray[np.int64]
     conditioning: Conditioning
     pairs: Pairs
-
-
-def preferences_by_score(
-    latents: Tensor, prompt: NDArray[np.int64], score: NDArray[np.float64], conditioning: Conditioning, margin: float
-) -> Preferences:
-    """Samples ranked by a score; see :func:`ranked_pairs`."""
-    return Preferences(
-        latents=latents,
-        latent_shape=tuple(latents.shape[1:]),
-        prompt=prompt,
-        conditioning=conditioning,
-        pairs=ranked_pairs(prompt, score, margin),
-    )
 
 
 def paired_rewards(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core.arrays import as_tensor
-from core.config import PrmRefreshConfig, RewardsConfig, RunConfig
+from core.config import PrmRefreshConfig, RunConfig
 from core.records import Array
 from learners.preference import PairSampler, Preferences, bradley_terry, paired_rewards
 from learners.preference_files import Pairs, ranked_pairs
@@ -49,12 +48,6 @@ class ReplayedGroup:
     latents: Tensor
     totals: NDArray[np.float64]
     conditioning: Conditioning
-
-
-def weighted_total(scores: Mapping[str, Array], rewards: RewardsConfig) -> Array:
-    """Weighted outcome rewards ``[group]`` of a group, which rank its samples."""
-    weights = {reward.name: reward.weight for reward in rewards.outcome}
-    return np.sum([weights[name] * values.astype(np.float64) for name, values in scores.items()], axis=0)
 
 
 class PrmRefresh:

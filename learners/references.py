@@ -10,7 +10,6 @@ With low-rank adapters no copy of the base is needed: the references are further
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +19,6 @@ from core.config import LearnerPoolConfig
 from learners.zero3 import ZeroPolicy, shard
 from models.generators.base import Conditioning, GeneratorFamily
 from models.generators.lora import ADAPTER
-
-Forward = Callable[[Any, Tensor, Tensor, Conditioning], Tensor]
 
 
 class Reference(Protocol):

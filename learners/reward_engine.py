@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from core.config import LearnerPoolConfig, OptimizerConfig, RewardOptimizerConfig
-from learners.zero3 import deepspeed_config, quiet_deepspeed, shard
+from learners.zero3 import MOMENTS, deepspeed_config, quiet_deepspeed, shard
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("weights", "average", *MOMENTS)
 
 

@@ -7,11 +7,9 @@ the weights of one that was not.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 
 from core.config import RewardOptimizerConfig
 from core.errors import CheckpointError, TrainingError
+from core.files import hash_and_flush, sha256
 from learners.reward_engine import KINDS, RewardEngine
 
 log = logging.getLogger(__name__)
@@ -194,11 +193,11 @@ def save(engine: RewardEngine, folder: Path, progress: Progress, mark: str) -> N
         tensors = engine.whole(kind)
         if engine.rank == 0:
             save_file(tensors, aside / f"{kind}.safetensors")
-            hashes[kind] = _hash_and_flush(aside / f"{kind}.safetensors")
+            hashes[kind] = hash_and_flush(aside / f"{kind}.safetensors")
     if engine.rank == 0:
         state = aside / STATE_FILE
         state.write_text(json.dumps({"mark": mark, "sha256": hashes, **asdict(progress)}, indent=1) + "\n")
-        _hash_and_flush(state)
+        hash_and_flush(state)
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
         for old in folder.glob("update_*"):
@@ -221,27 +220,15 @@ def load_newest(engine: RewardEngine, folder: Path, mark: str) -> Progress:
                 f"{found} belongs to a training with another recipe; give this one another name, or remove {folder}"
             )
         hashes = state.pop("sha256")
-        damaged = [kind for kind in KINDS if _sha256(found / f"{kind}.safetensors") != hashes[kind]]
+        files = {kind: found / f"{kind}.safetensors" for kind in KINDS}
+        damaged = [kind for kind, file in files.items() if not file.is_file() or sha256(file) != hashes[kind]]
         if damaged:
             log.warning("skipping a damaged checkpoint: %s of %s is not what was written", damaged[0], found)
             continue
-        for kind in KINDS:
-            with safe_open(found / f"{kind}.safetensors", framework="pt") as stream:
+        for kind, file in files.items():
+            with safe_open(file, framework="pt") as stream:
                 engine.restore(kind, stream.get_tensor)
         progress = Progress(**state)
         engine.set_steps(progress.update)
         return progress
     return Progress()
-
-
-def _sha256(path: Path) -> str:
-    if not path.is_file():
-        return "missing"
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _hash_and_flush(path: Path) -> str:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return _sha256(path)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from core.config import OrmConfig, PrmConfig, RewardOptimizerConfig, RewardTrainingConfig
 from learners.reward_engine import LocalEngine, RewardEngine, ZeroEngine
 from learners.reward_training import PROGRESS_FILE, Report, Task, final_weights, fit
+from learners.zero3 import join_group
 
 CHECKPOINTS = "checkpoints"
 RESULT_FILE = "result.json"
@@ -96,19 +97,9 @@ def train_here(config: PrmConfig | OrmConfig, report: Report) -> None:
 
 def train_rank(config: PrmConfig | OrmConfig, report: Report) -> None:
     """Trains as one rank of a group, whose environment variables say which."""
-    import os
-
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    from learners.zero3 import quiet_deepspeed
-
-    quiet_deepspeed()
-    import deepspeed
-
     assert config.learner is not None
     torch.set_num_threads(config.learner.threads)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    device = join_group()
     training = open_training(config, device)
     train(config, ZeroEngine(training.model, training.settings, config.learner, device), training, report)
 

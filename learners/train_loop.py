@@ -29,7 +29,7 @@ from learners.objective import References, evaluate_objective, replayed_log_prob
 from learners.publication import Publisher, reduced
 from learners.references import AdapterReference, FrozenCopy, Reference
 from learners.schedules import kl_controller, kl_weight, learning_rate
-from learners.zero3 import ZeroPolicy, quiet_deepspeed
+from learners.zero3 import ZeroPolicy, join_group
 from models.generators.base import Conditioning, open_generator
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     timeout = config.pools.learner.update_timeout_s
     attempt = ""
     try:
-        learner = _start(config, rank, world_size)
+        learner = Learner(config, rank, world_size, join_group())
         attempt = _common_name()
         joined = get(buffer.join.remote(attempt, world_size), timeout, "the buffer's answer to a joining learner")
         resume, learner.version = joined
@@ -241,19 +241,6 @@ def _common_name() -> str:
     names = [uuid.uuid4().hex]
     dist.broadcast_object_list(names, src=0)
     return names[0]
-
-
-def _start(config: RunConfig, rank: int, world_size: int) -> Learner:
-    import os
-
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-    quiet_deepspeed()
-    import deepspeed
-
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    return Learner(config, rank, world_size, device)
 
 
 def _step(learner: Learner, buffer: Any, store: Any, attempt: str, timeout: float) -> bool:

@@ -8,6 +8,7 @@ second copy of the model, and neither needs DeepSpeed to materialise parameters.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from core.weights import split_into_buckets
 from models.generators.base import GeneratorFamily
 from models.generators.lora import ADAPTER, adapter_parameters, add_adapter, initial_adapter
 
+# Adam's states of a parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def quiet_deepspeed() -> None:
     """Keeps DeepSpeed to warnings, and from compiling a shared-memory op that training never calls."""
@@ -28,6 +32,22 @@ def quiet_deepspeed() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # The op serves inference_all_reduce only; compiling it costs a minute on a fresh machine and needs a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def join_group() -> torch.device:
+    """Makes this process a rank of the group that its environment variables name.
+
+    Returns:
+        Where the rank computes.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    quiet_deepspeed()
+    import deepspeed
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return device
 
 
 def deepspeed_config(pool: LearnerPoolConfig, optimizer: OptimizerConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -131,8 +151,9 @@ class ZeroPolicy:
         self.engine.backward(loss, scale_wrt_gas=False)
         self.engine.step()
         if last and self.averages is not None:
-            current = [shard(p).float() for p in self.parameters.values()]
-            torch._foreach_lerp_(self.averages, current, 1 - self.ema_decay)
+            # One by one: all pieces at once in float32 would be a second copy of what this rank holds.
+            for average, parameter in zip(self.averages, self.parameters.values(), strict=True):
+                average.lerp_(shard(parameter).float(), 1 - self.ema_decay)
 
     def grad_norm(self) -> float:
         """Global norm of the latest update's gradients, before clipping."""
@@ -149,13 +170,13 @@ class ZeroPolicy:
         Yields:
             On rank 0 the tensors of the bucket by name, on the CPU; elsewhere an empty mapping.
         """
-        pieces = {
-            name: (self.averages[i].to(p.dtype) if average and self.averages is not None else shard(p))
-            for i, (name, p) in enumerate(self.parameters.items())
-        }
+        pieces = {name: shard(p) for name, p in self.parameters.items()}
+        if average and self.averages is not None:
+            pieces = dict(zip(self.parameters, self.averages, strict=True))
         sizes = {name: p.ds_numel * p.element_size() for name, p in self.parameters.items()}
         for names in split_into_buckets(sizes, bucket_bytes):
-            yield _gather_bucket({name: self.parameters[name] for name in names}, [pieces[n] for n in names])
+            parameters = {name: self.parameters[name] for name in names}
+            yield _gather_bucket(parameters, [pieces[name].to(p.dtype) for name, p in parameters.items()])
 
 
 def shard(parameter: nn.Parameter) -> Tensor:
@@ -170,18 +191,13 @@ def load_partitioned(module: nn.Module, family: GeneratorFamily) -> None:
     Raises:
         ValueError: a parameter that no file holds.
     """
-    import torch.distributed as dist
-
     parameters = dict(module.named_parameters())
     missing = set(parameters)
     for file in family.transformer_files():
         with safe_open(file, framework="pt") as stream:
             for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
                 if name in parameters:
-                    piece = shard(parameters[name])
-                    flat = stream.get_tensor(name).flatten()
-                    mine = flat[dist.get_rank() * piece.numel() :][: piece.numel()]
-                    piece[: mine.numel()].copy_(mine)
+                    _fill(parameters[name], stream.get_tensor(name))
                     missing.discard(name)
     if missing:
         raise ValueError(f"{family.folder} lacks weights of {len(missing)} parameters, for example {min(missing)}")
@@ -189,17 +205,22 @@ def load_partitioned(module: nn.Module, family: GeneratorFamily) -> None:
 
 def _fill_adapters(module: nn.Module, names: Sequence[str]) -> None:
     """Gives all adapters the same starting values, piece by piece: peft's own do not reach partitioned parameters."""
-    import torch.distributed as dist
-
     for adapter in names:
         parameters = adapter_parameters(module, adapter)
         names_of_policy = {n: n.replace(f".{adapter}.", f".{ADAPTER}.") for n in parameters}
         values = initial_adapter({names_of_policy[n]: getattr(p, "ds_shape") for n, p in parameters.items()})  # noqa: B009
         for name, parameter in parameters.items():
-            piece = shard(parameter)
-            flat = values[names_of_policy[name]].flatten()
-            mine = flat[dist.get_rank() * piece.numel() :][: piece.numel()]
-            piece.zero_()[: mine.numel()].copy_(mine)
+            shard(parameter).zero_()
+            _fill(parameter, values[names_of_policy[name]])
+
+
+def _fill(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Overwrites this rank's piece of a parameter with its part of the whole tensor."""
+    import torch.distributed as dist
+
+    piece = shard(parameter)
+    mine = whole.flatten()[dist.get_rank() * piece.numel() :][: piece.numel()]
+    piece[: mine.numel()].copy_(mine)
 
 
 def _gather_bucket(parameters: dict[str, nn.Parameter], pieces: list[Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from core.config import RunConfig
 from core.errors import LostActorError, RewardError, WeightsMissingError
 from core.records import Array, GroupInfo, GroupTask
-from dynamics import GroupRewards, group_advantages
+from dynamics import Advantages, GroupRewards, group_advantages
 from orchestrator.buffer import BufferedGroup
 from orchestrator.crew import Crew, Position
 from orchestrator.prompts import PromptStream
@@ -207,20 +207,28 @@ class BatchSource:
         return ScoredGroup(info, latents, payload, scores, seconds)
 
 
+def advantages(
+    config: RunConfig, infos: Sequence[GroupInfo], scores: Sequence[Mapping[str, Array]]
+) -> list[Advantages]:
+    """Advantages of all groups of an iteration, from their outcome rewards ``[group]`` and process rewards."""
+    rewards = [
+        GroupRewards(
+            {name: torch.tensor(values) for name, values in group.items()},
+            None if info.process_rewards is None else torch.tensor(info.process_rewards),
+        )
+        for info, group in zip(infos, scores, strict=True)
+    ]
+    return group_advantages(rewards, config.advantage_rule())
+
+
 def training_groups(config: RunConfig, groups: Sequence[ScoredGroup]) -> tuple[list[BufferedGroup], dict[str, float]]:
     """Turns rewards into advantages; global scopes need all groups of the iteration at once.
 
     Returns:
         The groups for the buffer, and statistics of the iteration's rollout.
     """
-    rewards = [
-        GroupRewards(
-            {name: torch.tensor(values) for name, values in group.scores.items()},
-            None if group.info.process_rewards is None else torch.tensor(group.info.process_rewards),
-        )
-        for group in groups
-    ]
-    results = group_advantages(rewards, config.advantage_rule())
+    infos, scores = [group.info for group in groups], [group.scores for group in groups]
+    results = advantages(config, infos, scores)
     buffered = [
         BufferedGroup(
             group_id=group.info.task.group_id,
@@ -236,5 +244,4 @@ def training_groups(config: RunConfig, groups: Sequence[ScoredGroup]) -> tuple[l
         for group, result in zip(groups, results, strict=True)
     ]
     scoring = {"time/scoring_s": sum(group.scoring_s for group in groups)}
-    infos, scores = [group.info for group in groups], [group.scores for group in groups]
     return buffered, scoring | rollout_statistics(config, infos, scores, results)

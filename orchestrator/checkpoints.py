@@ -7,7 +7,6 @@ and nothing is loaded before they have been verified.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from core.errors import CheckpointError
+from core.files import hash_and_flush, sha256
 
 log = logging.getLogger(__name__)
 
@@ -94,14 +94,14 @@ class CheckpointStore:
         (folder / CONFIG).write_text(config_yaml)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         with ThreadPoolExecutor(4) as threads:
-            digests = list(threads.map(_hash_and_flush, files))
+            digests = list(threads.map(hash_and_flush, files))
         entries = {
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
             for path, digest in zip(files, digests, strict=True)
         }
         manifest = folder / MANIFEST
         manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")
-        _hash_and_flush(manifest)
+        hash_and_flush(manifest)
         target = self.folder / f"step_{state.iteration:06d}"
         if target.exists():
             shutil.rmtree(target)
@@ -164,6 +164,7 @@ class BackgroundCommits:
         self._store = store
         self._states = {start.iteration: start}
         self._tell = tell
+        self._filling: set[Path] = set()
         self._under_way: asyncio.Task[None] | None = None
         self._seconds: float | None = None
         self.newest = newest
@@ -177,6 +178,18 @@ class BackgroundCommits:
         """Where the run stood at the start, or at one of its checkpoints."""
         return self._states[iteration]
 
+    def begin(self, iteration: int) -> Path:
+        """See :meth:`CheckpointStore.begin`."""
+        folder = self._store.begin(iteration)
+        self._filling.add(folder)
+        return folder
+
+    def abandon(self) -> None:
+        """Gives up the folders that are being filled: the ranks that filled them are gone."""
+        for folder in self._filling:
+            self._store.abandon(folder)
+        self._filling.clear()
+
     async def commit(self, folder: Path, state: RunState, config_yaml: str) -> None:
         """Begins to commit a filled folder; waits for the commit before it.
 
@@ -184,6 +197,7 @@ class BackgroundCommits:
             CheckpointError: that one could not be written.
         """
         await self.finished()
+        self._filling.discard(folder)
 
         async def commit() -> None:
             began = time.monotonic()
@@ -231,25 +245,13 @@ def verify(folder: Path) -> Checkpoint:
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{folder}: {name} is missing or has another size than the manifest says")
     with ThreadPoolExecutor(4) as threads:
-        digests = list(threads.map(lambda name: _sha256(folder / name), files))
+        digests = list(threads.map(lambda name: sha256(folder / name), files))
     for (name, entry), digest in zip(files.items(), digests, strict=True):
         if digest != entry["sha256"]:
             raise CheckpointError(f"{folder}: {name} has other contents than the manifest says")
     state = json.loads((folder / STATE).read_text())
     state.pop("format")
     return Checkpoint(folder, RunState(**state))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _hash_and_flush(path: Path) -> str:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        os.fsync(stream.fileno())
-    return digest
 
 
 def _flush_folder(folder: Path) -> None:

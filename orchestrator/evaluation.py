@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from core.config import RunConfig
+from core.config import OutcomeRewardConfig, RunConfig
 from core.errors import ConfigError, LostActorError, TrainingError, WeightsMissingError
 from core.records import Array
+from core.rewards import total_weight
 from orchestrator.crew import Crew
 from orchestrator.pictures import Video, contact_sheet, save_gif, save_samples, side_by_side
 from orchestrator.prompts import read_prompts, spread
@@ -37,6 +38,14 @@ def evaluation_set(config: RunConfig) -> tuple[list[str], list[int]]:
     prompts = [prompt for prompt in chosen for _ in range(config.evaluation.samples_per_prompt)]
     states = np.random.SeedSequence([config.evaluation.seed, 2]).generate_state(len(prompts), np.uint64)
     return prompts, [int(state >> np.uint64(1)) for state in states]
+
+
+def evaluation_metrics(scores: Mapping[str, Array], rewards: Sequence[OutcomeRewardConfig]) -> dict[str, float]:
+    """Means of the rewards ``[samples]`` of an evaluation, and of their weighted total."""
+    means = {name: float(values.mean()) for name, values in scores.items()}
+    weights = {reward.name: reward.weight for reward in rewards}
+    total = sum(weights[name] * mean for name, mean in means.items()) / total_weight(rewards)
+    return {**{f"eval/{name}/mean": mean for name, mean in means.items()}, "eval/total/mean": total}
 
 
 class SampleFolder:
@@ -116,13 +125,8 @@ class Evaluator:
                 iteration, [prompts[i] for i in shown], videos, {n: v[shown] for n, v in scores.items()}
             )
             self._tracker.picture("samples", np.asarray(sheet), iteration)
-        weights = {reward.name: reward.weight for reward in config.rewards.outcome}
-        total = sum(weights[name] * float(values.mean()) for name, values in scores.items())
-        return {
-            **{f"eval/{name}/mean": float(values.mean()) for name, values in scores.items()},
-            "eval/total/mean": total / sum(map(abs, weights.values())),
-            "time/evaluation_s": time.monotonic() - began,
-        }
+        metrics = evaluation_metrics(scores, config.rewards.outcome)
+        return {**metrics, "time/evaluation_s": time.monotonic() - began}
 
     async def _samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: str) -> Array:
         """Samples of one share; from another actor if one is lost."""

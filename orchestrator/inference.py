@@ -17,6 +17,7 @@ import torch
 from core.config import GuidanceConfig, RunConfig, load_config
 from core.errors import CheckpointError, ConfigError
 from core.records import Array
+from core.rewards import total_weight, weighted_total
 from orchestrator.checkpoints import CONFIG, Checkpoint, CheckpointStore, verify
 
 if TYPE_CHECKING:
@@ -212,10 +213,7 @@ def evaluate_model(
     prompts, seeds = evaluation_set(config)
     scorer = OrmScorer(config.rewards.outcome, policy.worker.family, policy.worker.device)
     scores = scorer.score(policy.sample(prompts, seeds), prompts)
-    weights = {reward.name: reward.weight for reward in config.rewards.outcome}
-    scale = sum(map(abs, weights.values()))
-    weighted = [weights[name] * values.astype(np.float64) for name, values in scores.items()]
-    scores["total"] = np.sum(weighted, axis=0) / scale
+    scores["total"] = weighted_total(scores, config.rewards.outcome) / total_weight(config.rewards.outcome)
     return {
         "model": str(config.model.path) if base else str(checkpoint.folder),
         "protocol": protocol or "without reward gradient",

@@ -36,7 +36,7 @@ from core.config import RunConfig, dump_config
 from core.deadlines import awaited
 from core.errors import EuphoniumError
 from core.records import UpdatePlan
-from learners.prm_refresh import weighted_total
+from core.rewards import weighted_total
 from orchestrator.advice import advice
 from orchestrator.batches import Batch, BatchSource, ScoredGroup, training_groups
 from orchestrator.checkpoints import BackgroundCommits, Checkpoint, CheckpointStore, RunState
@@ -85,8 +85,8 @@ class Run:
         self.evaluator = Evaluator(config, self.crew, self.tracker, self._republish)
         self.refresh: RefreshHandle | None = None
         keep = config.checkpoint
-        self.checkpoints = CheckpointStore(config.run_dir / "checkpoints", keep.keep_last, keep.keep_every)
-        self.commits = BackgroundCommits(self.checkpoints, self.state, resume, self._tell_learners)
+        store = CheckpointStore(config.run_dir / "checkpoints", keep.keep_last, keep.keep_every)
+        self.commits = BackgroundCommits(store, self.state, resume, self._tell_learners)
         self._stop = asyncio.Event()
         self._learner_size = config.pools.learner.num_workers
         self._learner_busy = 0.0
@@ -213,7 +213,7 @@ class Run:
     async def _checkpoint_now(self, *, stop: bool) -> None:
         """Writes a checkpoint of the last iteration; with ``stop``, the learner group ends after it."""
         done = self.state.iteration
-        folder = self.checkpoints.begin(done)
+        folder = self.commits.begin(done)
         plan = UpdatePlan(iteration=done, num_groups=0, checkpoint=str(folder.resolve()), stop=stop)
         await self.learners.carry_out(plan)
         await self.commits.commit(folder, self.state, dump_config(self.config))
@@ -235,7 +235,7 @@ class Run:
         last = iteration == config.iterations
         evaluates = last or iteration % config.evaluation.every == 0
         saves = last or iteration % config.checkpoint.every == 0
-        folder = self.checkpoints.begin(iteration) if saves else None
+        folder = self.commits.begin(iteration) if saves else None
         plan = UpdatePlan(
             iteration=iteration,
             num_groups=len(buffered),
@@ -311,6 +311,7 @@ class Run:
         self.progress.say("the learner group is restarting")
         await self.batches.forget()
         await self.commits.finished()
+        self.commits.abandon()
         resumed = await self._guard(self.learners.rejoined(*self.commits.resume_point))
         self.position.state = self.commits.state_of(resumed)
         self.position.epoch += 1
@@ -334,7 +335,8 @@ class Run:
         """Trains the process reward model on the iteration's samples, where the recipe says so."""
         if self.refresh is None:
             return {}
-        replayed = [(g.latents, g.payload, weighted_total(g.scores, self.config.rewards)) for g in groups]
+        rewards = self.config.rewards.outcome
+        replayed = [(g.latents, g.payload, weighted_total(g.scores, rewards)) for g in groups]
         return await self.refresh.step(iteration, replayed, self.pools["prm"].reachable_handles, folder)
 
     async def _resize_learners(self, size: int) -> None:

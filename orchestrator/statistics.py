@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from core.config import RewardsConfig, RunConfig, WatchConfig
 from core.errors import RewardError
 from core.records import Array, GroupInfo
+from core.rewards import weighted_total
 from dynamics import Advantages
 
 Floats = NDArray[np.float64]
@@ -30,8 +31,7 @@ def rollout_statistics(
     record = reward_statistics(scores)
     processes = [info.process_rewards for info in infos if info.process_rewards is not None]
     if processes:
-        weights = {reward.name: reward.weight for reward in config.rewards.outcome}
-        totals = np.stack([sum(weights[n] * v.astype(np.float64) for n, v in group.items()) for group in scores])
+        totals = np.stack([weighted_total(group, config.rewards.outcome) for group in scores])
         record |= process_statistics(np.stack(processes), totals)
     record["advantage/zero_std_groups"] = float(sum(len(a.flat) == len(scores[0]) for a in advantages))
     record["advantage/std"] = float(np.concatenate([a.values.numpy().ravel() for a in advantages]).std())

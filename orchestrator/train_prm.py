@@ -21,6 +21,7 @@ from actors.sampler import initial_noise, sample_deterministic
 from core.config import PrmConfig
 from core.errors import ConfigError
 from core.records import Array
+from core.rewards import total_weight, weighted_total
 from learners.preference import TENTHS, read_latent
 from learners.preference_files import PreferenceTable, open_preferences
 from learners.prm_data import is_prepared, write_paired, write_scored
@@ -230,7 +231,6 @@ def _samples(
     family, device = open_generator(config.model), _device()
     transformer = family.load_transformer(device).requires_grad_(False)
     scorer = OrmScorer(config.outcome, family, device)
-    weights = {reward.name: reward.weight for reward in config.outcome}
     table = family.ode_table(config.pairs.num_steps, config.pairs.shift)
     latents: list[Array] = []
     scores = []
@@ -246,9 +246,9 @@ def _samples(
 
         latent = sample_deterministic(table, velocity, start).cpu().numpy()
         values = scorer.score(latent, [prompts[i] for i in chosen])
-        scores.append(sum(weights[name] * v.astype(np.float64) for name, v in values.items()))
+        scores.append(weighted_total(values, config.outcome))
         latents.append(latent)
-    return np.concatenate(latents), np.concatenate(scores) / sum(map(abs, weights.values()))
+    return np.concatenate(latents), np.concatenate(scores) / total_weight(config.outcome)
 
 
 def _mark(config: PrmConfig, family: GeneratorFamily, what: list[Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from core.config import ModelConfig, PrmRefreshConfig, RunConfig
 from core.errors import ConfigError
-from learners.prm_refresh import PrmRefresh, weighted_total
+from learners.prm_refresh import PrmRefresh
 from models.generators.base import open_generator
 from models.rewards.prm import ProcessRewardModel
 from reward_servers.prm import PrmScorer
@@ -136,12 +136,6 @@ def test_single_process_run_refreshes_its_model(make_config: Callable[..., RunCo
     assert max(float((before[name] - t).abs().max()) for name, t in run.prm.state_dict().items()) > 1e-4
     # The model in guidance stays frozen.
     assert not any(p.requires_grad for p in run.prm.parameters())
-
-
-def test_totals_are_weighted_sums(make_config: Callable[..., RunConfig]) -> None:
-    scores = {"icon": np.array([1.0, 0.0]), "motion": np.array([0.0, 1.0]), "quality": np.array([1.0, 1.0])}
-    total = weighted_total(scores, make_config("rewards.outcome.1.weight=3").rewards)
-    np.testing.assert_allclose(total, [1.5, 3.5])
 
 
 def test_refresh_is_off_unless_asked_for(make_config: Callable[..., RunConfig]) -> None:

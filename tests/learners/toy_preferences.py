@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from core.config import PrmOptimizerConfig
-from learners.preference import Preferences, preferences_by_score
+from learners.preference import Preferences
+from learners.preference_files import ranked_pairs
 from learners.reward_engine import RewardEngine
 from learners.reward_training import Task
 
@@ -18,16 +19,15 @@ def toy_preferences(count: int = 6, prompts: int = 4, seed: int = 0, margin: flo
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(count * prompts, 16, 5, 4, 4, generator=generator)
     latents[:, 3] += 2 * torch.randn(count * prompts, 1, 1, 1, generator=generator)
-    return preferences_by_score(
-        latents,
-        np.repeat(np.arange(prompts), count),
-        latents[:, 3].mean(dim=(1, 2, 3)).double().numpy(),
-        {
-            "encoder_hidden_states": torch.randn(prompts, 9, 64, generator=generator),
-            "encoder_attention_mask": torch.ones(prompts, 9),
-            "pooled_projections": torch.randn(prompts, 64, generator=generator),
-        },
-        margin,
+    conditioning = {
+        "encoder_hidden_states": torch.randn(prompts, 9, 64, generator=generator),
+        "encoder_attention_mask": torch.ones(prompts, 9),
+        "pooled_projections": torch.randn(prompts, 64, generator=generator),
+    }
+    prompt, score = np.repeat(np.arange(prompts), count), latents[:, 3].mean(dim=(1, 2, 3)).double().numpy()
+    pairs = ranked_pairs(prompt, score, margin)
+    return Preferences(
+        latents=latents, latent_shape=(16, 5, 4, 4), prompt=prompt, conditioning=conditioning, pairs=pairs
     )
 
 

@@ -1,10 +1,11 @@
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
 from core.errors import CheckpointError
-from orchestrator.checkpoints import MANIFEST, CheckpointStore, RunState, verify
+from orchestrator.checkpoints import MANIFEST, BackgroundCommits, Checkpoint, CheckpointStore, RunState, verify
 
 
 def write(store: CheckpointStore, iteration: int) -> Path:
@@ -92,3 +93,50 @@ def test_a_disk_that_refuses_is_a_checkpoint_error(store: CheckpointStore) -> No
 
 def test_no_checkpoint_is_no_error(store: CheckpointStore) -> None:
     assert store.newest() is None
+
+
+def test_commits_beside_the_run_follow_each_other_and_leave_nothing_half_filled(store: CheckpointStore) -> None:
+    told: list[Checkpoint] = []
+    start = RunState(iteration=0, next_group=0, world_size=2)
+
+    async def tell(checkpoint: Checkpoint) -> None:
+        told.append(checkpoint)
+
+    async def run() -> None:
+        commits = BackgroundCommits(store, start, None, tell)
+        assert commits.resume_point == (None, 0)
+        # The group that fills this one dies over it.
+        half = commits.begin(1)
+        commits.abandon()
+        states = [RunState(iteration=i, next_group=4 * i, world_size=2) for i in (1, 2)]
+        for state in states:
+            folder = commits.begin(state.iteration)
+            (folder / "policy.safetensors").write_bytes(b"weights")
+            await commits.commit(folder, state, "name: demo\n")
+        assert [checkpoint.state for checkpoint in told] == states[:1], "the second waits for the first"
+        await commits.finished()
+        assert [checkpoint.state for checkpoint in told] == states
+        assert commits.newest == told[1]
+        assert commits.resume_point == (str((store.folder / "step_000002").resolve()), 2)
+        assert [commits.state_of(i) for i in (0, 1, 2)] == [start, *states]
+        assert commits.take_seconds() is not None
+        assert commits.take_seconds() is None
+        assert not half.exists()
+
+    asyncio.run(run())
+
+
+def test_a_commit_that_fails_beside_the_run_is_heard_of(store: CheckpointStore) -> None:
+    async def tell(checkpoint: Checkpoint) -> None:
+        raise AssertionError(f"there is none: {checkpoint}")
+
+    async def run() -> None:
+        commits = BackgroundCommits(store, RunState(iteration=0, next_group=0, world_size=2), None, tell)
+        folder = commits.begin(1)
+        (folder / "state.json").mkdir()
+        await commits.commit(folder, RunState(iteration=1, next_group=4, world_size=2), "name: demo\n")
+        with pytest.raises(CheckpointError, match="iteration 1 could not be written"):
+            await commits.finished()
+        assert commits.resume_point == (None, 0)
+
+    asyncio.run(run())

@@ -177,9 +177,9 @@ def test_pools_change_while_the_run_goes_on(
     async def scale(run: Any) -> None:
         import ray
 
-        desk = ray.get_actor(CONTROL)
         while run.state.iteration < 2:
             await asyncio.sleep(0.05)
+        desk = ray.get_actor(CONTROL)
         await desk.scale.remote({"rollout": 4, "orm": 2, "learner": 2})
         while len(run.pools["rollout"].present) < 4 or len(run.pools["orm"].present) < 2:
             await asyncio.sleep(0.05)
