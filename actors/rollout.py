@@ -192,14 +192,17 @@ class RolloutWorker:
 
         return velocity
 
-    def _scored_states(self, table: StepTable) -> range | tuple[int, ...]:
+    def _scored_states(self, table: StepTable) -> tuple[int, ...]:
         """States whose process reward is wanted for the advantage, beyond those that guidance asks for."""
         process = self.config.rewards.process
         if process is None or process.weight == 0 or self.config.advantage.mode == "outcome":
             return ()
         offset = 1 if process.credit == "next_state" else 0
-        steps = table.guided_steps if process.steps == "guided" else range(table.num_steps)
-        return tuple(k + offset for k in steps)
+        # Nothing is credited for a step without noise.
+        credited = table.stochastic_steps
+        if process.steps == "guided":
+            credited = [k for k in credited if k in table.guided_steps]
+        return tuple(k + offset for k in credited)
 
     def _credited(self, rewards: Tensor | None) -> Array | None:
         """Of the rewards of all states, those that the actions are credited with, ``[group, num_steps]``."""
