@@ -52,7 +52,7 @@ class ProcessRewardConfig(Node):
     weight: float = 1.0
     """Weight of the process advantage; 0 keeps the gradient guidance alone."""
     steps: Literal["all", "guided"] = "all"
-    """Steps with a process reward: every one, or those of the guidance window (Euphonium's released script)."""
+    """Steps with a process reward: every one with noise, or of these the guided ones (Euphonium's released script)."""
     refresh: PrmRefreshConfig | None = None
     """Keeps training the model on the policy's own samples, ranked by the outcome rewards; null never does."""
     credit: Literal["state", "next_state"] = "state"
