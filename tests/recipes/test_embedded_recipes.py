@@ -61,7 +61,7 @@ def test_an_embedded_recipe_trains(path: Path, process_reward_model: Path, singl
 
 
 def assert_penalty_counts_the_distance(run: Any, before: list[torch.Tensor]) -> None:
-    """The recipe's KL, which the single process leaves out, between the trained policy and the one before."""
+    """The recipe's KL between the trained policy and the one before."""
     config, family = run.config, run.worker.family
     task = run.prompts.task(run.groups, config.iterations)
     info, _, payload = run.worker.generate(task, run._source if run.prm else None)
