@@ -1,5 +1,6 @@
 """Whole runs through the command line, on a real Ray cluster of this machine."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from orchestrator.checkpoints import CheckpointStore
 from tests.process import ROOT, Process
 
 pytestmark = pytest.mark.ray
+MARK = "EUPHONIUM_TEST"
 PROMPT = "a red crab moving down on a black background"
 
 
@@ -38,7 +40,9 @@ def recipe(tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path) -> Callab
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # Everything that a test starts inherits it; other people's clusters on this machine do not have it.
+    monkeypatch.setenv(MARK, uuid.uuid4().hex)
     yield
     deadline = time.monotonic() + 30
     while (left := ray_processes()) and time.monotonic() < deadline:
@@ -47,11 +51,14 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 def ray_processes(title: str = "ray::") -> list[psutil.Process]:
+    """Processes of this test with a title."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []
         if process.info["status"] != psutil.STATUS_ZOMBIE and words and words[0].startswith(title):
-            found.append(process)
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == os.environ[MARK]:
+                    found.append(process)
     return found
 
 
