@@ -41,7 +41,6 @@ def process_reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_an_embedded_recipe_trains(path: Path, process_reward_model: Path, single_process: ModuleType) -> None:
     overrides = ["iterations=3", "rollout.prompts_per_iteration=2", "rollout.group_size=4", "evaluation.prompts=2"]
