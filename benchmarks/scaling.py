@@ -18,34 +18,6 @@ import logging
 import tempfile
 from pathlib import Path
 
-import yaml
-
-from core.config import RunConfig, load_config
-
-
-def recipe(folder: Path, actors: int, iterations: int, payload_mb: float) -> RunConfig:
-    (folder / "train.txt").write_text("\n".join(f"prompt {i}" for i in range(100)))
-    (folder / "held_out.txt").write_text("held out")
-    tree = {
-        "name": f"scaling-{actors}", "output_dir": str(folder), "iterations": iterations,
-        "model": {"path": "none", "frames": 9, "height": 32, "width": 32, "max_prompt_tokens": 16},
-        "prompts": {"train": str(folder / "train.txt"), "evaluation": str(folder / "held_out.txt")},
-        "sampler": {"law": "dance", "eta": 0.5, "num_steps": 4},
-        "rollout": {"prompts_per_iteration": 2 * actors, "group_size": 8, "max_staleness": 1},
-        "rewards": {"outcome": [{"name": "icon", "type": "sprite_icon"}, {"name": "motion", "type": "sprite_motion"}]},
-        "optimizer": {"learning_rate": 1e-4},
-        "evaluation": {"every": 1000, "clips": 0, "prompts": 1},
-        "pools": {
-            "rollout": {"num_actors": actors, "num_cpus": 0.01}, "orm": {"num_cpus": 0.01},
-            "learner": {"num_cpus": 0.01}, "start_timeout_s": 900,
-        },
-        "checkpoint": {"every": 1000},
-        "metrics": {"tensorboard": False, "prometheus_port": None},
-    }  # fmt: skip
-    path = folder / f"recipe-{actors}.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return load_config(path)
-
 
 def measure(folder: Path, actors: int, iterations: int, seconds: float, payload_mb: float) -> dict[str, float]:
     import ray
@@ -57,7 +29,15 @@ def measure(folder: Path, actors: int, iterations: int, seconds: float, payload_
         values = max(stub_roles.SIZE, int(payload_mb * 2**20 / 8 / 2 / 4))
 
     ray.cloudpickle.register_pickle_by_value(stub_roles)
-    config = recipe(folder, actors, iterations, payload_mb)
+    config = stub_roles.stub_recipe(
+        folder,
+        f"scaling-{actors}",
+        f"iterations={iterations}",
+        f"rollout.prompts_per_iteration={2 * actors}",
+        "rollout.group_size=8",
+        "rollout.max_staleness=1",
+        f"pools.rollout.num_actors={actors}",
+    )
     asyncio.run(Sleeping(config, "scaling", None).execute())
     for name in ray.util.list_named_actors():
         ray.kill(ray.get_actor(name))

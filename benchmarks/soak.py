@@ -23,40 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
-
-from core.config import RunConfig, load_config
 
 KEYS = ("iteration", "reward/icon/mean", "reward/motion/mean", "policy/loss", "advantage/std")
 VICTIMS = ("rollout-0", "rollout-1", "rollout-2", "orm-0", "orm-1", "trajectory-buffer", "weight-store", "control")
-
-
-def recipe(folder: Path, name: str, iterations: int) -> RunConfig:
-    (folder / "train.txt").write_text("\n".join(f"prompt {i}" for i in range(100)))
-    (folder / "held_out.txt").write_text("held out")
-    actor = {"num_cpus": 0.01, "max_restarts": 1_000_000}
-    tree = {
-        "name": name, "output_dir": str(folder), "iterations": iterations,
-        "model": {"path": "none", "frames": 9, "height": 32, "width": 32, "max_prompt_tokens": 16},
-        "prompts": {"train": str(folder / "train.txt"), "evaluation": str(folder / "held_out.txt")},
-        "sampler": {"law": "dance", "eta": 0.5, "num_steps": 4},
-        "rollout": {"prompts_per_iteration": 6, "group_size": 4},
-        "rewards": {
-            "outcome": [{"name": "icon", "type": "sprite_icon"}, {"name": "motion", "type": "sprite_motion"}],
-            "attempts": 30,
-        },
-        "optimizer": {"learning_rate": 1e-4},
-        "evaluation": {"every": 1_000_000, "clips": 0, "prompts": 1},
-        "pools": {
-            "rollout": {"num_actors": 3, **actor}, "orm": {"num_actors": 2, **actor}, "learner": {"num_cpus": 0.01},
-            "start_timeout_s": 900, "rejoin_timeout_s": 900,
-        },
-        "checkpoint": {"every": 5},
-        "metrics": {"tensorboard": False, "prometheus_port": None},
-    }  # fmt: skip
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return load_config(path)
 
 
 async def kill_at_random(run: Any, every_s: float, rng: random.Random, kills: Counter[str]) -> None:
@@ -81,7 +50,17 @@ def run_once(folder: Path, name: str, options: argparse.Namespace, every_s: floa
     import stub_roles
 
     rng = random.Random(options.seed)
-    config = recipe(folder, name, options.iterations)
+    config = stub_roles.stub_recipe(
+        folder,
+        name,
+        f"iterations={options.iterations}",
+        "rollout.prompts_per_iteration=6",
+        "rewards.attempts=30",
+        "checkpoint.every=5",
+        "pools.rollout.num_actors=3",
+        "pools.orm.num_actors=2",
+        *(f"pools.{role}.max_restarts=1000000" for role in ("rollout", "orm")),
+    )
     crashing = set(rng.sample(range(2, options.iterations), options.iterations // 20)) if every_s else set()
     kills: Counter[str] = Counter()
 

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+import yaml
 
 from actors.rollout import RolloutActor
-from core.config import RunConfig
+from core.config import RunConfig, load_config
 from core.deadlines import get
 from core.errors import LostActorError, TrainingError
 from core.records import GroupInfo, GroupPayload, GroupTask, UpdateReport
@@ -28,6 +29,33 @@ from orchestrator.learner_link import BUFFER, STORE
 from orchestrator.run import Run
 
 SIZE = 16
+
+
+def stub_recipe(folder: Path, name: str, *overrides: str, prompts: int = 100) -> RunConfig:
+    """A recipe for these roles, with ``a.b=c`` overrides; writes it and its prompts into a folder."""
+    (folder / "train.txt").write_text("\n".join(f"prompt {i}" for i in range(prompts)))
+    (folder / "held_out.txt").write_text("held out 1\nheld out 2")
+    actor = {"num_cpus": 0.01}
+    tree = {
+        "name": name, "output_dir": str(folder / "runs"), "iterations": 8,
+        "model": {"path": "none", "frames": 9, "height": 32, "width": 32, "max_prompt_tokens": 16},
+        "prompts": {"train": str(folder / "train.txt"), "evaluation": str(folder / "held_out.txt")},
+        "sampler": {"law": "dance", "eta": 0.5, "num_steps": 4},
+        "rollout": {"prompts_per_iteration": 3, "group_size": 2},
+        "rewards": {"outcome": [{"name": "icon", "type": "sprite_icon"}, {"name": "motion", "type": "sprite_motion"}]},
+        "optimizer": {"learning_rate": 1e-4},
+        "evaluation": {"every": 1_000_000, "clips": 0, "prompts": 2},
+        "pools": {
+            "rollout": {"num_actors": 2, **actor}, "orm": actor, "learner": {"num_workers": 1, **actor},
+            "start_timeout_s": 900, "rejoin_timeout_s": 900,
+        },
+        "checkpoint": {"every": 1_000_000},
+        "metrics": {"tensorboard": False, "prometheus_port": None},
+    }  # fmt: skip
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    config: RunConfig = load_config(path, overrides)
+    return config
 
 
 class StubWorker:

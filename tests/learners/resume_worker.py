@@ -13,7 +13,8 @@ import torch.distributed as dist
 from core.config import load_config
 from learners.batching import TrainedGroup
 from learners.checkpoint import load_rank_state, save_rank_state
-from learners.train_loop import _start
+from learners.train_loop import Learner
+from learners.zero3 import join_group
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     job = json.loads(job_file.read_text())
     torch.set_num_threads(1)
     config = load_config(folder / "recipe.yaml")
-    learner = _start(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    learner = Learner(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), join_group())
     iterations = pickle.loads((folder / "groups.pkl").read_bytes())
     if job["load"]:
         load_rank_state(learner, folder / job["load"])

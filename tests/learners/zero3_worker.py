@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from core.config import load_config
 from learners.batching import TrainedGroup
-from learners.train_loop import _start
-from learners.zero3 import shard
+from learners.train_loop import Learner
+from learners.zero3 import join_group, shard
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     config = load_config(target / "recipe.yaml", overrides)
     import os
 
-    learner = _start(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    learner = Learner(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), join_group())
     iterations = pickle.loads((target / "groups.pkl").read_bytes())
     history = []
     for payloads, advantages in iterations:

@@ -26,7 +26,7 @@ from models.generators.base import GeneratorFamily, expand, open_generator, stac
 from models.generators.lora import adapter_parameters, add_adapter
 from models.generators.registry import FAMILIES
 from models.rewards.prm import ProcessRewardModel
-from tests.models.tiny_pipelines import BUILDERS, build_pipeline
+from tests.models.tiny_pipelines import BUILDERS, Folders
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -74,20 +74,6 @@ CASES = {
 TRANSFORMERS = ["flux", "sd3", "wan", "hunyuan", "hunyuan 1.5", "skyreels"]
 one_a_family = pytest.mark.parametrize("name", [*TRANSFORMERS, "sd1"])
 one_a_transformer = pytest.mark.parametrize("name", TRANSFORMERS)
-Folders = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    made: dict[str, Path] = {}
-
-    def folder(pipeline_class: str) -> Path:
-        if pipeline_class not in made:
-            made[pipeline_class] = tmp_path_factory.mktemp(pipeline_class)
-            build_pipeline(pipeline_class).save_pretrained(made[pipeline_class])
-        return made[pipeline_class]
-
-    return folder
 
 
 def family_of(name: str, folders: Folders, **changes: Any) -> GeneratorFamily:

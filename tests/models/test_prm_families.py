@@ -25,7 +25,7 @@ from learners.reward_worker import train
 from models.generators.base import GeneratorFamily, open_generator, stack_conditionings
 from models.rewards.prm import ProcessRewardModel
 from orchestrator.train_prm import train_prm
-from tests.models.tiny_pipelines import BUILDERS, SHAPES, build_pipeline, model_fields
+from tests.models.tiny_pipelines import BUILDERS, SHAPES, Folders, model_fields
 
 CPU = torch.device("cpu")
 UNET = "StableDiffusionPipeline"
@@ -33,20 +33,6 @@ TRANSFORMERS = [name for name in BUILDERS if name != UNET]
 PROMPTS = {"train": ["a red car", "a cat", "two fish"], "held_out": ["a green frog", "a sign"]}
 SAMPLES = 16
 PAIRS = 24
-Folders = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    made: dict[str, Path] = {}
-
-    def folder(pipeline_class: str) -> Path:
-        if pipeline_class not in made:
-            made[pipeline_class] = tmp_path_factory.mktemp(pipeline_class)
-            build_pipeline(pipeline_class).save_pretrained(made[pipeline_class])
-        return made[pipeline_class]
-
-    return folder
 
 
 @dataclass(frozen=True)

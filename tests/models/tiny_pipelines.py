@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
+# Folder of a saved pipeline, by its class: a fixture of tests/models.
+Folders = Callable[[str], Path]
+
 TEXT = 32
 CLIP_TOKENS = 48
 

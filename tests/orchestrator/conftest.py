@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from core.config import RunConfig, load_config
+from core.config import RunConfig
 
 STUBS = Path(__file__).parent.parent.parent / "benchmarks" / "stub_roles.py"
 
@@ -32,31 +31,13 @@ def stubs() -> Any:
 
 
 @pytest.fixture
-def stub_config(tmp_path: Path) -> Callable[..., RunConfig]:
+def stub_config(stubs: Any, tmp_path: Path) -> Callable[..., RunConfig]:
     def make(*overrides: str) -> RunConfig:
-        (tmp_path / "train.txt").write_text("\n".join(f"prompt {i}" for i in range(7)))
-        (tmp_path / "held_out.txt").write_text("held out 1\nheld out 2")
-        actor = {"num_cpus": 0.1}
-        recipe = {
-            "name": "stub", "output_dir": str(tmp_path / "runs"), "iterations": 8,
-            "model": {"path": "none", "frames": 9, "height": 32, "width": 32, "max_prompt_tokens": 16},
-            "prompts": {"train": str(tmp_path / "train.txt"), "evaluation": str(tmp_path / "held_out.txt")},
-            "sampler": {"law": "dance", "eta": 0.5, "num_steps": 4},
-            "rollout": {"prompts_per_iteration": 3, "group_size": 2},
-            "rewards": {
-                "outcome": [{"name": "icon", "type": "sprite_icon"}, {"name": "motion", "type": "sprite_motion"}],
-            },
-            "optimizer": {"learning_rate": 1e-4},
-            "evaluation": {"every": 100, "clips": 0, "prompts": 2},
-            "pools": {
-                "rollout": {"num_actors": 2, **actor}, "orm": actor, "learner": {"num_workers": 1, **actor},
-                "start_timeout_s": 300, "rejoin_timeout_s": 120,
-            },
-            "checkpoint": {"every": 3},
-            "metrics": {"tensorboard": False, "prometheus_port": None},
-        }  # fmt: skip
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        return load_config(tmp_path / "recipe.yaml", overrides)
+        config: RunConfig = stubs.stub_recipe(
+            tmp_path, "stub", "checkpoint.every=3", "evaluation.every=100", "pools.start_timeout_s=300",
+            "pools.rejoin_timeout_s=120", *overrides, prompts=7,
+        )  # fmt: skip
+        return config
 
     return make
 
