@@ -149,8 +149,13 @@ def test_embedded_recipes_differ_in_their_method_alone(method: str) -> None:
     config, other = load(ROOT / "embedded" / f"{method}.yaml"), load(ROOT / "embedded" / "dancegrpo.yaml")
     assert config.model == other.model
     assert config.prompts == other.prompts
-    assert config.rollout == other.rollout
-    assert (config.sampler.num_steps, config.sampler.shift) == (10, 3.0)
+    assert config.rollout.group_size == other.rollout.group_size
+    assert config.sampler.shift == other.sampler.shift
+    # Fewer steps may buy more samples, for no more work.
+    steps = [c.rollout.prompts_per_iteration * c.sampler.num_steps for c in (config, other)]
+    assert steps[0] <= steps[1]
+    if config.sampler.num_steps == other.sampler.num_steps:
+        assert config.rollout == other.rollout
     assert [reward.name for reward in config.rewards.outcome] == [reward.name for reward in other.rewards.outcome]
 
 
