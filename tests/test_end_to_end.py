@@ -247,4 +247,6 @@ def test_ray_job_submit_runs_the_same_command(recipe: Callable[..., Path], tmp_p
         names = {actor["name"] for actor in json.loads(listed.stdout)}
         assert {"rollout-0", "rollout-1", "prm-0", "orm-0", "trajectory-buffer", "weight-store"} <= names
     finally:
-        call("stop", "--force")
+        # Not `ray stop`, which ends every cluster of this machine.
+        for process in ray_processes(""):
+            process.kill()
