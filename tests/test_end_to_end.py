@@ -250,3 +250,4 @@ def test_ray_job_submit_runs_the_same_command(recipe: Callable[..., Path], tmp_p
         # Not `ray stop`, which ends every cluster of this machine.
         for process in ray_processes(""):
             process.kill()
+        Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)
