@@ -237,10 +237,16 @@ def test_ray_job_submit_runs_the_same_command(recipe: Callable[..., Path], tmp_p
     started = call("start", "--head", "--num-cpus=4", "--port=0", "--dashboard-port=8299", "--disable-usage-stats")
     assert started.returncode == 0, started.stdout + started.stderr
     try:
-        submitted = call(
-            "job", "submit", "--address", "http://127.0.0.1:8299", "--working-dir", ".",
-            "--", sys.executable, "-m", "orchestrator", "train", str(path),
-        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while True:
+            submitted = call(
+                "job", "submit", "--address", "http://127.0.0.1:8299", "--working-dir", ".",
+                "--", sys.executable, "-m", "orchestrator", "train", str(path),
+            )  # fmt: skip
+            # `ray start` returns before its node takes jobs.
+            if "No available agent" not in submitted.stdout + submitted.stderr or time.monotonic() > deadline:
+                break
+            time.sleep(2)
         assert submitted.returncode == 0, submitted.stdout[-4000:] + submitted.stderr[-2000:]
         assert "iteration 1/1" in submitted.stdout
         listed = call("list", "actors", "--address", "http://127.0.0.1:8299", "--format", "json")
