@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -221,6 +222,14 @@ def test_a_run_without_prm_servers_ends_with_an_error_that_names_the_pool(
     assert "pools.prm" in last
 
 
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
 def test_ray_job_submit_runs_the_same_command(recipe: Callable[..., Path], tmp_path: Path) -> None:
     path = recipe("iterations=1", "evaluation.clips=0")
     token = tmp_path / "token"
@@ -234,13 +243,18 @@ def test_ray_job_submit_runs_the_same_command(recipe: Callable[..., Path], tmp_p
             [*ray, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
         )
 
-    started = call("start", "--head", "--num-cpus=4", "--port=0", "--dashboard-port=8299", "--disable-usage-stats")
+    # Ray's defaults are taken if another cluster runs on this machine.
+    dashboard, agent = free_ports(2)
+    started = call(
+        "start", "--head", "--num-cpus=4", "--port=0", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats",
+    )  # fmt: skip
     assert started.returncode == 0, started.stdout + started.stderr
     try:
         deadline = time.monotonic() + 120
         while True:
             submitted = call(
-                "job", "submit", "--address", "http://127.0.0.1:8299", "--working-dir", ".",
+                "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".",
                 "--", sys.executable, "-m", "orchestrator", "train", str(path),
             )  # fmt: skip
             # `ray start` returns before its node takes jobs.
@@ -249,7 +263,7 @@ def test_ray_job_submit_runs_the_same_command(recipe: Callable[..., Path], tmp_p
             time.sleep(2)
         assert submitted.returncode == 0, submitted.stdout[-4000:] + submitted.stderr[-2000:]
         assert "iteration 1/1" in submitted.stdout
-        listed = call("list", "actors", "--address", "http://127.0.0.1:8299", "--format", "json")
+        listed = call("list", "actors", "--address", f"http://127.0.0.1:{dashboard}", "--format", "json")
         names = {actor["name"] for actor in json.loads(listed.stdout)}
         assert {"rollout-0", "rollout-1", "prm-0", "orm-0", "trajectory-buffer", "weight-store"} <= names
     finally:
