@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -42,7 +43,7 @@ class Channel:
             LostActorError: not all members came.
         """
         self._store = store
-        self._rank, self._size, self._device = rank, size, device
+        self._device = device
         timeout = timedelta(seconds=timeout_s)
         store.set_timeout(timeout)
         self._group: Any
@@ -57,7 +58,7 @@ class Channel:
                 self._group = ProcessGroupGloo(PrefixStore("group", store), rank, size, timeout)
 
     def send(self, transfer: int, buckets: Iterable[Mapping[str, Tensor]]) -> int:
-        """Sends buckets of tensors to all receivers, and returns the bytes.
+        """Sends buckets of tensors on the CPU to all receivers, and returns the bytes.
 
         Args:
             transfer: number of the transfer, which the receivers must be told.
@@ -68,7 +69,7 @@ class Channel:
         """
         count = nbytes = 0
         for bucket in buckets:
-            arrays, manifest = pack({name: tensor.cpu() for name, tensor in bucket.items()})
+            arrays, manifest = pack(bucket)
             flat = torch.cat([torch.from_numpy(raw) for raw in arrays]).to(self._device)
             with _lost("a receiver of the weights is gone"):
                 self._store.set(f"{transfer}/{count}", json.dumps(dataclasses.asdict(manifest)))
@@ -100,13 +101,7 @@ class Channel:
 
 def host(timeout_s: float) -> TCPStore:
     """The store of a new channel, on a free port of this machine."""
-    return TCPStore(
-        "0.0.0.0",
-        0,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
 
 
 def visit(address: str, timeout_s: float) -> TCPStore:
@@ -120,18 +115,13 @@ def visit(address: str, timeout_s: float) -> TCPStore:
         return TCPStore(name, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
 
 
-class _lost:  # noqa: N801 - reads as the statement that it is
+@contextmanager
+def _lost(what: str) -> Iterator[None]:
     """Makes the errors of torch's transports ours."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError):
-            raise LostActorError(f"{self._what}: {str(error).splitlines()[0]}") from error
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostActorError(f"{what}: {str(error).splitlines()[0]}") from error
 
 
 def _manifest(description: dict[str, Any]) -> BucketManifest:

@@ -16,6 +16,5 @@ def sha256(path: Path) -> str:
 def hash_and_flush(path: Path) -> str:
     """:func:`sha256` of a file that is on disk when this returns."""
     with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
         os.fsync(stream.fileno())
-    return digest
+    return sha256(path)

@@ -16,7 +16,7 @@ import torch
 from core.collective import Channel, host
 from core.config import RunConfig
 from core.deadlines import get
-from core.errors import LostActorError, WeightsMissingError
+from core.errors import LostActorError, TrainingError, WeightsMissingError
 from core.records import WeightOrder
 from core.weights import BucketManifest, WeightManifest, pack
 from learners.zero3 import ZeroPolicy
@@ -119,7 +119,8 @@ class Publisher:
             assert self._broadcaster is not None
             try:
                 size = self._broadcaster.send(buckets)
-            except LostActorError as error:
+            except TrainingError as error:
+                # Of whatever kind: an error that only this rank sees would leave the others waiting for it.
                 failed = True
                 self._give_up(error)
         # Also after a failure: the other ranks collect to the end.
@@ -138,7 +139,7 @@ class Publisher:
             return False
         return True
 
-    def _give_up(self, error: LostActorError) -> None:
+    def _give_up(self, error: TrainingError) -> None:
         log.warning("the weights go through the object store this time: %s", error)
         self._broadcaster = None
 
@@ -201,7 +202,8 @@ class Broadcaster:
         """Sends, waits until all have taken the weights over, and returns the bytes.
 
         Raises:
-            LostActorError: one of them has not.
+            LostActorError: one of them is gone.
+            TrainingError: one of them did not answer in time, or refused the weights.
         """
         assert self._channel is not None
         nbytes = self._channel.send(self._transfer, buckets)
