@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from core.errors import CheckpointError
 
 
 def sha256(path: Path) -> str:
@@ -18,3 +25,24 @@ def hash_and_flush(path: Path) -> str:
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
     return sha256(path)
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Makes what a file system refuses an error that says what to do.
+
+    Args:
+        what: is written, for the error.
+        folder: to which; it exists.
+
+    Raises:
+        CheckpointError: the file system refused, for example because it is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free / 1e6
+        raise CheckpointError(
+            f"{what} could not be written to {folder}, which has {free:.0f} MB free: {error}. Earlier checkpoints are "
+            "as they were: make room, then go on with resume=auto"
+        ) from error

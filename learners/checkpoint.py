@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from core.errors import CheckpointError
+from core.files import writing
 from learners.zero3 import MOMENTS, shard
 
 if TYPE_CHECKING:
@@ -39,7 +40,15 @@ def save_rank_state(learner: Learner, folder: Path) -> None:
     Args:
         learner: to save.
         folder: exists, and is on storage that all ranks and the orchestrator share.
+
+    Raises:
+        CheckpointError: the file system refused.
     """
+    with writing(f"the learner's part of the checkpoint of iteration {learner.version}", folder):
+        _save_rank_state(learner, folder)
+
+
+def _save_rank_state(learner: Learner, folder: Path) -> None:
     import torch.distributed as dist
 
     policy, target = learner.policy, folder / FOLDER

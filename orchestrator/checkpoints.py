@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from core.errors import CheckpointError
-from core.files import hash_and_flush, sha256
+from core.files import hash_and_flush, sha256, writing
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +68,15 @@ class CheckpointStore:
         self._being_filled: set[Path] = set()
 
     def begin(self, iteration: int) -> Path:
-        """A new folder, aside, for the ranks to write to."""
+        """A new folder, aside, for the ranks to write to.
+
+        Raises:
+            CheckpointError: the file system refused.
+        """
         folder = self.folder / f"step_{iteration:06d}.tmp-{uuid.uuid4().hex[:8]}"
-        folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(f"the checkpoint of iteration {iteration}", self.folder):
+            folder.mkdir()
         self._being_filled.add(folder)
         return folder
 
@@ -82,12 +88,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: the file system refused, for example because it is full.
         """
-        try:
+        with writing(f"the checkpoint of iteration {state.iteration}", self.folder):
             return self._commit(folder, state, config_yaml)
-        except OSError as error:
-            raise CheckpointError(
-                f"the checkpoint of iteration {state.iteration} could not be written to {self.folder}: {error}"
-            ) from error
 
     def _commit(self, folder: Path, state: RunState, config_yaml: str) -> Checkpoint:
         (folder / STATE).write_text(json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n")

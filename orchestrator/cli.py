@@ -6,6 +6,7 @@ Heavy libraries are imported by the commands that need them, so that ``--help`` 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import sys
 from collections.abc import Iterator
@@ -267,6 +268,11 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
         sys.exit(error.exit_status)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.stderr.write(f"error: {error}. Make room; the same command then goes on from the newest checkpoint\n")
+        sys.exit(EuphoniumError.exit_status)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from core.config import RunConfig, dump_config
+from core.deadlines import node_id
 from core.errors import CheckpointError, ConfigError, PreflightError
 from orchestrator.checkpoints import Checkpoint, CheckpointStore, verify
 from orchestrator.tracking import METRICS_FILE, read_metrics
@@ -206,6 +207,14 @@ def _quiet_ray() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # That a local cluster asks for its token is what we want, and what SECURITY.md says.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+
+
+def beside_the_driver() -> dict[str, Any]:
+    """Options of an actor that only passes things on: on the driver's node, without which there is no run anyway."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    own_node = NodeAffinitySchedulingStrategy(node_id(), soft=False)
+    return {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": own_node}
 
 
 async def name_is_free(name: str) -> None:

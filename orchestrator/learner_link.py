@@ -16,6 +16,7 @@ from core.deadlines import awaited
 from core.errors import LostActorError, TrainingError
 from core.records import UpdatePlan, UpdateReport
 from orchestrator.buffer import BufferedGroup, LearnerState, TrajectoryBuffer
+from orchestrator.launch import beside_the_driver
 from orchestrator.learner_group import LearnerGroup
 from orchestrator.tracking import Progress
 from orchestrator.weight_store import WeightStore
@@ -51,9 +52,9 @@ class LearnerLink:
         import ray
 
         # Both may be restarted by Ray; what they forget is told or published again.
-        always = {"num_cpus": 0, "max_restarts": -1}
-        self._store = ray.remote(WeightStore).options(name=STORE, **always).remote()
-        self._buffer = ray.remote(TrajectoryBuffer).options(name=BUFFER, **always).remote(self._config)
+        options = beside_the_driver()
+        self._store = ray.remote(WeightStore).options(name=STORE, **options).remote()
+        self._buffer = ray.remote(TrajectoryBuffer).options(name=BUFFER, **options).remote(self._config)
 
     def start(self, group: LearnerGroup) -> None:
         """Starts a learner group; returns at once."""

@@ -43,7 +43,7 @@ from orchestrator.checkpoints import BackgroundCommits, Checkpoint, CheckpointSt
 from orchestrator.control import CONTROL, ControlDesk
 from orchestrator.crew import Crew, Make, Position
 from orchestrator.evaluation import Evaluator
-from orchestrator.launch import name_is_free
+from orchestrator.launch import beside_the_driver, name_is_free
 from orchestrator.learner_group import LearnerGroup
 from orchestrator.learner_link import BUFFER, STORE, LearnerLink, LearnerRestartedError
 from orchestrator.pools import lacking_resources, wait_ready
@@ -129,7 +129,7 @@ class Run:
 
         await self._guard(name_is_free(self.config.name))
         self.learners.open()
-        self.desk = ray.remote(ControlDesk).options(name=CONTROL, num_cpus=0, max_restarts=-1).remote()
+        self.desk = ray.remote(ControlDesk).options(name=CONTROL, **beside_the_driver()).remote()
         await self.learners.resume_from(*self.commits.resume_point)
         self.learners.start(self.learner_group())
         self.crew.start(self.actors())

@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from core.config import RewardPoolConfig
 from core.errors import EuphoniumError, RewardError
 
 log = logging.getLogger(__name__)
@@ -95,29 +96,29 @@ class MicroBatcher(Generic[Q, A]):
     """Merges requests for one model, which computes in a thread of its own.
 
     The event loop stays free for health checks and new requests while the model works. What arrives meanwhile shares
-    the next pass. Before a pass that is not full, the model waits up to ``wait_s``, from its first request or the end
+    the next pass. Before a pass that is not full, the model waits up to ``wait_ms``, from its first request or the end
     of the pass before, whichever is later: clients that have just got their answers come back together. Order is that
-    of arrival, except that requests with another key wait for the next pass.
+    of arrival, except that requests with another key wait for the next pass. Without ``merge`` every request has a
+    pass of its own.
 
     Attributes:
         worked_s: seconds spent computing since the start.
     """
 
-    def __init__(self, compute: Compute[Q, A], what: str, *, max_batch: int, wait_s: float, threads: int = 1) -> None:
+    def __init__(self, compute: Compute[Q, A], what: str, pool: RewardPoolConfig) -> None:
         """Args as described in the class.
 
         Args:
             compute: the merged pass; called in one thread only.
             what: names it in errors.
-            max_batch: samples that requests are merged up to; a single request may be larger.
-            wait_s: seconds.
-            threads: CPU threads of its tensor operations.
+            pool: samples that requests are merged up to, where a single request may be larger; the wait; and the CPU
+                threads of the model's tensor operations.
         """
         self._compute = compute
         self._what = what
-        self._max_batch = max_batch
-        self._wait_s = wait_s
-        self._thread = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (threads,))
+        self._max_batch = pool.max_batch if pool.merge else 0
+        self._wait_s = pool.wait_ms / 1000
+        self._thread = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (pool.threads,))
         self._queue: deque[_Waiting[Q]] = deque()
         self._arrival = asyncio.Event()
         self._batch: list[_Waiting[Q]] = []

@@ -148,13 +148,7 @@ class OrmActor:
         self.index = index
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.scorer = OrmScorer(config.rewards.outcome, open_generator(config.model), self.device, pool)
-        self.batcher: MicroBatcher[OrmRequest, OrmAnswer] = MicroBatcher(
-            self.scorer.score_requests,
-            WHAT,
-            max_batch=pool.max_batch,
-            wait_s=pool.wait_ms / 1000,
-            threads=pool.threads,
-        )
+        self.batcher: MicroBatcher[OrmRequest, OrmAnswer] = MicroBatcher(self.scorer.score_requests, WHAT, pool)
 
     def __repr__(self) -> str:
         return f"orm-{self.index}"

@@ -154,9 +154,7 @@ class PrmActor:
         torch.set_num_threads(pool.threads)
         self.index = index
         self.scorer = PrmScorer(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        self.batcher: MicroBatcher[PrmRequest, PrmAnswer] = MicroBatcher(
-            self.scorer.score, WHAT, max_batch=pool.max_batch, wait_s=pool.wait_ms / 1000, threads=pool.threads
-        )
+        self.batcher: MicroBatcher[PrmRequest, PrmAnswer] = MicroBatcher(self.scorer.score, WHAT, pool)
 
     def __repr__(self) -> str:
         return f"prm-{self.index}"

@@ -59,6 +59,9 @@ class RewardPoolConfig(PoolConfig):
     wait_ms: NonNegativeFloat = 2.0
     """How long a server waits for others to share a pass that is not full; it stops waiting while nobody ever comes.
     Requests that arrive while it computes are merged in any case."""
+    merge: bool = True
+    """Let requests share passes. The last bits of a number depend on who shares a pass with it, so a run that is to
+    repeat to the last bit turns this off."""
 
 
 class LearnerPoolConfig(ShareConfig, _Workers):

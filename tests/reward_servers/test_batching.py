@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from core.config import RewardPoolConfig
 from core.errors import NonFiniteRewardError, RewardError
 from reward_servers.batching import PATIENCE, RETRY_EVERY, MicroBatcher, isolated
 
@@ -52,10 +53,18 @@ class Doubler:
 Batcher = MicroBatcher[Number, int]
 
 
-def run(scenario: Callable[[Batcher, Doubler], Awaitable[Any]], *, max_batch: int = 4, wait_s: float = 0.0) -> Any:
+def run(
+    scenario: Callable[[Batcher, Doubler], Awaitable[Any]],
+    *,
+    max_batch: int = 4,
+    wait_s: float = 0.0,
+    merge: bool = True,
+) -> Any:
+    pool = RewardPoolConfig(max_batch=max_batch, wait_ms=1000 * wait_s, merge=merge)
+
     async def main() -> Any:
         model = Doubler()
-        batcher: Batcher = MicroBatcher(model, "the doubler", max_batch=max_batch, wait_s=wait_s)
+        batcher: Batcher = MicroBatcher(model, "the doubler", pool)
         try:
             return await asyncio.wait_for(scenario(batcher, model), 20)
         finally:
@@ -98,6 +107,16 @@ def test_requests_with_other_keys_wait_for_a_pass_of_their_own() -> None:
         assert model.passes == [[0], [1, 3, 5], [2, 4]]
 
     run(scenario)
+
+
+def test_without_merging_every_request_has_a_pass_of_its_own_and_nobody_waits_for_company() -> None:
+    async def scenario(batcher: Batcher, model: Doubler) -> None:
+        began = time.monotonic()
+        assert await held(batcher, model, [Number(i, size=i) for i in range(1, 4)]) == [2, 4, 6]
+        assert model.passes == [[0], [1], [2], [3]]
+        assert time.monotonic() - began < 5
+
+    run(scenario, wait_s=10, merge=False)
 
 
 def test_samples_are_what_counts_and_a_request_that_is_too_large_goes_alone() -> None:
