@@ -24,7 +24,7 @@ from core.config import RunConfig, load_config
 from core.deadlines import get
 from core.errors import LostActorError, TrainingError
 from core.records import GroupInfo, GroupPayload, GroupTask, UpdateReport
-from core.weights import WeightManifest, pack, unpack
+from core.weights import WeightManifest, pack, unpack, verify
 from orchestrator.learner_link import BUFFER, STORE
 from orchestrator.run import Run
 
@@ -70,6 +70,7 @@ class StubWorker:
     def load_weights(self, manifest: WeightManifest, buckets: list[Any]) -> None:
         """See :class:`actors.rollout.RolloutWorker`."""
         for description, bucket in zip(manifest.buckets, buckets, strict=True):
+            verify(description, bucket)
             for name, tensor in unpack(description, bucket):
                 if name == "w":
                     self.weights = tensor.numpy().copy()

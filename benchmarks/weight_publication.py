@@ -2,25 +2,35 @@
 
     python benchmarks/weight_publication.py --mb 512 --receivers 1 2 4
 
-Publishes float32 tensors the way the learner does (buckets into the object store, their references to the weight
-store) and has receivers take them over the way rollout actors do (fetch, checksum, copy into the module's tensors), all
-at the same time. The yardstick is one ``tensor.copy_`` of the same bytes in this process, in the same run.
+Publishes float32 tensors the way the learner does and has receivers take them over the way rollout actors do, all at
+the same time: through the object store (buckets of them, whose references the weight store gives out; fetch, copy into
+the module's tensors, checksum) and by a broadcast in a group of their own (gloo here). The yardstick is one
+``tensor.copy_`` of the same bytes in this process, in the same run. Medians; the first publications are left out, in
+which the object store touches its memory for the first time (RAY_preallocate_plasma_memory=1 has it done at the start).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
 import torch
+from torch import Tensor
 
-from core.weights import WeightManifest, load_buckets, pack, split_into_buckets
-from orchestrator.weight_store import WeightStore
+from core.collective import Channel, visit
+from core.records import WeightOrder
+from core.weights import load_buckets, load_tensors, split_into_buckets
+from learners.publication import Broadcaster, hand_in
+from orchestrator.weight_store import KEPT_VERSIONS, WeightStore
 
 TENSOR = 1 << 22
+TIMEOUT_S = 120.0
+CPU = torch.device("cpu")
 
 
 class Receiver:
@@ -30,31 +40,76 @@ class Receiver:
         torch.set_num_threads(1)
         self.store = store
         self.tensors = {f"t{i}": torch.zeros(TENSOR) for i in range(count)}
+        self.channel: Channel | None = None
 
-    def ready(self) -> bool:
-        """Answers once it is there."""
-        return True
+    def holds(self) -> float:
+        """A number of the weights."""
+        return float(self.tensors["t0"][0])
 
-    def pull(self, version: int) -> float:
-        """Takes over a version, and returns the seconds that it took."""
-        began = time.perf_counter()
+    def pull(self, version: int) -> None:
+        """Takes over a version from the object store."""
         manifest, refs = ray.get(self.store.fetch.remote(version, "policy"))
         load_buckets(manifest, ray.get(refs), self.tensors)
-        assert float(self.tensors["t0"][0]) == version
-        return time.perf_counter() - began
+
+    def receive(self, order: WeightOrder) -> None:
+        """Takes over a version from a broadcast."""
+        if self.channel is None:
+            self.channel = Channel(visit(order.address, TIMEOUT_S), order.rank, order.size, TIMEOUT_S, CPU)
+        load_tensors(self.channel.receive(order.transfer), self.tensors)
 
 
-def publish(store: Any, tensors: dict[str, torch.Tensor], version: int, bucket_bytes: int) -> float:
+def seconds(work: Callable[[], Any]) -> float:
     began = time.perf_counter()
-    sizes = {name: t.numel() * t.element_size() for name, t in tensors.items()}
-    pending, manifests = [], []
-    for index, names in enumerate(split_into_buckets(sizes, bucket_bytes)):
-        data, manifest = pack({name: tensors[name] for name in names})
-        pending.append(store.put_bucket.remote(version, "policy", index, [ray.put(data)], keep=False))
-        manifests.append(manifest)
-    ray.get(pending)
-    ray.get(store.commit.remote(WeightManifest(version=version, kind="policy", buckets=tuple(manifests))))
+    work()
     return time.perf_counter() - began
+
+
+def copied(tensors: dict[str, Tensor]) -> float:
+    target = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    return seconds(lambda: [target[name].copy_(tensor) for name, tensor in tensors.items()])
+
+
+def measure(receivers: int, tensors: dict[str, Tensor], bucket_bytes: int, repeats: int) -> dict[str, float]:
+    """Seconds per gigabyte for so many receivers."""
+    names = [f"receiver-{i}" for i in range(receivers)]
+    store = ray.remote(WeightStore).options(num_cpus=0).remote()
+    make = ray.remote(Receiver).options
+    actors = [make(name=name, num_cpus=0).remote(store, len(tensors)) for name in names]
+    ray.get([actor.holds.remote() for actor in actors])
+    nbytes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    parts = [{name: tensors[name] for name in part} for part in split_into_buckets(nbytes, bucket_bytes)]
+    broadcaster = Broadcaster(tuple(names), TIMEOUT_S, CPU)
+    rows = []
+    for version in range(1, 1 + KEPT_VERSIONS + repeats):
+
+        def publish(version: int = version) -> None:
+            hand_in(store, parts, version, "policy", keep=False, timeout_s=TIMEOUT_S)
+
+        def pull(version: int = version) -> None:
+            ray.get([actor.pull.remote(version) for actor in actors])
+
+        def broadcast(version: int = version) -> None:
+            broadcaster.order(WeightOrder(version=version, kind="policy", epoch=0))
+            broadcaster.send(iter(parts))
+
+        row = [copied(tensors)]
+        for sign, works in ((1, (publish, pull)), (-1, (broadcast,))):
+            for tensor in tensors.values():
+                tensor.fill_(sign * version)
+            row += [seconds(work) for work in works]
+            assert ray.get([actor.holds.remote() for actor in actors]) == [sign * version] * receivers
+        rows.append(row)
+    for actor in [*actors, store]:
+        ray.kill(actor)
+    gigabytes = sum(nbytes.values()) / 1e9
+    copy, put, pulled, sent = (
+        statistics.median(column) / gigabytes for column in zip(*rows[KEPT_VERSIONS:], strict=True)
+    )
+    return {
+        "receivers": receivers, "GB": gigabytes, "copy_s_per_GB": copy, "publish_s_per_GB": put,
+        "pull_all_s_per_GB": pulled, "object_store_over_copy": (put + pulled) / copy, "collective_s_per_GB": sent,
+        "collective_over_copy": sent / copy,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -62,42 +117,15 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=512, help="size of the policy")
     parser.add_argument("--bucket-mb", type=int, default=256)
     parser.add_argument("--receivers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     count = max(1, options.mb * 2**20 // (TENSOR * 4))
     tensors = {f"t{i}": torch.zeros(TENSOR) for i in range(count)}
-    gigabytes = count * TENSOR * 4 / 1e9
-    ray.init(log_to_driver=False, logging_level="ERROR")
-    store = ray.remote(WeightStore).options(num_cpus=0).remote()
-    version = 0
+    ray.init(log_to_driver=False, logging_level="ERROR", namespace="publication", include_dashboard=False)
     for receivers in options.receivers:
-        actors = [ray.remote(Receiver).options(num_cpus=0).remote(store, count) for _ in range(receivers)]
-        ray.get([actor.ready.remote() for actor in actors])
-        rows = []
-        for _ in range(options.repeats):
-            version += 1
-            for tensor in tensors.values():
-                tensor.fill_(version)
-            target = {name: torch.empty_like(t).fill_(0) for name, t in tensors.items()}
-            began = time.perf_counter()
-            for name, tensor in tensors.items():
-                target[name].copy_(tensor)
-            copied = time.perf_counter() - began
-            del target
-            published = publish(store, tensors, version, options.bucket_mb * 2**20)
-            began = time.perf_counter()
-            ray.get([actor.pull.remote(version) for actor in actors])
-            rows.append((copied, published, time.perf_counter() - began))
-        copied, published, pulled = (sorted(row[i] for row in rows)[len(rows) // 2] for i in range(3))
-        result = {
-            "receivers": receivers, "GB": gigabytes, "copy_s_per_GB": copied / gigabytes,
-            "publish_s_per_GB": published / gigabytes, "pull_all_s_per_GB": pulled / gigabytes,
-            "publish_and_pull_over_copy": (published + pulled) / copied,
-        }  # fmt: skip
+        result = measure(receivers, tensors, options.bucket_mb * 2**20, options.repeats)
         print(json.dumps({name: round(value, 3) for name, value in result.items()}), flush=True)
-        for actor in actors:
-            ray.kill(actor)
     ray.shutdown()
 
 

@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed import ProcessGroupGloo
 
 from core.errors import LostActorError
-from core.weights import BucketManifest, TensorEntry, pack, unpack
+from core.weights import BucketManifest, TensorEntry, pack, unpack, verify
 
 SENDER = 0
 
@@ -95,8 +95,9 @@ class Channel:
                 manifest = _manifest(description)
                 flat = torch.empty(sum(e.nbytes for e in manifest.entries), dtype=torch.uint8, device=self._device)
                 self._group.broadcast(flat, SENDER).wait()
-            parts = flat.cpu().split([entry.nbytes for entry in manifest.entries])
-            yield from unpack(manifest, [part.numpy() for part in parts])
+            parts = [part.numpy() for part in flat.cpu().split([entry.nbytes for entry in manifest.entries])]
+            verify(manifest, parts)
+            yield from unpack(manifest, parts)
 
 
 def host(timeout_s: float) -> TCPStore:

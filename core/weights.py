@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,8 +75,8 @@ def split_into_buckets(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return buckets
 
 
-def pack(tensors: Mapping[str, Tensor]) -> tuple[Bucket, BucketManifest]:
-    """Describes tensors on the CPU as a bucket, which shares their memory where they are contiguous."""
+def as_bucket(tensors: Mapping[str, Tensor]) -> tuple[Bucket, tuple[TensorEntry, ...]]:
+    """Tensors on the CPU as a bucket, which shares their memory where they are contiguous, and what is in it."""
     entries, bucket = [], []
     for name, tensor in tensors.items():
         raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
@@ -85,10 +86,17 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[Bucket, BucketManifest]:
             )
         )
         bucket.append(raw)
-    return bucket, BucketManifest(entries=tuple(entries), checksum=_checksum(bucket))
+    return bucket, tuple(entries)
 
 
-def _checksum(bucket: Bucket) -> int:
+def pack(tensors: Mapping[str, Tensor]) -> tuple[Bucket, BucketManifest]:
+    """:func:`as_bucket` with its checksum."""
+    bucket, entries = as_bucket(tensors)
+    return bucket, BucketManifest(entries=entries, checksum=checksum(bucket))
+
+
+def checksum(bucket: Bucket) -> int:
+    """Of all bytes; releases the interpreter, so that a thread can compute it while they are copied."""
     # As fast as memory: a CRC would cost several times what copying the weights does.
     digest = xxhash.xxh3_64()
     for raw in bucket:
@@ -96,14 +104,18 @@ def _checksum(bucket: Bucket) -> int:
     return digest.intdigest()
 
 
-def unpack(manifest: BucketManifest, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of a bucket as read-only views.
+def verify(manifest: BucketManifest, bucket: Bucket) -> None:
+    """Compares checksums.
 
     Raises:
         TrainingError: the bytes are not those that were published.
     """
-    if _checksum(bucket) != manifest.checksum:
+    if checksum(bucket) != manifest.checksum:
         raise TrainingError("a weight bucket arrived damaged: its checksum differs from the manifest's")
+
+
+def unpack(manifest: BucketManifest, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of a bucket as read-only views; nothing is verified."""
     for entry, raw in zip(manifest.entries, bucket, strict=True):
         yield entry.name, as_tensor(raw).view(getattr(torch, entry.dtype)).view(entry.shape)
 
@@ -111,11 +123,17 @@ def unpack(manifest: BucketManifest, bucket: Bucket) -> Iterator[tuple[str, Tens
 def load_buckets(manifest: WeightManifest, buckets: Sequence[Bucket], parameters: Mapping[str, Tensor]) -> None:
     """Copies published weights into a module's tensors.
 
+    Checksums are computed meanwhile: after an error the tensors must not be used.
+
     Raises:
         TrainingError: names, shapes or bytes do not fit.
     """
-    contents = zip(manifest.buckets, buckets, strict=True)
-    load_tensors(itertools.chain.from_iterable(unpack(*content) for content in contents), parameters)
+    contents = list(zip(manifest.buckets, buckets, strict=True))
+    with ThreadPoolExecutor(1, "checksum") as thread:
+        verified = [thread.submit(verify, *content) for content in contents]
+        load_tensors(itertools.chain.from_iterable(unpack(*content) for content in contents), parameters)
+        for check in verified:
+            check.result()
 
 
 def load_tensors(tensors: Iterable[tuple[str, Tensor]], parameters: Mapping[str, Tensor]) -> None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.collective import Channel, host
 from core.config import RunConfig
 from core.deadlines import get
 from core.errors import LostActorError, TrainingError, WeightsMissingError
 from core.records import WeightOrder
-from core.weights import BucketManifest, WeightManifest, pack
+from core.weights import BucketManifest, WeightManifest, as_bucket, checksum
 from learners.zero3 import ZeroPolicy
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,43 @@ def reduced(device: torch.device, values: dict[str, float], how: str) -> dict[st
     tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
     return dict(zip(values, tensor.tolist(), strict=True))
+
+
+def hand_in(
+    store: Any, buckets: Iterable[Mapping[str, Tensor]], version: int, kind: str, *, keep: bool, timeout_s: float
+) -> float:
+    """Puts weights into the object store, and their references into the weight store.
+
+    Args:
+        store: handle of the weight store.
+        buckets: tensors on the CPU, by name.
+        version: of the policy.
+        kind: ``policy`` or ``average``.
+        keep: see :meth:`Publisher.publish`.
+        timeout_s: longest wait for the store.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        LostActorError: the store is gone.
+        WeightsMissingError: it was restarted meanwhile.
+    """
+    import ray
+
+    pending: list[Any] = []
+    manifests: list[BucketManifest] = []
+    with ThreadPoolExecutor(1, "checksum") as thread:
+        for tensors in buckets:
+            bucket, entries = as_bucket(tensors)
+            check = thread.submit(checksum, bucket)
+            boxed = [ray.put(bucket)]
+            pending.append(store.put_bucket.remote(version, kind, len(manifests), boxed, keep=keep))
+            manifests.append(BucketManifest(entries=entries, checksum=check.result()))
+    get(pending, timeout_s, f"the weight store's receipt of version {version}")
+    whole = WeightManifest(version=version, kind=kind, buckets=tuple(manifests))
+    get(store.commit.remote(whole), timeout_s, f"the weight store's commit of version {version}")
+    return float(whole.nbytes)
 
 
 class Publisher:
@@ -90,24 +129,12 @@ class Publisher:
         raise LostActorError(f"the weight store did not take version {version} in {ATTEMPTS} attempts")
 
     def _hand_in(self, store: Any, version: int, kind: str, keep: bool) -> float:
-        """Puts the weights into the object store, and their references into the weight store."""
-        import ray
-
-        pending: list[Any] = []
-        manifests: list[BucketManifest] = []
-        for bucket in self._buckets(kind):
-            if self._rank == 0:
-                data, manifest = pack(bucket)
-                boxed = [ray.put(data)]
-                pending.append(store.put_bucket.remote(version, kind, len(manifests), boxed, keep=keep))
-                manifests.append(manifest)
+        buckets = self._buckets(kind)
         if self._rank != 0:
+            for _ in buckets:
+                pass
             return 0.0
-        timeout = self._pool.update_timeout_s
-        get(pending, timeout, f"the weight store's receipt of version {version}")
-        whole = WeightManifest(version=version, kind=kind, buckets=tuple(manifests))
-        get(store.commit.remote(whole), timeout, f"the weight store's commit of version {version}")
-        return float(whole.nbytes)
+        return hand_in(store, buckets, version, kind, keep=keep, timeout_s=self._pool.update_timeout_s)
 
     def _broadcast(self, receivers: tuple[str, ...], version: int, kind: str, epoch: int) -> float | None:
         """Sends the weights to the receivers; None if one of them could not be reached."""

@@ -89,7 +89,10 @@ def torch_trainer(
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=pool.num_workers, use_gpu=gpu, resources_per_worker=pool.reserved
+            num_workers=pool.num_workers,
+            use_gpu=gpu,
+            resources_per_worker=pool.reserved,
+            label_selector=dict(pool.labels) or None,
         ),
         run_config=ray.train.RunConfig(
             # A name that was used before would make Ray Train resume on its own; resuming is ours to decide.

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from core.config import PoolConfig
 from core.deadlines import describe
 from core.errors import ResourcesError, TrainingError
+from orchestrator.resources import autoscaler_says, free_resources
 
 log = logging.getLogger(__name__)
 
@@ -426,24 +427,7 @@ def _reserved(pools: Sequence[ActorPool]) -> str:
     for pool in pools:
         for name, amount in pool.demand().items():
             demand[name] = demand.get(name, 0.0) + amount
-    return free_resources(demand)
-
-
-def free_resources(demand: Mapping[str, float]) -> str:
-    """What is reserved, and what the cluster has of it: one clause a resource."""
-    import ray
-
-    total, free = ray.cluster_resources(), ray.available_resources()
-    return "; ".join(
-        f"{name}: the pools reserve {amount:g}, the cluster has {total.get(name, 0):g}, {free.get(name, 0):g} free"
-        for name, amount in sorted(demand.items())
-    )
-
-
-def lacking_resources(demand: Mapping[str, float]) -> str:
-    """What the cluster does not have free of a demand, in words; empty if it has all."""
-    import ray
-
-    free = ray.available_resources()
-    short = {name: amount for name, amount in demand.items() if amount > free.get(name, 0.0) + 1e-6}
-    return free_resources(short) if short else ""
+    labelled = [
+        f"{pool.role} actors need a node with the labels {pool.config.labels}" for pool in pools if pool.config.labels
+    ]
+    return "; ".join(clause for clause in (free_resources(demand), *labelled, autoscaler_says()) if clause)

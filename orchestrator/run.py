@@ -46,9 +46,10 @@ from orchestrator.evaluation import Evaluator
 from orchestrator.launch import beside_the_driver, name_is_free
 from orchestrator.learner_group import LearnerGroup
 from orchestrator.learner_link import BUFFER, STORE, LearnerLink, LearnerRestartedError
-from orchestrator.pools import lacking_resources, wait_ready
+from orchestrator.pools import wait_ready
 from orchestrator.prm_refresh import RefreshHandle
 from orchestrator.prompts import PromptStream, read_prompts
+from orchestrator.resources import lacking_resources
 from orchestrator.staleness import staleness
 from orchestrator.statistics import RewardFailures, RewardWatch
 from orchestrator.tracking import Progress, Tracker, read_metrics

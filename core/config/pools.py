@@ -18,6 +18,9 @@ class ShareConfig(Node):
     """GPUs that each reserves: a fraction for actors that share one, 0 or 1 for learners."""
     resources: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Custom Ray resources that each reserves, for example ``{rollout: 1}``."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes that may run it, for example ``{pool: rollout}``; Ray's operators may be used
+    (``{zone: "in(a,b)"}``)."""
     threads: PositiveInt = 1
     """CPU threads of the tensor operations of each."""
 
@@ -30,7 +33,12 @@ class ShareConfig(Node):
     @property
     def ray_options(self) -> dict[str, Any]:
         """The same as options of a Ray actor or task."""
-        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "resources": dict(self.resources) or None}
+        return {
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus,
+            "resources": dict(self.resources) or None,
+            "label_selector": dict(self.labels) or None,
+        }
 
 
 class _Actors(Node):

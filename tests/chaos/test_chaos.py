@@ -131,12 +131,13 @@ def test_a_pool_that_loses_a_node(
     start: Callable, recipe: Callable[..., Path], same_numbers: Callable, nodes: Any, loses: str
 ) -> None:
     """Half of a pool does the work of all; without any of it the run waits for another node."""
-    victim = nodes.add_node(num_cpus=2, resources={"worker": 2 if "half" in loses else 4})
+    node = {"num_cpus": 2, "resources": {"worker": 1 if "half" in loses else 2}, "labels": {"pool": "reward"}}
+    victim = nodes.add_node(**node)
     if "half" in loses:
-        nodes.add_node(num_cpus=2, resources={"worker": 2})
+        nodes.add_node(**node)
     home = [f"pools.{role}.resources={{home: 1}}" for role in ("orm", "learner")]
-    worker = [f"pools.{role}.resources={{worker: 1}}" for role in ("prm", "rollout")]
-    path = recipe(*home, *worker, "pools.prm.num_actors=2", "rewards.deadline_s=60", "rewards.attempts=20")
+    away = ["pools.rollout.resources={worker: 1}", "pools.prm.labels={pool: reward}", "pools.prm.num_actors=2"]
+    path = recipe(*home, *away, "rewards.deadline_s=60", "rewards.attempts=20")
     job = start(str(path), address=nodes.address)
     job.wait_for("iteration 2/6")
     nodes.remove_node(victim, allow_graceful=False)
@@ -144,7 +145,7 @@ def test_a_pool_that_loses_a_node(
     job.wait_for("is lost")
     if "all" in loses:
         job.wait_for("0 of 2 rollout actors at work")
-        nodes.add_node(num_cpus=2, resources={"worker": 4})
+        nodes.add_node(**node)
         job.wait_for("has joined; 2 of 2 rollout")
     assert job.finish() == 0, job.output
     assert time.monotonic() - removed < BOUND_S

@@ -4,7 +4,7 @@ import torch
 
 from core.arrays import as_tensor
 from core.errors import TrainingError
-from core.weights import WeightManifest, load_buckets, pack, split_into_buckets, unpack
+from core.weights import WeightManifest, load_buckets, pack, split_into_buckets, unpack, verify
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -38,7 +38,10 @@ def test_a_flipped_bit_is_noticed() -> None:
     bucket, manifest = pack(tensors())
     bucket[1][11] ^= 1
     with pytest.raises(TrainingError, match="damaged"):
-        list(unpack(manifest, bucket))
+        verify(manifest, bucket)
+    whole = WeightManifest(version=1, kind="policy", buckets=(manifest,))
+    with pytest.raises(TrainingError, match="damaged"):
+        load_buckets(whole, [bucket], {name: torch.empty_like(tensor) for name, tensor in tensors().items()})
 
 
 def test_buckets_keep_order_and_limit() -> None:
