@@ -7,26 +7,39 @@ sleeps, an update sleeps. The work grows with the actors (two groups an actor an
 update by one iteration. Efficiency is groups per second and actor against the run with one actor: what it loses is
 what orchestration costs. The actors of one machine share its cores, so the sleep should be long against
 ``32 actors * cost of a call / cores``.
+
+``control_cpu_ms_per_group`` is the CPU time of everything that a cluster has once (driver with its run loop, trajectory
+buffer, weight store, control desk, GCS, raylet) over the groups: one core of the head feeds as many rollout actors as
+one group takes of it fits into the time in which an actor draws one.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import tempfile
 from pathlib import Path
+
+import psutil
 
 
 def measure(folder: Path, actors: int, iterations: int, seconds: float, payload_mb: float) -> dict[str, float]:
     import ray
     import stub_roles
 
+    spent: list[float] = []
+
     class Sleeping(stub_roles.StubRun):
         rollout_s, update_s = seconds, seconds / 2
         # 8 samples, states and next states.
         values = max(stub_roles.SIZE, int(payload_mb * 2**20 / 8 / 2 / 4))
+
+        def _record(self, record: dict[str, float]) -> None:
+            spent.append(control_plane_seconds())
+            super()._record(record)
 
     ray.cloudpickle.register_pickle_by_value(stub_roles)
     config = stub_roles.stub_recipe(
@@ -47,7 +60,25 @@ def measure(folder: Path, actors: int, iterations: int, seconds: float, payload_
     groups = sum(record["rollout/groups"] for record in steady)
     span = sum(record["time/iteration_s"] for record in steady)
     busy = sum(record["busy/rollout"] for record in steady) / len(steady)
-    return {"actors": actors, "groups_per_s": groups / span, "rollout_busy": busy}
+    # At the records before the first of them and of the last.
+    control = 1000 * (spent[-2] - spent[2]) / groups
+    return {
+        "actors": actors, "groups_per_s": groups / span, "rollout_busy": busy, "control_cpu_ms_per_group": control,
+    }  # fmt: skip
+
+
+def control_plane_seconds() -> float:
+    """CPU time so far of the processes that a cluster has once."""
+    actors = ("TrajectoryBuff", "WeightStore", "ControlDesk", "trajectory-buffer", "weight-store", "control")
+    once = ("gcs_server", "raylet", *(f"ray::{title}" for title in actors))
+    driver = psutil.Process()
+    total = sum(driver.cpu_times()[:2])
+    for process in driver.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = (process.cmdline() or [""])[0].rpartition("/")[2]
+            if title.startswith(once):
+                total += sum(process.cpu_times()[:2])
+    return total
 
 
 def main() -> None:
