@@ -72,7 +72,7 @@ class SingleProcess:
     def evaluate(self) -> dict[str, float]:
         """Held-out rewards of the averaged policy."""
         current = [p.detach().clone() for p in self.parameters]
-        if self.config.optimizer.ema_decay > 0:
+        if self.config.optimizer.averages:
             self._load(self.average)
         prompts, seeds = self.evaluation
         scores = self.orm.score(self.worker.evaluate(prompts, seeds), prompts)

@@ -230,7 +230,8 @@ def train_loop(settings: dict[str, Any]) -> None:
         # Not this group's fault, and curable: Ray Train starts the group anew, which then joins again.
         raise
     except EuphoniumError as error:
-        ray.get(buffer.fail.remote(attempt, f"learner rank {rank} of {world_size}: {error}"))
+        # Not a call that could fail in its turn: the error that counts is the one that is raised.
+        ray.wait([buffer.fail.remote(attempt, f"learner rank {rank} of {world_size}: {error}")], timeout=timeout)
         raise
 
 

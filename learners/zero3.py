@@ -137,7 +137,7 @@ class ZeroPolicy:
         self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self.ema_decay = optimizer.ema_decay
         self.averages: list[Tensor] | None = None
-        if self.ema_decay > 0:
+        if optimizer.averages:
             self.averages = [shard(p).float().clone() for p in self.parameters.values()]
 
     def set_learning_rate(self, rate: float) -> None:

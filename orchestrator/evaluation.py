@@ -109,7 +109,7 @@ class Evaluator:
         """
         began = time.monotonic()
         config, prompts = self._config, self._prompts
-        kind = "average" if config.optimizer.ema_decay > 0 and iteration > 0 else "policy"
+        kind = "average" if config.optimizer.averages and iteration > 0 else "policy"
         count = min(len(prompts), max(1, len(self._crew.pools["rollout"].present)))
         shares = [slice(i, None, count) for i in range(count)]
         parts = await asyncio.gather(*(self._samples(prompts[s], self._seeds[s], kind) for s in shares))

@@ -200,7 +200,7 @@ class LearnerLink:
                     if await awaited(self._store.newest.remote("policy"), 30.0, "the weight store") >= version:
                         return
                     self._progress.say(f"the weight store lacks the weights; publishing version {version} again")
-                    averages = self._config.optimizer.ema_decay > 0
+                    averages = self._config.optimizer.averages
                     await self.carry_out(
                         UpdatePlan(iteration=version, num_groups=0, publish=True, publish_average=averages)
                     )

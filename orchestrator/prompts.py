@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from core.prompt_files import read_prompt_file
 from core.records import GroupTask
@@ -26,18 +28,22 @@ class PromptStream:
     def __init__(self, prompts: Sequence[str], seed: int) -> None:
         self._prompts = list(prompts)
         self._seed = seed
+        # Two epochs meet in the batches that are drawn ahead.
+        self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def task(self, ordinal: int, iteration: int = 0) -> GroupTask:
         """The task with this ordinal, drawn for an iteration (from 0)."""
         epoch, position = divmod(ordinal, len(self._prompts))
-        order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._prompts))
         noise = np.random.SeedSequence([self._seed, 1, ordinal]).generate_state(1, np.uint64)[0]
         return GroupTask(
             group_id=ordinal,
-            prompt=self._prompts[order[position]],
+            prompt=self._prompts[self._order(epoch)[position]],
             seed=int(noise >> np.uint64(1)),
             iteration=iteration,
         )
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._prompts))
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:

@@ -183,7 +183,7 @@ class Run:
     async def _evaluate_at_last(self) -> None:
         """Makes up for the last evaluation of a run that was cut short in it."""
         done = self.state.iteration
-        averages = self.config.optimizer.ema_decay > 0
+        averages = self.config.optimizer.averages
         plan = UpdatePlan(iteration=done, num_groups=0, publish=True, publish_average=averages, stop=True)
         await self.learners.carry_out(plan)
         self.learners.dismiss()
@@ -240,7 +240,7 @@ class Run:
         plan = UpdatePlan(
             iteration=iteration,
             num_groups=len(buffered),
-            publish_average=evaluates and config.optimizer.ema_decay > 0,
+            publish_average=evaluates and config.optimizer.averages,
             checkpoint=str(folder.resolve()) if folder is not None else None,
             stop=last,
             receivers=() if evaluates else self.crew.receivers(),

@@ -100,6 +100,11 @@ class OptimizerConfig(Node):
     ema_decay: Decay = 0.0
     """Decay of the moving average of the weights that evaluation and export use; 0 uses the policy itself."""
 
+    @property
+    def averages(self) -> bool:
+        """Whether there is a moving average."""
+        return self.ema_decay > 0
+
 
 class CheckpointConfig(Node):
     """When checkpoints are written and how many are kept."""
