@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--refresh", nargs="*", default=[], metavar="KEY=VALUE", help="of rewards.process.refresh")
+    parser.add_argument("--runs", nargs="+", choices=["without", "with"], default=["without", "with"])
     parser.add_argument("--prompts", type=int, default=60, help="held-out prompts that are drawn for")
     parser.add_argument("--pairs", type=int, default=400, help="in each tenth of sigma")
     options = parser.parse_args()
@@ -121,8 +122,9 @@ def main() -> None:
     process = config.rewards.process.model_copy(update={"refresh": refresh})
     with_refresh = config.model_copy(update={"rewards": config.rewards.model_copy(update={"process": process})})
     prompts = read_prompts(config.prompts.evaluation, "prompts.evaluation")[: options.prompts]
-    for variant in (config, with_refresh):
-        for row in rows(variant, prompts, options.pairs):
+    variants = {"without": config, "with": with_refresh}
+    for name in options.runs:
+        for row in rows(variants[name], prompts, options.pairs):
             print(json.dumps(row), flush=True)
 
 

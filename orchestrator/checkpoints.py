@@ -115,11 +115,13 @@ class CheckpointStore:
         self._prune()
         return Checkpoint(target, state)
 
+    def folders(self) -> list[Path]:
+        """Those of committed checkpoints, whole or damaged, in order."""
+        return [folder for folder in sorted(self.folder.glob("step_*")) if ".tmp-" not in folder.name]
+
     def newest(self, report: Callable[[str], None] = log.warning) -> Checkpoint | None:
         """The newest checkpoint whose files are what its manifest says; tells which it skips, and why."""
-        for folder in sorted(self.folder.glob("step_*"), reverse=True):
-            if ".tmp-" in folder.name:
-                continue
+        for folder in reversed(self.folders()):
             try:
                 return verify(folder)
             except CheckpointError as error:
@@ -127,8 +129,7 @@ class CheckpointStore:
         return None
 
     def _prune(self) -> None:
-        whole = [folder for folder in sorted(self.folder.glob("step_*")) if ".tmp-" not in folder.name]
-        old = [folder for folder in whole[: -self._keep_last] if not self._is_kept_for_good(folder)]
+        old = [folder for folder in self.folders()[: -self._keep_last] if not self._is_kept_for_good(folder)]
         abandoned = [folder for folder in self.folder.glob("*.tmp-*") if folder not in self._being_filled]
         for folder in [*old, *abandoned]:
             shutil.rmtree(folder, ignore_errors=True)

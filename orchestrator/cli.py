@@ -114,12 +114,12 @@ def scale(
 @contextlib.contextmanager
 def _running(run: str | None) -> Iterator[tuple[str, Any]]:
     """Name and control actor of a running job; connected while the context is open."""
-    import ray
-
     from orchestrator.control import find_desk
     from orchestrator.launch import join_ray
 
     join_ray()
+    import ray
+
     try:
         yield find_desk(run)
     finally:

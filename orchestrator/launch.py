@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import itertools
 import logging
 import os
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from core.config import RunConfig, dump_config
@@ -117,18 +121,19 @@ def prepare_run_dir(config: RunConfig) -> Checkpoint | None:
             raise ConfigError(f"resume: {resume} is neither 'auto' nor 'never' nor the folder of a checkpoint")
         checkpoint = verify(resume.resolve())
     elif folder.exists() and any(folder.iterdir()):
-        if resume == "never":
+        store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last)
+        metrics = folder / METRICS_FILE
+        began = metrics.exists() and metrics.stat().st_size > 0
+        if resume == "never" or (began and not store.folders()):
+            # A run that was killed before its first checkpoint has nothing to go on from, and starts anew.
             aside = folder.with_name(f"{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}")
             folder.rename(aside)
             log.warning("moved the earlier run %s aside to %s", folder, aside)
         else:
-            store = CheckpointStore(folder / "checkpoints", config.checkpoint.keep_last)
             checkpoint = store.newest()
-            metrics = folder / METRICS_FILE
-            began = metrics.exists() and metrics.stat().st_size > 0
             if checkpoint is None and began:
                 raise CheckpointError(
-                    f"{folder} holds an earlier run but no checkpoint to resume from; take another name=..., or "
+                    f"{folder} holds an earlier run, but all its checkpoints are damaged; take another name=..., or "
                     "resume=never to move it aside"
                 )
     if checkpoint is not None:
@@ -173,6 +178,7 @@ def connect_ray(namespace: str, *, verbose: bool) -> None:
         verbose: print what the actors log; it is in Ray's log files and dashboard in any case.
     """
     _quiet_ray()
+    _follow_authentication([os.environ.get("RAY_ADDRESS", "")])
     import ray
 
     options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.WARNING, "log_to_driver": verbose}
@@ -192,14 +198,51 @@ def join_ray() -> None:
         PreflightError: there is none.
     """
     _quiet_ray()
+    named = os.environ.get("RAY_ADDRESS")
+    _follow_authentication([named] if named else _clusters_here())
     import ray
 
     try:
         ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
+    except ray.exceptions.AuthenticationError as error:
+        raise PreflightError(
+            "the cluster asks for a token: put it into ~/.ray/auth_token, or name its file in RAY_AUTH_TOKEN_PATH"
+        ) from error
     except ConnectionError as error:
         raise PreflightError(
             "no Ray cluster is running on this machine, and RAY_ADDRESS names none: is the job running?"
         ) from error
+
+
+def _clusters_here() -> list[str]:
+    """Addresses of the Ray clusters that run on this machine."""
+    flag = "--gcs-address="
+    words = itertools.chain.from_iterable(p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"]))
+    return sorted({word.removeprefix(flag) for word in words if word.startswith(flag)})
+
+
+def _follow_authentication(addresses: Sequence[str]) -> None:
+    """Has Ray show its token where a cluster asks for one, as those do that a run starts itself.
+
+    Left to itself, Ray tries for 20 s without one, and then does not say why it failed. It reads the variable when it
+    is imported.
+    """
+    if os.environ.get("RAY_AUTH_MODE") is None and any(map(_asks_for_a_token, addresses)):
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _asks_for_a_token(address: str) -> bool:
+    import grpc
+
+    if not re.fullmatch(r"[^/]+:[0-9]+", address):
+        return False
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=5)
+        except grpc.RpcError as error:
+            # Whatever else is wrong, joining will tell.
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False
 
 
 def _quiet_ray() -> None:
