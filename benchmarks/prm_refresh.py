@@ -51,7 +51,7 @@ class Alone:
         return values
 
 
-def policy_samples(run: SingleProcess, prompts: list[str]) -> Preferences:
+def policy_samples(run: SingleProcess, prompts: list[str], margin: float) -> Preferences:
     """Groups that the policy draws now, as the recipe's sampler draws them, and their ranking."""
     latents, conditionings, totals = [], [], []
     for number, prompt in enumerate(prompts):
@@ -68,7 +68,7 @@ def policy_samples(run: SingleProcess, prompts: list[str]) -> Preferences:
         latent_shape=tuple(together.shape[1:]),
         prompt=owner,
         conditioning=stack_conditionings(conditionings),
-        pairs=ranked_pairs(owner, np.concatenate(totals), 0.0),
+        pairs=ranked_pairs(owner, np.concatenate(totals), margin),
     )
 
 
@@ -78,7 +78,7 @@ def accuracy(model: ProcessRewardModel, data: Preferences, pairs: int) -> dict[s
     return {key: np.round(value, 3).tolist() for key, value in measured(gaps).items() if key.endswith("accuracy")}
 
 
-def rows(config: RunConfig, prompts: list[str], pairs: int) -> Iterator[dict[str, Any]]:
+def rows(config: RunConfig, prompts: list[str], pairs: int, margin: float) -> Iterator[dict[str, Any]]:
     """Accuracies before and after a run, of the model of the start and of the refreshed one."""
     process = config.rewards.process
     assert process is not None
@@ -88,14 +88,14 @@ def rows(config: RunConfig, prompts: list[str], pairs: int) -> Iterator[dict[str
     start = ProcessRewardModel.load(Path(process.path), config.model)
     held_out = run.evaluate()["eval/total/mean"]
     if not refreshed:
-        first = accuracy(start, policy_samples(run, prompts), pairs)
+        first = accuracy(start, policy_samples(run, prompts, margin), pairs)
         yield {"samples of": "the policy at the start", "model": "start", **first}
     drifts = []
     for iteration in range(1, config.iterations + 1):
         record = run.iterate()
         drifts.append(record.get("process/pairwise_accuracy", float("nan")))
         sys.stderr.write(f"refresh {refreshed}: iteration {iteration}/{config.iterations}\n")
-    data = policy_samples(run, prompts)
+    data = policy_samples(run, prompts, margin)
     name = "with refresh" if refreshed else "without refresh"
     yield {"samples of": f"the policy trained {name}", "model": "start", **accuracy(start, data, pairs)}
     if refreshed:
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=["without", "with"], default=["without", "with"])
     parser.add_argument("--prompts", type=int, default=60, help="held-out prompts that are drawn for")
     parser.add_argument("--pairs", type=int, default=400, help="in each tenth of sigma")
+    parser.add_argument("--margin", type=float, default=0.1, help="pairs whose outcomes are closer do not count")
     options = parser.parse_args()
     config = load_config(options.recipe, options.overrides)
     assert config.rewards.process is not None, "the recipe has no process reward model"
@@ -124,7 +125,7 @@ def main() -> None:
     prompts = read_prompts(config.prompts.evaluation, "prompts.evaluation")[: options.prompts]
     variants = {"without": config, "with": with_refresh}
     for name in options.runs:
-        for row in rows(variants[name], prompts, options.pairs):
+        for row in rows(variants[name], prompts, options.pairs, options.margin):
             print(json.dumps(row), flush=True)
 
 
