@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=60, help="held-out prompts that are drawn for")
     parser.add_argument("--pairs", type=int, default=400, help="in each tenth of sigma")
     parser.add_argument("--margin", type=float, default=0.1, help="pairs whose outcomes are closer do not count")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(options.recipe, options.overrides)
     assert config.rewards.process is not None, "the recipe has no process reward model"
     refresh = PrmRefreshConfig.model_validate(dict(item.split("=", 1) for item in options.refresh))

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     overrides = [*options.overrides, f"iterations={options.iterations}", "evaluation.every=1000000"]
     config: RunConfig = load_config(Path(options.recipe), overrides)
     groups = config.rollout.prompts_per_iteration

@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--iterations", type=int, default=6)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         own = [f"iterations={options.iterations}", f"output_dir={folder}", "evaluation.every=1000000",
                "evaluation.clips=0", "metrics.prometheus_port=null"]  # fmt: skip

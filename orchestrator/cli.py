@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -262,17 +263,23 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for chatty in ("ray", "diffusers", "transformers", "httpx", "DeepSpeed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    status: Any = 0
     try:
         app()
+    except SystemExit as end:
+        status = end.code or 0
     except EuphoniumError as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.stderr.flush()
-        sys.exit(error.exit_status)
+        status = error.exit_status
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.stderr.write(f"error: {error}. Make room; the same command then goes on from the newest checkpoint\n")
-        sys.exit(EuphoniumError.exit_status)
+        status = EuphoniumError.exit_status
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: Ray Train's thread may still be in a call, and taking the interpreter down under it has crashed.
+    os._exit(status)
 
 
 if __name__ == "__main__":

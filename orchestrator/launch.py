@@ -248,6 +248,8 @@ def _asks_for_a_token(address: str) -> bool:
 def _quiet_ray() -> None:
     """Ray's own notices are for people who write Ray programs."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A call that fails has several results, each of which would be reported once more; we await one of them.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # That a local cluster asks for its token is what we want, and what SECURITY.md says.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 

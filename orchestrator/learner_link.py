@@ -61,8 +61,8 @@ class LearnerLink:
         self.group = group
         group.start()
 
-    async def started(self) -> None:
-        """Waits until the learner group that was started last can take plans.
+    async def replaced(self) -> None:
+        """Waits until the group that was started in another's place can take plans.
 
         Raises:
             TrainingError: it failed, or did not come in time.
@@ -70,8 +70,8 @@ class LearnerLink:
         """
         await self._joined(self._generation)
 
-    async def rejoined(self, checkpoint: str | None, iteration: int) -> int:
-        """Waits until a group that died can take plans again, also when it died because the buffer did.
+    async def joined(self, checkpoint: str | None, iteration: int) -> int:
+        """Waits until a group that starts, or that died, can take plans; also if the buffer dies over it.
 
         Args:
             checkpoint: folder from which a group resumes that has not joined yet.

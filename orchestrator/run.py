@@ -140,7 +140,7 @@ class Run:
         await self._guard(wait_ready(pools, self.config.pools.start_timeout_s, self.progress.say))
         for pool in pools:
             pool.watch()
-        await self._guard(self.learners.started())
+        await self._guard(self.learners.joined(*self.commits.resume_point))
         await self._guard(self._restore_prm())
         if self.tracker.endpoint is not None:
             self.progress.say(f"metrics at {self.tracker.endpoint.address}")
@@ -313,7 +313,7 @@ class Run:
         await self.batches.forget()
         await self.commits.finished()
         self.commits.abandon()
-        resumed = await self._guard(self.learners.rejoined(*self.commits.resume_point))
+        resumed = await self._guard(self.learners.joined(*self.commits.resume_point))
         self.position.state = self.commits.state_of(resumed)
         self.position.epoch += 1
         self.tracker.rewind(self.state.iteration)
@@ -359,7 +359,7 @@ class Run:
             self.config = self.config.model_copy(update={"pools": pools})
             self.learners.start(self.learner_group())
             # Weights and versions stay what they were, so what was drawn ahead stays good.
-            await self._guard(self.learners.started())
+            await self._guard(self.learners.replaced())
         self.progress.say(f"the learner group has {size} ranks")
 
     def _export(self) -> None:

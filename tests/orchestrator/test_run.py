@@ -134,6 +134,19 @@ def test_a_killed_role_is_replaced(
     assert all(record.get("rollout/dropped_groups", 0) == 0 for record in records(config))
 
 
+def test_a_buffer_that_dies_while_the_run_starts_is_replaced(
+    expected: list, stubs: Any, stub_config: Callable, execute: Callable
+) -> None:
+    async def kill(run: Any) -> None:
+        while run.learners.group is None:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(kill_process, "trajectory-buffer")
+
+    config = stub_config()
+    execute(stubs.StubRun(config, "tests", None), kill)
+    assert chain(config) == expected
+
+
 def kill_process(name: str) -> None:
     import ray
 
