@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -30,7 +31,7 @@ def test_a_learner_rank_killed_in_an_update_repeats_and_skips_nothing(
     job = start(str(recipe()))
     job.wait_for("iteration 3/6")
     victim = job.one("RayTrainWorker")
-    wait_until_busy(victim)
+    wait_until(victim, "busy")
     victim.kill()
     killed = time.monotonic()
     # Iteration 4 is under way, so that iteration 3 is repeated; or that has just passed, and its checkpoint is there.
@@ -82,27 +83,17 @@ ROLES = (
 )  # fmt: skip
 
 
-def wait_until_busy(process: psutil.Process) -> None:
-    """Returns in the middle of a computation."""
+def wait_until(process: psutil.Process, moment: str) -> None:
+    """Returns in the middle of a computation (``busy``), or when there was none for a while (``idle``)."""
+    # CPU time is counted in hundredths of a second; among more processes than cores a quarter of one is much.
+    window, least, most = {"busy": (0.1, 0.025, math.inf), "idle": (0.3, 0.0, 0.01)}[moment]
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         before = process.cpu_times().user
-        time.sleep(0.1)
-        # Counted in hundredths of a second; with as many processes as cores allow, a third of one is much.
-        if process.cpu_times().user > before + 0.025:
+        time.sleep(window)
+        if least <= process.cpu_times().user - before <= most:
             return
-    raise AssertionError(f"{process} never works")
-
-
-def wait_until_idle(process: psutil.Process) -> None:
-    """Returns when the process has not computed for a while."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        before = process.cpu_times().user
-        time.sleep(0.3)
-        if process.cpu_times().user <= before + 0.01:
-            return
-    raise AssertionError(f"{process} never rests")
+    raise AssertionError(f"{process} is never {moment}")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +107,7 @@ def test_a_killed_role_is_replaced(
     job = start(str(recipe("rewards.deadline_s=60")))
     job.wait_for("iteration 3/6")
     victim = job.one(*titles)
-    {"idle": wait_until_idle, "busy": wait_until_busy}[moment](victim)
+    wait_until(victim, moment)
     victim.kill()
     killed = time.monotonic()
     assert job.finish() == 0, job.output
