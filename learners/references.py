@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config import LearnerPoolConfig
-from learners.zero3 import ZeroPolicy, shard
+from learners.zero3 import ZeroPolicy, gather_by_block, shard
 from models.generators.base import Conditioning, GeneratorFamily
 from models.generators.lora import ADAPTER
 
@@ -64,6 +64,8 @@ class FrozenCopy:
         with deepspeed.zero.Init(config_dict_or_path=settings):
             module = family.build_transformer()
         module.requires_grad_(False)
+        if pool.gather_blocks:
+            gather_by_block(module)
         self._family = family
         self._engine, *_ = deepspeed.initialize(model=module, config=settings)
         self._engine.eval()

@@ -7,6 +7,7 @@ second copy of the model, and neither needs DeepSpeed to materialise parameters.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from core.config import LearnerPoolConfig, LoraConfig, OptimizerConfig
+from core.errors import TrainingError
 from core.weights import split_into_buckets
 from models.generators.base import GeneratorFamily
 from models.generators.lora import ADAPTER, adapter_parameters, add_adapter, initial_adapter
@@ -131,6 +133,10 @@ class ZeroPolicy:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
         )
+        # See gather_by_block: with adapters no input of the first block needs a gradient, and guidance passes every
+        # block twice, with the prompt and without.
+        if pool.gather_blocks and lora is None and family.config.cfg_scale is None:
+            gather_by_block(module)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=settings)
         self.engine.train()
         self.module: nn.Module = self.engine.module
@@ -177,6 +183,33 @@ class ZeroPolicy:
         for names in split_into_buckets(sizes, bucket_bytes):
             parameters = {name: self.parameters[name] for name in names}
             yield _gather_bucket(parameters, [pieces[name].to(p.dtype) for name, p in parameters.items()])
+
+
+def gather_by_block(module: nn.Module) -> None:
+    """Has ZeRO-3 gather, release and reduce each transformer block as one, not layer by layer.
+
+    DeepSpeed's hooks then run around some tens of blocks instead of hundreds of layers, and its collectives are fewer
+    and larger; a rank holds the weights and gradients of a whole block at a time. To be called before
+    ``deepspeed.initialize``. DeepSpeed reduces a block's gradients when those of its inputs are there: every block must
+    have an input that needs a gradient, and be passed once in a forward pass.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    never_split: Sequence[str] = getattr(module, "_no_split_modules", None) or ()
+    names = [name for name in never_split if name.endswith("TransformerBlock")]
+    for block in set_z3_leaf_modules(module, names, raise_if_not_found=False):
+        block.register_forward_pre_hook(_positional, with_kwargs=True)
+
+
+def _positional(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Passes a block's inputs by position: neither DeepSpeed's hooks nor torch's see those passed by name."""
+    bound = inspect.signature(block.forward).bind(*args, **kwargs)
+    if torch.is_grad_enabled() and not any(isinstance(a, Tensor) and a.requires_grad for a in bound.args):
+        raise TrainingError(
+            f"no input of a {type(block).__name__} needs a gradient, so that ZeRO-3 would lose gradients of its "
+            "weights; set pools.learner.gather_blocks to false"
+        )
+    return bound.args, bound.kwargs
 
 
 def shard(parameter: nn.Parameter) -> Tensor:

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actors.rollout import RolloutWorker
 from core.config import RunConfig
+from core.errors import TrainingError
+from learners.zero3 import gather_by_block
 from models.generators.base import expand
 
 UPDATES, ITERATIONS, GROUPS = 2, 2, 3
@@ -67,6 +69,22 @@ def reference(config: RunConfig, iterations: list) -> tuple[dict[str, Tensor], d
     return {name: p.detach() for name, p in model.named_parameters()}, average, norms
 
 
+class DoublingTransformerBlock(nn.Module):
+    def forward(self, hidden_states: Tensor, scale: float = 2.0) -> Tensor:
+        return scale * hidden_states
+
+
+class Blocks(nn.Module):
+    _no_split_modules = ("DoublingTransformerBlock",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = DoublingTransformerBlock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(hidden_states=x)
+
+
 @pytest.fixture(scope="module")
 def both(train_on_two_ranks: Callable) -> dict:
     trained = train_on_two_ranks(*OVERRIDES)
@@ -109,3 +127,14 @@ def test_weights_did_move(both: dict, tiny_generator: Path) -> None:
     start = load_file(next((tiny_generator / "transformer").glob("*.safetensors")))
     moved = max(float((both["ranks"][0]["whole"][n] - t).abs().max()) for n, t in start.items())
     assert moved > 1e-3
+
+
+def test_a_block_that_would_lose_gradients_is_refused() -> None:
+    model = Blocks()
+    gather_by_block(model)
+    x = torch.ones(2, requires_grad=True)
+    assert torch.equal(model(x), 2 * x)
+    with torch.no_grad():
+        model(torch.ones(2))
+    with pytest.raises(TrainingError, match=r"set pools\.learner\.gather_blocks"):
+        model(torch.ones(2))

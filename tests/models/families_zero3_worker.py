@@ -7,14 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from actors.rollout import encode_one
 from core.config import LearnerPoolConfig, ModelConfig, OptimizerConfig
 from learners.zero3 import ZeroPolicy, quiet_deepspeed
-from models.generators.base import open_generator
+from models.generators.base import Conditioning, GeneratorFamily, open_generator
+from models.generators.lora import adapter_parameters, add_adapter, initial_adapter, load_adapter
 
 PROMPT = "a red car"
 CPU = torch.device("cpu")
+
+
+def plain_grad_norm(
+    family: GeneratorFamily, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning
+) -> float:
+    """Norm of the toy loss's gradient by plain autograd, on an unpartitioned transformer."""
+    trained = dict(transformer.named_parameters())
+    if family.config.lora is not None:
+        add_adapter(transformer, family.config.lora)
+        trained = adapter_parameters(transformer)
+        load_adapter(transformer, initial_adapter({name: p.shape for name, p in trained.items()}))
+    for p in trained.values():
+        p.requires_grad_(True)
+    loss = (family.velocity(transformer.train(), x, time, conditioning) - x).square().mean()
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return float(torch.stack([g.float().norm() for g in gradients if g is not None]).norm())
 
 
 def step(model: dict[str, Any], *, checkpointing: bool) -> dict[str, float]:
@@ -26,6 +44,7 @@ def step(model: dict[str, Any], *, checkpointing: bool) -> dict[str, float]:
     rollout = family.load_transformer(CPU)
     with torch.no_grad():
         expected = family.velocity(rollout, x, time, conditioning)
+    plain = plain_grad_norm(family, rollout, x, time, conditioning)
     policy = ZeroPolicy(family, pool, OptimizerConfig(learning_rate=1e-2), family.config.lora)
     velocity = family.velocity(policy.engine, x, time, conditioning)
     policy.backward((velocity - x).square().mean(), last=True)
@@ -35,6 +54,7 @@ def step(model: dict[str, Any], *, checkpointing: bool) -> dict[str, float]:
         "before": float((velocity.detach() - expected).abs().max()),
         "after": float((after - expected).abs().max()),
         "grad_norm": policy.grad_norm(),
+        "plain_grad_norm": plain,
         "trained": len(policy.parameters),
     }
 
@@ -53,4 +73,5 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-main()
+if __name__ == "__main__":
+    main()
