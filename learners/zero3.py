@@ -7,6 +7,7 @@ second copy of the model, and neither needs DeepSpeed to materialise parameters.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
@@ -198,12 +199,15 @@ def gather_by_block(module: nn.Module) -> None:
     never_split: Sequence[str] = getattr(module, "_no_split_modules", None) or ()
     names = [name for name in never_split if name.endswith("TransformerBlock")]
     for block in set_z3_leaf_modules(module, names, raise_if_not_found=False):
-        block.register_forward_pre_hook(_positional, with_kwargs=True)
+        signature = inspect.signature(block.forward)
+        block.register_forward_pre_hook(functools.partial(_positional, signature), with_kwargs=True)
 
 
-def _positional(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _positional(
+    signature: inspect.Signature, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
     """Passes a block's inputs by position: neither DeepSpeed's hooks nor torch's see those passed by name."""
-    bound = inspect.signature(block.forward).bind(*args, **kwargs)
+    bound = signature.bind(*args, **kwargs)
     if torch.is_grad_enabled() and not any(isinstance(a, Tensor) and a.requires_grad for a in bound.args):
         raise TrainingError(
             f"no input of a {type(block).__name__} needs a gradient, so that ZeRO-3 would lose gradients of its "

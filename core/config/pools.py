@@ -88,8 +88,9 @@ class LearnerPoolConfig(ShareConfig, _Workers):
     persistence_threshold: NonNegativeInt = 10_000
     """ZeRO-3 keeps parameters of fewer elements whole on every rank."""
     gather_blocks: bool = True
-    """ZeRO-3 gathers a transformer block as a whole, not layer by layer: less overhead, and the weights and gradients
-    of one block at a time on every rank. Adapters, and training with classifier-free guidance, go layer by layer."""
+    """ZeRO-3 gathers a block of the policy as a whole, not layer by layer: less overhead, and the weights and gradients
+    of one block at a time on every rank. Adapters, training with classifier-free guidance, and reward models go layer
+    by layer in any case."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory."""
     offload_references: bool = False

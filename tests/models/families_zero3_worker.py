@@ -73,5 +73,4 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main()
+main()
