@@ -96,7 +96,7 @@ class PrmRefresh:
 
         Returns:
             Metrics; accuracy is measured first, on pairs of the newest iteration's groups, which the model has not
-            seen. Without any pair (all totals equal) nothing is trained and nothing returned.
+            seen. Without any pair (all totals closer than the margin) nothing is trained and nothing returned.
         """
         data = self._preferences(list(self._groups))
         if not len(data.pairs):
@@ -146,7 +146,7 @@ class PrmRefresh:
             latent_shape=tuple(latents.shape[1:]),
             prompt=prompt,
             conditioning=stack_conditionings([group.conditioning for group in groups]),
-            pairs=ranked_pairs(prompt, np.concatenate([group.totals for group in groups]), 0.0),
+            pairs=ranked_pairs(prompt, np.concatenate([group.totals for group in groups]), self.settings.margin),
         )
 
     def save(self, folder: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from core.config.base import Node
+from core.config.base import Node, NonNegativeFloat
 
 OnFailure = Literal["drop_group", "abort"]
 
@@ -42,6 +42,8 @@ class PrmRefreshConfig(Node):
     """Constant rate of AdamW."""
     buffer_groups: PositiveInt = 64
     """Newest groups that pairs are drawn from."""
+    margin: NonNegativeFloat = 0.0
+    """Samples whose weighted outcome rewards differ by less make no pair; best as in the model's own training."""
 
 
 class ProcessRewardConfig(Node):

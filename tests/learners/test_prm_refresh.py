@@ -19,9 +19,9 @@ from tests.learners.toy_preferences import CPU, toy_preferences
 SETTINGS = PrmRefreshConfig(every=2, updates=8, pairs_per_update=8, learning_rate=3e-3, buffer_groups=4)
 
 
-def fresh(config: ModelConfig) -> PrmRefresh:
+def fresh(config: ModelConfig, settings: PrmRefreshConfig = SETTINGS) -> PrmRefresh:
     torch.manual_seed(0)
-    return PrmRefresh(SETTINGS, ProcessRewardModel.from_generator(open_generator(config), 1), 0, CPU)
+    return PrmRefresh(settings, ProcessRewardModel.from_generator(open_generator(config), 1), 0, CPU)
 
 
 def feed(refresh: PrmRefresh, iteration: int, groups: int = 4, seed: int = 0) -> None:
@@ -51,6 +51,14 @@ def test_replay_holds_the_newest_groups_alone(make_config: Callable[..., RunConf
     # Four groups of eight, no two totals alike.
     feed(refresh, 2, groups=4, seed=9)
     assert refresh.update()["process/refresh_pairs"] == 4 * 8 * 7 / 2
+
+
+def test_samples_closer_than_the_margin_make_no_pair(make_config: Callable[..., RunConfig]) -> None:
+    refresh = fresh(make_config().model, SETTINGS.model_copy(update={"margin": 0.25}))
+    data = toy_preferences(count=4, prompts=1)
+    conditioning = {name: t.numpy() for name, t in data.conditioning.items()}
+    refresh.add(1, data.latents[np.arange(4)].numpy(), np.array([0.0, 0.2, 0.4, 1.0]), conditioning)
+    assert refresh.update()["process/refresh_pairs"] == 4
 
 
 def test_groups_without_spread_train_nothing(make_config: Callable[..., RunConfig]) -> None:
