@@ -66,6 +66,7 @@ class PrmRefresh:
         self.version = 0
         self._groups: deque[ReplayedGroup] = deque(maxlen=settings.buffer_groups)
         self._parameters = dict(self._trained.named_parameters())
+        self._averages: list[Tensor] = list(self.model.parameters())
         # The trunk's weights are good already: no decay pulls them to zero over a long run.
         self._optimizer = torch.optim.AdamW(
             list(self._parameters.values()), lr=settings.learning_rate, weight_decay=0.0
@@ -115,8 +116,7 @@ class PrmRefresh:
             torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), 1.0)
             self._optimizer.step()
             with torch.no_grad():
-                for average, parameter in zip(self.model.parameters(), self._parameters.values(), strict=True):
-                    average.lerp_(parameter, 1 - self.settings.ema_decay)
+                torch._foreach_lerp_(self._averages, list(self._parameters.values()), 1 - self.settings.ema_decay)
             losses.append(float(loss.detach()))
         self.version += 1
         return metrics | {
@@ -159,7 +159,7 @@ class PrmRefresh:
     def save(self, folder: Path) -> None:
         """Writes model, optimizer and replay; the folder is also a process reward model that can be loaded."""
         self.model.save(folder, refreshes=self.version)
-        tensors = {f"trained.{name}": parameter.detach().cpu() for name, parameter in self._parameters.items()}
+        tensors = {f"trained.{name}": tensor.cpu() for name, tensor in self._trained.state_dict().items()}
         for name, parameter in self._parameters.items():
             for moment, value in self._optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{moment}"] = value.cpu()
@@ -179,7 +179,7 @@ class PrmRefresh:
 
         self.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
         tensors, state = load_file(folder / TENSORS_FILE), json.loads((folder / STATE_FILE).read_text())
-        self._trained.load_state_dict({name: tensors[f"trained.{name}"] for name in self._parameters}, strict=False)
+        self._trained.load_state_dict({name: tensors[f"trained.{name}"] for name in self._trained.state_dict()})
         self.version = int(state["version"])
         for name, parameter in self._parameters.items():
             prefix = f"optimizer.{name}."
