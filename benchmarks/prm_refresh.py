@@ -7,6 +7,10 @@ Trains the recipe in one process (single_process.py), once with the process rewa
 trained on, and pairs of their samples, ranked by the outcome rewards, are put to the process reward model: the share
 that it ranks alike, by tenth of sigma. After the second run both the refreshed model and the one of the start answer,
 on the same samples.
+
+A trained policy's samples of one prompt are closer to each other, and close pairs are hard to rank for any model. What
+the model lost is therefore read off against the start's pairs that are as far apart in their outcomes: one for each
+pair after the run, the one with the nearest difference.
 """
 
 from __future__ import annotations
@@ -15,12 +19,13 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from single_process import CPU, SingleProcess
 
 from core.config import PrmRefreshConfig, RunConfig, load_config
@@ -51,7 +56,15 @@ class Alone:
         return values
 
 
-def policy_samples(run: SingleProcess, prompts: list[str], margin: float) -> Preferences:
+@dataclass
+class Ranked:
+    """Samples of a policy, and how far the outcome rewards of each pair are apart, ``[pairs]``."""
+
+    data: Preferences
+    gaps: NDArray[np.float64]
+
+
+def policy_samples(run: SingleProcess, prompts: list[str], margin: float) -> Ranked:
     """Groups that the policy draws now, as the recipe's sampler draws them, and their ranking."""
     latents, conditionings, totals = [], [], []
     for number, prompt in enumerate(prompts):
@@ -62,20 +75,32 @@ def policy_samples(run: SingleProcess, prompts: list[str], margin: float) -> Pre
         scores = run.orm.score(final, [prompt] * len(final))
         totals.append(np.asarray(weighted_total(scores, run.config.rewards.outcome)))
     owner = np.repeat(np.arange(len(prompts)), [len(part) for part in latents])
-    together = torch.cat(latents)
-    return Preferences(
+    together, total = torch.cat(latents), np.concatenate(totals)
+    data = Preferences(
         latents=together,
         latent_shape=tuple(together.shape[1:]),
         prompt=owner,
         conditioning=stack_conditionings(conditionings),
-        pairs=ranked_pairs(owner, np.concatenate(totals), margin),
+        pairs=ranked_pairs(owner, total, margin),
     )
+    return Ranked(data, total[data.pairs[:, 0]] - total[data.pairs[:, 1]])
 
 
-def accuracy(model: ProcessRewardModel, data: Preferences, pairs: int) -> dict[str, Any]:
-    """By tenth of sigma."""
-    gaps = gaps_by_noise(cast(RewardEngine, Alone(model)), data, data.pairs, per_tenth=pairs)
-    return {key: np.round(value, 3).tolist() for key, value in measured(gaps).items() if key.endswith("accuracy")}
+def as_far_apart(samples: Ranked, others: Ranked) -> Ranked:
+    """For each pair of the others the one of the samples whose outcomes differ by nearest to as much."""
+    order = np.argsort(samples.gaps)
+    ascending = samples.gaps[order]
+    above = np.searchsorted(ascending, others.gaps).clip(1, len(ascending) - 1)
+    nearest = above - (others.gaps - ascending[above - 1] < ascending[above] - others.gaps)
+    chosen = order[nearest]
+    return Ranked(replace(samples.data, pairs=samples.data.pairs[chosen]), samples.gaps[chosen])
+
+
+def accuracy(model: ProcessRewardModel, samples: Ranked, pairs: int) -> dict[str, Any]:
+    """By tenth of sigma, and how far the pairs are apart on average."""
+    gaps = gaps_by_noise(cast(RewardEngine, Alone(model)), samples.data, samples.data.pairs, per_tenth=pairs)
+    found = {key: np.round(value, 3).tolist() for key, value in measured(gaps).items() if key.endswith("accuracy")}
+    return found | {"outcomes_apart": round(float(samples.gaps.mean()), 3)}
 
 
 def rows(config: RunConfig, prompts: list[str], pairs: int, margin: float) -> Iterator[dict[str, Any]]:
@@ -87,9 +112,8 @@ def rows(config: RunConfig, prompts: list[str], pairs: int, margin: float) -> It
     assert run.prm is not None
     start = ProcessRewardModel.load(Path(process.path), config.model)
     held_out = run.evaluate()["eval/total/mean"]
-    if not refreshed:
-        first = accuracy(start, policy_samples(run, prompts, margin), pairs)
-        yield {"samples of": "the policy at the start", "model": "start", **first}
+    first = policy_samples(run, prompts, margin)
+    yield {"samples of": "the policy at the start", "model": "start", **accuracy(start, first, pairs)}
     drifts = []
     for iteration in range(1, config.iterations + 1):
         record = run.iterate()
@@ -97,6 +121,8 @@ def rows(config: RunConfig, prompts: list[str], pairs: int, margin: float) -> It
         sys.stderr.write(f"refresh {refreshed}: iteration {iteration}/{config.iterations}\n")
     data = policy_samples(run, prompts, margin)
     name = "with refresh" if refreshed else "without refresh"
+    equal = accuracy(start, as_far_apart(first, data), pairs)
+    yield {"samples of": f"the policy at the start, as far apart as {name}", "model": "start", **equal}
     yield {"samples of": f"the policy trained {name}", "model": "start", **accuracy(start, data, pairs)}
     if refreshed:
         yield {"samples of": f"the policy trained {name}", "model": "refreshed", **accuracy(run.prm, data, pairs)}

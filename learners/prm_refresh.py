@@ -7,7 +7,6 @@ no cost; a few updates on them between iterations keep the model honest where th
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import deque
 from dataclasses import dataclass
@@ -55,19 +54,19 @@ class PrmRefresh:
     """The newest groups, and the model that is trained on them.
 
     Attributes:
-        model: moving average of the weights that are trained, float32; what the servers get.
+        model: float32; what the servers get.
         version: refreshes so far.
     """
 
     def __init__(self, settings: PrmRefreshConfig, model: ProcessRewardModel, seed: int, device: torch.device) -> None:
         self.settings, self.seed, self.device = settings, seed, device
         self.model = model.to(device).for_training()
-        self._trained = copy.deepcopy(self.model)
         self.version = 0
         self._groups: deque[ReplayedGroup] = deque(maxlen=settings.buffer_groups)
-        self._parameters = dict(self._trained.named_parameters())
-        self._averages: list[Tensor] = list(self.model.parameters())
-        # The trunk's weights are good already: no decay pulls them to zero over a long run.
+        self._parameters = dict(self.model.named_parameters())
+        self._start = [parameter.detach().clone() for parameter in self._parameters.values()]
+        # The weights are good already: nothing is to pull them to zero, but the few samples of a run are overfitted
+        # unless something pulls them back to where they started (L2-SP, Li et al. 2018, decoupled as AdamW's decay).
         self._optimizer = torch.optim.AdamW(
             list(self._parameters.values()), lr=settings.learning_rate, weight_decay=0.0
         )
@@ -107,16 +106,16 @@ class PrmRefresh:
         metrics = self._judged()
         sampler = PairSampler(data, self.settings.pairs_per_update, self.seed)
         losses = []
-        self._trained.train()
+        self.model.train()
         for update in range(self.settings.updates):
             pairs, sigma, noise = sampler.draw(self.version * self.settings.updates + update)
-            loss = bradley_terry(*self._rewards(self._trained, data, pairs, sigma, noise)).mean()
+            loss = bradley_terry(*self._rewards(data, pairs, sigma, noise)).mean()
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), 1.0)
-            self._optimizer.step()
             with torch.no_grad():
-                torch._foreach_lerp_(self._averages, list(self._parameters.values()), 1 - self.settings.ema_decay)
+                torch._foreach_lerp_(list(self._parameters.values()), self._start, self.settings.pull)
+            self._optimizer.step()
             losses.append(float(loss.detach()))
         self.version += 1
         return metrics | {
@@ -125,7 +124,7 @@ class PrmRefresh:
         }
 
     def weights(self) -> dict[str, Array]:
-        """All averaged weights by name, as :meth:`reward_servers.prm.PrmScorer.load_weights` takes them; copies."""
+        """All weights by name, as :meth:`reward_servers.prm.PrmScorer.load_weights` takes them; copies."""
         return {name: np.array(tensor.detach().cpu().numpy()) for name, tensor in self.model.state_dict().items()}
 
     def _judged(self) -> dict[str, float]:
@@ -136,13 +135,11 @@ class PrmRefresh:
         pairs, sigma, noise = PairSampler(data, JUDGED_PAIRS, self.seed + 1).draw(self.version)
         self.model.eval()
         with torch.no_grad():
-            winners, losers = self._rewards(self.model, data, pairs, sigma, noise)
+            winners, losers = self._rewards(data, pairs, sigma, noise)
         return {"process/refresh_accuracy": float((winners > losers).float().mean())}
 
-    def _rewards(
-        self, model: ProcessRewardModel, data: Preferences, pairs: Pairs, sigma: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return paired_rewards(model, data, pairs, sigma.to(self.device), noise.to(self.device))
+    def _rewards(self, data: Preferences, pairs: Pairs, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return paired_rewards(self.model, data, pairs, sigma.to(self.device), noise.to(self.device))
 
     def _preferences(self, groups: list[ReplayedGroup]) -> Preferences:
         # A group is a prompt of its own here, even where two have the same text: their noise may differ.
@@ -159,7 +156,7 @@ class PrmRefresh:
     def save(self, folder: Path) -> None:
         """Writes model, optimizer and replay; the folder is also a process reward model that can be loaded."""
         self.model.save(folder, refreshes=self.version)
-        tensors = {f"trained.{name}": tensor.cpu() for name, tensor in self._trained.state_dict().items()}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             for moment, value in self._optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{moment}"] = value.cpu()
@@ -179,7 +176,6 @@ class PrmRefresh:
 
         self.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
         tensors, state = load_file(folder / TENSORS_FILE), json.loads((folder / STATE_FILE).read_text())
-        self._trained.load_state_dict({name: tensors[f"trained.{name}"] for name in self._trained.state_dict()})
         self.version = int(state["version"])
         for name, parameter in self._parameters.items():
             prefix = f"optimizer.{name}."

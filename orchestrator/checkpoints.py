@@ -23,7 +23,7 @@ from core.files import hash_and_flush, sha256, writing
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from core.config.base import Decay, Node, NonNegativeFloat
+from core.config.base import Node, NonNegativeFloat
 
 OnFailure = Literal["drop_group", "abort"]
 
@@ -40,8 +40,9 @@ class PrmRefreshConfig(Node):
     """Pairs in a batch."""
     learning_rate: PositiveFloat = 1e-5
     """Constant rate of AdamW."""
-    ema_decay: Decay = 0.98
-    """Decay, an update, of the moving average of the weights, which is what the servers get; 0 keeps no average."""
+    pull: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Part of the way back to the weights of the start that every update takes; keeps a run's few samples from being
+    overfitted. 0 lets the weights go anywhere."""
     buffer_groups: PositiveInt = 64
     """Newest groups that pairs are drawn from."""
     margin: NonNegativeFloat = 0.0

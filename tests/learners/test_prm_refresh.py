@@ -16,7 +16,7 @@ from models.rewards.prm import ProcessRewardModel
 from reward_servers.prm import PrmScorer
 from tests.learners.toy_preferences import CPU, toy_preferences
 
-SETTINGS = PrmRefreshConfig(every=2, updates=8, pairs_per_update=8, learning_rate=3e-3, ema_decay=0.5, buffer_groups=4)
+SETTINGS = PrmRefreshConfig(every=2, updates=8, pairs_per_update=8, learning_rate=3e-3, buffer_groups=4)
 
 
 def fresh(config: ModelConfig, settings: PrmRefreshConfig = SETTINGS) -> PrmRefresh:
@@ -45,19 +45,23 @@ def test_refreshes_learn_what_the_outcome_rewards_prefer(make_config: Callable[.
     assert refresh.version == 4
 
 
-def test_servers_get_the_moving_average_of_the_weights(make_config: Callable[..., RunConfig]) -> None:
+def test_every_update_pulls_back_to_the_weights_of_the_start(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     config = make_config().model
-    raw, halved = (
-        fresh(config, SETTINGS.model_copy(update={"updates": 1, "ema_decay": decay})) for decay in (0.0, 0.5)
-    )
-    start = raw.weights()
-    for refresh in (raw, halved):
-        feed(refresh, 1)
-        refresh.update()
-    trained = raw.weights()
-    assert any((trained[name] != array).any() for name, array in start.items())
-    for name, array in halved.weights().items():
-        np.testing.assert_allclose(array, (start[name] + trained[name]) / 2, rtol=1e-6, atol=1e-7)
+    moved = fresh(config)
+    start = moved.weights()
+    feed(moved, 1)
+    moved.update()
+    moved.save(tmp_path)
+    far = moved.weights()
+    assert max(abs(far[name] - array).max() for name, array in start.items()) > SETTINGS.learning_rate
+    # Updates of no length leave the pull alone; the start outlives a restart.
+    pulled = fresh(config, SETTINGS.model_copy(update={"updates": 2, "learning_rate": 1e-30, "pull": 0.25}))
+    pulled.restore(tmp_path)
+    pulled.update()
+    for name, array in pulled.weights().items():
+        np.testing.assert_allclose(array, start[name] + 0.75**2 * (far[name] - start[name]), rtol=1e-5, atol=1e-7)
 
 
 def test_replay_holds_the_newest_groups_alone(make_config: Callable[..., RunConfig]) -> None:
@@ -141,7 +145,7 @@ def test_single_process_run_refreshes_its_model(make_config: Callable[..., RunCo
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    refresh = ["every=2", "updates=2", "pairs_per_update=4", "learning_rate=1e-3", "ema_decay=0", "buffer_groups=3"]
+    refresh = ["every=2", "updates=2", "pairs_per_update=4", "learning_rate=1e-3", "buffer_groups=3"]
     overrides = [f"rewards.process.refresh.{item}" for item in refresh]
     config = make_config(
         "rollout.prompts_per_iteration=1", "sampler.num_steps=3", "sampler.guidance.window=[1,2]", *overrides
