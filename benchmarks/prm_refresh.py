@@ -1,6 +1,6 @@
 """What refreshing the process reward model is worth: its accuracy on the samples of a policy that has moved.
 
-    python benchmarks/prm_refresh.py recipes/embedded/euphonium-sage.yaml --refresh learning_rate=1e-4
+    python benchmarks/prm_refresh.py recipes/embedded/euphonium-sage.yaml --refresh every=12 margin=0.1
 
 Trains the recipe in one process (single_process.py), once with the process reward model as it is and once with
 ``rewards.process.refresh``, from the same seed. Before and after, the policy draws groups for prompts that it was never

@@ -2,12 +2,17 @@
 
 A process reward model that was trained on the first policy's samples knows less and less of the current one's, and a
 policy that follows its gradient finds what it overrates. The outcome rewards of every iteration rank fresh samples at
-no cost; a few updates on them between iterations keep the model honest where the policy now is.
+no cost; training on them between iterations keeps the model honest where the policy now is.
+
+Every refresh begins at the weights of the start and takes all samples that are kept. A model that goes on from the
+last refresh has long learned its older samples by heart, and ranks new ones worse for it (as Ash and Adams, 2020,
+found for warm starts in general).
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +26,11 @@ from torch import Tensor
 
 from core.arrays import as_tensor
 from core.config import PrmRefreshConfig, RunConfig
+from core.errors import TrainingError
 from core.records import Array
 from learners.preference import PairSampler, Preferences, bradley_terry, paired_rewards
 from learners.preference_files import Pairs, ranked_pairs
+from learners.reward_training import learning_rate
 from models.generators.base import Conditioning, stack_conditionings
 from models.rewards.prm import ProcessRewardModel
 
@@ -63,13 +70,7 @@ class PrmRefresh:
         self.model = model.to(device).for_training()
         self.version = 0
         self._groups: deque[ReplayedGroup] = deque(maxlen=settings.buffer_groups)
-        self._parameters = dict(self.model.named_parameters())
-        self._start = [parameter.detach().clone() for parameter in self._parameters.values()]
-        # The weights are good already: nothing is to pull them to zero, but the few samples of a run are overfitted
-        # unless something pulls them back to where they started (L2-SP, Li et al. 2018, decoupled as AdamW's decay).
-        self._optimizer = torch.optim.AdamW(
-            list(self._parameters.values()), lr=settings.learning_rate, weight_decay=0.0
-        )
+        self._start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
     def add(self, iteration: int, latents: Array, totals: Array, conditioning: dict[str, Array]) -> None:
         """Takes in a group; the oldest one goes when there are ``buffer_groups``.
@@ -99,24 +100,36 @@ class PrmRefresh:
         Returns:
             Metrics; accuracy is measured first, on pairs of the newest iteration's groups, which the model has not
             seen. Without any pair (all totals closer than the margin) nothing is trained and nothing returned.
+
+        Raises:
+            TrainingError: a loss that is not finite.
         """
         data = self._preferences(list(self._groups))
         if not len(data.pairs):
             return {}
         metrics = self._judged()
         sampler = PairSampler(data, self.settings.pairs_per_update, self.seed)
+        self.model.load_state_dict(self._start)
+        parameters = list(self.model.parameters())
+        # The weights are good already: no decay pulls them to zero.
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
         losses = []
         self.model.train()
         for update in range(self.settings.updates):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.settings, update)
             pairs, sigma, noise = sampler.draw(self.version * self.settings.updates + update)
             loss = bradley_terry(*self._rewards(data, pairs, sigma, noise)).mean()
-            self._optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), 1.0)
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self._parameters.values()), self._start, self.settings.pull)
-            self._optimizer.step()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
             losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(
+                    f"the loss of update {update + 1} of the process reward model's refresh is not finite: lower "
+                    "rewards.process.refresh.learning_rate, or look for samples that are not finite"
+                )
         self.version += 1
         return metrics | {
             "process/refresh_loss": float(np.mean(losses)),
@@ -154,12 +167,9 @@ class PrmRefresh:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes model, optimizer and replay; the folder is also a process reward model that can be loaded."""
+        """Writes model and replay; the folder is also a process reward model that can be loaded."""
         self.model.save(folder, refreshes=self.version)
         tensors: dict[str, Tensor] = {}
-        for name, parameter in self._parameters.items():
-            for moment, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{name}.{moment}"] = value.cpu()
         for i, group in enumerate(self._groups):
             tensors[f"group.{i}.latents"] = group.latents
             tensors |= {f"group.{i}.conditioning.{name}": t.contiguous() for name, t in group.conditioning.items()}
@@ -177,14 +187,6 @@ class PrmRefresh:
         self.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
         tensors, state = load_file(folder / TENSORS_FILE), json.loads((folder / STATE_FILE).read_text())
         self.version = int(state["version"])
-        for name, parameter in self._parameters.items():
-            prefix = f"optimizer.{name}."
-            # No tensor's name holds a dot behind the moment's: exp_avg, exp_avg_sq and step.
-            self._optimizer.state[parameter] = {
-                key.removeprefix(prefix): value.to(self.device) if value.dim() else value
-                for key, value in tensors.items()
-                if key.startswith(prefix) and "." not in key.removeprefix(prefix)
-            }
         self._groups.clear()
         for i, group in enumerate(state["groups"]):
             prefix = f"group.{i}.conditioning."

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from core.config import RewardOptimizerConfig
+from core.config import PrmRefreshConfig, RewardOptimizerConfig
 from core.errors import CheckpointError, TrainingError
 from core.files import hash_and_flush, sha256
 from learners.reward_engine import KINDS, RewardEngine
@@ -118,7 +118,7 @@ def fit(
     return progress
 
 
-def learning_rate(settings: RewardOptimizerConfig, update: int) -> float:
+def learning_rate(settings: RewardOptimizerConfig | PrmRefreshConfig, update: int) -> float:
     """Rate of an update, counted from 0: linear over the first twentieth, then a cosine to zero."""
     warmup = max(1, settings.updates // 20)
     cosine = 0.5 * (1 + math.cos(math.pi * update / settings.updates))

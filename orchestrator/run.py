@@ -338,7 +338,13 @@ class Run:
             return {}
         rewards = self.config.rewards.outcome
         replayed = [(g.latents, g.payload, weighted_total(g.scores, rewards)) for g in groups]
-        return await self.refresh.step(iteration, replayed, self.pools["prm"].reachable_handles, folder)
+        metrics = await self.refresh.step(iteration, replayed, self.pools["prm"].reachable_handles, folder)
+        if "process/refresh_pairs" in metrics:
+            self.progress.say(
+                f"process reward model refreshed on {metrics['process/refresh_pairs']:.0f} pairs in "
+                f"{metrics['time/prm_refresh_s']:.0f} s"
+            )
+        return metrics
 
     async def _resize_learners(self, size: int) -> None:
         """Ends the learner group at a checkpoint and starts one of another size from it."""

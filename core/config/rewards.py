@@ -32,19 +32,16 @@ class OutcomeRewardConfig(Node):
 class PrmRefreshConfig(Node):
     """Training of the process reward model during a run, on the policy's own samples."""
 
-    every: PositiveInt = 1
+    every: PositiveInt = 8
     """Iterations between refreshes."""
-    updates: PositiveInt = 10
-    """Optimiser steps of a refresh."""
+    updates: PositiveInt = 300
+    """Optimiser steps of a refresh, which begins at the weights of the start."""
     pairs_per_update: PositiveInt = 32
     """Pairs in a batch."""
-    learning_rate: PositiveFloat = 1e-5
-    """Constant rate of AdamW."""
-    pull: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Part of the way back to the weights of the start that every update takes; keeps a run's few samples from being
-    overfitted. 0 lets the weights go anywhere."""
-    buffer_groups: PositiveInt = 64
-    """Newest groups that pairs are drawn from."""
+    learning_rate: PositiveFloat = 1e-4
+    """Peak rate of AdamW; rises linearly over the first twentieth, then falls to zero along a cosine."""
+    buffer_groups: PositiveInt = 256
+    """Newest groups that pairs are drawn from; their latents lie in the actor's memory and in every checkpoint."""
     margin: NonNegativeFloat = 0.0
     """Samples whose weighted outcome rewards differ by less make no pair; best as in the model's own training."""
 

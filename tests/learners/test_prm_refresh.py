@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from core.config import ModelConfig, PrmRefreshConfig, RunConfig
-from core.errors import ConfigError
+from core.errors import ConfigError, TrainingError
 from learners.prm_refresh import PrmRefresh
 from models.generators.base import open_generator
 from models.rewards.prm import ProcessRewardModel
@@ -33,35 +33,36 @@ def feed(refresh: PrmRefresh, iteration: int, groups: int = 4, seed: int = 0) ->
 
 
 def test_refreshes_learn_what_the_outcome_rewards_prefer(make_config: Callable[..., RunConfig]) -> None:
-    refresh = fresh(make_config().model)
+    refresh = fresh(make_config().model, SETTINGS.model_copy(update={"updates": 40}))
     assert [refresh.due(i) for i in (1, 2, 3, 4)] == [False, True, False, True]
     history = []
-    for iteration in range(1, 5):
+    for iteration in range(1, 4):
         # Every refresh is judged on samples that it has not seen.
         feed(refresh, iteration, seed=iteration)
         history.append(refresh.update())
-    assert history[-1]["process/refresh_accuracy"] > max(0.85, history[0]["process/refresh_accuracy"])
-    assert history[-1]["process/refresh_loss"] < history[0]["process/refresh_loss"]
-    assert refresh.version == 4
+    assert history[0]["process/refresh_accuracy"] < 0.75
+    assert min(later["process/refresh_accuracy"] for later in history[1:]) > 0.85
+    assert refresh.version == 3
 
 
-def test_every_update_pulls_back_to_the_weights_of_the_start(
+def test_every_refresh_begins_at_the_weights_of_the_start(
     make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     config = make_config().model
-    moved = fresh(config)
-    start = moved.weights()
-    feed(moved, 1)
-    moved.update()
-    moved.save(tmp_path)
-    far = moved.weights()
-    assert max(abs(far[name] - array).max() for name, array in start.items()) > SETTINGS.learning_rate
-    # Updates of no length leave the pull alone; the start outlives a restart.
-    pulled = fresh(config, SETTINGS.model_copy(update={"updates": 2, "learning_rate": 1e-30, "pull": 0.25}))
-    pulled.restore(tmp_path)
-    pulled.update()
-    for name, array in pulled.weights().items():
-        np.testing.assert_allclose(array, start[name] + 0.75**2 * (far[name] - start[name]), rtol=1e-5, atol=1e-7)
+    refreshed, restored, later = fresh(config), fresh(config), fresh(config)
+    feed(refreshed, 1)
+    refreshed.update()
+    refreshed.save(tmp_path)
+    restored.restore(tmp_path)
+    assert any((restored.weights()[name] != array).any() for name, array in later.weights().items())
+    later.version = 1
+    # All groups of the first refresh are gone from the replay after these.
+    for refresh in (refreshed, restored, later):
+        feed(refresh, 2, seed=1)
+        refresh.update()
+    for name, array in later.weights().items():
+        assert (refreshed.weights()[name] == array).all()
+        assert (restored.weights()[name] == array).all()
 
 
 def test_replay_holds_the_newest_groups_alone(make_config: Callable[..., RunConfig]) -> None:
@@ -88,6 +89,15 @@ def test_groups_without_spread_train_nothing(make_config: Callable[..., RunConfi
     assert refresh.update() == {}
     assert refresh.version == 0
     assert all((before[name] == array).all() for name, array in refresh.weights().items())
+
+
+def test_samples_that_are_not_finite_end_a_refresh_with_an_error(make_config: Callable[..., RunConfig]) -> None:
+    refresh = fresh(make_config().model)
+    data = toy_preferences(count=4, prompts=1)
+    latents = data.latents[np.arange(4)].numpy() * np.nan
+    refresh.add(1, latents, np.arange(4.0), {n: t.numpy() for n, t in data.conditioning.items()})
+    with pytest.raises(TrainingError, match=r"update 1 .*lower rewards.process.refresh.learning_rate"):
+        refresh.update()
 
 
 def test_saved_and_restored_refresh_goes_on_as_if_nothing_had_happened(
