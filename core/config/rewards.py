@@ -56,7 +56,7 @@ class ProcessRewardConfig(Node):
     steps: Literal["all", "guided"] = "all"
     """Steps with a process reward: every one with noise, or of these the guided ones (Euphonium's released script)."""
     refresh: PrmRefreshConfig | None = None
-    """Keeps training the model on the policy's own samples, ranked by the outcome rewards; null never does."""
+    """Trains the model again in a run, on the policy's own samples, ranked by the outcome rewards; null never does."""
     credit: Literal["state", "next_state"] = "state"
     """Whether action k is credited with the reward of the state it leaves (papers) or of the one it leads to."""
     on_failure: OnFailure = "drop_group"
