@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.arrays import as_tensor
-from core.servers import Call, ServerPool
-from dynamics import StepTable
-from models.generators.base import Conditioning, positive
+from euphonium.dynamics import StepTable
+from euphonium.generators.generator import Conditioning, positive
+from euphonium.wire.arrays import as_tensor
+from euphonium.wire.servers import Call, ServerPool
 
 
 class PrmClient:
     """One group's view of the pool of PRM servers; a :class:`actors.sampler.ProcessRewardSource`.
 
-    Deadline, retries on other servers and the circuit breaker are those of :class:`core.servers.ServerPool`; after the
-    last attempt a missing answer is an error, never a zero.
+    Deadline, retries on other servers and the circuit breaker are those of
+    :class:`euphonium.wire.servers.ServerPool`; after the last attempt a missing answer is an error, never a zero.
     """
 
     def __init__(self, servers: ServerPool, conditioning: Conditioning, table: StepTable, prompt: str) -> None:

@@ -27,18 +27,18 @@ from actors.sampler import (
     select_steps,
 )
 from actors.spsa import Score, SpsaSource
-from core.arrays import as_tensor
-from core.collective import Channel, visit
-from core.config import GuidanceConfig, RunConfig
-from core.deadlines import get, node_id
-from core.errors import LostActorError, TrainingError, WeightsMissingError
-from core.records import Array, GroupInfo, GroupPayload, GroupTask, RolloutContext, WeightOrder
-from core.rewards import weighted_total
-from core.servers import ServerPool
-from core.weights import WeightManifest, load_buckets, load_tensors
-from dynamics import StepTable
-from models.generators.base import Conditioning, expand, images_for, open_generator, stack_conditionings
-from models.generators.lora import adapter_parameters, add_adapter
+from euphonium.config import GuidanceConfig, RunConfig
+from euphonium.dynamics import StepTable
+from euphonium.errors import LostActorError, TrainingError, WeightsMissingError
+from euphonium.generators.generator import Conditioning, expand, images_for, open_generator, stack_conditionings
+from euphonium.generators.lora import adapter_parameters, add_adapter
+from euphonium.rewards.total import weighted_total
+from euphonium.wire.arrays import as_tensor
+from euphonium.wire.deadlines import get, node_id
+from euphonium.wire.records import Array, GroupInfo, GroupPayload, GroupTask, RolloutContext, WeightOrder
+from euphonium.wire.servers import ServerPool
+from euphonium.wire.weights.channel import Channel, visit
+from euphonium.wire.weights.manifest import WeightManifest, load_buckets, load_tensors
 
 # Samples in one forward pass of an evaluation.
 EVALUATION_BATCH = 16

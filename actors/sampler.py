@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamics import StepTable
+from euphonium.dynamics import StepTable
 
 Velocity = Callable[[Tensor, float], Tensor]
 
@@ -109,7 +109,7 @@ def sample_group(
 
     Args:
         table: the sampler.
-        velocity: network output at a state and a time (:attr:`dynamics.StepTable.times`).
+        velocity: network output at a state and a time (:attr:`euphonium.dynamics.StepTable.times`).
         start: float32 ``[group, *latent]``.
         noise: CPU generator of the transitions' noise.
         kept_steps: int64 ``[group, K]``, transitions to keep of every sample.

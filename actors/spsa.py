@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.sampler import Velocity
-from dynamics import StepTable
+from euphonium.dynamics import StepTable
 
 # Weighted outcome rewards of latents ``[batch, *latent]``, answered later.
 Score = Callable[[Tensor], Callable[[], Tensor]]

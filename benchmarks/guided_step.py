@@ -47,10 +47,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from core.config import ModelConfig
-from dynamics import Guidance, StepTable, shifted_sigmas
-from models.generators.base import Conditioning, GeneratorFamily, open_generator
-from models.rewards.prm import ProcessRewardModel
+from euphonium.config import ModelConfig
+from euphonium.dynamics import Guidance, StepTable, shifted_sigmas
+from euphonium.generators.generator import Conditioning, GeneratorFamily, open_generator
+from euphonium.rewards.process import ProcessRewardModel
 
 # Euphonium, Table 2: one H800, HunyuanVideo, 480x480, 32 frames.
 PAPER = {

@@ -28,15 +28,15 @@ import torch
 from numpy.typing import NDArray
 from single_process import CPU, SingleProcess
 
-from core.config import PrmRefreshConfig, RunConfig, load_config
-from core.records import GroupTask
-from core.rewards import weighted_total
-from learners.preference import Preferences, gaps_by_noise, measured
-from learners.preference_files import ranked_pairs
-from learners.reward_engine import RewardEngine
-from models.generators.base import stack_conditionings
-from models.rewards.prm import ProcessRewardModel
-from orchestrator.prompts import read_prompts
+from euphonium.config import PrmRefreshConfig, RunConfig, load_config
+from euphonium.generators.generator import stack_conditionings
+from euphonium.rewards.process import ProcessRewardModel
+from euphonium.rewards.total import weighted_total
+from euphonium.wire.records import GroupTask
+from learners.engine.reward_engine import RewardEngine
+from learners.rewards.preference import Preferences, gaps_by_noise, measured
+from learners.rewards.preference_files import ranked_pairs
+from orchestrator.groups.prompts import read_prompts
 
 # Of the seeds of the measured groups, so that no training group shares them.
 SEED = 1_000_000
@@ -44,7 +44,7 @@ SEED = 1_000_000
 
 @dataclass
 class Alone:
-    """What :func:`learners.preference.gaps_by_noise` needs of an engine, for one process."""
+    """What :func:`learners.rewards.preference.gaps_by_noise` needs of an engine, for one process."""
 
     model: ProcessRewardModel
     rank: int = 0

@@ -28,12 +28,12 @@ import numpy as np
 import ray
 import torch
 
-from core.config import ModelConfig, RunConfig
-from models.generators.base import open_generator
-from models.rewards.prm import ProcessRewardModel
+from euphonium.config import ModelConfig, RunConfig
+from euphonium.generators.generator import open_generator
+from euphonium.rewards.process import ProcessRewardModel
 from reward_servers.prm import PrmActor
 
-GENERATOR = Path(__file__).parent.parent / "models" / "generators" / "embedded" / "weights"
+GENERATOR = Path(__file__).parent.parent / "euphonium" / "embedded" / "weights"
 PROMPTS = [
     "a red car moving left on a white background",
     "a blue fish moving up on a gray background",

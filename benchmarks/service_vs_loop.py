@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from core.config import RunConfig, load_config
+from euphonium.config import RunConfig, load_config
 
 ROOT = Path(__file__).parent.parent
 # Of a small run: trajectory buffer, weight store, control desk, a rollout actor, an ORM server, a learner rank, and the

@@ -21,19 +21,19 @@ from torch import Tensor, nn
 
 from actors.rollout import RolloutWorker
 from actors.sampler import Velocity
-from core.config import RunConfig, load_config
-from core.rewards import weighted_total
-from dynamics import StepTable
-from learners.batching import TrainedGroup, load_rows, plan_updates
-from learners.objective import References, evaluate_objective
-from learners.objective import Velocity as VelocityOf
-from learners.prm_refresh import PrmRefresh
-from learners.schedules import kl_controller, kl_weight, learning_rate
-from models.rewards.prm import LocalRewards, ProcessRewardModel
-from orchestrator.batches import advantages
+from euphonium.config import RunConfig, load_config
+from euphonium.dynamics import StepTable
+from euphonium.rewards.process import LocalRewards, ProcessRewardModel
+from euphonium.rewards.total import weighted_total
+from learners.policy.batching import TrainedGroup, load_rows, plan_updates
+from learners.policy.objective import References, evaluate_objective
+from learners.policy.objective import Velocity as VelocityOf
+from learners.policy.schedules import kl_controller, kl_weight, learning_rate
+from learners.rewards.refresh import PrmRefresh
 from orchestrator.evaluation import evaluation_metrics, evaluation_set
-from orchestrator.prompts import PromptStream, read_prompts
-from orchestrator.statistics import rollout_statistics
+from orchestrator.groups.batches import advantages
+from orchestrator.groups.prompts import PromptStream, read_prompts
+from orchestrator.report.statistics import rollout_statistics
 from reward_servers.orm import OrmScorer
 
 CPU = torch.device("cpu")

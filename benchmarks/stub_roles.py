@@ -20,12 +20,12 @@ import torch
 import yaml
 
 from actors.rollout import RolloutActor
-from core.config import RunConfig, load_config
-from core.deadlines import get
-from core.errors import LostActorError, TrainingError
-from core.records import GroupInfo, GroupPayload, GroupTask, UpdateReport
-from core.weights import WeightManifest, pack, unpack, verify
-from orchestrator.learner_link import BUFFER, STORE
+from euphonium.config import RunConfig, load_config
+from euphonium.errors import LostActorError, TrainingError
+from euphonium.wire.deadlines import get
+from euphonium.wire.records import GroupInfo, GroupPayload, GroupTask, UpdateReport
+from euphonium.wire.weights.manifest import WeightManifest, pack, unpack, verify
+from orchestrator.learning.link import BUFFER, STORE
 from orchestrator.run import Run
 
 SIZE = 16
@@ -134,7 +134,7 @@ class StubJudge:
 
 
 class StubLearners:
-    """Stands in for :class:`orchestrator.learner_group.LearnerGroup`: a thread that is a learner of one rank.
+    """Stands in for :class:`orchestrator.learning.group.LearnerGroup`: a thread that is a learner of one rank.
 
     Args:
         seconds: that an update takes.

@@ -22,8 +22,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from core.config import RunConfig, load_config
-from orchestrator.launch import absolute_paths, prepare_run_dir
+from euphonium.config import RunConfig, load_config
+from orchestrator.commands.launch import absolute_paths, prepare_run_dir
 
 COLOURS = {
     "drawing": "#0b63c5", "process reward": "#1f8a4c", "scoring": "#8d3fb0", "update": "#d1570b",

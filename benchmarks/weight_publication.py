@@ -22,11 +22,11 @@ import ray
 import torch
 from torch import Tensor
 
-from core.collective import Channel, visit
-from core.records import WeightOrder
-from core.weights import load_buckets, load_tensors, split_into_buckets
-from learners.publication import Broadcaster, hand_in
-from orchestrator.weight_store import KEPT_VERSIONS, WeightStore
+from euphonium.wire.records import WeightOrder
+from euphonium.wire.weights.channel import Channel, visit
+from euphonium.wire.weights.manifest import load_buckets, load_tensors, split_into_buckets
+from euphonium.wire.weights.store import KEPT_VERSIONS, WeightStore
+from learners.policy.publication import Broadcaster, hand_in
 
 TENSOR = 1 << 22
 TIMEOUT_S = 120.0

@@ -1,5 +1,5 @@
 """``python -m orchestrator``: the same command line as the console script."""
 
-from orchestrator.cli import main
+from orchestrator.commands.cli import main
 
 main()

@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from core.errors import CheckpointError
-from core.files import hash_and_flush, sha256, writing
+from euphonium.errors import CheckpointError
+from euphonium.files import hash_and_flush, sha256, writing
 
 log = logging.getLogger(__name__)
 

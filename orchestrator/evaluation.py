@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from core.config import OutcomeRewardConfig, RunConfig
-from core.errors import ConfigError, LostActorError, TrainingError, WeightsMissingError
-from core.records import Array
-from core.rewards import total_weight
-from orchestrator.crew import Crew
-from orchestrator.pictures import Video, contact_sheet, save_gif, save_samples, side_by_side
-from orchestrator.prompts import read_prompts, spread
-from orchestrator.tracking import Tracker
+from euphonium.config import OutcomeRewardConfig, RunConfig
+from euphonium.errors import ConfigError, LostActorError, TrainingError, WeightsMissingError
+from euphonium.rewards.total import total_weight
+from euphonium.wire.records import Array
+from orchestrator.groups.prompts import read_prompts, spread
+from orchestrator.pools.crew import Crew
+from orchestrator.report.pictures import Video, contact_sheet, save_gif, save_samples, side_by_side
+from orchestrator.report.tracking import Tracker
 
 
 def evaluation_set(config: RunConfig) -> tuple[list[str], list[int]]:

@@ -7,8 +7,8 @@
                                                                               |
                rollout actors <------ weight store <------ publish -----------+
 
-Drawing and training are two loops that meet in the batches that were drawn ahead (orchestrator/batches.py): the run
-loop takes them in order, has the learner group train on them (orchestrator/learner_link.py) and waits for its report.
+Drawing and training are two loops that meet in the batches that were drawn ahead (groups/batches.py): the run loop
+takes them in order, has the learner group train on them (learning/link.py) and waits for its report.
 Every order to a rollout actor says which policy version it takes at least; actors fetch weights themselves, between
 groups.
 
@@ -32,27 +32,27 @@ from typing import Any, TypeVar
 import numpy as np
 
 from actors.rollout import RolloutActor
-from core.config import RunConfig, dump_config
-from core.deadlines import awaited
-from core.errors import EuphoniumError
-from core.records import UpdatePlan
-from core.rewards import weighted_total
-from orchestrator.advice import advice
-from orchestrator.batches import Batch, BatchSource, ScoredGroup, training_groups
+from euphonium.config import RunConfig, dump_config
+from euphonium.errors import EuphoniumError
+from euphonium.rewards.total import weighted_total
+from euphonium.wire.deadlines import awaited
+from euphonium.wire.records import UpdatePlan
 from orchestrator.checkpoints import BackgroundCommits, Checkpoint, CheckpointStore, RunState
-from orchestrator.control import CONTROL, ControlDesk
-from orchestrator.crew import Crew, Make, Position
+from orchestrator.commands.control import CONTROL, ControlDesk
+from orchestrator.commands.launch import beside_the_driver, name_is_free
 from orchestrator.evaluation import Evaluator
-from orchestrator.launch import beside_the_driver, name_is_free
-from orchestrator.learner_group import LearnerGroup
-from orchestrator.learner_link import BUFFER, STORE, LearnerLink, LearnerRestartedError
-from orchestrator.pools import wait_ready
-from orchestrator.prm_refresh import RefreshHandle
-from orchestrator.prompts import PromptStream, read_prompts
-from orchestrator.resources import lacking_resources
-from orchestrator.staleness import staleness
-from orchestrator.statistics import RewardFailures, RewardWatch
-from orchestrator.tracking import Progress, Tracker, read_metrics
+from orchestrator.groups.batches import Batch, BatchSource, ScoredGroup, training_groups
+from orchestrator.groups.prompts import PromptStream, read_prompts
+from orchestrator.groups.staleness import staleness
+from orchestrator.learning.group import LearnerGroup
+from orchestrator.learning.link import BUFFER, STORE, LearnerLink, LearnerRestartedError
+from orchestrator.learning.process_reward import RefreshHandle
+from orchestrator.pools.crew import Crew, Make, Position
+from orchestrator.pools.pools import wait_ready
+from orchestrator.pools.resources import lacking_resources
+from orchestrator.report.advice import advice
+from orchestrator.report.statistics import RewardFailures, RewardWatch
+from orchestrator.report.tracking import Progress, Tracker, read_metrics
 from reward_servers.orm import OrmActor
 from reward_servers.prm import PrmActor
 
@@ -370,7 +370,7 @@ class Run:
 
     def _export(self) -> None:
         """Writes the trained policy as a diffusers folder."""
-        from orchestrator.export import export_checkpoint
+        from orchestrator.export_policy import export_checkpoint
 
         assert self.commits.newest is not None
         target = self.config.run_dir / "export"

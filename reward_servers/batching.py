@@ -13,8 +13,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from core.config import RewardPoolConfig
-from core.errors import EuphoniumError, RewardError
+from euphonium.config import RewardPoolConfig
+from euphonium.errors import EuphoniumError, RewardError
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.arrays import as_tensor
-from core.config import OutcomeRewardConfig, RewardPoolConfig, RunConfig
-from core.errors import NonFiniteRewardError, RewardError
-from core.records import Array
-from models.generators.base import GeneratorFamily, open_generator
-from models.rewards.registry import build_reward
+from euphonium.config import OutcomeRewardConfig, RewardPoolConfig, RunConfig
+from euphonium.errors import NonFiniteRewardError, RewardError
+from euphonium.generators.generator import GeneratorFamily, open_generator
+from euphonium.rewards.registry import build_reward
+from euphonium.wire.arrays import as_tensor
+from euphonium.wire.records import Array
 from reward_servers.batching import MicroBatcher
 
 # For every reward, float32 ``[samples]``.

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.arrays import as_tensor
-from core.config import RunConfig
-from core.deadlines import node_id
-from core.errors import NonFiniteRewardError, RewardError
-from core.records import Array
-from models.generators.base import Conditioning, expand, positive, stack_conditionings
-from models.rewards.prm import ProcessRewardModel
+from euphonium.config import RunConfig
+from euphonium.errors import NonFiniteRewardError, RewardError
+from euphonium.generators.generator import Conditioning, expand, positive, stack_conditionings
+from euphonium.rewards.process import ProcessRewardModel
+from euphonium.wire.arrays import as_tensor
+from euphonium.wire.deadlines import node_id
+from euphonium.wire.records import Array
 from reward_servers.batching import MicroBatcher
 
 # Rewards ``[samples]``, and their gradient like the states if it was wanted, float32.

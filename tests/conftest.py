@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from core.config import RunConfig, load_config
+from euphonium.config import RunConfig, load_config
 
 torch.set_num_threads(1)
 
@@ -20,8 +20,8 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A HunyuanVideo pipeline in the embedded generator's configuration, untrained."""
-    from models.generators.embedded.train import build_pipeline
-    from models.generators.embedded.train_vae import build_vae
+    from euphonium.embedded.train import build_pipeline
+    from euphonium.embedded.train_vae import build_vae
 
     folder = tmp_path_factory.mktemp("generator")
     torch.manual_seed(0)
@@ -37,9 +37,9 @@ def tiny_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_prm(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained process reward model of that generator."""
-    from core.config import ModelConfig
-    from models.generators.base import open_generator
-    from models.rewards.prm import ProcessRewardModel
+    from euphonium.config import ModelConfig
+    from euphonium.generators.generator import open_generator
+    from euphonium.rewards.process import ProcessRewardModel
 
     folder = tmp_path_factory.mktemp("prm")
     torch.manual_seed(1)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from core.config import RunConfig, dump_config
+from euphonium.config import RunConfig, dump_config
 from orchestrator.checkpoints import CheckpointStore
 from tests.process import ROOT, Process
 
@@ -147,7 +147,7 @@ def newest_folder(run: Path) -> Path:
 def check_export_in_clean_process(run: Path, tmp_path: Path) -> None:
     """A process with diffusers alone draws the latents that the policy in memory draws."""
     from actors.rollout import RolloutWorker
-    from core.config import load_config
+    from euphonium.config import load_config
 
     script = textwrap.dedent("""
         import sys, torch, numpy as np

@@ -1,4 +1,4 @@
-"""Imports point one way: dynamics <- core <- models <- {actors, reward_servers, learners} <- orchestrator."""
+"""Imports point one way: euphonium <- {actors, reward_servers, learners} <- orchestrator."""
 
 import ast
 import subprocess
@@ -9,13 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
-    "dynamics": set(),
-    "core": {"dynamics"},
-    "models": {"dynamics", "core"},
-    "actors": {"dynamics", "core", "models"},
-    "reward_servers": {"dynamics", "core", "models"},
-    "learners": {"dynamics", "core", "models"},
-    "orchestrator": {"dynamics", "core", "models", "actors", "reward_servers", "learners"},
+    "euphonium": set(),
+    "actors": {"euphonium"},
+    "reward_servers": {"euphonium"},
+    "learners": {"euphonium"},
+    "orchestrator": {"euphonium", "actors", "reward_servers", "learners"},
 }
 LEAVES = {"tests", "benchmarks", "deploy"}
 
@@ -31,6 +29,28 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def library_parts(path: Path) -> set[str]:
+    """Parts of the library that a file imports, ``from euphonium.config import ...`` as ``config``."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules.append(node.module)
+        names |= {module.split(".")[1] for module in modules if module.startswith("euphonium.")}
+    return names
+
+
+# Inside the library; errors, files and prompt_files import nothing of ours but errors.
+LIBRARY = {
+    "dynamics": set(),
+    "config": {"dynamics", "errors"},
+    "wire": {"config", "errors", "files"},
+    "generators": {"config", "dynamics", "errors", "files", "prompt_files", "wire"},
+    "rewards": {"config", "dynamics", "errors", "files", "generators", "prompt_files", "wire"},
+    "embedded": {"config", "dynamics", "errors", "files", "generators", "prompt_files", "rewards", "wire"},
+}
+
+
 @pytest.mark.parametrize("package", ALLOWED)
 def test_imports_point_one_way(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
@@ -41,13 +61,21 @@ def test_imports_point_one_way(package: str) -> None:
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
+@pytest.mark.parametrize("part", LIBRARY)
+def test_the_parts_of_the_library_import_one_way_too(part: str) -> None:
+    for path in sorted((ROOT / "euphonium" / part).rglob("*.py")):
+        wrong = library_parts(path) - LIBRARY[part] - {part}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
 def test_dynamics_needs_torch_alone() -> None:
-    standard = set(sys.stdlib_module_names) | {"dynamics", "torch"}
-    for path in (ROOT / "dynamics").rglob("*.py"):
+    standard = set(sys.stdlib_module_names) | {"euphonium", "torch"}
+    for path in (ROOT / "euphonium" / "dynamics").rglob("*.py"):
         assert imported(path) <= standard, path
+        assert library_parts(path) <= {"dynamics"}, path
 
 
-def test_only_learners_and_their_launcher_know_deepspeed_and_ray_train() -> None:
+def test_only_learners_know_deepspeed() -> None:
     for package in ALLOWED:
         for path in (ROOT / package).rglob("*.py"):
             if package != "learners":
@@ -56,7 +84,7 @@ def test_only_learners_and_their_launcher_know_deepspeed_and_ray_train() -> None
 
 def test_help_needs_no_heavy_library() -> None:
     code = (
-        "import sys; from orchestrator.cli import app; "
+        "import sys; from orchestrator.commands.cli import app; "
         "heavy = {'torch', 'ray', 'diffusers', 'transformers', 'deepspeed'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

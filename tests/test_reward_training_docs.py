@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.config import OrmConfig, OutcomeRewardConfig, PrmConfig, ProcessRewardConfig, load_config
-from core.config.base import Node
-from models.rewards.outcome_model import TrainedOutcomeReward
-from models.rewards.registry import BUILT_IN
+from euphonium.config import OrmConfig, OutcomeRewardConfig, PrmConfig, ProcessRewardConfig, load_config
+from euphonium.config.base import Node
+from euphonium.rewards.outcome_model import TrainedOutcomeReward
+from euphonium.rewards.registry import BUILT_IN
 
 PAGE = (Path(__file__).parent.parent / "docs" / "reward_training.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
@@ -34,7 +34,7 @@ def test_rewards_on_the_page_are_valid() -> None:
 
 
 def test_preferences_on_the_page_are_valid(tmp_path: Path) -> None:
-    from learners.preference_files import read_preferences
+    from learners.rewards.preference_files import read_preferences
 
     (lines,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     for row in map(json.loads, lines.splitlines()):

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from actors.rollout import RolloutWorker
 from actors.sampler import Velocity, initial_noise, sample_group, select_steps
-from core.config import RunConfig
-from core.records import GroupTask
-from core.weights import WeightManifest, pack
-from dynamics import Guidance, StepTable, shifted_sigmas
-from learners.batching import MicroBatch, TrainedGroup, load_rows
-from learners.objective import evaluate_objective
-from models.rewards.prm import ProcessRewardModel
+from euphonium.config import RunConfig
+from euphonium.dynamics import Guidance, StepTable, shifted_sigmas
+from euphonium.rewards.process import ProcessRewardModel
+from euphonium.wire.records import GroupTask
+from euphonium.wire.weights.manifest import WeightManifest, pack
+from learners.policy.batching import MicroBatch, TrainedGroup, load_rows
+from learners.policy.objective import evaluate_objective
 from reward_servers.prm import PrmScorer
 
 CPU = torch.device("cpu")

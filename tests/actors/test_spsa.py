@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from actors.spsa import SpsaSource
-from dynamics import StepTable, shifted_sigmas
+from euphonium.dynamics import StepTable, shifted_sigmas
 
 TABLE = StepTable.build("dance", shifted_sigmas(6, 3.0), eta=0.4)
 

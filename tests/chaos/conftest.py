@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from core.config import RunConfig, dump_config
+from euphonium.config import RunConfig, dump_config
 from tests.process import Process
 
 

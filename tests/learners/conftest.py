@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from actors.rollout import RolloutWorker
-from core.config import RunConfig, dump_config
-from core.records import GroupPayload, GroupTask
-from models.rewards.prm import LocalRewards, ProcessRewardModel
+from euphonium.config import RunConfig, dump_config
+from euphonium.rewards.process import LocalRewards, ProcessRewardModel
+from euphonium.wire.records import GroupPayload, GroupTask
 
 ITERATIONS, GROUPS = 2, 3
 
@@ -56,8 +56,8 @@ def train_on_two_ranks(
         (folder / "groups.pkl").write_bytes(pickle.dumps(iterations))
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-            "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(Path(__file__).with_name("zero3_worker.py")),
-            str(folder),
+            "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
+            str(Path(__file__).with_name("engine") / "zero3_worker.py"), str(folder),
         ]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert result.returncode == 0, result.stderr[-8000:]

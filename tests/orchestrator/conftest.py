@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from core.config import RunConfig
+from euphonium.config import RunConfig
 
 STUBS = Path(__file__).parent.parent.parent / "benchmarks" / "stub_roles.py"
 

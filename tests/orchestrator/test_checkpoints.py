@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import CheckpointError
+from euphonium.errors import CheckpointError
 from orchestrator.checkpoints import MANIFEST, BackgroundCommits, Checkpoint, CheckpointStore, RunState, verify
 
 

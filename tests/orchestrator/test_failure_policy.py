@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.config import RunConfig
-from core.errors import RewardError
-from core.records import GroupInfo, GroupTask
-from orchestrator.batches import BatchSource, ScoredGroup
+from euphonium.config import RunConfig
+from euphonium.errors import RewardError
+from euphonium.wire.records import GroupInfo, GroupTask
 from orchestrator.checkpoints import RunState
-from orchestrator.crew import Crew, Position
-from orchestrator.prompts import PromptStream
-from orchestrator.statistics import RewardFailures
-from orchestrator.tracking import Progress
+from orchestrator.groups.batches import BatchSource, ScoredGroup
+from orchestrator.groups.prompts import PromptStream
+from orchestrator.pools.crew import Crew, Position
+from orchestrator.report.statistics import RewardFailures
+from orchestrator.report.tracking import Progress
 
 MakeConfig = Callable[..., RunConfig]
 

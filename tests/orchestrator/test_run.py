@@ -10,10 +10,10 @@ from typing import Any
 import psutil
 import pytest
 
-from core.config import RunConfig
-from core.errors import TrainingError
+from euphonium.config import RunConfig
+from euphonium.errors import TrainingError
 from orchestrator.checkpoints import CheckpointStore
-from orchestrator.control import CONTROL
+from orchestrator.commands.control import CONTROL
 
 pytestmark = pytest.mark.ray
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from core.config import ModelConfig, load_config
-from learners.batching import TrainedGroup, load_rows, plan_updates
-from learners.objective import References, evaluate_objective
-from models.generators.base import open_generator
-from models.rewards.prm import ProcessRewardModel
+from euphonium.config import ModelConfig, load_config
+from euphonium.generators.generator import open_generator
+from euphonium.rewards.process import ProcessRewardModel
+from learners.policy.batching import TrainedGroup, load_rows, plan_updates
+from learners.policy.objective import References, evaluate_objective
 
 RECIPES = sorted(p for p in Path("recipes/embedded").glob("*.yaml") if p.name not in ("base.yaml", "prm.yaml"))
 
@@ -36,7 +36,7 @@ def process_reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The generator's own first blocks under a fresh head: finite rewards and gradients, whatever they mean."""
     folder = tmp_path_factory.mktemp("prm")
     torch.manual_seed(1)
-    config = ModelConfig(path="models/generators/embedded/weights", frames=9, height=32, width=32, max_prompt_tokens=16)
+    config = ModelConfig(path="euphonium/embedded/weights", frames=9, height=32, width=32, max_prompt_tokens=16)
     ProcessRewardModel.from_generator(open_generator(config), blocks=3).save(folder)
     return folder
 

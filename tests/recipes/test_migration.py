@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from core.config import PrmConfig, RunConfig, load_config
-from core.config.legacy import DANCE_GRPO, EUPHONIUM, FLOW_GRPO, PROJECTS, ForeignName, ineffective_variables
-from core.errors import ConfigError
-from orchestrator.reference import fields
+from euphonium.config import PrmConfig, RunConfig, load_config
+from euphonium.config.foreign import DANCE_GRPO, EUPHONIUM, FLOW_GRPO, PROJECTS, ForeignName, ineffective_variables
+from euphonium.errors import ConfigError
+from orchestrator.commands.reference import fields
 
 RECIPE = Path("recipes/embedded/dancegrpo.yaml")
 FIELDS = {field.path for field in fields(RunConfig)}

@@ -8,12 +8,12 @@ import pytest
 import torch
 import yaml
 
-from core.config import PrmConfig, RunConfig, dump_config, load_config
-from core.errors import ConfigError
-from models.generators.base import open_generator
-from models.rewards.base import OutcomeReward
-from models.rewards.prm import ProcessRewardModel
-from models.rewards.registry import build_reward, find_reward
+from euphonium.config import PrmConfig, RunConfig, dump_config, load_config
+from euphonium.errors import ConfigError
+from euphonium.generators.generator import open_generator
+from euphonium.rewards.base import OutcomeReward
+from euphonium.rewards.process import ProcessRewardModel
+from euphonium.rewards.registry import build_reward, find_reward
 
 ROOT = Path("recipes")
 # A base holds what recipes share and is no recipe: it may lack required fields.
@@ -62,8 +62,8 @@ def test_an_outcome_reward_that_does_not_exist_is_refused() -> None:
     reward = load(ROOT / "flux" / "dancegrpo.yaml").rewards.outcome[0]
     with pytest.raises(ConfigError, match=r"rewards.outcome \(hps\).type: unknown reward 'hps_v2'.*'hps_v21'"):
         find_reward(reward.model_copy(update={"type": "hps_v2"}))
-    with pytest.raises(ConfigError, match=r"cannot import 'models\.rewards\.clip:HpsV22'"):
-        find_reward(reward.model_copy(update={"type": "models.rewards.clip:HpsV22"}))
+    with pytest.raises(ConfigError, match=r"cannot import 'euphonium\.rewards\.clip:HpsV22'"):
+        find_reward(reward.model_copy(update={"type": "euphonium.rewards.clip:HpsV22"}))
 
 
 @pytest.mark.parametrize("path", [path for path in RUNS if load(path).rewards.process is not None], ids=str)
@@ -112,7 +112,7 @@ def test_the_step_table_is_finite(path: Path) -> None:
     config = load(path)
     if config.sampler.law == "ddim":
         # Its table needs the model's schedule: here that of Stable Diffusion.
-        from dynamics import StepTable
+        from euphonium.dynamics import StepTable
 
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         stride = 1000 // config.sampler.num_steps

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from core.config import RewardPoolConfig
-from core.errors import NonFiniteRewardError, RewardError
+from euphonium.config import RewardPoolConfig
+from euphonium.errors import NonFiniteRewardError, RewardError
 from reward_servers.batching import PATIENCE, RETRY_EVERY, MicroBatcher, isolated
 
 

@@ -14,10 +14,10 @@ import torch
 
 from actors.prm_client import PrmClient
 from actors.rollout import RolloutWorker
-from core.config import RunConfig
-from core.errors import NonFiniteRewardError, RewardError
-from core.servers import ServerPool
-from dynamics import StepTable
+from euphonium.config import RunConfig
+from euphonium.dynamics import StepTable
+from euphonium.errors import NonFiniteRewardError, RewardError
+from euphonium.wire.servers import ServerPool
 from reward_servers.prm import PrmActor, PrmScorer
 
 pytestmark = pytest.mark.ray

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.config import RunConfig
-from core.errors import ConfigError, NonFiniteRewardError, RewardError
-from models.generators.base import GeneratorFamily, open_generator
+from euphonium.config import RunConfig
+from euphonium.errors import ConfigError, NonFiniteRewardError, RewardError
+from euphonium.generators.generator import GeneratorFamily, open_generator
 from reward_servers.batching import isolated
 from reward_servers.orm import WHAT, OrmActor, OrmRequest, OrmScorer
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from actors.rollout import RolloutWorker
-from core.config import RunConfig
-from core.errors import NonFiniteRewardError, RewardError
-from models.rewards.prm import ProcessRewardModel
+from euphonium.config import RunConfig
+from euphonium.errors import NonFiniteRewardError, RewardError
+from euphonium.rewards.process import ProcessRewardModel
 from reward_servers.batching import isolated
 from reward_servers.prm import WHAT, PrmActor, PrmAnswer, PrmRequest, PrmScorer
 

@@ -1,0 +1,1 @@
+"""The library that every role shares; it knows no role, and starts nothing."""

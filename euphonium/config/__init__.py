@@ -1,0 +1,85 @@
+"""The configuration: one tree of models (the only place with defaults), read from YAML recipes and overrides."""
+
+from euphonium.config.base import Node
+from euphonium.config.loading import dump_config, load_config
+from euphonium.config.orm import BackboneConfig, OrmConfig, OrmOptimizerConfig
+from euphonium.config.pools import LearnerPoolConfig, PoolConfig, PoolsConfig, RewardPoolConfig
+from euphonium.config.prm import (
+    PairsConfig,
+    PreferencesConfig,
+    PrmConfig,
+    PrmOptimizerConfig,
+    RewardOptimizerConfig,
+    RewardTrainingConfig,
+)
+from euphonium.config.rewards import (
+    AdvantageConfig,
+    BreakerConfig,
+    OutcomeRewardConfig,
+    PrmRefreshConfig,
+    ProcessRewardConfig,
+    RewardsConfig,
+    WatchConfig,
+)
+from euphonium.config.run import RunConfig
+from euphonium.config.sampling import (
+    EvaluationConfig,
+    GuidanceConfig,
+    LoraConfig,
+    ModelConfig,
+    MovingWindowConfig,
+    PromptsConfig,
+    RolloutConfig,
+    SamplerConfig,
+    SpsaConfig,
+)
+from euphonium.config.training import (
+    CheckpointConfig,
+    KlConfig,
+    KlControllerConfig,
+    MetricsConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+)
+
+__all__ = [
+    "AdvantageConfig",
+    "BackboneConfig",
+    "BreakerConfig",
+    "CheckpointConfig",
+    "EvaluationConfig",
+    "GuidanceConfig",
+    "KlConfig",
+    "KlControllerConfig",
+    "LearnerPoolConfig",
+    "LoraConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "MovingWindowConfig",
+    "Node",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "OrmConfig",
+    "OrmOptimizerConfig",
+    "OutcomeRewardConfig",
+    "PairsConfig",
+    "PoolConfig",
+    "PoolsConfig",
+    "PreferencesConfig",
+    "PrmConfig",
+    "PrmOptimizerConfig",
+    "PrmRefreshConfig",
+    "ProcessRewardConfig",
+    "PromptsConfig",
+    "RewardOptimizerConfig",
+    "RewardPoolConfig",
+    "RewardTrainingConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SamplerConfig",
+    "SpsaConfig",
+    "WatchConfig",
+    "dump_config",
+    "load_config",
+]

@@ -1,0 +1,215 @@
+"""Reads recipes: YAML with line numbers, inheritance, ``a.b=c`` overrides, and errors that say where and what."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from euphonium.config import foreign as foreign_names
+from euphonium.config.run import RunConfig
+from euphonium.errors import ConfigError
+
+_C = TypeVar("_C", bound=BaseModel)
+_Path = tuple[str | int, ...]
+
+
+class _Source:
+    """A plain tree of values, and where in which file each of them stands."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.places: dict[_Path, str] = {}
+
+    def place(self, path: _Path) -> str:
+        """Place of a value, or of the nearest value above it that stands anywhere."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.places:
+                return self.places[path[:length]]
+        return next(iter(self.places.values()), "")
+
+    def read(self, file: Path, seen: tuple[Path, ...] = (), wanted_by: str = "") -> None:
+        """Reads a recipe, after the recipe that it extends.
+
+        Args:
+            file: to read.
+            seen: recipes that extend it, directly or not.
+            wanted_by: place that names it, to say so in errors.
+        """
+        file = file.resolve()
+        if file in seen:
+            chain = " -> ".join(map(_shown, (*seen, file)))
+            raise ConfigError(f"{wanted_by}the recipe extends itself: {chain}")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{wanted_by}cannot read the recipe {_shown(file)}: {error.strerror}") from error
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{_shown(file)}:{mark.line + 1}" if mark else _shown(file)
+            raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{_shown(file)}: a recipe is a mapping of keys to values")
+        places: dict[_Path, str] = {}
+        values = _construct(node, file, (), places)
+        base = values.pop("extends", None)
+        if base is not None:
+            where = f"{places[('extends',)]}: extends: "
+            if not isinstance(base, str):
+                raise ConfigError(f"{where}the name of one other recipe, got {base!r}")
+            self.read(file.parent / base, (*seen, file), where)
+        _merge(self.values, values)
+        self.places.update(places)
+
+    def override(self, text: str) -> None:
+        """Applies one ``a.b=c``; the value is YAML, so numbers, lists and null are themselves."""
+        key, separator, raw = text.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override {text!r} is not of the form key.subkey=value")
+        try:
+            value = yaml.safe_load(raw) if raw else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {text!r}: the value is not valid YAML") from error
+        # YAML 1.1 reads 1e-4 as a string; everybody means the number.
+        if isinstance(value, str):
+            value = _as_number(value)
+        path: _Path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        target: Any = self.values
+        for i, part in enumerate(path[:-1]):
+            if isinstance(target, list) and isinstance(part, int) and part < len(target):
+                target = target[part]
+            elif isinstance(target, dict):
+                if not isinstance(target.get(part), dict | list):
+                    target[part] = {}
+                target = target[part]
+            else:
+                raise ConfigError(f"override {text!r}: there is no {'.'.join(map(str, path[: i + 1]))}")
+        last = path[-1]
+        if isinstance(target, list) and not (isinstance(last, int) and last < len(target)):
+            raise ConfigError(f"override {text!r}: {key} is not an entry of the list")
+        target[last] = value
+        self.places = {p: w for p, w in self.places.items() if p[: len(path)] != path}
+        for length in range(1, len(path) + 1):
+            self.places.setdefault(path[:length], f"override {text!r}")
+
+
+def load_config(
+    recipe: Path | str,
+    overrides: Sequence[str] = (),
+    model: type[_C] = RunConfig,  # type: ignore[assignment]
+) -> _C:
+    """Reads and checks a recipe.
+
+    Args:
+        recipe: YAML file; its key ``extends`` names another one, relative to it, that it builds on.
+        overrides: ``a.b=c`` settings, applied in order; list entries go by number (``rewards.outcome.0.weight=2``).
+        model: root of the tree that the recipe describes.
+
+    Raises:
+        ConfigError: names file and line, key, what is wrong, and the nearest known key for an unknown one; all
+            mistakes at once.
+    """
+    source = _Source()
+    source.read(Path(recipe))
+    for text in overrides:
+        source.override(text)
+    try:
+        return model.model_validate(source.values)
+    except ValidationError as error:
+        lines = [_explain(model, source, dict(item)) for item in error.errors()]
+        count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
+        raise ConfigError(f"{count} in {recipe}:\n  " + "\n  ".join(lines)) from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """The whole tree, defaults included, as YAML that :func:`load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _explain(model: type[BaseModel], source: _Source, item: Mapping[str, Any]) -> str:
+    path: _Path = tuple(p for p in item["loc"] if not (isinstance(p, str) and p.startswith(("function-", "is-inst"))))
+    key = ".".join(map(str, path)) or "the recipe"
+    place = source.place(path)
+    if item["type"] == "extra_forbidden":
+        foreign = foreign_names.advice(path, item["input"]) if model is RunConfig else []
+        if foreign:
+            return f"{place}: unknown key {key!r}; {'; '.join(foreign)}"
+        known = _fields_at(model, path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        advice = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        elsewhere = foreign_names.similar(str(path[-1])) if model is RunConfig else None
+        return f"{place}: unknown key {key!r}; {advice}" + (f"; {elsewhere}" if elsewhere else "")
+    if item["type"] == "missing":
+        return f"{place}: {key!r} is missing"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    given = "" if isinstance(item["input"], dict | list | BaseModel) else f", got {item['input']!r}"
+    return f"{place}: {key}: {message[0].lower() + message[1:]}{given}"
+
+
+def _fields_at(model: type[BaseModel], path: _Path) -> list[str]:
+    """Names of the fields of the node at ``path``."""
+    node: type[BaseModel] = model
+    for part in path:
+        if isinstance(part, int) or part not in node.model_fields:
+            continue
+        candidates = [node.model_fields[part].annotation]
+        while candidates:
+            kind = candidates.pop()
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                node = kind
+                break
+            candidates += get_args(kind)
+    return list(node.model_fields)
+
+
+def _construct(node: yaml.Node, file: Path, path: _Path, places: dict[_Path, str]) -> Any:
+    places[path] = f"{_shown(file)}:{node.start_mark.line + 1}"
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            if key in result:
+                raise ConfigError(f"{_shown(file)}:{key_node.start_mark.line + 1}: the key {key!r} is given twice")
+            result[key] = _construct(value_node, file, (*path, key), places)
+            places[(*path, key)] = f"{_shown(file)}:{key_node.start_mark.line + 1}"
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(item, file, (*path, i), places) for i, item in enumerate(node.value)]
+    loader = yaml.SafeLoader("")
+    try:
+        value = loader.construct_object(node, deep=True)
+    finally:
+        loader.dispose()
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    return _as_number(value) if plain and isinstance(value, str) else value
+
+
+def _as_number(text: str) -> str | float:
+    if text[:1] in "+-.0123456789" and "e" in text.lower():
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _merge(base: dict[str, Any], upper: Mapping[str, Any]) -> None:
+    for key, value in upper.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _shown(file: Path) -> str:
+    """The path as a user would write it: relative to the working directory where it lies below."""
+    try:
+        return str(file.relative_to(Path.cwd()))
+    except ValueError:
+        return str(file)

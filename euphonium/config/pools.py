@@ -1,0 +1,122 @@
+"""Sizes of the pools of actors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt
+
+
+class ShareConfig(Node):
+    """What each actor or worker of a pool takes."""
+
+    num_cpus: NonNegativeFloat = 1.0
+    """CPUs that each reserves."""
+    num_gpus: NonNegativeFloat = 0.0
+    """GPUs that each reserves: a fraction for actors that share one, 0 or 1 for learners."""
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Custom Ray resources that each reserves, for example ``{rollout: 1}``."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of the nodes that may run it, for example ``{pool: rollout}``; Ray's operators may be used
+    (``{zone: "in(a,b)"}``)."""
+    threads: PositiveInt = 1
+    """CPU threads of the tensor operations of each."""
+
+    @property
+    def reserved(self) -> dict[str, float]:
+        """What each reserves, by Ray's names; without what it does not need."""
+        each = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
+        return {name: amount for name, amount in each.items() if amount}
+
+    @property
+    def ray_options(self) -> dict[str, Any]:
+        """The same as options of a Ray actor or task."""
+        return {
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus,
+            "resources": dict(self.resources) or None,
+            "label_selector": dict(self.labels) or None,
+        }
+
+
+class _Actors(Node):
+    num_actors: PositiveInt = 1
+    """Actors in the pool."""
+
+
+class _Workers(Node):
+    num_workers: PositiveInt = 1
+    """ZeRO-3 ranks."""
+
+
+# Fields of the last base come first: the size of a pool, then what each takes.
+class PoolConfig(ShareConfig, _Actors):
+    """Size of a pool of actors and what each of them takes."""
+
+    max_restarts: NonNegativeInt = 2
+    """How often Ray may restart a dead actor."""
+
+
+class RewardPoolConfig(PoolConfig):
+    """Size of a pool of reward servers, and how each of them merges requests."""
+
+    max_batch: PositiveInt = 16
+    """Samples in one forward pass: requests that wait together are merged up to it, larger ones are cut."""
+    wait_ms: NonNegativeFloat = 2.0
+    """How long a server waits for others to share a pass that is not full; it stops waiting while nobody ever comes.
+    Requests that arrive while it computes are merged without a wait."""
+    merge: bool = True
+    """Let requests share passes. The last bits of a number depend on who shares a pass with it, so a run that is to
+    repeat to the last bit turns this off."""
+
+
+class LearnerPoolConfig(ShareConfig, _Workers):
+    """Size of the learner group and what each worker takes."""
+
+    max_failures: NonNegativeInt = 2
+    """How often the group may be restarted from the latest checkpoint."""
+    start_timeout_s: PositiveFloat = 300.0
+    """Longest wait for the group to start."""
+    update_timeout_s: PositiveFloat = 1800.0
+    """Longest time that the updates of one iteration may take."""
+    rows_per_micro_batch: PositiveInt = 16
+    """Transitions (sample, step) in one forward and backward pass."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    persistence_threshold: NonNegativeInt = 10_000
+    """ZeRO-3 keeps parameters of fewer elements whole on every rank."""
+    gather_blocks: bool = True
+    """ZeRO-3 gathers a block of the policy as a whole, not layer by layer: less overhead, and the weights and gradients
+    of one block at a time on every rank. Adapters, training with classifier-free guidance, and reward models go layer
+    by layer in any case."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in host memory."""
+    offload_references: bool = False
+    """Keep frozen copies of the policy (KL anchor, previous policy) in host memory."""
+    weight_bucket_mb: PositiveFloat = 256.0
+    """Size of the pieces in which weights are gathered and published."""
+    weight_transport: Literal["object_store", "collective"] = "object_store"
+    """How new weights reach the rollout actors: ``object_store``, where each takes them when it is ready, or
+    ``collective``, a broadcast in a group of their own (NCCL between GPUs, gloo between CPUs) for which the learner
+    waits until every actor has ended its group; actors that join or fail get them through the object store."""
+    weight_broadcast_timeout_s: PositiveFloat = 120.0
+    """Longest wait of a broadcast for its members; then the weights go through the object store."""
+
+
+class PoolsConfig(Node):
+    """The pools; their sizes are independent of each other."""
+
+    rollout: PoolConfig = PoolConfig()
+    """Rollout actors, on generator GPUs."""
+    prm: RewardPoolConfig = RewardPoolConfig()
+    """Process-reward servers, which answer with reward and gradient."""
+    orm: RewardPoolConfig = RewardPoolConfig()
+    """Outcome-reward servers, which decode latents and score the videos."""
+    learner: LearnerPoolConfig = LearnerPoolConfig()
+    """The ZeRO-3 learner group."""
+    start_timeout_s: PositiveFloat = 300.0
+    """Longest wait for all actors to be ready."""
+    rejoin_timeout_s: PositiveFloat = 300.0
+    """Longest wait for a lost actor to be back; then its pool goes on without it."""

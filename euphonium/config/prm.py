@@ -1,0 +1,137 @@
+"""Recipes of process reward models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from euphonium.config.base import Decay, Name, Node, NonNegativeFloat
+from euphonium.config.pools import LearnerPoolConfig
+from euphonium.config.rewards import OutcomeRewardConfig
+from euphonium.config.sampling import ModelConfig, PromptsConfig
+
+
+class PairsConfig(Node):
+    """Preference pairs drawn from the generator itself and ranked by the outcome rewards."""
+
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 24
+    """Samples of every training prompt."""
+    held_out_samples_per_prompt: Annotated[int, Field(ge=2)] = 16
+    """Samples of every held-out prompt, for the accuracy."""
+    num_steps: PositiveInt = 10
+    """ODE steps of the samples."""
+    shift: PositiveFloat = 3.0
+    """Time shift of the samples."""
+    margin: NonNegativeFloat = 0.1
+    """Pairs whose weighted outcome rewards differ by less are left out: their order is mostly noise."""
+
+
+class PreferencesConfig(Node):
+    """Preferences in JSON lines: pairs, or samples with binary labels that are paired within their prompt."""
+
+    train: Path
+    """File of the training preferences; paths in it are relative to its folder."""
+    held_out: Path | None = None
+    """File of the preferences that accuracy is measured on; null holds prompts of ``train`` out."""
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the prompts of ``train`` that is held out where no file is."""
+
+
+class RewardOptimizerConfig(Node):
+    """Training of a reward model on pairs: AdamW, a moving average, checkpoints and when to stop."""
+
+    updates: PositiveInt
+    """Optimiser steps."""
+    pairs_per_update: PositiveInt = 32
+    """Pairs (or labelled samples) in a batch, over all ranks."""
+    pairs_per_micro_batch: PositiveInt = 32
+    """Pairs in one forward and backward pass of one rank."""
+    learning_rate: PositiveFloat = 3e-4
+    """Peak rate; rises linearly over the first twentieth, then falls to zero along a cosine."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this global norm."""
+    ema_decay: Decay = 0.998
+    """Decay of the moving average of the weights, which is what is saved."""
+    evaluate_every: PositiveInt = 500
+    """Updates between measurements of the held-out accuracy."""
+    evaluation_pairs: PositiveInt = 400
+    """Held-out pairs of a measurement (a tenth of sigma each); the last one takes five times as many."""
+    patience: PositiveInt | None = None
+    """Stop after this many measurements without a better accuracy, and keep the best weights; null never stops."""
+    checkpoint_every: PositiveInt = 500
+    """Updates between checkpoints, from which the same command goes on."""
+
+
+class PrmOptimizerConfig(RewardOptimizerConfig):
+    """Training of a process reward model."""
+
+
+class RewardTrainingConfig(Node):
+    """What trainings of process and outcome reward models share."""
+
+    name: Name
+    """Name of the training and of its folder."""
+    output_dir: Path = Path("runs")
+    """Where its folder is made."""
+    seed: int = 0
+    """Of samples, pairs and noise."""
+    target: Path
+    """Folder that the trained model is written to."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights on disk."""
+    threads: PositiveInt = 1
+    """CPU threads."""
+    learner: LearnerPoolConfig | None = None
+    """ZeRO-3 ranks under Ray Train; null trains in this process, on its GPU if it has one."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this training."""
+        return self.output_dir / self.name
+
+
+def shares_are_equal(optimizer: RewardOptimizerConfig, learner: LearnerPoolConfig | None) -> None:
+    """Refuses batches that the ranks cannot share equally: under ZeRO-3 all of them must do the same passes.
+
+    Raises:
+        ValueError: names both fields.
+    """
+    if learner is not None and optimizer.pairs_per_update % learner.num_workers:
+        raise ValueError(
+            f"optimizer.pairs_per_update ({optimizer.pairs_per_update}) is no multiple of learner.num_workers "
+            f"({learner.num_workers}): every rank takes the same share of a batch"
+        )
+
+
+class PrmConfig(RewardTrainingConfig):
+    """Training of a process reward model from preferences (Euphonium, section 4.2)."""
+
+    blocks: PositiveInt = 8
+    """Blocks of the generator's transformer that make the trunk, counted from its input."""
+    gradient_checkpointing: bool = False
+    """Recompute the trunk's activations in the backward pass to save memory."""
+
+    model: ModelConfig
+    preferences: PreferencesConfig | None = None
+    """Preferences that exist; null draws samples of ``prompts`` and ranks them by ``outcome``."""
+    prompts: PromptsConfig | None = None
+    """Prompts of the samples that are drawn."""
+    outcome: list[OutcomeRewardConfig] = Field(default_factory=list)
+    """Outcome rewards whose weighted sum ranks the samples that are drawn."""
+    pairs: PairsConfig = PairsConfig()
+    optimizer: PrmOptimizerConfig
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.preferences is None and (self.prompts is None or not self.outcome):
+            raise ValueError("set preferences (pairs that exist), or prompts and outcome (samples that are drawn)")
+        if self.preferences is not None and (self.prompts is not None or self.outcome):
+            raise ValueError("preferences exclude prompts and outcome: a training has one source of pairs")
+        shares_are_equal(self.optimizer, self.learner)
+        return self

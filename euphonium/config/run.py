@@ -1,0 +1,101 @@
+"""The configuration of a run. Every default of the application is in this package and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import PositiveInt, model_validator
+
+from euphonium.config.base import Name, Node
+from euphonium.config.pools import PoolsConfig
+from euphonium.config.rewards import AdvantageConfig, RewardsConfig
+from euphonium.config.sampling import EvaluationConfig, ModelConfig, PromptsConfig, RolloutConfig, SamplerConfig
+from euphonium.config.training import CheckpointConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig
+
+if TYPE_CHECKING:
+    from euphonium.dynamics import AdvantageRule
+
+
+class RunConfig(Node):
+    """A whole run."""
+
+    name: Name
+    """Name of the run and of its folder."""
+    output_dir: Path = Path("runs")
+    """Where run folders are made."""
+    seed: int = 0
+    """Of prompts' order, noise and timestep selection."""
+    iterations: PositiveInt
+    """RL iterations."""
+    resume: Literal["auto", "never"] | Path = "auto"
+    """``auto`` goes on from the run's newest good checkpoint, ``never`` refuses to touch an old run's folder
+    (it is moved aside), a path starts from that checkpoint."""
+
+    model: ModelConfig
+    prompts: PromptsConfig
+    sampler: SamplerConfig
+    rollout: RolloutConfig
+    rewards: RewardsConfig
+    advantage: AdvantageConfig = AdvantageConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    pools: PoolsConfig = PoolsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        guidance, process = self.sampler.guidance, self.rewards.process
+        if guidance is not None and guidance.source == "prm" and process is None:
+            raise ValueError("sampler.guidance needs a process reward model: set rewards.process.path")
+        if process is not None and process.steps == "guided" and guidance is None:
+            raise ValueError("rewards.process.steps: guided needs sampler.guidance")
+        if self.objective.updates_per_iteration > self.rollout.prompts_per_iteration:
+            raise ValueError(
+                f"objective.updates_per_iteration ({self.objective.updates_per_iteration}) exceeds "
+                f"rollout.prompts_per_iteration ({self.rollout.prompts_per_iteration}): an update would have no group"
+            )
+        trained = []
+        if self.advantage.mode != "process":
+            trained += [reward.weight for reward in self.rewards.outcome]
+        if self.advantage.mode != "outcome" and process is not None:
+            trained.append(process.weight)
+        if not any(trained):
+            raise ValueError("all rewards that advantage.mode lets in have weight 0: nothing to learn from")
+        if self.rollout.max_staleness > 0 and (
+            self.objective.old_log_probs == "replay" or self.objective.needs_previous_policy
+        ):
+            raise ValueError(
+                "rollout.max_staleness above 0 trains on groups of earlier policies, which the learner no longer has: "
+                "it goes with objective.old_log_probs: rollout, without objective.ratio_normalisation, and without "
+                "objective.kl.previous: gaussian"
+            )
+        best_of = self.advantage.best_of
+        if best_of is not None and 2 * best_of > self.rollout.group_size:
+            raise ValueError(f"advantage.best_of takes {2 * best_of} of {self.rollout.group_size} samples of a group")
+        return self
+
+    def advantage_rule(self) -> AdvantageRule:
+        """How rewards become advantages."""
+        from euphonium.dynamics import AdvantageRule
+
+        settings, process = self.advantage, self.rewards.process
+        outcome = settings.mode != "process"
+        return AdvantageRule(
+            weights={reward.name: reward.weight if outcome else 0.0 for reward in self.rewards.outcome},
+            process_weight=process.weight if process is not None and settings.mode != "outcome" else 0.0,
+            scope=settings.scope,
+            ddof=settings.ddof,
+            eps=settings.eps,
+            clip=settings.clip,
+            combine=settings.combine,
+            thresholds={r.name: r.threshold for r in self.rewards.outcome if r.threshold is not None},
+            best_of=settings.best_of,
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return self.output_dir / self.name

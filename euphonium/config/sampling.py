@@ -1,0 +1,228 @@
+"""The generator, its prompts, and how rollouts and evaluations draw from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from euphonium.config.base import Node, NonNegativeInt
+
+if TYPE_CHECKING:
+    from euphonium.dynamics import Guidance, StepTable
+
+
+class LoraConfig(Node):
+    """Low-rank adapters: only they are trained, published and checkpointed (extra: lora)."""
+
+    rank: PositiveInt = 32
+    """Rank of the adapters."""
+    alpha: PositiveFloat = 64.0
+    """The adapters' output is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Endings of the names of the linear layers that get an adapter."""
+
+
+class ModelConfig(Node):
+    """The generator and the shape of what it generates."""
+
+    path: str
+    """Folder or hub id of a diffusers pipeline."""
+    revision: str | None = None
+    """Commit of the hub repository; leave unset for a folder."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the transformer's weights in rollout and learner."""
+    frames: PositiveInt = 1
+    """Frames of a sample; 1 for images."""
+    height: PositiveInt
+    """Pixels."""
+    width: PositiveInt
+    """Pixels."""
+    max_prompt_tokens: PositiveInt = 256
+    """Prompts are cut to this many tokens."""
+    embedded_guidance: float | None = None
+    """Guidance scale that guidance-distilled models take as an input; None for models without."""
+    cfg_scale: float | None = None
+    """Classifier-free guidance, in rollout, training and evaluation alike: two forward passes; None for none."""
+    negative_prompt: str = ""
+    """What classifier-free guidance steers away from."""
+    vae_tiling: bool = False
+    """Decode in overlapping tiles: less memory in the outcome-reward servers, a little slower."""
+    vae_slicing: bool = False
+    """Decode one sample of a batch at a time: less memory in the outcome-reward servers, a little slower."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights."""
+
+
+class PromptsConfig(Node):
+    """Files with one prompt a line (``.txt``) or one JSON object with a ``prompt`` a line (``.jsonl``).
+
+    For image-to-video the object also has an ``image``: a file, relative to the prompts', that rollout actors read.
+    """
+
+    train: Path
+    """Prompts that rollouts draw from."""
+    evaluation: Path
+    """Held-out prompts; a prompt that is also in ``train`` is refused."""
+
+
+class SpsaConfig(Node):
+    """Zeroth-order gradient of the pixel reward (Eq. 52), which costs two decoded samples a perturbation."""
+
+    perturbations: PositiveInt = 1
+    """K, perturbations that are averaged."""
+    scale: PositiveFloat = 0.01
+    """Size of a perturbation."""
+
+
+class GuidanceConfig(Node):
+    """Reward-gradient guidance of the rollout (Euphonium, Eq. 12 and 20)."""
+
+    source: Literal["prm", "spsa"] = "prm"
+    """Where the gradient comes from: the process reward model, or an estimate from the outcome rewards."""
+    scale: float | None = None
+    """lambda: the drift gains lambda times the gradient. Give this or ``beta``."""
+    beta: PositiveFloat | None = None
+    """KL weight: the step gains V_k / (2 beta) times the gradient. Give this or ``scale``."""
+    window: tuple[int, int] | None = None
+    """Half-open range of guided steps; None guides every step."""
+    time_window: tuple[float, float] | None = None
+    """The same as a range of t = 1 - sigma, from noise (0) to data (1)."""
+    normalise: bool = False
+    """Scale every sample's gradient to unit length first."""
+    spsa: SpsaConfig = SpsaConfig()
+    """Settings of the source ``spsa``."""
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        self.build()
+        return self
+
+    def build(self) -> Guidance:
+        """These settings for a step table.
+
+        Raises:
+            StepTableError: both or neither of ``scale`` and ``beta``, or both windows.
+        """
+        from euphonium.dynamics import Guidance
+
+        return Guidance(scale=self.scale, beta=self.beta, window=self.window, time_window=self.time_window)
+
+
+class MovingWindowConfig(Node):
+    """A window of stochastic steps that changes with the iteration."""
+
+    kind: Literal["sliding", "random"]
+    """``sliding`` moves from noise to data and starts over (MixGRPO), ``random`` is drawn every iteration."""
+    size: PositiveInt
+    """Steps in the window."""
+    allowed: tuple[int, int]
+    """Half-open range of steps in which the window stays."""
+    stride: PositiveInt = 1
+    """Steps that a sliding window moves at a time."""
+    every: PositiveInt = 1
+    """Iterations that a sliding window stays in one place."""
+    seed: int = 0
+    """Of a random window."""
+
+
+class SamplerConfig(Node):
+    """How rollouts walk from noise to data."""
+
+    law: Literal["dance", "flow_grpo", "sage", "cps", "ddim"] = "dance"
+    """Transition law of the stochastic sampler; ``ddim`` is for models that predict the noise."""
+    eta: PositiveFloat
+    """Noise level; its meaning depends on the law (docs/methods.md)."""
+    num_steps: PositiveInt
+    """Sampling steps T."""
+    shift: PositiveFloat = 1.0
+    """Time shift s of the noise schedule (flow matching)."""
+    shared_noise: bool = True
+    """Whether the samples of a group start from the same noise; groups never share it."""
+    sde_window: tuple[int, int] | MovingWindowConfig | None = None
+    """Stochastic steps; the others are steps of the ODE and are not trained. Either a half-open range, where
+    ``[0, T - 1]`` ends on the predicted data instead of on data plus noise, or a moving window. None makes every step
+    stochastic."""
+    guidance: GuidanceConfig | None = None
+    """Reward-gradient guidance; None samples without."""
+
+    def window(self, iteration: int) -> tuple[int, int] | None:
+        """Stochastic steps of an iteration, counted from 0."""
+        from euphonium.dynamics.windows import random_window, sliding_window
+
+        moving = self.sde_window
+        if not isinstance(moving, MovingWindowConfig):
+            return moving
+        if moving.kind == "random":
+            return random_window(iteration, size=moving.size, allowed=moving.allowed, seed=moving.seed)
+        return sliding_window(
+            iteration, size=moving.size, allowed=moving.allowed, stride=moving.stride, every=moving.every
+        )
+
+    def table(self, iteration: int = 0) -> StepTable:
+        """The step table of these settings for flow matching.
+
+        Args:
+            iteration: from 0; only a moving window depends on it.
+
+        Raises:
+            StepTableError: settings that make a step undefined.
+        """
+        from euphonium.dynamics import StepTable, shifted_sigmas
+
+        return StepTable.build(
+            self.law,
+            shifted_sigmas(self.num_steps, self.shift),
+            eta=self.eta,
+            guidance=self.guidance.build() if self.guidance is not None else None,
+            sde_window=self.window(iteration),
+        )
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        # Refused here, while nothing has been started, rather than in a rollout actor. DDIM needs the model's own
+        # schedule, so that its table is checked together with the model.
+        moving = self.sde_window
+        if isinstance(moving, MovingWindowConfig) and moving.allowed[1] > self.num_steps:
+            raise ValueError(f"sde_window.allowed ends after the last of {self.num_steps} steps")
+        if self.law == "ddim":
+            self.window(0)
+        else:
+            self.table()
+        return self
+
+
+class RolloutConfig(Node):
+    """How much is drawn for one iteration."""
+
+    prompts_per_iteration: PositiveInt
+    """Groups an iteration, one a prompt."""
+    group_size: Annotated[int, Field(ge=2)]
+    """Samples of a group, G; advantages compare them."""
+    deadline_s: PositiveFloat = 600.0
+    """Longest time that one group may take before its actor counts as hung."""
+    max_staleness: NonNegativeInt = 0
+    """Iterations that rollouts may run ahead of the learner. 0 is strictly on-policy: rollout and update take turns,
+    and runs repeat exactly. With n, groups are drawn while up to n earlier iterations are still being trained."""
+    buffer_mb: PositiveFloat = 2048.0
+    """Trajectories that may be held before drawing ahead pauses; those of the next iteration are always drawn."""
+    buffer_groups: PositiveInt | None = None
+    """The same bound as a number of groups; null allows what ``max_staleness`` allows."""
+
+
+class EvaluationConfig(Node):
+    """Evaluation on held-out prompts: ODE sampling from fixed noise, outcome rewards, no process reward."""
+
+    every: PositiveInt = 10
+    """Iterations between evaluations; the first is before training, the last after it."""
+    num_steps: PositiveInt = 30
+    """ODE steps."""
+    prompts: PositiveInt = 16
+    """Held-out prompts, spread evenly over the file."""
+    samples_per_prompt: PositiveInt = 1
+    """Samples a prompt, each from noise of its own."""
+    seed: int = 1_000_003
+    """Of the noise; apart from the run's seed, so that runs compare on the same noise."""
+    clips: NonNegativeInt = 8
+    """Clips saved as pictures in ``samples/``."""

@@ -1,0 +1,128 @@
+"""What the learner optimises, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from euphonium.config.base import Decay, Fraction, Node, NonNegativeFloat, NonNegativeInt
+
+
+class KlControllerConfig(Node):
+    """Adaptive weight of the KL penalty: linear warm-up, then feedback (SAGE-GRPO, A.6)."""
+
+    minimum: NonNegativeFloat = 1e-7
+    """Weight at the start, and lower bound."""
+    maximum: PositiveFloat = 1e-5
+    """Weight at the end of the warm-up, and upper bound."""
+    warmup_updates: NonNegativeInt = 100
+    """K, updates of the linear warm-up."""
+    target: PositiveFloat
+    """Desired KL; feedback acts when the mean of the last ``history`` values is half as much off."""
+    history: PositiveInt = 10
+    """H, values averaged."""
+    direction: Literal["published", "usual"] = "published"
+    """``published`` lowers the weight when the KL is high, as the paper does; ``usual`` raises it."""
+
+
+class KlConfig(Node):
+    """Penalty ``weight * (anchor_weight KL(policy || anchor) + previous_weight KL(policy || previous))``."""
+
+    weight: NonNegativeFloat = 1.0
+    """lambda_KL; without a controller it stays."""
+    controller: KlControllerConfig | None = None
+    """Adapts the weight; None keeps it."""
+    anchor: Literal["none", "fixed", "moving"] = "none"
+    """Reference of the position term: the policy before training, or one that follows it."""
+    anchor_weight: NonNegativeFloat = 1.0
+    """beta_pos."""
+    refresh_every: PositiveInt = 10
+    """N, updates after which a moving anchor takes over the policy."""
+    previous: Literal["none", "log_ratio", "k3", "gaussian"] = "none"
+    """Estimate of the velocity term, the divergence from the policy that drew the groups: the published mean
+    log-ratio (Eq. 15), Schulman's k3, or the exact divergence of the transitions."""
+    previous_weight: NonNegativeFloat = 1.0
+    """beta_vel."""
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.anchor == "none" and self.previous == "none":
+            raise ValueError("a KL penalty needs an anchor or a previous policy")
+        return self
+
+
+class ObjectiveConfig(Node):
+    """What the learner optimises."""
+
+    kind: Literal["distill", "standard"] = "distill"
+    """``distill`` scores guided samples under the unguided mean (Eq. 18-19), ``standard`` keeps the guidance."""
+    clip_range: PositiveFloat = 1e-4
+    """Clip range of the importance ratio (Eq. 17)."""
+    timestep_fraction: Fraction = 1.0
+    """Share of the stochastic steps that is trained, drawn at random for every sample (DanceGRPO's tau)."""
+    step_weights: Literal["uniform", "equaliser", "inverse_delta"] = "uniform"
+    """Weights of the steps in the loss: equal, SAGE-GRPO's temporal equaliser, or one over the step's length."""
+    ratio_normalisation: bool = False
+    """Normalise the log-ratio by its drift and scale (GRPO-Guard); needs a copy of the previous policy."""
+    old_log_probs: Literal["rollout", "replay"] = "rollout"
+    """Take old log-probabilities from the rollout, or recompute them in the learner before the first update."""
+    kl: KlConfig | None = None
+    """KL penalty; None for none."""
+    updates_per_iteration: PositiveInt = 1
+    """Optimiser steps an iteration; the groups are split evenly among them."""
+    ratio_tolerance: PositiveFloat = 1e-3
+    """Largest |ratio - 1| of the first update before the run stops: rollout and learner disagree."""
+
+    @property
+    def needs_previous_policy(self) -> bool:
+        """Whether means of the policy that drew the groups are needed, not only log-probabilities."""
+        return self.ratio_normalisation or (self.kl is not None and self.kl.previous == "gaussian")
+
+
+class OptimizerConfig(Node):
+    """AdamW and its schedule."""
+
+    learning_rate: PositiveFloat
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay from the peak to zero over the run."""
+    warmup_updates: NonNegativeInt = 0
+    """Updates over which the rate rises linearly to its peak."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay rates of Adam's moments."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this global norm."""
+    ema_decay: Decay = 0.0
+    """Decay of the moving average of the weights that evaluation and export use; 0 uses the policy itself."""
+
+    @property
+    def averages(self) -> bool:
+        """Whether there is a moving average."""
+        return self.ema_decay > 0
+
+
+class CheckpointConfig(Node):
+    """When checkpoints are written and how many are kept."""
+
+    every: PositiveInt = 10
+    """Iterations between checkpoints; one more is written at the end and on SIGTERM."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of iterations that this divides are kept for good; null keeps only the newest."""
+
+
+class MetricsConfig(Node):
+    """Where the numbers of a run go, besides ``metrics.jsonl``."""
+
+    prometheus_port: Annotated[int, Field(ge=0, le=65535)] | None = 0
+    """Port of the Prometheus endpoint; 0 takes a free one, null serves none."""
+    prometheus_host: str = "127.0.0.1"
+    """Address that the endpoint binds to."""
+    tensorboard: bool = True
+    """Write TensorBoard event files to ``events/``."""

@@ -1,0 +1,17 @@
+"""Pure tensor mathematics of the samplers and of group-relative policy optimisation; imports torch only."""
+
+from euphonium.dynamics.advantages import AdvantageRule, Advantages, GroupRewards, group_advantages
+from euphonium.dynamics.schedules import shifted_sigmas
+from euphonium.dynamics.step_table import LAWS, Guidance, StepTable, StepTableError
+
+__all__ = [
+    "LAWS",
+    "AdvantageRule",
+    "Advantages",
+    "GroupRewards",
+    "Guidance",
+    "StepTable",
+    "StepTableError",
+    "group_advantages",
+    "shifted_sigmas",
+]

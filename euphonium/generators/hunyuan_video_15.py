@@ -1,0 +1,88 @@
+"""HunyuanVideo-1.5: text-to-video with Qwen2.5-VL and glyph (ByT5) encoders, guided by classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from euphonium.generators.generator import Conditioning, PromptEncoder
+from euphonium.generators.hunyuan_video import TIMESTEPS, HunyuanVideo
+
+
+class HunyuanVideo15(HunyuanVideo):
+    """Adapter of ``HunyuanVideo15Pipeline``."""
+
+    pipeline_class = "HunyuanVideo15Pipeline"
+    block_fields = ("num_layers",)
+
+    def transformer_class(self) -> type[nn.Module]:
+        """See :class:`GeneratorFamily`."""
+        from diffusers import HunyuanVideo15Transformer3DModel
+
+        return HunyuanVideo15Transformer3DModel
+
+    @cached_property
+    def _input_widths(self) -> tuple[int, int]:
+        """Channels of the transformer's input, and width of an image's embedding."""
+        config = self.transformer_config()
+        return int(config["in_channels"]), int(config["image_embed_dim"])
+
+    def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
+        """See :class:`GeneratorFamily`."""
+        from diffusers import HunyuanVideo15Pipeline
+        from transformers import AutoTokenizer, Qwen2_5_VLTextModel, T5EncoderModel
+
+        # The pipeline cannot be made without its VAE, but these two of its functions need none.
+        encode_text = HunyuanVideo15Pipeline._get_mllm_prompt_embeds
+        encode_glyphs = HunyuanVideo15Pipeline._get_byt5_prompt_embeds
+        tokenizers = [AutoTokenizer.from_pretrained(self.folder / name) for name in ("tokenizer", "tokenizer_2")]
+        encoders = [
+            kind.from_pretrained(self.folder / name, dtype=self.dtype).to(device).eval()
+            for kind, name in ((Qwen2_5_VLTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
+        ]
+        limit = self.config.max_prompt_tokens
+
+        @torch.no_grad()
+        def encode(prompts: Sequence[str]) -> Conditioning:
+            text, mask = encode_text(
+                encoders[0], tokenizers[0], list(prompts), device=device, tokenizer_max_length=limit
+            )
+            glyphs, glyph_mask = encode_glyphs(tokenizers[1], encoders[1], list(prompts), device=device)
+            # What lies behind the longest prompt is masked; dropping it here saves its computation.
+            length, glyph_length = (max(1, int(m.sum(dim=1).max())) for m in (mask, glyph_mask))
+            return {
+                "encoder_hidden_states": text[:, :length].to(self.dtype),
+                "encoder_attention_mask": mask[:, :length].to(self.dtype),
+                "encoder_hidden_states_2": glyphs[:, :glyph_length].to(self.dtype),
+                "encoder_attention_mask_2": glyph_mask[:, :glyph_length].to(self.dtype),
+            }
+
+        return encode
+
+    def load_vae(self, device: torch.device) -> Any:
+        """See :class:`HunyuanVideo`."""
+        vae = super().load_vae(device)
+        # In diffusers 0.42 its attention mask does not fit a batch of more than one.
+        vae.enable_slicing()
+        return vae
+
+    def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """See :class:`GeneratorFamily`."""
+        in_channels, embedding = self._input_widths
+        # Places of a conditioning frame and its mask, and of its embedding: all zero without an image. Tokens of an
+        # absent image are masked, so that one stands for them all.
+        absent = x.new_zeros(x.shape[0], in_channels - x.shape[1], *x.shape[2:])
+        image = x.new_zeros(x.shape[0], 1, embedding, dtype=self.dtype)
+        output: Tensor = transformer(
+            hidden_states=torch.cat([x, absent], dim=1).to(self.dtype),
+            # The embedding of time is computed in the type of the time.
+            timestep=(time * TIMESTEPS).to(self.dtype),
+            image_embeds=image,
+            return_dict=False,
+            **conditioning,
+        )[0]
+        return output.float()

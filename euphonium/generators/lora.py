@@ -1,0 +1,82 @@
+"""Low-rank adapters on a transformer: added the same way in rollout and learner, named the same when published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from euphonium.config import LoraConfig
+from euphonium.errors import ConfigError
+
+ADAPTER = "policy"
+
+
+def add_adapter(transformer: nn.Module, config: LoraConfig, name: str = ADAPTER) -> None:
+    """Adds adapters to a transformer and freezes everything else.
+
+    Raises:
+        ConfigError: peft is not installed, or no layer's name ends as ``model.lora.targets`` say.
+    """
+    try:
+        from peft import LoraConfig as PeftConfig
+    except ImportError as error:
+        raise ConfigError("model.lora needs peft: pip install 'euphonium[lora]'") from error
+    # A layer that already carries an adapter is a wrapper around its linear layer.
+    linear = [n.removesuffix(".base_layer") for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
+    if not any(_ends(name, config.targets) for name in linear):
+        raise ConfigError(f"model.lora.targets: no linear layer's name ends in {', '.join(config.targets)}")
+    transformer.requires_grad_(False)
+    transformer.add_adapter(  # type: ignore[operator]
+        PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), init_lora_weights=True),
+        adapter_name=name,
+    )
+
+
+def adapter_parameters(transformer: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name."""
+    return {n: p for n, p in transformer.named_parameters() if f".{name}." in n and ".lora_" in n}
+
+
+def initial_adapter(parameters: dict[str, torch.Size], seed: int = 0) -> dict[str, Tensor]:
+    """Starting values of an adapter: small noise in the first factors, zeros in the second, so that it does nothing.
+
+    Every rank makes the same ones; peft's own initialisation cannot reach parameters that are partitioned.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, shape in parameters.items():
+        if ".lora_B." in name:
+            values[name] = torch.zeros(shape)
+        else:
+            values[name] = torch.randn(shape, generator=generator) / shape[0]
+    return values
+
+
+def merged_state(transformer: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a transformer whose adapter has been added into its layers: what it was before peft came.
+
+    Args:
+        transformer: with the adapter of :func:`add_adapter`; its adapter is gone afterwards.
+        values: the adapter's parameters by name.
+    """
+    load_adapter(transformer, values)
+    transformer.fuse_lora(adapter_names=[ADAPTER])  # type: ignore[operator]
+    transformer.unload_lora()  # type: ignore[operator]
+    return dict(transformer.state_dict())
+
+
+@torch.no_grad()
+def load_adapter(transformer: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copies values into the adapter of :func:`add_adapter`.
+
+    Raises:
+        KeyError: a parameter of the adapter has no value.
+    """
+    for name, parameter in adapter_parameters(transformer).items():
+        parameter.copy_(values[name])
+
+
+def _ends(name: str, endings: tuple[str, ...]) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)

@@ -1,0 +1,53 @@
+"""SkyReels V1: image-to-video on HunyuanVideo's transformer, the model of DanceGRPO's image-to-video runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from euphonium.errors import ConfigError
+from euphonium.generators.generator import IMAGE, ImageEncoder
+from euphonium.generators.hunyuan_video import HunyuanVideo
+
+
+class SkyReelsImageToVideo(HunyuanVideo):
+    """Adapter of ``HunyuanSkyreelsImageToVideoPipeline``.
+
+    The latents of the first frame, and zeros in the place of the others, go into the transformer beside the state.
+    """
+
+    pipeline_class = "HunyuanSkyreelsImageToVideoPipeline"
+    takes_image = True
+
+    def load_image_encoder(self, device: torch.device) -> ImageEncoder:
+        """See :class:`GeneratorFamily`; the mode of the VAE's distribution, which the pipeline draws from."""
+        from diffusers.video_processor import VideoProcessor
+        from PIL import Image
+
+        vae = self.load_vae(device)
+        processor = VideoProcessor(vae_scale_factor=self.compression[1])
+        size = {"height": self.config.height, "width": self.config.width}
+
+        @torch.no_grad()
+        def encode(files: Sequence[Path]) -> Tensor:
+            pictures = []
+            for file in files:
+                try:
+                    with Image.open(file) as picture:
+                        pictures.append(processor.preprocess(picture.convert("RGB"), **size))
+                except OSError as error:
+                    raise ConfigError(f"prompts: cannot read the image {file}: {error}") from error
+            frames = torch.cat(pictures).unsqueeze(2).to(device=device, dtype=self.dtype)
+            latents: Tensor = torch.cat([vae.encode(frame).latent_dist.mode() for frame in frames.split(1)])
+            return latents * vae.config.scaling_factor
+
+        return encode
+
+    def network_input(self, x: Tensor, arguments: dict[str, Tensor]) -> Tensor:
+        """See :class:`HunyuanVideo`."""
+        first = arguments.pop(IMAGE).to(x.dtype)
+        return torch.cat([x, functional.pad(first, (0, 0, 0, 0, 0, x.shape[2] - 1))], dim=1)

@@ -1,0 +1,129 @@
+"""Stable Diffusion 1: text-to-image with a U-Net that predicts the noise, guided by classifier-free guidance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from euphonium.config import GuidanceConfig, ModelConfig, SamplerConfig
+from euphonium.dynamics import Guidance, StepTable
+from euphonium.errors import ConfigError
+from euphonium.generators.generator import Conditioning, PromptEncoder
+from euphonium.generators.images import ImageFamily
+
+
+class StableDiffusion(ImageFamily):
+    """Adapter of ``StableDiffusionPipeline``."""
+
+    pipeline_class = "StableDiffusionPipeline"
+    backbone = "unet"
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        """See :class:`GeneratorFamily`."""
+        super().__init__(folder, config)
+        kind = self._schedule().get("prediction_type", "epsilon")
+        if kind != "epsilon":
+            raise ConfigError(
+                f"model.path: {folder} predicts {kind!r} (scheduler/scheduler_config.json); this adapter is for models "
+                "that predict the noise ('epsilon'), such as Stable Diffusion 1.4 and 1.5"
+            )
+
+    def _schedule(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text()))
+
+    @cached_property
+    def _scheduler(self) -> Any:
+        """DDIM on the noise schedule that the model was trained with, whichever scheduler the folder names."""
+        from diffusers import DDIMScheduler
+
+        return DDIMScheduler.from_config(self._schedule())
+
+    def transformer_class(self) -> type[nn.Module]:
+        """See :class:`GeneratorFamily`; a U-Net."""
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel
+
+    def trunk_config(self, blocks: int) -> dict[str, Any]:
+        """See :class:`GeneratorFamily`; raises, because there is no trunk."""
+        raise ConfigError(_no_trunk(self.folder))
+
+    def token_width(self) -> int:
+        """See :class:`GeneratorFamily`; raises, because there are no tokens."""
+        raise ConfigError(_no_trunk(self.folder))
+
+    def step_table(self, sampler: SamplerConfig, iteration: int = 0) -> StepTable:
+        """See :class:`GeneratorFamily`."""
+        if sampler.law != "ddim":
+            raise ConfigError(
+                f"sampler.law: {sampler.law} is for models that predict the velocity; {self.pipeline_class} predicts "
+                "the noise and needs ddim"
+            )
+        guidance = sampler.guidance.build() if sampler.guidance is not None else None
+        window = sampler.window(iteration)
+        return self._table(sampler.num_steps, sampler.shift, sampler.eta, guidance, window)
+
+    def ode_table(self, num_steps: int, shift: float, guidance: GuidanceConfig | None = None) -> StepTable:
+        """See :class:`GeneratorFamily`; DDIM without noise."""
+        return self._table(num_steps, shift, None, guidance.build() if guidance is not None else None, None)
+
+    def _table(
+        self,
+        num_steps: int,
+        shift: float,
+        eta: float | None,
+        guidance: Guidance | None,
+        sde_window: tuple[int, int] | None,
+    ) -> StepTable:
+        if shift != 1:
+            raise ConfigError(
+                f"sampler.shift: a time shift is for flow matching; {self.pipeline_class} has a noise schedule of its "
+                f"own, so set 1 instead of {shift:g}"
+            )
+        scheduler, span = self._scheduler, self._timesteps
+        if num_steps >= span:
+            raise ConfigError(f"num_steps: {self.folder} has {span} noise levels, too few for {num_steps} steps")
+        scheduler.set_timesteps(num_steps)
+        alphas = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod.view(1)])
+        times = scheduler.timesteps.double() / span
+        return StepTable.build_ddim(alphas, times, eta=eta, guidance=guidance, sde_window=sde_window)
+
+    @property
+    def _timesteps(self) -> int:
+        return int(self._scheduler.config.num_train_timesteps)
+
+    def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
+        """See :class:`GeneratorFamily`; prompts are cut to CLIP's length, 77 tokens."""
+        from diffusers import StableDiffusionPipeline
+
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            self.folder, unet=None, vae=None, safety_checker=None, feature_extractor=None, image_encoder=None,
+            requires_safety_checker=False, dtype=self.dtype,
+        ).to(device)  # fmt: skip
+
+        @torch.no_grad()
+        def encode(prompts: Sequence[str]) -> Conditioning:
+            hidden, _ = pipeline.encode_prompt(list(prompts), device, 1, do_classifier_free_guidance=False)
+            return {"encoder_hidden_states": hidden.to(self.dtype)}
+
+        return encode
+
+    def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """See :class:`GeneratorFamily`; returns the noise."""
+        output: Tensor = transformer(
+            x.squeeze(2).to(self.dtype), (time * self._timesteps).round(), return_dict=False, **conditioning
+        )[0]
+        return output.float().unsqueeze(2)
+
+
+def _no_trunk(folder: Path) -> str:
+    return (
+        f"a process reward model starts from the first blocks of a transformer, and {folder} has a U-Net; train it "
+        "with outcome rewards (leave rewards.process out), and guide it, if at all, with sampler.guidance.source: spsa"
+    )

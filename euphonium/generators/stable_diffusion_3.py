@@ -1,0 +1,69 @@
+"""Stable Diffusion 3 and 3.5: text-to-image with two CLIP encoders and T5, guided by classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from euphonium.generators.generator import Conditioning, PromptEncoder
+from euphonium.generators.images import ImageFamily
+
+TIMESTEPS = 1000.0
+
+
+class StableDiffusion3(ImageFamily):
+    """Adapter of ``StableDiffusion3Pipeline``."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+
+    @property
+    def patch_size(self) -> int:
+        """See :class:`GeneratorFamily`."""
+        return int(self.transformer_config()["patch_size"])
+
+    def transformer_class(self) -> type[nn.Module]:
+        """See :class:`GeneratorFamily`."""
+        from diffusers import SD3Transformer2DModel
+
+        return SD3Transformer2DModel
+
+    def trunk_config(self, blocks: int) -> dict[str, Any]:
+        """See :class:`GeneratorFamily`; one block more, because the last of a transformer is of another shape."""
+        config = super().trunk_config(blocks)
+        config["num_layers"] = min(blocks + 1, int(self.transformer_config()["num_layers"]))
+        return config
+
+    def build_trunk(self, blocks: int) -> nn.Module:
+        """See :class:`GeneratorFamily`."""
+        trunk = super().build_trunk(blocks)
+        trunk.transformer_blocks = trunk.transformer_blocks[:blocks]  # type: ignore[index]
+        return trunk
+
+    def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
+        """See :class:`GeneratorFamily`."""
+        from diffusers import StableDiffusion3Pipeline
+
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            self.folder, transformer=None, vae=None, dtype=self.dtype
+        ).to(device)
+        limit = self.config.max_prompt_tokens
+
+        @torch.no_grad()
+        def encode(prompts: Sequence[str]) -> Conditioning:
+            hidden, _, pooled, _ = pipeline.encode_prompt(
+                list(prompts), prompt_2=None, prompt_3=None, do_classifier_free_guidance=False,
+                max_sequence_length=limit, device=device,
+            )  # fmt: skip
+            return {"encoder_hidden_states": hidden.to(self.dtype), "pooled_projections": pooled.to(self.dtype)}
+
+        return encode
+
+    def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """See :class:`GeneratorFamily`."""
+        output: Tensor = transformer(
+            hidden_states=x.squeeze(2).to(self.dtype), timestep=time * TIMESTEPS, return_dict=False, **conditioning
+        )[0]
+        return output.float().unsqueeze(2)

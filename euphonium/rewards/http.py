@@ -1,0 +1,150 @@
+"""A reward that another process serves over HTTP: tensors travel as safetensors, never as pickles."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from http.client import HTTPException, HTTPMessage
+from typing import IO, Any, Literal
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from euphonium.errors import ConfigError, RewardError
+from euphonium.rewards.frames import check_videos, quantised
+
+SAFETENSORS = "application/octet-stream"
+# Far more than scores need; a server that sends more is not a scorer.
+MAX_ANSWER_BYTES = 1 << 22
+CHUNK = 1 << 16
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """A redirect would turn the POST into a GET and carry the token to another host."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> None:
+        """Follows nothing: the status becomes an error."""
+        return
+
+
+class HttpReward:
+    """Posts videos and prompts to a scorer, and reads one finite number a video from its answer.
+
+    The request is one safetensors file: the tensor ``videos``, uint8 ``[batch, frames, 3, height, width]`` (or float32
+    in [0, 1]), and the metadata entry ``prompts``, a JSON list. The answer is JSON, ``{"scores": [...]}``, or a
+    safetensors file with a floating-point tensor ``scores``, told apart by its Content-Type (``application/json`` or
+    ``application/octet-stream``).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float = 30.0,
+        dtype: Literal["uint8", "float32"] = "uint8",
+        key: str = "scores",
+        token_env: str | None = None,
+    ) -> None:
+        """Checks the address; no request is made before the first batch.
+
+        Args:
+            url: where to post.
+            timeout_s: longest time that one batch may take, from the connection to the last byte.
+            dtype: type of the videos in the request.
+            key: name of the scores in the answer.
+            token_env: environment variable with a bearer token, so that no recipe holds one.
+
+        Raises:
+            ConfigError: not an http(s) address, or the variable is not set.
+            ValueError: an option out of range.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"option url: {url!r} is no http:// or https:// address")
+        if dtype not in ("uint8", "float32"):
+            raise ValueError(f"dtype must be uint8 or float32, not {dtype!r}")
+        if timeout_s <= 0:
+            raise ValueError("timeout_s must be positive")
+        self.url = url
+        self.timeout_s = timeout_s
+        self.dtype = dtype
+        self.key = key
+        self._headers = {"Content-Type": SAFETENSORS, "Accept": f"application/json, {SAFETENSORS}"}
+        if token_env is not None:
+            token = os.environ.get(token_env)
+            if not token:
+                raise ConfigError(f"option token_env: the environment variable {token_env!r} is not set")
+            self._headers["Authorization"] = f"Bearer {token}"
+        self._opener = build_opener(_NoRedirect())
+
+    def _post(self, body: bytes) -> tuple[str, bytes]:
+        """Content type and bytes of the answer."""
+        deadline = time.monotonic() + self.timeout_s
+        request = Request(self.url, data=body, headers=self._headers, method="POST")
+        held = bytearray()
+        try:
+            with self._opener.open(request, timeout=self.timeout_s) as answer:
+                # The socket's timeout starts anew with every packet; the deadline bounds them all.
+                while chunk := answer.read1(CHUNK):
+                    held += chunk
+                    if len(held) > MAX_ANSWER_BYTES:
+                        raise RewardError(f"{self.url} answered more than {MAX_ANSWER_BYTES} bytes")
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
+                return answer.headers.get_content_type(), bytes(held)
+        except HTTPError as error:
+            said = error.read(300).decode("utf-8", "replace")
+            raise RewardError(f"{self.url} answered HTTP {error.code}: {said}") from error
+        except TimeoutError as error:
+            raise RewardError(f"{self.url} did not answer within {self.timeout_s} s") from error
+        except (URLError, HTTPException, OSError) as error:
+            if isinstance(getattr(error, "reason", None), TimeoutError):
+                raise RewardError(f"{self.url} did not answer within {self.timeout_s} s") from error
+            raise RewardError(f"cannot reach {self.url}: {error}") from error
+
+    def _scores(self, content_type: str, body: bytes) -> Tensor:
+        """Scores in an answer, float32, of any shape."""
+        if content_type == SAFETENSORS:
+            held = load(body)
+            found: Any = held.get(self.key)
+            if found is not None and not found.is_floating_point():
+                raise ValueError(f"{self.key!r} is {found.dtype}, not floating point")
+        elif content_type == "application/json":
+            answer = json.loads(body)
+            found = answer.get(self.key) if isinstance(answer, dict) else None
+            if found is not None and not (
+                isinstance(found, list) and all(type(value) in (int, float) for value in found)
+            ):
+                raise ValueError(f"{self.key!r} is no list of numbers")
+        else:
+            raise ValueError(f"content type {content_type!r}")
+        if found is None:
+            raise ValueError(f"no {self.key!r} in it")
+        return torch.as_tensor(found, dtype=torch.float32)
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See :class:`euphonium.rewards.base.OutcomeReward`; the range is the server's.
+
+        Raises:
+            RewardError: no answer in time, an error status, or an answer without one finite number a video.
+        """
+        check_videos(videos, prompts)
+        sent = quantised(videos).to(torch.uint8) if self.dtype == "uint8" else videos.float()
+        body = save({"videos": sent.cpu().contiguous()}, metadata={"prompts": json.dumps(list(prompts))})
+        content_type, answer = self._post(body)
+        try:
+            scores = self._scores(content_type, answer)
+        except Exception as error:  # whatever a foreign server sends must end as an error of this reward
+            raise RewardError(f"{self.url} answered something unreadable: {error}") from error
+        if scores.shape != (len(videos),) or not bool(torch.isfinite(scores).all()):
+            raise RewardError(
+                f"{self.url} answered {scores.tolist()!r:.300} for {len(videos)} videos: not one finite number a video"
+            )
+        return scores

@@ -1,0 +1,126 @@
+"""Smoothness of motion, from dense optical flow between consecutive frames (OpenCV)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from euphonium.rewards.frames import as_bytes, check_videos
+from euphonium.rewards.pretrained import library
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Motion of one clip, as shares of the frame's shorter side.
+
+    Attributes:
+        speed: mean length of the flow, a frame.
+        acceleration: mean length of the flow's change along the path of the moving point, a frame squared.
+    """
+
+    speed: float
+    acceleration: float
+
+
+class OpticalFlowReward:
+    """1 for motion whose flow does not change from frame to frame, towards 0 for jitter, flicker and cuts.
+
+    ``exp(-acceleration / tolerance)``, times ``min(1, speed / least_speed)`` where a least speed is asked for.
+    Acceleration is the change of flow that a point sees while it travels: the flow from frame k + 1 is read where
+    the flow from frame k has carried the point, so that a thing that moves steadily over a background that stands
+    still is smooth. A still clip is smooth; ``least_speed`` keeps it from being rewarded.
+    """
+
+    def __init__(
+        self,
+        method: Literal["dis", "farneback"] = "dis",
+        side: int = 128,
+        tolerance: float = 0.01,
+        least_speed: float = 0.0,
+        threads: int = 1,
+    ) -> None:
+        """Prepares the flow algorithm.
+
+        Args:
+            method: dense inverse search, or Farneback's polynomial expansion (two to three times slower).
+            side: frames are scaled so that their shorter side has this many pixels.
+            tolerance: acceleration at which the reward is 1/e, as a share of the shorter side.
+            least_speed: mean speed below which the reward falls off, as a share of the shorter side a frame.
+            threads: CPU threads of OpenCV, for the whole process.
+
+        Raises:
+            ConfigError: OpenCV is not installed.
+            ValueError: an option out of range.
+        """
+        self._cv2 = library("cv2", "optical_flow")
+        if method not in ("dis", "farneback"):
+            raise ValueError(f"method must be dis or farneback, not {method!r}")
+        if side < 32 or tolerance <= 0 or least_speed < 0:
+            raise ValueError("side must be at least 32, tolerance positive, and least_speed not negative")
+        self._cv2.setNumThreads(threads)
+        self._dis = None
+        if method == "dis":
+            self._dis = self._cv2.DISOpticalFlow_create(self._cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        self.side = side
+        self.tolerance = tolerance
+        self.least_speed = least_speed
+
+    def _flow(self, before: Any, after: Any) -> Any:
+        """Displacement (x, y) in pixels of every pixel of ``before``: float32 ``[height, width, 2]``."""
+        if self._dis is not None:
+            return self._dis.calc(before, after, None)
+        return self._cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 5, 21, 3, 7, 1.5, 0)
+
+    def _grey(self, video: Tensor) -> list[Any]:
+        """Frames as 8-bit grey pictures of the working size."""
+        cv2 = self._cv2
+        height, width = video.shape[-2:]
+        scale = self.side / min(height, width)
+        size = (round(width * scale), round(height * scale))
+        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+        frames = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in as_bytes(video))
+        return [frame if scale == 1 else cv2.resize(frame, size, interpolation=how) for frame in frames]
+
+    def measure(self, video: Tensor) -> Motion:
+        """Speed and acceleration of one clip ``[frames, 3, height, width]`` in [0, 1] of at least three frames."""
+        cv2 = self._cv2
+        frames = self._grey(video)
+        flows = [self._flow(before, after) for before, after in itertools.pairwise(frames)]
+        rows, columns = torch.meshgrid(
+            torch.arange(frames[0].shape[0]), torch.arange(frames[0].shape[1]), indexing="ij"
+        )
+        grid = torch.stack([columns, rows], dim=2).float().numpy()
+        changes = []
+        for now, later in itertools.pairwise(flows):
+            there = grid + now
+            carried = cv2.remap(later, there, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            inside = torch.from_numpy(
+                (there[..., 0] >= 0)
+                & (there[..., 0] <= grid[-1, -1, 0])
+                & (there[..., 1] >= 0)
+                & (there[..., 1] <= grid[-1, -1, 1])
+            )
+            change = torch.from_numpy(carried - now).square().sum(dim=2).sqrt()
+            changes.append(float((change * inside).sum() / inside.sum().clamp(min=1)))
+        speed = torch.stack([torch.from_numpy(flow).square().sum(dim=2).sqrt().mean() for flow in flows]).mean()
+        return Motion(float(speed) / self.side, sum(changes) / len(changes) / self.side)
+
+    def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See :class:`euphonium.rewards.base.OutcomeReward`; in [0, 1]; the prompts do not matter.
+
+        Raises:
+            ValueError: clips of fewer than three frames.
+        """
+        check_videos(videos, prompts, least_frames=3)
+        scores = []
+        for video in videos:
+            motion = self.measure(video)
+            moved = min(1.0, motion.speed / self.least_speed) if self.least_speed else 1.0
+            scores.append(moved * math.exp(-motion.acceleration / self.tolerance))
+        return torch.tensor(scores, dtype=torch.float32)

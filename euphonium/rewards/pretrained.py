@@ -1,0 +1,134 @@
+"""Weights and libraries of reward models: where they come from, and what to say when they are missing."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from euphonium.errors import ConfigError
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def library(name: str, reward: str) -> Any:
+    """Imports an optional library.
+
+    Raises:
+        ConfigError: it is not installed; says how to get it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"the reward {reward!r} needs the package {name!r} ({error}); install the extra: pip install '.[rewards]'"
+        ) from error
+
+
+def device_of(name: str | None) -> torch.device:
+    """The named device; without a name the GPU if there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch type of a name in a recipe.
+
+    Raises:
+        ConfigError: another name than the three.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError(f"option dtype: unknown type {name!r}; use one of {', '.join(known)}")
+    return known[name]
+
+
+def pinned(weights: str, revision: str | None, option: str = "weights") -> dict[str, Any]:
+    """Keyword arguments of ``from_pretrained`` for a folder, or for a hub id with its commit.
+
+    Raises:
+        ConfigError: no such folder, or a hub id whose ``revision`` is not a full commit.
+    """
+    if Path(weights).is_dir():
+        return {"pretrained_model_name_or_path": weights, "local_files_only": True}
+    if not HUB_ID.fullmatch(weights):
+        raise ConfigError(f"option {option}: no folder {weights!r}, and it is no hub id either (owner/name)")
+    if revision is None or not COMMIT.fullmatch(revision):
+        named = "revision" if option == "weights" else f"{option}_revision"
+        raise ConfigError(
+            f"option {named}: {weights!r} is a hub id and must be pinned to a commit (40 hexadecimal "
+            f"digits), got {revision!r}; a branch or tag can change under a run. For a local copy give its folder"
+        )
+    return {"pretrained_model_name_or_path": weights, "revision": revision}
+
+
+@contextmanager
+def loading(option: str, weights: str) -> Iterator[None]:
+    """Turns what ``from_pretrained`` raises for absent or unfit files into a ConfigError that names the option."""
+    try:
+        yield
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"option {option}: cannot load {weights!r}: {error}") from error
+
+
+def hub_file(source: str, revision: str | None, option: str) -> Path:
+    """A file: a local path, or ``owner/name:path/in/repository`` at a pinned commit of the hub.
+
+    Raises:
+        ConfigError: it cannot be found, or a hub file is not pinned.
+    """
+    if Path(source).is_file():
+        return Path(source)
+    repository, separator, name = source.partition(":")
+    if not separator or not HUB_ID.fullmatch(repository):
+        raise ConfigError(f"option {option}: no file {source!r}; for a file of the hub write owner/name:path/in/it")
+    pinned(repository, revision, option)
+    from huggingface_hub import hf_hub_download
+
+    with loading(option, source):
+        return Path(hf_hub_download(repository, name, revision=revision))
+
+
+def read_weights(path: Path, option: str) -> dict[str, Tensor]:
+    """Tensors of a ``.safetensors`` file, or of a ``.pt``/``.pth`` read by torch's restricted unpickler.
+
+    The restricted unpickler builds tensors and plain containers only, so such a file cannot run code.
+
+    Raises:
+        ConfigError: the file cannot be read so, or holds no tensors.
+    """
+    with loading(option, str(path)):
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        try:
+            held = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError and others for bad files
+            raise ValueError(f"torch.load with weights_only=True failed: {error}") from error
+        held = held.get("state_dict", held) if isinstance(held, dict) else held
+        if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+            raise ValueError("it holds no plain dictionary of tensors")
+    return held
+
+
+def fill(network: torch.nn.Module, state: dict[str, Tensor], option: str, source: str) -> None:
+    """Puts all of ``state`` into all of ``network``.
+
+    Raises:
+        ConfigError: names or shapes differ; shows a few.
+    """
+    try:
+        network.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        wanted = set(network.state_dict())
+        missing, surplus = sorted(wanted - set(state))[:4], sorted(set(state) - wanted)[:4]
+        raise ConfigError(
+            f"option {option}: {source!r} does not fit {type(network).__name__}: missing {missing}, surplus {surplus}; "
+            f"{str(error)[:500]}"
+        ) from error

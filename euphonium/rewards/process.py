@@ -1,0 +1,217 @@
+"""Process reward model: the first blocks of the generator, a query attention and a small head (Euphonium, 4.2).
+
+It scores noisy latents, ``r(x_sigma, sigma, c)``, at every noise level, and its gradient with respect to ``x`` is
+what guides rollouts. It reads the generator's own latents and text embeddings, so it belongs to one generator.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from euphonium.config import ModelConfig
+from euphonium.errors import ConfigError
+from euphonium.generators.generator import Conditioning, GeneratorFamily, expand, open_generator, positive
+
+CONFIG_FILE = "prm.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class QueryHead(nn.Module):
+    """Pools tokens by attention with learned queries, then an MLP to one number; always in float32."""
+
+    def __init__(self, width: int, queries: int = 4, hidden: int = 128, heads: int = 4) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, queries, width) * width**-0.5)
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(queries * width), nn.Linear(queries * width, hidden), nn.SiLU(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """``[batch, tokens, width]`` to ``[batch]``."""
+        tokens = self.norm(tokens.float())
+        queries = self.queries.expand(tokens.shape[0], -1, -1)
+        pooled, _ = self.attention(queries, tokens, tokens, need_weights=False)
+        scores: Tensor = self.mlp(pooled.flatten(1))
+        return scores.squeeze(1)
+
+
+class ProcessRewardModel(nn.Module):
+    """``r(x_sigma, sigma, c)`` for the generators of one family."""
+
+    def __init__(self, family: GeneratorFamily, blocks: int, head: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.family = family
+        self.blocks = blocks
+        self.trunk = family.build_trunk(blocks)
+        self.head_options = dict(head or {})
+        self.head = QueryHead(family.token_width(), **self.head_options)
+
+    @classmethod
+    def from_generator(
+        cls, family: GeneratorFamily, blocks: int, head: dict[str, Any] | None = None
+    ) -> ProcessRewardModel:
+        """A model whose trunk starts from the generator's own first blocks."""
+        model = cls(family, blocks, head)
+        wanted = model.trunk.state_dict().keys()
+        state = {}
+        for file in family.transformer_files():
+            with safe_open(file, framework="pt") as stream:
+                for name in wanted & set(stream.keys()):
+                    state[name] = stream.get_tensor(name)
+        if missing := wanted - state.keys():
+            raise ConfigError(
+                f"model.path: the transformer of {family.folder} lacks {len(missing)} weights of its first {blocks} "
+                f"blocks, for example {min(missing)}"
+            )
+        model.trunk.load_state_dict(state)
+        return model
+
+    def for_training(self, *, gradient_checkpointing: bool = False) -> ProcessRewardModel:
+        """Makes all weights float32 and trainable; the trunk still computes in the generator's type.
+
+        Raises:
+            ConfigError: checkpointing was asked of a transformer that cannot.
+        """
+        self.float().train().requires_grad_(True)
+        if gradient_checkpointing:
+            if not getattr(self.trunk, "_supports_gradient_checkpointing", False):
+                raise ConfigError(f"gradient_checkpointing: {type(self.trunk).__name__} has none; leave it off")
+            self.trunk.enable_gradient_checkpointing()  # type: ignore[operator]
+        return self
+
+    def _computing(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Where float32 weights of a bfloat16 generator are in training, the arithmetic stays the generator's."""
+        weight = next(self.trunk.parameters())
+        if weight.dtype == self.family.dtype:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.family.dtype)
+
+    def forward(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Rewards ``[batch]`` (float32) of states ``[batch, *latent]`` at noise fractions ``[batch]``."""
+        with _captured_input(self.family.output_norm(self.trunk)) as tokens, self._computing(x.device):
+            self.family.network(self.trunk, x, sigma, positive(conditioning))
+        scores: Tensor = self.head(tokens[0])
+        return scores
+
+    def reward_and_gradient(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """Rewards ``[batch]`` and their gradients with respect to ``x``; parameters gather none.
+
+        Samples do not interact, so the gradient of the sum holds every sample's own.
+        """
+        x = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            rewards = self(x, sigma, conditioning)
+            (gradient,) = torch.autograd.grad(rewards.sum(), x)
+        return rewards.detach(), gradient
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32, **notes: Any) -> None:
+        """Writes weights (safetensors) and description.
+
+        Args:
+            folder: made if it is not there.
+            dtype: type of the weights on disk; :meth:`load` widens them.
+            notes: further entries of the description.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS_FILE)
+        description = {
+            "pipeline_class": self.family.pipeline_class,
+            "blocks": self.blocks,
+            "head": self.head_options,
+            "generator": self.family.fingerprint(),
+            **notes,
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, config: ModelConfig) -> ProcessRewardModel:
+        """Reads a saved model for use with a generator.
+
+        Raises:
+            ConfigError: the folder holds none, or it was trained on latents or text embeddings of another generator.
+        """
+        if not (folder / CONFIG_FILE).is_file():
+            raise ConfigError(
+                f"rewards.process.path: {folder} holds no process reward model ({CONFIG_FILE} is missing)"
+            )
+        description = json.loads((folder / CONFIG_FILE).read_text())
+        family = open_generator(config)
+        if description["pipeline_class"] != family.pipeline_class:
+            raise ConfigError(
+                f"rewards.process.path: {folder} was trained for a {description['pipeline_class']}, and "
+                f"{family.folder} is a {family.pipeline_class}: train one for this generator with `euphonium train-prm`"
+            )
+        for part, mark in family.fingerprint().items():
+            if description["generator"].get(part) != mark:
+                raise ConfigError(
+                    f"rewards.process.path: {folder} was trained with another {part} than {family.folder} has; a "
+                    "process reward model works only with its own generator's latents and text embeddings: train one "
+                    "for this generator with `euphonium train-prm`"
+                )
+        model = cls(family, int(description["blocks"]), description["head"])
+        try:
+            model.load_state_dict({name: t.float() for name, t in load_file(folder / WEIGHTS_FILE).items()})
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(
+                f"rewards.process.path: the weights of {folder} do not fit {family.folder}: {error}"
+            ) from error
+        return model.eval().requires_grad_(False)
+
+
+class LocalRewards:
+    """A process reward model in this process, for one prompt: a source of rewards and guidance without a server."""
+
+    def __init__(self, model: ProcessRewardModel, conditioning: Conditioning, sigmas: Tensor) -> None:
+        """Args as described in the class.
+
+        Args:
+            model: to ask.
+            conditioning: of the prompt, with a leading dimension of 1.
+            sigmas: noise fractions of the states of a walk, ``[num_steps + 1]``.
+        """
+        self._model = model
+        self._conditioning = conditioning
+        self._sigmas = sigmas
+
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> LocalAnswer:
+        """Scores states ``[batch, *latent]`` of step k at once."""
+        sigmas = torch.full((len(x),), float(self._sigmas[k]), device=x.device)
+        prompt = expand(self._conditioning, len(x))
+        if with_gradient:
+            return LocalAnswer(*self._model.reward_and_gradient(x, sigmas, prompt))
+        with torch.no_grad():
+            return LocalAnswer(self._model(x, sigmas, prompt), None)
+
+
+class LocalAnswer:
+    """An answer that is there already."""
+
+    def __init__(self, rewards: Tensor, gradient: Tensor | None) -> None:
+        self._value = rewards, gradient
+
+    def result(self) -> tuple[Tensor, Tensor | None]:
+        """Rewards ``[batch]`` and gradient like the states, or None."""
+        return self._value
+
+
+@contextmanager
+def _captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The first argument of every call of a module while the context is open."""
+    captured: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, arguments: captured.append(arguments[0]))
+    try:
+        yield captured
+    finally:
+        handle.remove()

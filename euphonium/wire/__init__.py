@@ -1,0 +1,1 @@
+"""How the roles talk: the records they exchange, and how answers and weights travel."""

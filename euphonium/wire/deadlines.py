@@ -1,0 +1,96 @@
+"""Waiting on Ray: every wait has a deadline, and says what it waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from euphonium.errors import EuphoniumError, LateError, LostActorError, TrainingError
+
+
+def node_id() -> str:
+    """Id of the Ray node that this process is on."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def get(ref: Any, timeout_s: float | None, what: str) -> Any:
+    """Value of an object reference.
+
+    Args:
+        ref: reference, or a list of them.
+        timeout_s: seconds to wait; None for whom something else watches over.
+        what: what is awaited, for the error: "the weights of version 3".
+
+    Raises:
+        TrainingError: it did not come in time.
+        LostActorError: whoever makes it is gone.
+        EuphoniumError: whatever error of ours the remote side raised.
+    """
+    import ray
+
+    with _typed(what):
+        try:
+            return ray.get(ref, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            raise TrainingError(f"{what} did not come within {timeout_s:.0f} s") from error
+
+
+async def awaited(ref: Any, timeout_s: float | None, what: str) -> Any:
+    """Value of one object reference, for event loops.
+
+    Args:
+        ref: reference.
+        timeout_s: seconds to wait; None for whom something else watches over.
+        what: what is awaited, for the error.
+
+    Raises:
+        LateError: it did not come in time.
+        LostActorError: whoever makes it is gone.
+        EuphoniumError: whatever error of ours the remote side raised.
+    """
+    import ray
+
+    with _typed(what):
+        try:
+            return await asyncio.wait_for(ref, timeout_s)
+        except ray.exceptions.RayError:
+            # It is also an instance of whatever the remote side raised, which may be a timeout of its own.
+            raise
+        except TimeoutError as error:
+            raise LateError(f"{what} did not come within {timeout_s:.0f} s") from error
+
+
+@contextmanager
+def _typed(what: str) -> Iterator[None]:
+    """Turns Ray's errors into ours."""
+    import ray
+
+    began = time.monotonic()
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        raise remote_error(error, what) from error
+    except ray.exceptions.RayError as error:
+        waited = time.monotonic() - began
+        raise LostActorError(f"{what} will not come, after {waited:.0f} s: {describe(error)}") from error
+
+
+def remote_error(error: Any, what: str) -> EuphoniumError:
+    """The error of ours inside a remote failure, or a typed one that quotes its last line."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, EuphoniumError):
+        return cause
+    return TrainingError(f"{what} failed: {type(cause).__name__}: {cause}")
+
+
+def describe(error: BaseException) -> str:
+    """One line on why a Ray call failed, with the reason that Ray gives for a dead actor."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = next((line for line in lines if "cause" in line.lower() or "reason" in line.lower()), "")
+    head = lines[0] if lines else type(error).__name__
+    return f"{type(error).__name__}: {head}" + (f" ({reason})" if reason and reason != head else "")

@@ -1,0 +1,155 @@
+"""Weights on the wire: buckets of raw bytes and a manifest that says what is what.
+
+Torch tensors travel slowly through Ray's object store (they are pickled and copied), numpy arrays as shared memory.
+A bucket is therefore a list of uint8 arrays on the tensors' own memory, so that putting it into the object store is
+the only copy; the manifest names the tensors, and a checksum guards each bucket.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from euphonium.errors import TrainingError
+from euphonium.wire.arrays import as_tensor
+
+Bucket = list[NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """One tensor of a bucket; ``dtype`` is torch's name of it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketManifest:
+    """Contents of one bucket."""
+
+    entries: tuple[TensorEntry, ...]
+    checksum: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightManifest:
+    """One published set of weights.
+
+    Attributes:
+        version: policy version, the iteration that made it.
+        kind: ``policy``, or ``average`` for the moving average.
+        buckets: contents of the buckets, in order.
+    """
+
+    version: int
+    kind: str
+    buckets: tuple[BucketManifest, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for bucket in self.buckets for entry in bucket.entries)
+
+
+def split_into_buckets(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Groups names into buckets of at most ``limit`` bytes, in order; a larger tensor gets one of its own."""
+    buckets: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not buckets or size > room:
+            buckets.append([])
+            room = limit
+        buckets[-1].append(name)
+        room -= size
+    return buckets
+
+
+def as_bucket(tensors: Mapping[str, Tensor]) -> tuple[Bucket, tuple[TensorEntry, ...]]:
+    """Tensors on the CPU as a bucket, which shares their memory where they are contiguous, and what is in it."""
+    entries, bucket = [], []
+    for name, tensor in tensors.items():
+        raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+        entries.append(
+            TensorEntry(
+                name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), nbytes=raw.nbytes
+            )
+        )
+        bucket.append(raw)
+    return bucket, tuple(entries)
+
+
+def pack(tensors: Mapping[str, Tensor]) -> tuple[Bucket, BucketManifest]:
+    """:func:`as_bucket` with its checksum."""
+    bucket, entries = as_bucket(tensors)
+    return bucket, BucketManifest(entries=entries, checksum=checksum(bucket))
+
+
+def checksum(bucket: Bucket) -> int:
+    """Of all bytes; releases the interpreter, so that a thread can compute it while they are copied."""
+    # As fast as memory: a CRC would cost several times what copying the weights does.
+    digest = xxhash.xxh3_64()
+    for raw in bucket:
+        digest.update(raw.data)
+    return digest.intdigest()
+
+
+def verify(manifest: BucketManifest, bucket: Bucket) -> None:
+    """Compares checksums.
+
+    Raises:
+        TrainingError: the bytes are not those that were published.
+    """
+    if checksum(bucket) != manifest.checksum:
+        raise TrainingError("a weight bucket arrived damaged: its checksum differs from the manifest's")
+
+
+def unpack(manifest: BucketManifest, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of a bucket as read-only views; nothing is verified."""
+    for entry, raw in zip(manifest.entries, bucket, strict=True):
+        yield entry.name, as_tensor(raw).view(getattr(torch, entry.dtype)).view(entry.shape)
+
+
+def load_buckets(manifest: WeightManifest, buckets: Sequence[Bucket], parameters: Mapping[str, Tensor]) -> None:
+    """Copies published weights into a module's tensors.
+
+    Checksums are computed meanwhile: after an error the tensors must not be used.
+
+    Raises:
+        TrainingError: names, shapes or bytes do not fit.
+    """
+    contents = list(zip(manifest.buckets, buckets, strict=True))
+    with ThreadPoolExecutor(1, "checksum") as thread:
+        verified = [thread.submit(verify, *content) for content in contents]
+        load_tensors(itertools.chain.from_iterable(unpack(*content) for content in contents), parameters)
+        for check in verified:
+            check.result()
+
+
+def load_tensors(tensors: Iterable[tuple[str, Tensor]], parameters: Mapping[str, Tensor]) -> None:
+    """Copies tensors into those of the same names.
+
+    Raises:
+        TrainingError: names or shapes do not fit.
+    """
+    missing = set(parameters)
+    with torch.no_grad():
+        for name, tensor in tensors:
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                raise TrainingError(
+                    f"published weights do not fit the model: {name} {tuple(tensor.shape)} has no counterpart"
+                )
+            parameters[name].copy_(tensor)
+            missing.discard(name)
+    if missing:
+        raise TrainingError(f"published weights lack {len(missing)} tensors, for example {min(missing)}")

@@ -1,0 +1,79 @@
+"""The weight store: a Ray actor that knows where the published weights are.
+
+The learner owns the buckets, since every further copy would take as long as the publication itself. If it dies they are
+gone, and the group that takes its place publishes its own; only what an ending learner leaves is copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from euphonium.errors import WeightsMissingError
+from euphonium.wire.weights.manifest import WeightManifest
+
+KEPT_VERSIONS = 2
+
+
+class WeightStore:
+    """Published weights by version and kind; the newest ``KEPT_VERSIONS`` of a kind are kept."""
+
+    def __init__(self) -> None:
+        self._arriving: dict[tuple[int, str], dict[int, Any]] = {}
+        self._published: dict[str, dict[int, tuple[WeightManifest, list[Any]]]] = {}
+
+    def __repr__(self) -> str:
+        return "weight-store"
+
+    def put_bucket(self, version: int, kind: str, index: int, boxed: list[Any], *, keep: bool) -> None:
+        """Takes the reference to one bucket.
+
+        Args:
+            version: of the policy.
+            kind: of weights.
+            index: of the bucket.
+            boxed: the reference, in a list so that it arrives as one; the learner owns what it points to.
+            keep: the learner is about to end: copy the bucket into an object of the store's own.
+        """
+        import ray
+
+        self._arriving.setdefault((version, kind), {})[index] = ray.put(ray.get(boxed[0])) if keep else boxed[0]
+
+    def commit(self, manifest: WeightManifest) -> None:
+        """Publishes a version, all of whose buckets have arrived.
+
+        Raises:
+            WeightsMissingError: not all have; a store that was restarted has lost what came before.
+        """
+        arrived = self._arriving.pop((manifest.version, manifest.kind), {})
+        if sorted(arrived) != list(range(len(manifest.buckets))):
+            raise WeightsMissingError(
+                f"version {manifest.version} ({manifest.kind}) was published with buckets {sorted(arrived)} "
+                f"of {len(manifest.buckets)}"
+            )
+        versions = self._published.setdefault(manifest.kind, {})
+        versions[manifest.version] = manifest, [arrived[i] for i in range(len(manifest.buckets))]
+        # A learner that went back to a checkpoint has made newer versions void.
+        for version in [v for v in versions if v > manifest.version]:
+            del versions[version]
+        for version in sorted(versions)[:-KEPT_VERSIONS]:
+            del versions[version]
+
+    def fetch(self, version: int, kind: str) -> tuple[WeightManifest, list[Any]]:
+        """Manifest and bucket references of the newest weights that are at least of a version.
+
+        Raises:
+            WeightsMissingError: there are none.
+        """
+        newest = self.newest(kind)
+        if newest < version:
+            have = {kind: sorted(versions) for kind, versions in self._published.items()}
+            raise WeightsMissingError(f"the weight store has no version {version} ({kind}); it has {have}")
+        return self._published[kind][newest]
+
+    def lost(self, version: int, kind: str) -> None:
+        """Notes that a version's buckets cannot be had any more: the learner that owned them has died."""
+        self._published.get(kind, {}).pop(version, None)
+
+    def newest(self, kind: str) -> int:
+        """Newest version of a kind; -1 if there is none."""
+        return max(self._published.get(kind, {}), default=-1)

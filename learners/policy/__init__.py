@@ -1,0 +1,1 @@
+"""GRPO updates of the policy."""

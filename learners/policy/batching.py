@@ -1,0 +1,129 @@
+"""Cuts groups into micro-batches and shares them among the ranks, equally many each.
+
+Under ZeRO-3 every rank takes part in every forward and backward pass, so all ranks must run the same number of
+micro-batches: whoever has fewer repeats one with weight 0. Nothing has to divide anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from euphonium.generators.generator import expand
+from euphonium.wire.arrays import as_tensor
+from euphonium.wire.records import Array, GroupPayload
+from learners.policy.objective import Transitions
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Rows ``begin:end`` of one group's transitions, flattened sample by sample.
+
+    Attributes:
+        group: position of the group in the iteration.
+        begin: first row.
+        end: one past the last row.
+        weight: weight of each row in the loss; 0 for padding.
+    """
+
+    group: int
+    begin: int
+    end: int
+    weight: float
+
+
+def plan_updates(
+    rows_per_group: Sequence[int], updates: int, rows_per_micro_batch: int, world_size: int
+) -> list[list[list[MicroBatch]]]:
+    """Plans all updates of an iteration.
+
+    Groups are dealt to the updates in turn; a micro-batch never mixes groups. The loss of an update is the mean over
+    its rows: ``weight`` is ``world_size / rows``, because the gradients are averaged over the ranks.
+
+    Args:
+        rows_per_group: transitions of each group.
+        updates: optimiser steps; fewer are planned when there are fewer groups.
+        rows_per_micro_batch: largest micro-batch.
+        world_size: number of ranks.
+
+    Returns:
+        ``plan[update][rank]``: the rank's micro-batches, equally many on every rank.
+    """
+    plan = []
+    count = min(updates, len(rows_per_group))
+    for update in range(count):
+        groups = range(update, len(rows_per_group), count)
+        total = sum(rows_per_group[g] for g in groups)
+        pieces = [
+            MicroBatch(
+                group=g, begin=begin, end=min(begin + rows_per_micro_batch, rows_per_group[g]),
+                weight=world_size / total,
+            )
+            for g in groups
+            for begin in range(0, rows_per_group[g], rows_per_micro_batch)
+        ]  # fmt: skip
+        shares = [pieces[rank::world_size] for rank in range(world_size)]
+        for share in shares:
+            if len(share) < len(shares[0]):
+                padding = share[0] if share else pieces[0]
+                share.append(MicroBatch(group=padding.group, begin=padding.begin, end=padding.end, weight=0.0))
+        plan.append(shares)
+    return plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedGroup:
+    """A group as the learner gets it.
+
+    Attributes:
+        payload: its transitions.
+        advantages: float32 ``[components, group, num_steps]``.
+        samples: int64, samples to train on, ascending.
+        iteration: that it was drawn for, which decides its step table.
+        fingerprint: of the sampler that drew it.
+        on_policy: whether the policy before the iteration's first update drew it.
+    """
+
+    payload: GroupPayload
+    advantages: Array
+    samples: Array
+    iteration: int
+    fingerprint: str
+    on_policy: bool = True
+
+
+def load_rows(batch: MicroBatch, group: TrainedGroup, device: torch.device) -> Transitions:
+    """Cuts the rows of a micro-batch out of its group.
+
+    Args:
+        batch: which rows, counted over the trained samples and their transitions.
+        group: the group.
+        device: where the learner computes.
+    """
+    payload = group.payload
+    kept = payload.steps.shape[1]
+    index = np.arange(batch.begin, batch.end)
+    samples, columns = group.samples[index // kept], index % kept
+    steps = payload.steps[samples, columns]
+    # A run of whole samples is a view of the shared memory that the group lies in; anything else is gathered.
+    whole = len(group.samples) == payload.steps.shape[0]
+
+    def flat(array: Array) -> torch.Tensor:
+        if whole:
+            return as_tensor(array.reshape(-1, *array.shape[2:])[batch.begin : batch.end]).to(device)
+        return torch.from_numpy(array[samples, columns]).to(device)
+
+    conditioning = {name: as_tensor(array).to(device) for name, array in payload.conditioning.items()}
+    return Transitions(
+        states=flat(payload.states),
+        next_states=flat(payload.next_states),
+        steps=torch.from_numpy(np.ascontiguousarray(steps)).long(),
+        log_probs=flat(payload.log_probs),
+        advantages=torch.from_numpy(np.ascontiguousarray(group.advantages[:, samples, steps])).to(device),
+        gradients=None if payload.gradients is None else flat(payload.gradients),
+        conditioning=expand(conditioning, batch.end - batch.begin),
+        weight=batch.weight,
+    )

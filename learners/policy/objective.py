@@ -1,0 +1,176 @@
+"""The clipped GRPO objective on micro-batches of transitions, with all its options.
+
+Euphonium's Eq. 17-19 and 53-58, SAGE-GRPO's equaliser and dual KL, GRPO-Guard's ratio normalisation. Everything here
+is a function of one micro-batch; what it knows of samplers it reads from the step table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from euphonium.config import ObjectiveConfig
+from euphonium.dynamics import StepTable
+from euphonium.dynamics.kl import k3_estimate, log_ratio_estimate
+from euphonium.generators.generator import Conditioning
+
+Velocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transitions:
+    """Rows of one micro-batch: one transition of one sample each.
+
+    Attributes:
+        states: float32 ``[rows, *latent]``, x_k.
+        next_states: float32 like ``states``, x_{k+1}.
+        steps: int64 ``[rows]``, k.
+        log_probs: float32 ``[rows]`` under the behaviour policy.
+        advantages: float32 ``[components, rows]``; each component has a clipped loss of its own.
+        gradients: float32 like ``states``, reward gradients that belong to the mean, or None.
+        conditioning: of the rows.
+        weight: weight of a row in the loss; 0 in micro-batches that only keep the ranks in step.
+    """
+
+    states: Tensor
+    next_states: Tensor
+    steps: Tensor
+    log_probs: Tensor
+    advantages: Tensor
+    gradients: Tensor | None
+    conditioning: Conditioning
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """Frozen policies that the objective compares with, and the weight of doing so.
+
+    Attributes:
+        anchor: velocity of the KL's anchor, or None.
+        previous: velocity of the policy that drew the rows, or None where log-probabilities suffice.
+        kl_weight: lambda_KL of this update.
+    """
+
+    anchor: Velocity | None = None
+    previous: Velocity | None = None
+    kl_weight: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveValue:
+    """Loss of a micro-batch and what its rows say about the policy.
+
+    Attributes:
+        loss: scalar, the weighted sum over rows.
+        ratio: ``[rows]``, importance ratios, detached.
+        clipped: ``[rows]`` in [0, 1], share of the components whose gradient the clip removes.
+        kl_anchor: ``[rows]`` divergence from the anchor, detached; zeros without one.
+        kl_previous: ``[rows]`` estimate of the divergence from the behaviour policy, detached; zeros without one.
+    """
+
+    loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    kl_anchor: Tensor
+    kl_previous: Tensor
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+    """``-min(w A, clip(w, 1 - c, 1 + c) A)`` of every row.
+
+    Returns:
+        Losses like ``advantages``, and bool where the clipped branch is taken and has no gradient.
+    """
+    bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
+    free, held = ratio * advantages, bounded * advantages
+    return -torch.minimum(free, held), (held < free) & (bounded != ratio)
+
+
+def step_weights(config: ObjectiveConfig, table: StepTable) -> Tensor:
+    """Weight of each step in the loss, float64 ``[num_steps]``."""
+    if config.step_weights == "equaliser":
+        return table.equaliser()
+    weights = torch.ones_like(table.std)
+    if config.step_weights == "inverse_delta":
+        stochastic = table.std > 0
+        inverse = 1 / (table.sigmas[:-1] - table.sigmas[1:])
+        weights[stochastic] = inverse[stochastic] / inverse[stochastic].mean()
+    return weights
+
+
+def evaluate_objective(
+    config: ObjectiveConfig,
+    table: StepTable,
+    velocity: Velocity,
+    rows: Transitions,
+    references: References | None = None,
+) -> ObjectiveValue:
+    """Scores transitions under the current policy.
+
+    Args:
+        config: kind of objective and its options.
+        table: the sampler that drew the rows.
+        velocity: of the current policy, differentiable in its parameters.
+        rows: one micro-batch.
+        references: needed for a KL penalty and for ratio normalisation.
+    """
+    references = references or References()
+    mean, log_prob = _score(table, velocity, rows)
+    log_ratio = log_prob - rows.log_probs
+    previous_mean = None
+    if references.previous is not None:
+        with torch.no_grad():
+            previous_mean, _ = _score(table, references.previous, rows)
+    if config.ratio_normalisation:
+        if previous_mean is None:
+            raise ValueError("ratio normalisation needs the previous policy")
+        # GRPO-Guard: off policy the log-ratio of a Gaussian step has mean -KL and a spread of 1 / std_k.
+        std = table.std[rows.steps].to(log_ratio)
+        log_ratio = std * (log_ratio + table.kl(rows.steps, mean, previous_mean))
+    ratio = torch.exp(log_ratio)
+    losses, clipped = clipped_surrogate(ratio, rows.advantages, config.clip_range)
+    weights = step_weights(config, table)[rows.steps].to(ratio)
+    total = weights * losses.sum(dim=0)
+
+    kl_anchor, kl_previous = torch.zeros_like(ratio), torch.zeros_like(ratio)
+    if config.kl is not None:
+        if references.anchor is not None:
+            with torch.no_grad():
+                anchor_mean, _ = _score(table, references.anchor, rows)
+            kl_anchor = table.kl(rows.steps, mean, anchor_mean)
+        if config.kl.previous == "log_ratio":
+            kl_previous = log_ratio_estimate(log_prob, rows.log_probs)
+        elif config.kl.previous == "k3":
+            kl_previous = k3_estimate(log_prob, rows.log_probs)
+        elif config.kl.previous == "gaussian":
+            if previous_mean is None:
+                raise ValueError("the exact divergence needs the previous policy")
+            kl_previous = table.kl(rows.steps, mean, previous_mean)
+        penalty = config.kl.anchor_weight * kl_anchor + config.kl.previous_weight * kl_previous
+        # A penalty is added to a loss that is minimised; the sign of SAGE-GRPO's Eq. 43 is a slip.
+        total = total + references.kl_weight * penalty
+    return ObjectiveValue(
+        loss=rows.weight * total.sum(),
+        ratio=ratio.detach(),
+        clipped=clipped.float().mean(dim=0),
+        kl_anchor=kl_anchor.detach(),
+        kl_previous=kl_previous.detach(),
+    )
+
+
+def _score(table: StepTable, velocity: Velocity, rows: Transitions) -> tuple[Tensor, Tensor]:
+    """Means and log-probabilities of the rows under a policy."""
+    times = table.times[rows.steps].to(device=rows.states.device, dtype=torch.float32)
+    v = velocity(rows.states, times, rows.conditioning)
+    mean = table.mean(rows.steps, rows.states, v, rows.gradients)
+    return mean, table.log_prob(rows.steps, rows.next_states, mean)
+
+
+@torch.no_grad()
+def replayed_log_probs(table: StepTable, velocity: Velocity, rows: Transitions) -> Tensor:
+    """Log-probabilities of the rows under a policy, without gradients: ``old_log_probs: replay``."""
+    return _score(table, velocity, rows)[1]

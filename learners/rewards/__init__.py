@@ -1,0 +1,1 @@
+"""Training of reward models: process and outcome, before a run and during it."""

@@ -1,0 +1,253 @@
+"""Bradley-Terry training of process reward models on preferences (Euphonium, Eq. 13), and what they learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from euphonium.config import PrmOptimizerConfig
+from euphonium.errors import ConfigError
+from euphonium.generators.generator import Conditioning
+from learners.engine.reward_engine import RewardEngine
+from learners.rewards.preference_files import Pairs
+
+TENTHS = 10
+BINS = 10
+# Pairs in one forward pass of a measurement.
+EVALUATION_BATCH = 64
+
+
+class Latents(Protocol):
+    """Clean latents by number; a tensor is one, memory-mapped ones and files are others."""
+
+    def __getitem__(self, chosen: NDArray[np.int64]) -> Tensor:
+        """float32 ``[chosen, *latent]``."""
+        ...
+
+
+class LatentFiles:
+    """Latents in one file each, read when they are asked for."""
+
+    def __init__(self, files: Sequence[Path], shape: tuple[int, ...]) -> None:
+        self.files = files
+        self.shape = shape
+
+    def __getitem__(self, chosen: NDArray[np.int64]) -> Tensor:
+        return torch.stack([read_latent(self.files[i], self.shape) for i in chosen])
+
+
+def read_latent(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """One clean latent, float32, as the generator's sampler ends with it (scaled, not as the VAE gives it).
+
+    Args:
+        path: ``.npy``, or ``.safetensors`` with one tensor.
+        shape: that the generator's latents have.
+
+    Raises:
+        ConfigError: another shape, several tensors, or values that are not finite.
+    """
+    if path.suffix == ".npy":
+        latent = torch.from_numpy(np.load(path, allow_pickle=False))
+    else:
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+        if len(tensors) != 1:
+            raise ConfigError(
+                f"{path}: holds {len(tensors)} tensors ({', '.join(sorted(tensors)[:4])}); a latent is one"
+            )
+        (latent,) = tensors.values()
+    if latent.shape == (1, *shape):
+        latent = latent[0]
+    if latent.shape != shape:
+        raise ConfigError(
+            f"{path}: a latent of shape {tuple(latent.shape)}; the generator's is {shape} [channels, frames, height, "
+            "width] at the recipe's model.frames, model.height and model.width"
+        )
+    latent = latent.float()
+    if not bool(torch.isfinite(latent).all()):
+        raise ConfigError(f"{path}: a latent with values that are not finite")
+    return latent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preferences:
+    """Pairs of finished samples.
+
+    Attributes:
+        latents: of the samples.
+        latent_shape: of one of them.
+        prompt: int64 ``[samples]``, index of each sample's prompt.
+        conditioning: per prompt, stacked to one batch.
+        pairs: int64 ``[pairs, 2]``, winner and loser, of one prompt each.
+    """
+
+    latents: Latents
+    latent_shape: tuple[int, ...]
+    prompt: NDArray[np.int64]
+    conditioning: Conditioning
+    pairs: Pairs
+
+
+def paired_rewards(
+    model: nn.Module, data: Preferences, pairs: Pairs, sigma: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rewards of winners and losers, each pair under one noise level and one noise.
+
+    Args:
+        model: a process reward model, or the engine around one.
+        data: samples.
+        pairs: ``[batch, 2]``.
+        sigma: float32 ``[batch]``, on the model's device.
+        noise: float32 ``[batch, *latent]``, there too.
+
+    Returns:
+        ``[batch]`` each.
+    """
+    device = sigma.device
+    clean = torch.cat([data.latents[pairs[:, 0]], data.latents[pairs[:, 1]]]).to(device)
+    sigmas, noises = sigma.repeat(2), noise.repeat(2, *[1] * (noise.dim() - 1))
+    noisy = torch.lerp(clean, noises, sigmas.view(-1, *[1] * (clean.dim() - 1)))
+    prompts = torch.from_numpy(data.prompt[pairs[:, 0]]).repeat(2)
+    rewards: Tensor = model(noisy, sigmas, {name: t[prompts].to(device) for name, t in data.conditioning.items()})
+    winners, losers = rewards.chunk(2)
+    return winners, losers
+
+
+def bradley_terry(winners: Tensor, losers: Tensor) -> Tensor:
+    """``-log sigmoid(r_w - r_l)`` of each pair (Eq. 13)."""
+    return -functional.logsigmoid(winners - losers)
+
+
+class PairSampler:
+    """Draws batches of pairs with prompts equally often, each with its noise level and noise.
+
+    A batch follows from the seed and its number alone.
+    """
+
+    def __init__(self, data: Preferences, count: int, seed: int) -> None:
+        """Args: data to draw from; pairs in a batch; seed of everything."""
+        self.data, self.count, self.seed = data, count, seed
+        prompts = data.prompt[data.pairs[:, 0]]
+        order = np.argsort(prompts, kind="stable")
+        self._by_prompt = np.split(data.pairs[order], np.flatnonzero(np.diff(prompts[order])) + 1)
+
+    def draw(self, number: int) -> tuple[Pairs, Tensor, Tensor]:
+        """Pairs ``[count, 2]``, noise fractions ``[count]`` (uniform on [0, 1]) and noises ``[count, *latent]``."""
+        sequence = np.random.SeedSequence([self.seed, number])
+        rng = np.random.default_rng(sequence)
+        generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+        prompts = rng.integers(len(self._by_prompt), size=self.count)
+        pairs = np.stack([self._by_prompt[p][rng.integers(len(self._by_prompt[p]))] for p in prompts])
+        sigma = torch.rand(self.count, generator=generator)
+        noise = torch.randn((self.count, *self.data.latent_shape), generator=generator)
+        return pairs, sigma, noise
+
+
+class PrmTask:
+    """A process reward model's preferences, as :class:`learners.rewards.training.Task`."""
+
+    def __init__(
+        self, train: Preferences, held_out: Preferences, settings: PrmOptimizerConfig, seed: int, device: torch.device
+    ) -> None:
+        for part, data in (("training", train), ("held-out", held_out)):
+            if not len(data.pairs):
+                raise ConfigError(
+                    f"the {part} preferences hold no pair: no prompt has a better and a worse sample (with drawn "
+                    "samples, lower pairs.margin or raise the samples a prompt)"
+                )
+        self.held_out, self.device = held_out, device
+        self._sampler = PairSampler(train, settings.pairs_per_update, seed)
+
+    def batch(self, update: int) -> tuple[Pairs, Tensor, Tensor]:
+        """See :class:`learners.rewards.training.Task`."""
+        return self._sampler.draw(update)
+
+    def losses(self, model: nn.Module, batch: tuple[Pairs, Tensor, Tensor], part: slice) -> Tensor:
+        """See :class:`learners.rewards.training.Task`."""
+        pairs, sigma, noise = batch
+        rewards = paired_rewards(
+            model, self._sampler.data, pairs[part], sigma[part].to(self.device), noise[part].to(self.device)
+        )
+        return bradley_terry(*rewards)
+
+    def evaluate(self, engine: RewardEngine, pairs: int) -> dict[str, Any]:
+        """Accuracy and calibration error by tenth of sigma, of ``pairs`` held-out pairs each."""
+        gaps = gaps_by_noise(engine, self.held_out, self.held_out.pairs, per_tenth=pairs)
+        return measured(gaps)
+
+
+def gaps_by_noise(
+    engine: RewardEngine, data: Preferences, pairs: Pairs, *, per_tenth: int, seed: int = 0
+) -> NDArray[np.float64]:
+    """``r_w - r_l`` of held-out pairs, for every tenth of sigma; ranks share the work.
+
+    Args:
+        engine: whose model is measured, as it is.
+        data: held-out samples.
+        pairs: as many as asked for are drawn anew for each tenth, with replacement where there are fewer.
+        per_tenth: pairs a tenth.
+        seed: of pairs, noise levels and noise.
+
+    Returns:
+        ``[TENTHS, per_tenth]``, the same on every rank.
+    """
+    gaps = torch.zeros(TENTHS, per_tenth, dtype=torch.float64)
+    parts = [(t, low) for t in range(TENTHS) for low in range(0, per_tenth, EVALUATION_BATCH)]
+    for index in range(0, len(parts), engine.world_size):
+        # All ranks make the same number of passes, as ZeRO-3 needs; a rank without a part repeats the last one.
+        mine = index + engine.rank
+        tenth, low = parts[min(mine, len(parts) - 1)]
+        rng = np.random.default_rng([seed, tenth])
+        chosen = pairs[rng.choice(len(pairs), size=per_tenth, replace=per_tenth > len(pairs))]
+        chosen = chosen[low : low + EVALUATION_BATCH]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + tenth * 10_007 + low)
+        sigma = (tenth + torch.rand(len(chosen), generator=generator)) / TENTHS
+        noise = torch.randn((len(chosen), *data.latent_shape), generator=generator)
+        with torch.no_grad():
+            winners, losers = paired_rewards(
+                engine.model, data, chosen, sigma.to(engine.device), noise.to(engine.device)
+            )
+        if mine < len(parts):
+            gaps[tenth, low : low + len(chosen)] = (winners - losers).double().cpu()
+    return np.asarray(engine.sum(gaps).numpy())
+
+
+def measured(gaps: NDArray[np.float64]) -> dict[str, Any]:
+    """Accuracy (the paper's Figure 3) and calibration error of every row of ``r_w - r_l``."""
+    accuracy = [float((row > 0).mean()) for row in gaps]
+    return {
+        "accuracy": accuracy,
+        "calibration_error": [calibration_error(row) for row in gaps],
+        "mean_accuracy": float(np.mean(accuracy)),
+        "pairs": gaps.shape[1],
+    }
+
+
+def calibration_error(gaps: NDArray[np.float64]) -> float:
+    """Expected calibration error of ``sigmoid(r_w - r_l)`` as the probability that the winner wins.
+
+    A pair's order is a label of ours, so the prediction is folded: the model names as winner whichever has the higher
+    reward, with confidence ``sigmoid(|gap|)`` in [0.5, 1]. The error is the distance between mean confidence and
+    share of right answers, averaged over bins of confidence by the pairs in them.
+
+    Args:
+        gaps: ``r_w - r_l``, ``[pairs]``.
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(gaps)))
+    right = (gaps > 0).astype(np.float64)
+    bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(np.int64), BINS - 1)
+    total = 0.0
+    for b in range(BINS):
+        inside = bins == b
+        if inside.any():
+            total += abs(confidence[inside].mean() - right[inside].mean()) * inside.mean()
+    return float(total)

@@ -1,0 +1,219 @@
+"""Preference files: JSON lines with pairs, or with single samples and binary labels that are paired here.
+
+    {"prompt": "a red car", "winner": "a.mp4", "loser": "b.mp4"}
+    {"prompt": "a red car", "winner": "a.mp4", "loser": "c.mp4", "tie": true}
+    {"prompt": "a red car", "sample": "d.safetensors", "label": 1}
+
+Both kinds may stand in one file. Paths are relative to the file's folder. Labelled samples of one prompt make a pair
+of every positive with every negative (Euphonium, section 5.1). For image-to-video, ``"image"`` names the picture that
+the prompt's videos begin with, in one of its lines or in all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from euphonium.config import PreferencesConfig
+from euphonium.errors import ConfigError
+
+Pairs = NDArray[np.int64]
+UNLABELLED = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceTable:
+    """Preferences over files.
+
+    Attributes:
+        prompts: texts.
+        files: of the samples; a file under two prompts is two samples.
+        prompt: int64 ``[samples]``, index of each sample's prompt.
+        label: int64 ``[samples]``: 1, 0, or -1 for samples without a label.
+        pairs: int64 ``[pairs, 2]``, winner and loser.
+        ties: int64 ``[ties, 2]``.
+        images: pictures by prompt, where lines name them.
+    """
+
+    prompts: list[str]
+    files: list[Path]
+    prompt: NDArray[np.int64]
+    label: NDArray[np.int64]
+    pairs: Pairs
+    ties: Pairs
+    images: dict[str, Path] = field(default_factory=dict)
+
+    def of_prompts(self, chosen: Sequence[int]) -> PreferenceTable:
+        """The preferences of some prompts alone."""
+        kept = np.isin(self.prompt, chosen)
+        renumbered = np.cumsum(kept) - 1
+        new_prompt = {old: new for new, old in enumerate(chosen)}
+        return PreferenceTable(
+            prompts=[self.prompts[i] for i in chosen],
+            files=[file for file, keep in zip(self.files, kept, strict=True) if keep],
+            prompt=np.array([new_prompt[int(p)] for p in self.prompt[kept]], dtype=np.int64),
+            label=self.label[kept],
+            pairs=renumbered[self.pairs[kept[self.pairs[:, 0]]]],
+            ties=renumbered[self.ties[kept[self.ties[:, 0]]]],
+            images={text: self.images[text] for text in (self.prompts[i] for i in chosen) if text in self.images},
+        )
+
+
+def ranked_pairs(prompt: NDArray[np.int64], score: NDArray[np.float64], margin: float) -> Pairs:
+    """All (winner, loser) pairs of samples of one prompt whose scores differ by at least ``margin``.
+
+    Args:
+        prompt: ``[samples]``.
+        score: ``[samples]``.
+        margin: equal scores make no pair, whatever the margin.
+    """
+    found = [np.empty((0, 2), dtype=np.int64)]
+    order = np.argsort(prompt, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(prompt[order])) + 1):
+        gap = score[members][:, None] - score[members][None, :]
+        winners, losers = np.nonzero((gap >= margin) & (gap > 0))
+        found.append(np.stack([members[winners], members[losers]], axis=1))
+    return np.concatenate(found)
+
+
+def read_preferences(path: Path, name: str) -> PreferenceTable:
+    """Reads and checks a preference file.
+
+    Args:
+        path: of the file.
+        name: of the recipe's field that names it, for errors.
+
+    Raises:
+        ConfigError: names file, line and field.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name}: cannot read {path}: {error}") from error
+    rows = _Rows(path.parent)
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            rows.add(line, f"{path}:{number}")
+    table = rows.table()
+    if not len(table.pairs) and not len(table.ties) and not (table.label != UNLABELLED).any():
+        raise ConfigError(f"{name}: {path} holds no preference")
+    return table
+
+
+def open_preferences(settings: PreferencesConfig, seed: int) -> tuple[PreferenceTable, PreferenceTable]:
+    """Training and held-out preferences, which share no prompt.
+
+    Args:
+        settings: names the files.
+        seed: of the choice of held-out prompts, where they have no file.
+
+    Raises:
+        ConfigError: an unreadable file, or prompts in both.
+    """
+    train = read_preferences(settings.train, "preferences.train")
+    if settings.held_out is not None:
+        held_out = read_preferences(settings.held_out, "preferences.held_out")
+        if shared := set(train.prompts) & set(held_out.prompts):
+            raise ConfigError(
+                f"preferences.held_out: {len(shared)} prompts are also in {settings.train}, for example "
+                f"{min(shared)!r}; accuracy on prompts that were trained on says nothing"
+            )
+        return train, held_out
+    count = max(1, round(settings.held_out_fraction * len(train.prompts)))
+    if count >= len(train.prompts):
+        raise ConfigError(
+            f"preferences.held_out_fraction: {settings.train} has {len(train.prompts)} prompts, too few to hold "
+            f"{count} out; give preferences.held_out, or more prompts"
+        )
+    order = np.random.default_rng(seed).permutation(len(train.prompts)).tolist()
+    return train.of_prompts(sorted(order[count:])), train.of_prompts(sorted(order[:count]))
+
+
+@dataclass
+class _Rows:
+    """Lines read so far."""
+
+    folder: Path
+    prompts: dict[str, int] = field(default_factory=dict)
+    samples: dict[tuple[int, Path], int] = field(default_factory=dict)
+    labels: dict[int, int] = field(default_factory=dict)
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    ties: list[tuple[int, int]] = field(default_factory=list)
+    images: dict[str, Path] = field(default_factory=dict)
+
+    def add(self, line: str, place: str) -> None:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{place}: not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"{place}: not a JSON object")
+        known = {"prompt", "image"} | ({"sample", "label"} if "sample" in row else {"winner", "loser", "tie"})
+        if unknown := sorted(set(row) - known):
+            raise ConfigError(f"{place}: unknown field {unknown[0]!r}; known here: {', '.join(sorted(known))}")
+        prompt = self.prompts.setdefault(_text(row, "prompt", place), len(self.prompts))
+        if "image" in row:
+            self._image(row, place)
+        if "sample" in row:
+            sample = self._sample(row, "sample", prompt, place)
+            label = row.get("label")
+            if label not in (0, 1):
+                raise ConfigError(f"{place}: field 'label' must be 0 or 1, got {label!r}")
+            if self.labels.setdefault(sample, int(label)) != label:
+                raise ConfigError(f"{place}: field 'label': the sample already has the label {1 - int(label)}")
+            return
+        pair = self._sample(row, "winner", prompt, place), self._sample(row, "loser", prompt, place)
+        if pair[0] == pair[1]:
+            raise ConfigError(f"{place}: fields 'winner' and 'loser' name the same file")
+        tie = row.get("tie", False)
+        if not isinstance(tie, bool):
+            raise ConfigError(f"{place}: field 'tie' must be true or false, got {tie!r}")
+        (self.ties if tie else self.pairs).append(pair)
+
+    def _image(self, row: dict[str, Any], place: str) -> None:
+        text, image = row["prompt"], self.folder / _text(row, "image", place)
+        if not image.is_file():
+            raise ConfigError(f"{place}: field 'image': there is no file {image}")
+        if self.images.setdefault(text, image) != image:
+            raise ConfigError(
+                f"{place}: field 'image': the prompt {text!r} already has the image {self.images[text]}; word the "
+                "prompts differently"
+            )
+
+    def _sample(self, row: dict[str, Any], name: str, prompt: int, place: str) -> int:
+        path = self.folder / _text(row, name, place)
+        key = (prompt, path)
+        if key not in self.samples and not path.is_file():
+            raise ConfigError(f"{place}: field {name!r}: there is no file {path}")
+        return self.samples.setdefault(key, len(self.samples))
+
+    def table(self) -> PreferenceTable:
+        prompt = np.array([prompt for prompt, _ in self.samples], dtype=np.int64)
+        label = np.array([self.labels.get(i, UNLABELLED) for i in range(len(prompt))], dtype=np.int64)
+        labelled = np.flatnonzero(label != UNLABELLED)
+        paired = labelled[ranked_pairs(prompt[labelled], label[labelled].astype(np.float64), 0.5)]
+        given = np.array(self.pairs, dtype=np.int64).reshape(-1, 2)
+        return PreferenceTable(
+            prompts=list(self.prompts),
+            files=[path for _, path in self.samples],
+            prompt=prompt,
+            label=label,
+            pairs=np.unique(np.concatenate([given, paired]), axis=0),
+            ties=np.array(self.ties, dtype=np.int64).reshape(-1, 2),
+            images=self.images,
+        )
+
+
+def _text(row: dict[str, Any], name: str, place: str) -> str:
+    if name not in row:
+        raise ConfigError(f"{place}: field {name!r} is missing")
+    value = row[name]
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{place}: field {name!r} must be a text, got {value!r}")
+    return value

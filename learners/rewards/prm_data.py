@@ -1,0 +1,113 @@
+"""The folder in which samples of a process reward model wait for its training: written once, mapped by every rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from euphonium.generators.generator import Conditioning
+from learners.rewards.preference import LatentFiles, Latents, Preferences
+from learners.rewards.preference_files import Pairs, ranked_pairs
+
+INDEX_FILE = "index.json"
+LATENTS_FILE = "latents.npy"
+SAMPLES_FILE = "samples.npz"
+CONDITIONING_FILE = "conditioning.safetensors"
+
+
+def is_prepared(folder: Path, mark: str) -> bool:
+    """Whether the folder is complete, and was made for the same settings."""
+    index = folder / INDEX_FILE
+    return index.is_file() and json.loads(index.read_text())["mark"] == mark
+
+
+def write_scored(
+    folder: Path, mark: str, latents: NDArray[np.float32], prompt: NDArray[np.int64], score: NDArray[np.float64],
+    conditioning: Conditioning,
+) -> None:  # fmt: skip
+    """Writes drawn samples with the scores that will rank them.
+
+    Args:
+        folder: is made.
+        mark: of the settings that they were drawn with.
+        latents: ``[samples, *latent]``.
+        prompt: ``[samples]``.
+        score: ``[samples]``.
+        conditioning: per prompt.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / LATENTS_FILE, latents)
+    np.savez(folder / SAMPLES_FILE, prompt=prompt, score=score)
+    _finish(folder, mark, latents.shape[1:], None, conditioning)
+
+
+def write_paired(
+    folder: Path, mark: str, files: Sequence[Path], shape: tuple[int, ...], prompt: NDArray[np.int64], pairs: Pairs,
+    conditioning: Conditioning,
+) -> None:  # fmt: skip
+    """Writes preferences over latent files, which stay where they are.
+
+    Args:
+        folder: is made.
+        mark: of the settings.
+        files: of the samples.
+        shape: of a latent.
+        prompt: ``[samples]``.
+        pairs: ``[pairs, 2]``.
+        conditioning: per prompt.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / SAMPLES_FILE, prompt=prompt, pairs=pairs)
+    _finish(folder, mark, shape, [str(file.resolve()) for file in files], conditioning)
+
+
+def _finish(
+    folder: Path, mark: str, shape: tuple[int, ...], files: list[str] | None, conditioning: Conditioning
+) -> None:
+    save_file({name: t.cpu().contiguous() for name, t in conditioning.items()}, folder / CONDITIONING_FILE)
+    index = {"mark": mark, "latent_shape": list(shape), "files": files}
+    # The index comes last, in one step: a folder with an index is complete.
+    (folder / f"{INDEX_FILE}.tmp").write_text(json.dumps(index) + "\n")
+    (folder / f"{INDEX_FILE}.tmp").rename(folder / INDEX_FILE)
+
+
+def open_prepared(folder: Path, margin: float) -> Preferences:
+    """Opens a complete folder; latents stay on disk, mapped or in their files.
+
+    Args:
+        folder: of :func:`write_scored` or :func:`write_paired`.
+        margin: least difference of two scores that makes a pair; given pairs are taken as they are.
+    """
+    index = json.loads((folder / INDEX_FILE).read_text())
+    samples = np.load(folder / SAMPLES_FILE)
+    shape = tuple(index["latent_shape"])
+    latents: Latents
+    if index["files"] is not None:
+        latents, pairs = LatentFiles([Path(file) for file in index["files"]], shape), samples["pairs"]
+    else:
+        # Copy-on-write maps: torch wants writable memory, and nothing here writes.
+        latents = _mapped(folder / LATENTS_FILE)
+        pairs = ranked_pairs(samples["prompt"], samples["score"], margin)
+    return Preferences(
+        latents=latents,
+        latent_shape=shape,
+        prompt=samples["prompt"],
+        conditioning=load_file(folder / CONDITIONING_FILE),
+        pairs=pairs,
+    )
+
+
+def is_scored(folder: Path) -> bool:
+    """Whether a complete folder holds scores, so that pairs depend on a margin."""
+    return json.loads((folder / INDEX_FILE).read_text())["files"] is None
+
+
+def _mapped(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path, mmap_mode="c"))

@@ -1,0 +1,63 @@
+"""Training of a process reward model on a prepared folder, by one process or by the ranks of a group."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from euphonium.config import PrmConfig
+from euphonium.generators.generator import open_generator
+from euphonium.rewards.process import ProcessRewardModel
+from learners.engine.reward_engine import RewardEngine
+from learners.rewards.preference import PrmTask, gaps_by_noise, measured
+from learners.rewards.prm_data import is_scored, open_prepared
+
+# The last measurement takes this many times the pairs of those during training.
+FINAL_MEASUREMENT = 5
+
+
+class PrmTraining:
+    """A process reward model's part of a training; see :class:`learners.rewards.worker.RewardTraining`."""
+
+    def __init__(self, config: PrmConfig, device: torch.device) -> None:
+        self.config = config
+        self.settings = config.optimizer
+        self.family = open_generator(config.model)
+        torch.manual_seed(config.seed)
+        self.model = ProcessRewardModel.from_generator(self.family, config.blocks)
+        self.model.for_training(gradient_checkpointing=config.gradient_checkpointing)
+        data = config.run_dir / "data"
+        train, self.held_out = (open_prepared(data / part, config.pairs.margin) for part in ("train", "held_out"))
+        self.pairs = {"training_pairs": len(train.pairs), "held_out_pairs": len(self.held_out.pairs)}
+        self.task = PrmTask(train, self.held_out, config.optimizer, config.seed, device)
+        self.scored = is_scored(data / "held_out")
+
+    def result(self, engine: RewardEngine) -> dict[str, Any]:
+        """Numbers on held-out pairs, more of them than during training; all ranks call it."""
+        count = FINAL_MEASUREMENT * self.settings.evaluation_pairs
+        found = self.task.evaluate(engine, count) | self.pairs
+        if self.scored:
+            every = open_prepared(self.config.run_dir / "data" / "held_out", 0.0).pairs
+            data = dataclasses.replace(self.held_out, pairs=every)
+            gaps = gaps_by_noise(engine, data, every, per_tenth=count)
+            found["accuracy_without_margin"] = measured(gaps)["accuracy"]
+            found["margin"] = self.config.pairs.margin
+        return found
+
+    def save(self, weights: dict[str, Tensor], result: dict[str, Any]) -> None:
+        """Writes the model with its trained weights."""
+        torch.manual_seed(self.config.seed)
+        model = ProcessRewardModel.from_generator(self.family, self.config.blocks).float()
+        unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+        assert not unknown, unknown
+        notes = {
+            f"held_out_{name}": np.round(result[name], 4).tolist()
+            for name in ("accuracy", "accuracy_without_margin", "calibration_error")
+            if name in result
+        }
+        margin = {"margin": result["margin"]} if "margin" in result else {}
+        model.save(self.config.target, getattr(torch, self.config.save_dtype), **notes, **margin)

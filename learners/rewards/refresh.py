@@ -1,0 +1,242 @@
+"""Keeps a process reward model up with the policy: Bradley-Terry updates on the policy's own newest samples.
+
+A process reward model that was trained on the first policy's samples knows less and less of the current one's, and a
+policy that follows its gradient finds what it overrates. The outcome rewards of every iteration rank fresh samples at
+no cost; training on them between iterations keeps the model honest where the policy now is.
+
+Every refresh begins at the weights of the start and takes all samples that are kept. A model that goes on from the
+last refresh has long learned its older samples by heart, and ranks new ones worse for it (as Ash and Adams, 2020,
+found for warm starts in general).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from euphonium.config import PrmRefreshConfig, RunConfig
+from euphonium.errors import TrainingError
+from euphonium.generators.generator import Conditioning, stack_conditionings
+from euphonium.rewards.process import ProcessRewardModel
+from euphonium.wire.arrays import as_tensor
+from euphonium.wire.records import Array
+from learners.rewards.preference import PairSampler, Preferences, bradley_terry, paired_rewards
+from learners.rewards.preference_files import Pairs, ranked_pairs
+from learners.rewards.training import learning_rate
+
+STATE_FILE = "refresh.json"
+TENSORS_FILE = "refresh.safetensors"
+# Pairs of the newest groups on which a refresh is judged before it starts.
+JUDGED_PAIRS = 64
+
+
+@dataclass(frozen=True)
+class ReplayedGroup:
+    """One group of the policy's samples.
+
+    Attributes:
+        iteration: that drew it.
+        latents: float32 ``[group, *latent]``, clean.
+        totals: float64 ``[group]``, weighted outcome rewards.
+        conditioning: of its prompt, with a leading dimension of 1.
+    """
+
+    iteration: int
+    latents: Tensor
+    totals: NDArray[np.float64]
+    conditioning: Conditioning
+
+
+class PrmRefresh:
+    """The newest groups, and the model that is trained on them.
+
+    Attributes:
+        model: float32; what the servers get.
+        version: refreshes so far.
+    """
+
+    def __init__(self, settings: PrmRefreshConfig, model: ProcessRewardModel, seed: int, device: torch.device) -> None:
+        self.settings, self.seed, self.device = settings, seed, device
+        self.model = model.to(device).for_training()
+        self.version = 0
+        self._groups: deque[ReplayedGroup] = deque(maxlen=settings.buffer_groups)
+        self._start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    def add(self, iteration: int, latents: Array, totals: Array, conditioning: dict[str, Array]) -> None:
+        """Takes in a group; the oldest one goes when there are ``buffer_groups``.
+
+        Args:
+            iteration: that drew it.
+            latents: float32 ``[group, *latent]``, clean.
+            totals: ``[group]``, weighted outcome rewards.
+            conditioning: of its prompt, with a leading dimension of 1.
+        """
+        self._groups.append(
+            ReplayedGroup(
+                iteration=iteration,
+                latents=as_tensor(latents).clone(),
+                totals=np.asarray(totals, dtype=np.float64),
+                conditioning={name: as_tensor(array).clone() for name, array in conditioning.items()},
+            )
+        )
+
+    def due(self, iteration: int) -> bool:
+        """Whether a refresh follows an iteration, counted from 1."""
+        return iteration % self.settings.every == 0
+
+    def update(self) -> dict[str, float]:
+        """One refresh.
+
+        Returns:
+            Metrics; accuracy is measured first, on pairs of the newest iteration's groups, which the model has not
+            seen. Without any pair (all totals closer than the margin) nothing is trained and nothing returned.
+
+        Raises:
+            TrainingError: a loss that is not finite.
+        """
+        data = self._preferences(list(self._groups))
+        if not len(data.pairs):
+            return {}
+        metrics = self._judged()
+        sampler = PairSampler(data, self.settings.pairs_per_update, self.seed)
+        self.model.load_state_dict(self._start)
+        parameters = list(self.model.parameters())
+        # The weights are good already: no decay pulls them to zero.
+        optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+        losses = []
+        self.model.train()
+        for update in range(self.settings.updates):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.settings, update)
+            pairs, sigma, noise = sampler.draw(self.version * self.settings.updates + update)
+            loss = bradley_terry(*self._rewards(data, pairs, sigma, noise)).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(
+                    f"the loss of update {update + 1} of the process reward model's refresh is not finite: lower "
+                    "rewards.process.refresh.learning_rate, or look for samples that are not finite"
+                )
+        self.version += 1
+        return metrics | {
+            "process/refresh_loss": float(np.mean(losses)),
+            "process/refresh_pairs": float(len(data.pairs)),
+        }
+
+    def weights(self) -> dict[str, Array]:
+        """All weights by name, as :meth:`reward_servers.prm.PrmScorer.load_weights` takes them; copies."""
+        return {name: np.array(tensor.detach().cpu().numpy()) for name, tensor in self.model.state_dict().items()}
+
+    def _judged(self) -> dict[str, float]:
+        newest = self._groups[-1].iteration
+        data = self._preferences([group for group in self._groups if group.iteration == newest])
+        if not len(data.pairs):
+            return {}
+        pairs, sigma, noise = PairSampler(data, JUDGED_PAIRS, self.seed + 1).draw(self.version)
+        self.model.eval()
+        with torch.no_grad():
+            winners, losers = self._rewards(data, pairs, sigma, noise)
+        return {"process/refresh_accuracy": float((winners > losers).float().mean())}
+
+    def _rewards(self, data: Preferences, pairs: Pairs, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return paired_rewards(self.model, data, pairs, sigma.to(self.device), noise.to(self.device))
+
+    def _preferences(self, groups: list[ReplayedGroup]) -> Preferences:
+        # A group is a prompt of its own here, even where two have the same text: their noise may differ.
+        prompt = np.repeat(np.arange(len(groups)), [len(group.latents) for group in groups])
+        latents = torch.cat([group.latents for group in groups])
+        return Preferences(
+            latents=latents,
+            latent_shape=tuple(latents.shape[1:]),
+            prompt=prompt,
+            conditioning=stack_conditionings([group.conditioning for group in groups]),
+            pairs=ranked_pairs(prompt, np.concatenate([group.totals for group in groups]), self.settings.margin),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes model and replay; the folder is also a process reward model that can be loaded."""
+        self.model.save(folder, refreshes=self.version)
+        tensors: dict[str, Tensor] = {}
+        for i, group in enumerate(self._groups):
+            tensors[f"group.{i}.latents"] = group.latents
+            tensors |= {f"group.{i}.conditioning.{name}": t.contiguous() for name, t in group.conditioning.items()}
+        save_file(tensors, folder / TENSORS_FILE)
+        state = {
+            "version": self.version,
+            "groups": [{"iteration": g.iteration, "totals": g.totals.tolist()} for g in self._groups],
+        }
+        (folder / STATE_FILE).write_text(json.dumps(state) + "\n")
+
+    def restore(self, folder: Path) -> None:
+        """Takes up what :meth:`save` wrote."""
+        from euphonium.rewards.process import WEIGHTS_FILE
+
+        self.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        tensors, state = load_file(folder / TENSORS_FILE), json.loads((folder / STATE_FILE).read_text())
+        self.version = int(state["version"])
+        self._groups.clear()
+        for i, group in enumerate(state["groups"]):
+            prefix = f"group.{i}.conditioning."
+            self._groups.append(
+                ReplayedGroup(
+                    iteration=group["iteration"],
+                    latents=tensors[f"group.{i}.latents"],
+                    totals=np.array(group["totals"]),
+                    conditioning={k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)},
+                )
+            )
+
+
+class PrmRefreshActor:
+    """A :class:`PrmRefresh` as a Ray actor."""
+
+    def __init__(self, config: RunConfig) -> None:
+        torch.set_num_threads(config.pools.prm.threads)
+        self.config = config
+        self.refresh = self._fresh()
+
+    def _fresh(self) -> PrmRefresh:
+        process = self.config.rewards.process
+        assert process is not None
+        assert process.refresh is not None
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = ProcessRewardModel.load(Path(process.path), self.config.model)
+        return PrmRefresh(process.refresh, model, self.config.seed, device)
+
+    def __repr__(self) -> str:
+        return "prm-refresh"
+
+    def restore(self, folder: str | None) -> int:
+        """Goes back to a checkpoint's state, or to the start where it has none; the number of refreshes until then."""
+        self.refresh = self._fresh()
+        if folder is not None and (Path(folder) / STATE_FILE).is_file():
+            self.refresh.restore(Path(folder))
+        return self.refresh.version
+
+    def add(self, iteration: int, latents: Array, totals: Array, conditioning: dict[str, Array]) -> None:
+        """See :meth:`PrmRefresh.add`."""
+        self.refresh.add(iteration, latents, totals, conditioning)
+
+    def step(self, iteration: int, folder: str | None) -> tuple[int, dict[str, float]]:
+        """Refreshes if it is time, and saves if there is a folder; refreshes so far, and metrics."""
+        metrics: dict[str, Any] = self.refresh.update() if self.refresh.due(iteration) else {}
+        if folder is not None:
+            self.refresh.save(Path(folder))
+        return self.refresh.version, metrics
+
+    def weights(self) -> dict[str, Array]:
+        """See :meth:`PrmRefresh.weights`."""
+        return self.refresh.weights()

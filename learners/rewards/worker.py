@@ -1,0 +1,125 @@
+"""Runs a reward model's training: in this process, or on every rank of a group under Ray Train."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from euphonium.config import OrmConfig, PrmConfig, RewardOptimizerConfig, RewardTrainingConfig
+from learners.engine.reward_engine import LocalEngine, RewardEngine, ZeroEngine
+from learners.engine.zero3 import join_group
+from learners.rewards.training import PROGRESS_FILE, Report, Task, final_weights, fit
+
+CHECKPOINTS = "checkpoints"
+RESULT_FILE = "result.json"
+# Fields that do not change what is learned: a training may go on after they were changed.
+INCIDENTAL = {"output_dir", "target", "threads", "learner", "gradient_checkpointing"}
+INCIDENTAL_OPTIMIZER = {"checkpoint_every", "evaluate_every", "evaluation_pairs", "patience", "pairs_per_micro_batch"}
+
+
+class RewardTraining(Protocol):
+    """What differs between the kinds of reward models."""
+
+    @property
+    def model(self) -> nn.Module:
+        """On the CPU, with the trained parameters requiring gradients."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """Losses and measurements."""
+        ...
+
+    @property
+    def settings(self) -> RewardOptimizerConfig:
+        """Of the optimisation."""
+        ...
+
+    def result(self, engine: RewardEngine) -> dict[str, Any]:
+        """The final numbers, of the engine's model as it is; all ranks call it."""
+        ...
+
+    def save(self, weights: dict[str, Tensor], result: dict[str, Any]) -> None:
+        """Writes the trained model; rank 0 calls it."""
+        ...
+
+
+def open_training(config: PrmConfig | OrmConfig, device: torch.device) -> RewardTraining:
+    """Loads the model and its preferences."""
+    if isinstance(config, PrmConfig):
+        from learners.rewards.process import PrmTraining
+
+        return PrmTraining(config, device)
+    from learners.rewards.outcome import OrmTraining
+
+    return OrmTraining(config, device)
+
+
+def recipe_mark(config: RewardTrainingConfig) -> str:
+    """Mark of everything in a recipe that decides what is learned."""
+    values = config.model_dump(mode="json", exclude=INCIDENTAL)
+    values["optimizer"] = {n: v for n, v in values["optimizer"].items() if n not in INCIDENTAL_OPTIMIZER}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def train(config: PrmConfig | OrmConfig, engine: RewardEngine, training: RewardTraining, report: Report) -> None:
+    """Trains, measures and writes the model and ``result.json``; all ranks call it.
+
+    Args:
+        config: the recipe.
+        engine: around ``training.model``.
+        training: model and task.
+        report: takes records of progress, on rank 0.
+    """
+    folder = config.run_dir / CHECKPOINTS
+    progress = fit(engine, training.task, training.settings, folder, recipe_mark(config), report)
+    weights = final_weights(engine, progress, training.settings, folder)
+    with engine.averaged():
+        result = training.result(engine)
+    result |= {"updates": progress.update, "weights_of_update": progress.best_update or progress.update}
+    if engine.rank == 0:
+        training.save(weights, result)
+        (config.run_dir / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def train_here(config: PrmConfig | OrmConfig, report: Report) -> None:
+    """Trains in this process."""
+    torch.set_num_threads(config.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    training = open_training(config, device)
+    train(config, LocalEngine(training.model, training.settings, device), training, report)
+
+
+def train_rank(config: PrmConfig | OrmConfig, report: Report) -> None:
+    """Trains as one rank of a group, whose environment variables say which."""
+    assert config.learner is not None
+    torch.set_num_threads(config.learner.threads)
+    device = join_group()
+    training = open_training(config, device)
+    train(config, ZeroEngine(training.model, training.settings, config.learner, device), training, report)
+
+
+def reward_train_loop(settings: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker.
+
+    Args:
+        settings: ``kind`` (prm or orm) and ``config``, the recipe as JSON values.
+    """
+    kind = PrmConfig if settings["kind"] == "prm" else OrmConfig
+    config: PrmConfig | OrmConfig = kind.model_validate(settings["config"])
+    train_rank(config, progress_file(config.run_dir))
+
+
+def progress_file(run_dir: Path) -> Report:
+    """A report that appends to the training's progress file, from which the driver reads."""
+
+    def report(record: dict[str, Any]) -> None:
+        with (run_dir / PROGRESS_FILE).open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    return report

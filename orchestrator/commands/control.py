@@ -1,0 +1,125 @@
+"""Looking at a running job and changing its pools: a small named actor between the command line and the run loop.
+
+The run loop calls it every second: it leaves a snapshot and takes what was asked for. The command line talks to the
+actor alone, so that a busy run loop never keeps anybody waiting.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from euphonium.errors import ConfigError, PreflightError
+
+CONTROL = "control"
+NAMESPACE = "euphonium-"
+ROLES = ("rollout", "prm", "orm", "learner")
+ANSWER_TIMEOUT_S = 30.0
+
+
+class ControlDesk:
+    """Snapshots one way, requests the other."""
+
+    def __init__(self) -> None:
+        self._snapshot: dict[str, Any] = {}
+        self._taken = time.time()
+        self._requests: list[dict[str, int]] = []
+
+    def __repr__(self) -> str:
+        return CONTROL
+
+    def exchange(self, snapshot: dict[str, Any]) -> list[dict[str, int]]:
+        """The run loop's call.
+
+        Args:
+            snapshot: of the run, for :meth:`status`.
+
+        Returns:
+            Sizes of pools that were asked for since the last call.
+        """
+        self._snapshot, self._taken = snapshot, time.time()
+        requests, self._requests = self._requests, []
+        return requests
+
+    def status(self) -> dict[str, Any]:
+        """The last snapshot, and its age in seconds; empty before the first."""
+        return {**self._snapshot, "age_s": time.time() - self._taken} if self._snapshot else {}
+
+    def scale(self, sizes: dict[str, int]) -> dict[str, Any]:
+        """Asks for sizes of pools.
+
+        Returns:
+            The last snapshot.
+
+        Raises:
+            ConfigError: the run has no such pool.
+        """
+        pools = self._snapshot.get("pools", {})
+        for role in sizes:
+            if pools and role not in pools:
+                raise ConfigError(f"this run has no {role} pool; it has {', '.join(pools)}")
+        self._requests.append(sizes)
+        return self.status()
+
+
+def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:
+    """``rollout=6`` and so on.
+
+    Raises:
+        ConfigError: not of that form, or not a pool.
+    """
+    sizes = {}
+    for argument in arguments:
+        role, _, number = argument.partition("=")
+        if role not in ROLES or not number.isdecimal() or int(number) < 1:
+            raise ConfigError(f"{argument!r}: a pool and its size are wanted, for example rollout=6; pools: {ROLES}")
+        sizes[role] = int(number)
+    return sizes
+
+
+def find_desk(run: str | None) -> tuple[str, Any]:
+    """Name and control actor of a run in the connected cluster.
+
+    Args:
+        run: its name; None if there is only one.
+
+    Raises:
+        PreflightError: there is no such run, or several to choose from.
+    """
+    import ray
+
+    prefix = NAMESPACE
+    runs = {
+        actor["namespace"].removeprefix(prefix): actor["namespace"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["name"] == CONTROL and actor["namespace"].startswith(prefix)
+    }
+    if run is None and len(runs) == 1:
+        (run,) = runs
+    if run is None or run not in runs:
+        which = f"no run named {run}" if run is not None else "no run" if not runs else "more than one run"
+        raise PreflightError(f"the cluster has {which}; it has: {', '.join(sorted(runs)) or 'none'}")
+    return run, ray.get_actor(CONTROL, namespace=runs[run])
+
+
+def describe_status(run: str, status: Mapping[str, Any]) -> str:
+    """The status for people to read."""
+    if not status:
+        return f"{run}: starting"
+    lines = [
+        f"{run}: {status['phase']}, policy version {status['version']} of {status['iterations']}"
+        + (f" (as of {status['age_s']:.0f} s ago)" if status["age_s"] > 5 else ""),
+        f"{'pool':<9}{'present':>8}{'wanted':>8}{'working':>9}{'busy':>7}",
+    ]
+    for role, pool in status["pools"].items():
+        working = "" if pool["working"] is None else str(pool["working"])
+        lines.append(f"{role:<9}{pool['present']:>8}{pool['wanted']:>8}{working:>9}{pool['busy']:>7.0%}")
+        absent = [f"{name} {state}" for name, state in pool["members"].items() if state != "present"]
+        if absent:
+            lines.append(f"         {', '.join(absent)}")
+    queue = status["queue"]
+    lines.append(f"queue    {queue['groups']} groups, {queue['bytes'] / 2**20:.1f} MiB, drawn or under way")
+    if status["last"]:
+        lines.append(f"last     {status['last']}")
+    return "\n".join(lines)

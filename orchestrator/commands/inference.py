@@ -1,0 +1,225 @@
+"""Sampling and scoring outside of a run: what ``generate`` and ``evaluate`` do, in this process.
+
+Three protocols (Euphonium, Table 6): ``distilled`` and ``implicit`` sample the policy alone, ``inference_rgg`` keeps
+the reward gradient in the ODE and needs the process reward model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from euphonium.config import GuidanceConfig, RunConfig, load_config
+from euphonium.errors import CheckpointError, ConfigError
+from euphonium.rewards.total import total_weight, weighted_total
+from euphonium.wire.records import Array
+from orchestrator.checkpoints import CONFIG, Checkpoint, CheckpointStore, verify
+
+if TYPE_CHECKING:
+    from actors.rollout import RolloutWorker, SourceFactory
+
+Protocol = Literal["implicit", "inference_rgg", "distilled"]
+
+
+def open_checkpoint(path: Path) -> tuple[Checkpoint, RunConfig]:
+    """A verified checkpoint, given its folder or the run's, and the configuration of its run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / "checkpoints").is_dir():
+        checkpoint = CheckpointStore(path / "checkpoints", keep_last=1).newest()
+        if checkpoint is None:
+            raise CheckpointError(f"{path} holds no good checkpoint")
+    else:
+        checkpoint = verify(path)
+    return checkpoint, load_config(checkpoint.folder / CONFIG)
+
+
+@dataclass(frozen=True)
+class TrainedPolicy:
+    """A policy ready to sample, by one protocol.
+
+    Attributes:
+        config: of its run.
+        worker: with the policy's weights.
+        guidance: the reward gradient that sampling keeps, or None.
+        make_source: where that gradient comes from.
+    """
+
+    config: RunConfig
+    worker: RolloutWorker
+    guidance: GuidanceConfig | None
+    make_source: SourceFactory | None
+
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Array:
+        """Latents ``[len(prompts), *latent]``, one a prompt and seed."""
+        return self.worker.evaluate(prompts, seeds, self.make_source, self.guidance)
+
+
+def open_policy(
+    checkpoint: Checkpoint, config: RunConfig, *, base: bool = False, protocol: Protocol | None = None
+) -> TrainedPolicy:
+    """Loads the policy of a checkpoint (its moving average where there is one).
+
+    Args:
+        checkpoint: of the run.
+        config: of the run.
+        base: the generator before training instead.
+        protocol: None takes the one that fits the run's objective.
+
+    Raises:
+        ConfigError: a protocol that this run has not trained for.
+    """
+    from safetensors.torch import load_file
+
+    from actors.rollout import RolloutWorker
+    from learners.policy.checkpoint import weights_file
+
+    trained_for = "distilled" if config.objective.kind == "distill" else "implicit"
+    if protocol in ("implicit", "distilled") and protocol != trained_for and not base:
+        raise ConfigError(
+            f"--protocol {protocol}: this policy was trained with objective.kind: {config.objective.kind}; sampling it "
+            f"without the reward gradient is the protocol {trained_for}"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    worker = RolloutWorker(config, device)
+    if not base:
+        state = load_file(weights_file(checkpoint.folder))
+        with torch.no_grad():
+            for name, parameter in worker.published.items():
+                parameter.copy_(state[name])
+    if protocol != "inference_rgg":
+        return TrainedPolicy(config, worker, None, None)
+    guidance = inference_guidance(config)
+    return TrainedPolicy(config, worker, guidance, _prm_in_process(config, device))
+
+
+def inference_guidance(config: RunConfig) -> GuidanceConfig:
+    """The guidance of a run's rollouts, for an ODE of any number of steps: its window as a range of time.
+
+    Raises:
+        ConfigError: a run whose guidance cannot be kept at inference.
+    """
+    guidance = config.sampler.guidance
+    if guidance is None or guidance.source != "prm":
+        raise ConfigError("--protocol inference_rgg: this run was not guided by a process reward model")
+    if guidance.scale is None:
+        raise ConfigError(
+            "--protocol inference_rgg: guidance by beta vanishes without noise; only guidance.scale can be kept"
+        )
+    from euphonium.generators.generator import open_generator
+
+    table = open_generator(config.model).step_table(config.sampler)
+    times = [1 - float(table.sigmas[k]) for k in table.guided_steps]
+    window = guidance.time_window or (times[0], times[-1])
+    return guidance.model_copy(update={"window": None, "time_window": window})
+
+
+def _prm_in_process(config: RunConfig, device: torch.device) -> SourceFactory:
+    from euphonium.rewards.process import LocalRewards, ProcessRewardModel
+
+    assert config.rewards.process is not None  # guidance by a PRM needs one: checked with the recipe
+    model = ProcessRewardModel.load(Path(config.rewards.process.path), config.model).to(device)
+    return lambda conditioning, table, velocity: LocalRewards(model, conditioning, table.sigmas)
+
+
+def generate_clips(
+    model: Path, prompts: list[str], output: Path, *, seed: int, steps: int, protocol: Protocol | None = None
+) -> list[Path]:
+    """Draws one clip a prompt.
+
+    Args:
+        model: diffusers folder, checkpoint, or run folder (whose newest checkpoint is taken).
+        prompts: texts.
+        output: folder for GIFs and contact sheet.
+        seed: of the noise; prompt number i uses ``seed + i``.
+        steps: ODE steps.
+        protocol: see :func:`open_policy`; a diffusers folder knows no other than sampling the model alone.
+
+    Returns:
+        The files written.
+    """
+    from orchestrator.report.pictures import save_samples
+
+    if (model / "model_index.json").is_file():
+        if protocol == "inference_rgg":
+            raise ConfigError("--protocol inference_rgg needs the process reward model: give the run's folder")
+        videos = _draw_with_diffusers(model, prompts, seed, steps)
+    else:
+        checkpoint, config = open_checkpoint(model)
+        evaluation = config.evaluation.model_copy(update={"num_steps": steps})
+        policy = open_policy(checkpoint, config.model_copy(update={"evaluation": evaluation}), protocol=protocol)
+        latents = policy.sample(prompts, [seed + i for i in range(len(prompts))])
+        decode = policy.worker.family.load_decoder(policy.worker.device)
+        decoded = torch.cat([decode(torch.from_numpy(part)) for part in np.split(latents, len(latents))])
+        videos = decoded.permute(0, 1, 3, 4, 2).cpu().numpy()
+    pixels = (videos * 255).round().astype(np.uint8)
+    save_samples(output, prompts, pixels, {})
+    return [*(output / f"{i:02d}.gif" for i in range(len(prompts))), output / "contact_sheet.png"]
+
+
+def _draw_with_diffusers(folder: Path, prompts: list[str], seed: int, steps: int) -> Array:
+    """Videos ``[prompts, frames, height, width, 3]`` in [0, 1] by nothing but the pipeline."""
+    from diffusers import DiffusionPipeline
+
+    shape: dict[str, Any] = {}
+    described = folder.parent / "config.resolved.yaml"
+    if described.is_file():
+        run: RunConfig = load_config(described)
+        shape = {"height": run.model.height, "width": run.model.width}
+        if run.model.frames > 1:
+            shape["num_frames"] = run.model.frames
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=len(prompts) > 1)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    videos = []
+    for i, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(seed + i)
+        result = pipeline(prompt, num_inference_steps=steps, generator=generator, output_type="np", **shape)
+        videos.append(np.asarray(result.frames[0] if hasattr(result, "frames") else result.images[:1]))
+    return np.stack(videos)
+
+
+def evaluate_model(
+    path: Path, *, base: bool, changes: dict[str, int], protocol: Protocol | None = None
+) -> dict[str, Any]:
+    """Scores a checkpoint, or the generator that its run started from, on the run's held-out prompts.
+
+    Args:
+        path: checkpoint or run folder.
+        base: score the generator before training.
+        changes: fields of the run's ``evaluation`` to replace.
+        protocol: see :func:`open_policy`.
+
+    Returns:
+        Mean and standard error of every reward and of their weighted total.
+    """
+    from orchestrator.evaluation import evaluation_set
+    from reward_servers.orm import OrmScorer
+
+    checkpoint, config = open_checkpoint(path)
+    try:
+        evaluation = type(config.evaluation).model_validate(config.evaluation.model_dump() | changes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    config = config.model_copy(update={"evaluation": evaluation})
+    policy = open_policy(checkpoint, config, base=base, protocol=protocol)
+    prompts, seeds = evaluation_set(config)
+    scorer = OrmScorer(config.rewards.outcome, policy.worker.family, policy.worker.device)
+    scores = scorer.score(policy.sample(prompts, seeds), prompts)
+    scores["total"] = weighted_total(scores, config.rewards.outcome) / total_weight(config.rewards.outcome)
+    return {
+        "model": str(config.model.path) if base else str(checkpoint.folder),
+        "protocol": protocol or "without reward gradient",
+        "prompts": len(prompts),
+        **{
+            name: {"mean": round(float(v.mean()), 5), "standard_error": round(float(v.std() / len(v) ** 0.5), 5)}
+            for name, v in scores.items()
+        },
+    }

@@ -1,0 +1,170 @@
+"""Reference pages made from the declarations: every field of a recipe, every metric.
+
+``python -m orchestrator.commands.reference`` writes ``docs/configuration.md``, ``docs/metrics.md`` and
+``docs/migration.md``; a test keeps them true.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a recipe, as a user sees it."""
+
+    path: str
+    kind: str
+    default: str
+    description: str
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[Field]:
+    """All fields of a configuration tree, depth first; entries of lists are shown as ``name[]``."""
+    for name, info in model.model_fields.items():
+        path = f"{prefix}{name}"
+        nested, is_list, optional = _nested(info.annotation)
+        if nested is None:
+            default = "required" if info.default is PydanticUndefined and info.default_factory is None else ""
+            if not default:
+                value = info.get_default(call_default_factory=True, validated_data={})
+                default = json.dumps(value, default=str)
+            yield Field(path, _kind(info.annotation), default, " ".join((info.description or "").split()))
+            continue
+        if optional or is_list:
+            default = "required" if info.is_required() else json.dumps(info.default, default=str)
+            yield Field(path, "list" if is_list else "section", default, " ".join((info.description or "").split()))
+        yield from fields(nested, f"{path}{'[]' if is_list else ''}.")
+
+
+def _nested(annotation: Any) -> tuple[type[BaseModel] | None, bool, bool]:
+    """The model inside an annotation, whether it is in a list, and whether it may be null."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False, False
+    arguments = get_args(annotation)
+    is_list, optional = get_origin(annotation) is list, NoneType in arguments
+    for argument in arguments:
+        nested, inner_list, _ = _nested(argument)
+        if nested is not None:
+            return nested, is_list or inner_list, optional
+    return None, False, False
+
+
+def _kind(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin in (Union, UnionType):
+        return " or ".join(_kind(a) for a in arguments)
+    if annotation is NoneType:
+        return "null"
+    if origin is not None and hasattr(annotation, "__metadata__"):
+        return _kind(arguments[0])
+    if origin in (list, tuple):
+        return f"[{', '.join(_kind(a) for a in arguments)}]"
+    if origin is dict:
+        return "mapping"
+    names = {str: "text", float: "number", int: "integer", bool: "true or false", Path: "path"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def configuration_page() -> str:
+    """``docs/configuration.md``."""
+    from euphonium.config import OrmConfig, PrmConfig, RunConfig
+
+    parts = [
+        "# Configuration",
+        "",
+        "Made from `euphonium/config/run.py` by `python -m orchestrator.commands.reference`; do not edit.",
+        "",
+        "A recipe is a YAML file with these fields. `extends: other.yaml` builds on another recipe, and every field",
+        "can be set on the command line: `euphonium train RECIPE pools.rollout.num_actors=4 rollout.group_size=8`.",
+        "Entries of lists go by number: `rewards.outcome.0.weight=2`.",
+    ]
+    trees: dict[str, type[BaseModel]] = {"train": RunConfig, "train-prm": PrmConfig, "train-orm": OrmConfig}
+    for command, model in trees.items():
+        parts += ["", f"## `euphonium {command}`", "", "| field | type | default | meaning |", "|---|---|---|---|"]
+        parts += [
+            f"| `{f.path}` | {f.kind} | {'required' if f.default == 'required' else f'`{f.default}`'} "
+            f"| {f.description.replace('|', chr(92) + '|')} |"
+            for f in fields(model)
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def metrics_page() -> str:
+    """``docs/metrics.md``."""
+    from orchestrator.report.metrics import METRICS, PREFIX
+
+    parts = [
+        "# Metrics",
+        "",
+        "Made from `orchestrator/report/metrics.py` by `python -m orchestrator.commands.reference`; do not edit.",
+        "",
+        "Every iteration is one object in `runs/<name>/metrics.jsonl`, one step in TensorBoard (`runs/<name>/events`),",
+        "and one set of values at the orchestrator's Prometheus endpoint, whose address a run prints when it starts.",
+        "The same gauges appear among Ray's own metrics with the prefix `ray_`. Iteration 0 is the evaluation before",
+        "training.",
+        "",
+        "| key | Prometheus | meaning |",
+        "|---|---|---|",
+    ]
+    parts += [f"| `{m.key}` | `{PREFIX}{m.name}` | {m.help.replace('|', chr(92) + '|')} |" for m in METRICS]
+    return "\n".join(parts) + "\n"
+
+
+def migration_page() -> str:
+    """``docs/migration.md``."""
+    from euphonium.config.foreign import PROJECTS
+
+    parts = [
+        "# Coming from another project",
+        "",
+        "Made from `euphonium/config/foreign.py` by `python -m orchestrator.commands.reference`; do not edit.",
+        "",
+        "What a setting of another project is called here. The fields are described in",
+        "[configuration.md](configuration.md), the methods and how they differ in [methods.md](methods.md).",
+        "",
+        "None of these names is ever ignored: in a recipe or as an override it is an error that says what the setting",
+        "is called here, and `euphonium validate` reports variables of Euphonium's script that are set in the",
+        "environment, where they have no effect.",
+    ]
+    for project in PROJECTS:
+        parts += [
+            "",
+            f"## {project.title}",
+            "",
+            f"The names are {project.kind}.",
+            "",
+            "| there | here | |",
+            "|---|---|---|",
+        ]
+        parts += [
+            f"| `{entry.name}` | {', '.join(f'`{field}`' for field in entry.fields) or 'none'} "
+            f"| {entry.note.replace('|', chr(92) + '|')} |"
+            for entry in project.names
+        ]
+    return "\n".join(parts) + "\n"
+
+
+PAGES = {"configuration.md": configuration_page, "metrics.md": metrics_page, "migration.md": migration_page}
+
+
+def main() -> None:
+    """Writes the pages."""
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""``euphonium train-prm``: gets preferences ready, trains a process reward model on them, shows what it learned.
+
+Preferences come from files, or are samples of the generator itself, ranked by outcome rewards. Getting them ready
+(drawing, scoring, encoding prompts and videos) is done by tasks on the learners' resources if there is a group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.rollout import encode_one
+from actors.sampler import initial_noise, sample_deterministic
+from euphonium.config import PrmConfig
+from euphonium.errors import ConfigError
+from euphonium.generators.generator import (
+    Conditioning,
+    GeneratorFamily,
+    images_for,
+    open_generator,
+    stack_conditionings,
+    weights_mark,
+)
+from euphonium.rewards.total import total_weight, weighted_total
+from euphonium.wire.records import Array
+from learners.rewards.preference import TENTHS, read_latent
+from learners.rewards.preference_files import PreferenceTable, open_preferences
+from learners.rewards.prm_data import is_prepared, write_paired, write_scored
+from learners.rewards.video_files import read_frames
+from learners.rewards.worker import RESULT_FILE
+from orchestrator.commands.reward_group import absolute, cluster, map_shares, run_training
+from orchestrator.groups.prompts import read_prompts
+from orchestrator.report.charts import line_chart
+from reward_servers.orm import OrmScorer
+
+BATCH = 32
+PARTS = ("train", "held_out")
+ACCURACY_FILE = "accuracy.json"
+CHART_FILE = "accuracy.png"
+
+Say = Callable[[str], None]
+
+
+def train_prm(config: PrmConfig, say: Say) -> list[float]:
+    """Trains a process reward model as a recipe says, and writes it to ``config.target``.
+
+    Args:
+        config: the recipe.
+        say: takes progress lines.
+
+    Returns:
+        Held-out pairwise accuracy by tenth of sigma.
+
+    Raises:
+        ConfigError: preferences that cannot be used.
+        TrainingError: the group was lost for good, or the loss is not finite.
+    """
+    config = absolute(config)
+    # A recipe's mistakes show before samples are drawn for hours.
+    open_generator(config.model).build_trunk(config.blocks)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(config.threads)
+    with cluster(config):
+        if config.preferences is None:
+            for part in PARTS:
+                _draw(config, part, say)
+        else:
+            _encode(config, say)
+        run_training("prm", config, say)
+    result = json.loads((config.run_dir / RESULT_FILE).read_text())
+    say(f"{result['training_pairs']} training pairs, {result['held_out_pairs']} held-out pairs")
+    say(accuracy_table(result))
+    edges = [round(tenth / TENTHS, 1) for tenth in range(TENTHS + 1)]
+    (config.run_dir / ACCURACY_FILE).write_text(json.dumps({"sigma_edges": edges, **result}, indent=1) + "\n")
+    accuracy_chart(result, config.name).save(config.run_dir / CHART_FILE)
+    say(f"wrote {config.target}, {config.run_dir / ACCURACY_FILE} and {CHART_FILE} beside it")
+    return list(result["accuracy"])
+
+
+def accuracy_table(result: dict[str, Any]) -> str:
+    """Accuracies and calibration by noise level, for people."""
+    columns: dict[str, Sequence[float]] = {"accuracy": result["accuracy"]}
+    if "accuracy_without_margin" in result:
+        columns = {f"pairs {result['margin']:g} apart": result["accuracy"]}
+        columns["all pairs"] = result["accuracy_without_margin"]
+    columns["calibration error"] = result["calibration_error"]
+    lines = [f"{'held-out pairwise accuracy':<28}" + "".join(f"{name:>19}" for name in columns)]
+    for tenth in range(TENTHS):
+        span = f"sigma {tenth / TENTHS:.1f} - {(tenth + 1) / TENTHS:.1f}"
+        lines.append(f"{span:<28}" + "".join(f"{column[tenth]:19.1%}" for column in columns.values()))
+    return "\n".join(lines)
+
+
+def accuracy_chart(result: dict[str, Any], title: str) -> Any:
+    """The paper's Figure 3: accuracy over the noise level, and the calibration error below."""
+    centres = [(tenth + 0.5) / TENTHS for tenth in range(TENTHS)]
+    series = {"accuracy": result["accuracy"]}
+    if "accuracy_without_margin" in result:
+        series = {f"accuracy, pairs {result['margin']:g} apart": result["accuracy"]}
+        series["accuracy, all pairs"] = result["accuracy_without_margin"]
+    series["calibration error"] = result["calibration_error"]
+    return line_chart(
+        centres, series, title=f"{title}: held-out pairs", x_label="sigma (0 data, 1 noise)", guides={0.5: "guessing"}
+    )
+
+
+# --- preferences from files ------------------------------------------------------------------------------------
+
+
+def _encode(config: PrmConfig, say: Say) -> None:
+    """Reads preference files, and encodes their prompts and videos."""
+    assert config.preferences is not None
+    family = open_generator(config.model)
+    tables = dict(zip(PARTS, open_preferences(config.preferences, config.seed), strict=True))
+    for part, table in tables.items():
+        if not len(table.pairs):
+            raise ConfigError(
+                f"preferences: the {part.replace('_', '-')} part has no pair: give winner and loser, or samples of one "
+                "prompt with both labels"
+            )
+        images = {prompt: str(image) for prompt, image in table.images.items()}
+        mark = _mark(config, family, [[str(f) for f in table.files], table.prompts, table.pairs.tolist(), images])
+        folder = config.run_dir / "data" / part
+        if is_prepared(folder, mark):
+            say(f"{part}: {len(table.files)} samples ready in {folder}")
+            continue
+        began = time.monotonic()
+        shares = map_shares(
+            _latent_files, config.learner, len(table.files), say, part, config, table, folder / "encoded"
+        )
+        files = [file for share in shares for file in share]
+        conditioning = _encoded_prompts(config, table.prompts, table.images, say, part)
+        write_paired(folder, mark, files, family.latent_shape, table.prompt, table.pairs, conditioning)
+        say(f"{part}: {len(files)} samples of {len(table.prompts)} prompts, {len(table.pairs)} pairs, "
+            f"{time.monotonic() - began:.0f} s")  # fmt: skip
+
+
+def _latent_files(share: Iterable[int], config: PrmConfig, table: PreferenceTable, folder: Path) -> list[Path]:
+    """Latent files of some samples: given ones are checked, videos are encoded."""
+    from safetensors.torch import save_file
+
+    from euphonium.generators.encoding import load_encoder
+
+    family, encoder, files = open_generator(config.model), None, []
+    for i in share:
+        file = table.files[i]
+        if _holds_latent(file):
+            read_latent(file, family.latent_shape)
+            files.append(file)
+            continue
+        stat = file.stat()
+        name = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:24]
+        target = folder / f"{name}.safetensors"
+        files.append(target)
+        if target.exists():
+            continue
+        encoder = encoder or load_encoder(family, _device())
+        pixels = torch.from_numpy(read_frames(file)).permute(0, 3, 1, 2).float() / 255
+        try:
+            latent = encoder(pixels[None])[0]
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"latent": latent}, f"{target}.tmp")
+        Path(f"{target}.tmp").rename(target)
+    return files
+
+
+def _holds_latent(file: Path) -> bool:
+    if file.suffix == ".npy":
+        return bool(np.load(file, mmap_mode="r").dtype != np.uint8)
+    return file.suffix == ".safetensors"
+
+
+# --- samples that are drawn ------------------------------------------------------------------------------------
+
+
+def _draw(config: PrmConfig, part: str, say: Say) -> None:
+    """Samples of every prompt with their weighted outcome rewards; kept in the run's folder for the next time."""
+    assert config.prompts is not None
+    training = part == "train"
+    prompts = read_prompts(
+        config.prompts.train if training else config.prompts.evaluation,
+        "prompts.train" if training else "prompts.evaluation",
+    )
+    count = config.pairs.samples_per_prompt if training else config.pairs.held_out_samples_per_prompt
+    family = open_generator(config.model)
+    settings = [config.pairs.num_steps, config.pairs.shift, [r.model_dump(mode="json") for r in config.outcome]]
+    mark = _mark(config, family, [prompts, count, *settings])
+    folder = config.run_dir / "data" / part
+    if is_prepared(folder, mark):
+        say(f"{part}: {len(prompts) * count} samples from {folder}")
+        return
+    conditioning = _encoded_prompts(config, prompts, images_for(family, config.prompts), say, part)
+    index = np.repeat(np.arange(len(prompts)), count)
+    batches = -(-len(index) // BATCH)
+    shares = map_shares(_samples, config.learner, batches, say, part, config, prompts, index, conditioning)
+    latents, score = (np.concatenate(arrays) for arrays in zip(*shares, strict=True))
+    write_scored(folder, mark, latents, index, score, conditioning)
+    say(f"{part}: {len(latents)} samples, mean score {score.mean():.3f}, spread within a prompt "
+        f"{score.reshape(len(prompts), count).std(axis=1).mean():.3f}")  # fmt: skip
+
+
+def _encoded_prompts(
+    config: PrmConfig, prompts: list[str], images: dict[str, Path], say: Say, part: str
+) -> Conditioning:
+    absolute_images = {prompt: image.resolve() for prompt, image in images.items()}
+    return map_shares(_conditioning, config.learner, 1, say, f"{part} prompts", config, prompts, absolute_images)[0]
+
+
+def _conditioning(
+    _: Iterable[int], config: PrmConfig, prompts: Sequence[str], images: Mapping[str, Path]
+) -> Conditioning:
+    family = open_generator(config.model)
+    encoder = family.prompt_encoder(_device(), images)
+    stacked = stack_conditionings([encode_one(encoder, prompt) for prompt in prompts])
+    return {name: tensor.cpu() for name, tensor in stacked.items()}
+
+
+def _samples(
+    share: Iterable[int], config: PrmConfig, prompts: Sequence[str], index: Array, conditioning: Conditioning
+) -> tuple[Array, Array]:
+    """Draws and scores some batches: latents ``[samples, *latent]`` and scores ``[samples]``."""
+    family, device = open_generator(config.model), _device()
+    transformer = family.load_transformer(device).requires_grad_(False)
+    scorer = OrmScorer(config.outcome, family, device)
+    table = family.ode_table(config.pairs.num_steps, config.pairs.shift)
+    latents: list[Array] = []
+    scores = []
+    for number in share:
+        begin = number * BATCH
+        chosen = index[begin : begin + BATCH]
+        batch = {name: tensor[torch.from_numpy(chosen)].to(device) for name, tensor in conditioning.items()}
+        seed = int(np.random.SeedSequence([config.seed, len(prompts), begin]).generate_state(1, np.uint64)[0] >> 1)
+        start, _ = initial_noise(family.latent_shape, len(chosen), seed, shared=False, device=device)
+
+        def velocity(x: torch.Tensor, time: float, batch: Conditioning = batch) -> torch.Tensor:
+            return family.velocity(transformer, x, torch.full((len(x),), time, device=device), batch)
+
+        latent = sample_deterministic(table, velocity, start).cpu().numpy()
+        values = scorer.score(latent, [prompts[i] for i in chosen])
+        scores.append(weighted_total(values, config.outcome))
+        latents.append(latent)
+    return np.concatenate(latents), np.concatenate(scores) / total_weight(config.outcome)
+
+
+def _mark(config: PrmConfig, family: GeneratorFamily, what: list[Any]) -> str:
+    """Mark of prepared samples: the generator, and what was asked of it."""
+    generator = [family.fingerprint(), weights_mark(family.transformer_files()[0].parent)]
+    values = [config.model.model_dump(mode="json"), config.seed, generator, what]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

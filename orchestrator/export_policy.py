@@ -1,0 +1,74 @@
+"""From a checkpoint to a diffusers folder that anybody can load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from euphonium.config import RunConfig
+from euphonium.errors import CheckpointError, ConfigError
+from euphonium.generators.generator import open_generator
+from euphonium.generators.lora import ADAPTER, add_adapter, load_adapter, merged_state
+from learners.policy.checkpoint import weights_file
+
+CPU = torch.device("cpu")
+
+
+def export_checkpoint(checkpoint: Path, config: RunConfig, target: Path, *, policy: bool = False) -> None:
+    """Writes a complete diffusers pipeline with the weights of a checkpoint; adapters are added into the layers.
+
+    Args:
+        checkpoint: folder of a checkpoint.
+        config: of its run.
+        target: new folder.
+        policy: export the policy itself even when there is a moving average.
+
+    Raises:
+        CheckpointError: the folder holds no weights, or the target exists.
+    """
+    _refuse_existing(target)
+    state = load_file(weights_file(checkpoint, policy=policy))
+    family = open_generator(config.model)
+    if config.model.lora is not None:
+        transformer = family.load_transformer(CPU)
+        add_adapter(transformer, config.model.lora)
+        state = merged_state(transformer, state)
+    family.export(state, target)
+
+
+def export_adapter(checkpoint: Path, config: RunConfig, target: Path, *, policy: bool = False) -> None:
+    """Writes ``pytorch_lora_weights.safetensors``, which ``pipeline.load_lora_weights(target)`` reads.
+
+    Args:
+        checkpoint: folder of a checkpoint.
+        config: of its run.
+        target: new folder.
+        policy: as for :func:`export_checkpoint`.
+
+    Raises:
+        ConfigError: the run trained all weights.
+        CheckpointError: the folder holds no weights, or the target exists.
+    """
+    if config.model.lora is None:
+        raise ConfigError(f"--adapter: run {config.name} trained all weights; export the whole pipeline instead")
+    _refuse_existing(target)
+    import diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    family = open_generator(config.model)
+    transformer = family.load_transformer(CPU)
+    add_adapter(transformer, config.model.lora)
+    load_adapter(transformer, load_file(weights_file(checkpoint, policy=policy)))
+    pipeline_class = getattr(diffusers, family.pipeline_class)
+    pipeline_class.save_lora_weights(
+        target,
+        transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
+        transformer_lora_adapter_metadata={**transformer.peft_config[ADAPTER].to_dict()},  # type: ignore[union-attr,index]
+    )
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise CheckpointError(f"{target} exists; choose another folder or remove it")

@@ -1,0 +1,1 @@
+"""Groups of samples: which prompts, how far ahead, drawn and scored."""

@@ -1,0 +1,1 @@
+"""The learner group as the run sees it: plans one way, reports the other."""

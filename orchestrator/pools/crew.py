@@ -1,0 +1,184 @@
+"""The pools of a run, and what it asks of their actors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from euphonium.config import RunConfig
+from euphonium.errors import LateError, LostActorError
+from euphonium.wire.deadlines import awaited
+from euphonium.wire.records import Array, GroupInfo, GroupTask, RolloutContext
+from euphonium.wire.servers import ServerPool
+from orchestrator.checkpoints import RunState
+from orchestrator.pools.pools import ActorPool, Member
+from orchestrator.report.tracking import Progress
+
+# Class and arguments of the actor with an index.
+Make = Callable[[int], tuple[type, tuple[Any, ...]]]
+
+
+@dataclass
+class Position:
+    """Where a run stands now; the run loop moves it, its parts read it.
+
+    Attributes:
+        state: what is done.
+        epoch: of the weights' history, see :class:`euphonium.wire.records.RolloutContext`.
+    """
+
+    state: RunState
+    epoch: int = 0
+
+
+class Crew:
+    """See the module.
+
+    Attributes:
+        pools: by role.
+    """
+
+    def __init__(self, config: RunConfig, position: Position, progress: Progress) -> None:
+        self._config = config
+        self._position = position
+        self._progress = progress
+        self.pools: dict[str, ActorPool] = {}
+        names = [reward.name for reward in config.rewards.outcome]
+        self._judges = ServerPool("orm", lambda: self.pools["orm"].reachable_handles, config.rewards, rewards=names)
+        self._judging: set[asyncio.Future[Any]] = set()
+
+    # --- size and load ------------------------------------------------------------------------------------------
+
+    def start(self, makes: Mapping[str, Make]) -> None:
+        """Makes all pools; nobody has joined yet."""
+        pools = self._config.pools
+        for role, make in makes.items():
+            self.pools[role] = ActorPool(
+                role,
+                getattr(pools, role),
+                make,
+                start_timeout_s=pools.start_timeout_s,
+                rejoin_timeout_s=pools.rejoin_timeout_s,
+                say=self._progress.say,
+            )
+
+    def resize(self, role: str, size: int) -> None:
+        """Grows or shrinks a pool, if the run has it."""
+        pool = self.pools.get(role)
+        if pool is None:
+            return
+        self._progress.say(f"{role} pool {pool.wanted} -> {size}")
+        # A rollout keeps the servers' names for as long as its group takes.
+        drained = {"rollout": None, "prm": self.pools["rollout"].quiet, "orm": self._judged}
+        pool.resize(size, drained=drained[role])
+
+    def receivers(self) -> tuple[str, ...]:
+        """Rollout actors that take part in the next broadcast of weights; none without ``collective`` transport."""
+        if self._config.pools.learner.weight_transport != "collective":
+            return ()
+        return tuple(member.name for member in self.pools["rollout"].present)
+
+    def load(self) -> dict[str, float]:
+        """Busy fractions and sizes of the pools, as metrics."""
+        record = {}
+        for role, pool in self.pools.items():
+            record[f"busy/{role}"] = pool.busy_fraction()
+            record[f"pool/{role}"] = float(len(pool.present))
+        return record
+
+    # --- work ---------------------------------------------------------------------------------------------------
+
+    async def draw(self, task: GroupTask) -> tuple[GroupInfo, Any, Any]:
+        """Has a rollout actor draw a group.
+
+        Returns:
+            What is to be known of it, and references to its final latents and its transitions.
+
+        Raises:
+            LostActorError: the actor died or hangs.
+            WeightsMissingError: the weight store does not have the weights.
+        """
+        if "prm" in self.pools:
+            await self.pools["prm"].manned()
+        pool = self.pools["rollout"]
+        async with pool.exclusive(priority=task.group_id) as member:
+            # The driver makes the call, so it owns the three results: they outlive the actor.
+            generate = member.handle.generate.options(num_returns=3)
+            info_ref, latents, payload = generate.remote(task, self._context("policy"))
+            what = f"group {task.group_id} from the rollout pool"
+            info: GroupInfo = await self._rollout_answer(member, info_ref, what)
+        return info, latents, payload
+
+    async def samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: str) -> Array:
+        """Has a rollout actor draw evaluation samples, before all groups.
+
+        Args:
+            prompts: texts.
+            seeds: of their noise.
+            kind: of weights, as in :class:`euphonium.wire.records.RolloutContext`.
+
+        Returns:
+            Latents ``[len(prompts), *latent]``.
+
+        Raises:
+            LostActorError: the actor died or hangs.
+            WeightsMissingError: the weight store does not have the weights.
+        """
+        async with self.pools["rollout"].exclusive(priority=-1) as member:
+            ref = member.handle.evaluate.remote(prompts, seeds, self._context(kind))
+            samples: Array = await self._rollout_answer(member, ref, "evaluation samples")
+            return samples
+
+    async def scores(self, latents: Any, prompts: Sequence[str], timeout_s: float) -> tuple[dict[str, Array], float]:
+        """Outcome rewards of latents, or of a reference to them, and the seconds that they took.
+
+        Raises:
+            RewardError: no server answered with finite numbers.
+        """
+        return await self._ask_judge(lambda server: server.score.remote(latents, prompts, timeout_s), timeout_s)
+
+    async def videos(self, latents: Array, timeout_s: float) -> Any:
+        """Decoded latents, uint8 ``[batch, frames, height, width, 3]``.
+
+        Raises:
+            RewardError: no server answered.
+        """
+        return await self._ask_judge(lambda server: server.videos.remote(latents), timeout_s)
+
+    def _context(self, kind: str) -> RolloutContext:
+        """What rollout actors work with from now on."""
+        prm = self.pools["prm"].reachable if "prm" in self.pools else []
+        return RolloutContext(
+            version=self._position.state.iteration,
+            epoch=self._position.epoch,
+            kind=kind,
+            prm_servers=tuple(member.name for member in prm),
+            prm_nodes=tuple(member.node for member in prm),
+            orm_servers=tuple(member.name for member in self.pools["orm"].reachable),
+        )
+
+    async def _rollout_answer(self, member: Member, ref: Any, what: str) -> Any:
+        """Awaits a rollout actor's answer; one that dies, or hangs and is killed, gets no work until it is back."""
+        pool = self.pools["rollout"]
+        try:
+            return await awaited(ref, self._config.rollout.deadline_s, what)
+        except LateError:
+            pool.lose(member, kill=True)
+            raise
+        except LostActorError:
+            pool.lose(member)
+            raise
+
+    async def _ask_judge(self, send: Callable[[Any], Any], timeout_s: float) -> Any:
+        """An ORM server's answer."""
+        asking = asyncio.ensure_future(self._judges.ask(send, timeout_s))
+        self._judging.add(asking)
+        asking.add_done_callback(self._judging.discard)
+        return await asking
+
+    async def _judged(self) -> None:
+        """Waits until nobody may still ask an ORM server that has left the pool."""
+        await self.pools["rollout"].quiet()
+        await asyncio.gather(*self._judging, return_exceptions=True)

@@ -1,0 +1,193 @@
+"""Numbers about the rewards of an iteration, for the metrics: their spread, what fails, and signs of reward hacking."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from euphonium.config import RewardsConfig, RunConfig, WatchConfig
+from euphonium.dynamics import Advantages
+from euphonium.errors import RewardError
+from euphonium.rewards.total import weighted_total
+from euphonium.wire.records import Array, GroupInfo
+
+Floats = NDArray[np.float64]
+ACCURACY = "process/pairwise_accuracy"
+# Outcome totals closer than this part of their size are equal: their order is rounding.
+RELATIVE_TIE = 1e-6
+
+
+def rollout_statistics(
+    config: RunConfig,
+    infos: Sequence[GroupInfo],
+    scores: Sequence[Mapping[str, Array]],
+    advantages: Sequence[Advantages],
+) -> dict[str, float]:
+    """Metrics of the drawn and scored groups of one iteration."""
+    record = reward_statistics(scores)
+    processes = [info.process_rewards for info in infos if info.process_rewards is not None]
+    if processes:
+        totals = np.stack([weighted_total(group, config.rewards.outcome) for group in scores])
+        record |= process_statistics(np.stack(processes), totals)
+    record["advantage/zero_std_groups"] = float(sum(len(a.flat) == len(scores[0]) for a in advantages))
+    record["advantage/std"] = float(np.concatenate([a.values.numpy().ravel() for a in advantages]).std())
+    seconds = [info.seconds for info in infos]
+    total = sum(part["total"] for part in seconds)
+    record["rollout/prm_wait_fraction"] = sum(part["process_reward"] for part in seconds) / total
+    record["rollout/groups"] = float(len(infos))
+    record["rollout/samples"] = float(len(infos) * config.rollout.group_size)
+    return record
+
+
+def reward_statistics(scores: Sequence[Mapping[str, Array]]) -> dict[str, float]:
+    """Spread of every outcome reward, and how each two of them go together.
+
+    Args:
+        scores: for every group, the rewards ``[samples]`` by name.
+    """
+    record: dict[str, float] = {}
+    stacked = {name: np.stack([group[name] for group in scores]).astype(np.float64) for name in scores[0]}
+    for name, values in stacked.items():
+        record[f"reward/{name}/mean"] = float(values.mean())
+        record[f"reward/{name}/std"] = float(values.std())
+        record[f"reward/{name}/min"] = float(values.min())
+        record[f"reward/{name}/max"] = float(values.max())
+        record[f"reward/{name}/group_std"] = float(values.std(axis=1).mean())
+        record[f"reward/{name}/zero_spread_groups"] = float((np.ptp(values, axis=1) == 0).sum())
+    for one, other in itertools.combinations(stacked, 2):
+        record[f"correlation/{one}_vs_{other}"] = within_group_correlation(stacked[one], stacked[other])
+    return record
+
+
+def process_statistics(process: Array, totals: Floats) -> dict[str, float]:
+    """How the process reward goes together with the outcome on the policy's present samples.
+
+    Args:
+        process: ``[groups, samples, steps]``, process rewards that the actions are credited with, 0 at steps where none
+            was asked for.
+        totals: ``[groups, samples]``, weighted outcome rewards.
+    """
+    values = process.astype(np.float64)
+    # A model's reward is 0 for all samples of an iteration only where it was not asked.
+    scored = np.flatnonzero((values != 0).any(axis=(0, 1)))
+    if not len(scored):
+        return {}
+    final = values[:, :, scored[-1]]
+    record = {
+        "process/mean": float(values[:, :, scored].mean()),
+        "process/final_mean": float(final.mean()),
+        "process/outcome_correlation": within_group_correlation(final, totals),
+    }
+    right, pairs = ordered_pairs(final, totals)
+    record["process/pairs"] = float(pairs)
+    if pairs:
+        record[ACCURACY] = right / pairs
+    return record
+
+
+def within_group_correlation(a: Floats, b: Floats) -> float:
+    """Pearson correlation of two ``[groups, samples]`` arrays after centring each group; 0 without spread.
+
+    Centred, because prompts differ in difficulty: without, two rewards that disagree about every group could still
+    seem to agree.
+    """
+    x = a - a.mean(axis=1, keepdims=True)
+    y = b - b.mean(axis=1, keepdims=True)
+    norm = float(np.sqrt((x * x).sum() * (y * y).sum()))
+    return float((x * y).sum()) / norm if norm > 0 else 0.0
+
+
+def ordered_pairs(process: Floats, totals: Floats) -> tuple[float, int]:
+    """Of the pairs within a group whose outcome totals differ, those that the process reward orders alike.
+
+    Args:
+        process: ``[groups, samples]``.
+        totals: ``[groups, samples]``.
+
+    Returns:
+        Pairs ordered alike, where one that the process reward does not tell apart counts as half, and all pairs.
+    """
+    i, j = np.triu_indices(totals.shape[1], k=1)
+    outcome = totals[:, i] - totals[:, j]
+    outcome = np.where(np.abs(outcome) > RELATIVE_TIE * np.abs(totals).max(initial=0.0), outcome, 0.0)
+    differ = outcome != 0
+    agreement = np.sign(outcome) * np.sign(process[:, i] - process[:, j])
+    return float(((agreement + 1) / 2)[differ].sum()), int(differ.sum())
+
+
+class RewardWatch:
+    """Warns when the process reward no longer orders the policy's samples as the outcome rewards do.
+
+    Guidance and process advantages then push the policy where the outcome rewards do not follow: it has left the
+    samples that the model was trained on, or has learned to exploit it.
+    """
+
+    def __init__(self, config: WatchConfig, records: Sequence[Mapping[str, float]] = ()) -> None:
+        """Args as described in the class.
+
+        Args:
+            config: window and threshold.
+            records: what the run has recorded so far, when it is resumed.
+        """
+        self._config = config
+        self._accuracy = {int(r["iteration"]): r[ACCURACY] for r in records if ACCURACY in r}
+        self._alarm = False
+
+    def update(self, iteration: int, record: Mapping[str, float], say: Callable[[str], None]) -> dict[str, float]:
+        """Takes over an iteration, perhaps one that is done again.
+
+        Args:
+            iteration: its number.
+            record: its metrics.
+            say: prints a line; called when the alarm goes on.
+
+        Returns:
+            ``watch/accuracy``, the mean over the window, and ``watch/alarm``; nothing until the window is full.
+        """
+        if ACCURACY not in record:
+            return {}
+        self._accuracy[iteration] = record[ACCURACY]
+        window = [value for i, value in sorted(self._accuracy.items()) if i <= iteration][-self._config.window :]
+        if len(window) < self._config.window:
+            return {}
+        accuracy = float(np.mean(window))
+        before, self._alarm = self._alarm, accuracy < self._config.min_accuracy
+        if self._alarm and not before:
+            say(
+                f"warning: the process reward orders only {accuracy:.1%} of the policy's sample pairs as the outcome "
+                f"rewards do (mean of {len(window)} iterations, rewards.watch.min_accuracy is "
+                f"{self._config.min_accuracy}): lower sampler.guidance or rewards.process.weight, or train the process "
+                "reward model on the policy's own samples"
+            )
+        return {"watch/accuracy": accuracy, "watch/alarm": float(self._alarm)}
+
+
+class RewardFailures:
+    """Counts groups whose rewards could not be had, and applies the rewards' ``on_failure``."""
+
+    def __init__(self, config: RewardsConfig) -> None:
+        self._policy: dict[str, str] = {reward.name: reward.on_failure for reward in config.outcome}
+        if config.process is not None:
+            self._policy["process"] = config.process.on_failure
+        self._counts: Counter[str] = Counter()
+
+    def note(self, error: RewardError) -> None:
+        """Takes over the failure of a group.
+
+        Raises:
+            RewardError: one of the rewards that could not be had is configured to stop the run.
+        """
+        self._counts.update(error.rewards)
+        for name in error.rewards:
+            if self._policy.get(name) == "abort":
+                raise RewardError(f"reward {name!r} failed, and its on_failure is abort: {error}", [name]) from error
+
+    def take(self) -> dict[str, float]:
+        """Failures since the last call, for all rewards."""
+        record = {f"rewards/failures/{name}": float(self._counts[name]) for name in self._policy}
+        self._counts.clear()
+        return record

@@ -1,0 +1,158 @@
+"""Where the numbers of a run are written: ``metrics.jsonl``, TensorBoard, Prometheus, and the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from euphonium.config import RunConfig
+from orchestrator.report.metrics import PrometheusEndpoint, find_metric
+
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker:
+    """Records one object an iteration, everywhere at once."""
+
+    def __init__(self, config: RunConfig, iterations_done: int) -> None:
+        self.path = config.run_dir / METRICS_FILE
+        _drop_after(self.path, iterations_done)
+        self._stream = self.path.open("a", encoding="utf-8")
+        self._events = None
+        if config.metrics.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(config.run_dir / "events"), purge_step=iterations_done + 1)
+        self.endpoint = None
+        if config.metrics.prometheus_port is not None:
+            rewards = [reward.name for reward in config.rewards.outcome]
+            self.endpoint = PrometheusEndpoint(
+                config.name, config.metrics.prometheus_port, config.metrics.prometheus_host, rewards
+            )
+
+    def record(self, values: Mapping[str, float]) -> None:
+        """Writes one object; every key must be declared in ``orchestrator/report/metrics.py``."""
+        for key in values:
+            find_metric(key)
+        self._stream.write(json.dumps(values) + "\n")
+        self._stream.flush()
+        if self._events is not None:
+            for key, value in values.items():
+                if key != "iteration":
+                    self._events.add_scalar(key, value, int(values["iteration"]))
+            self._events.flush()
+        if self.endpoint is not None:
+            self.endpoint.set(values)
+
+    def rewind(self, iteration: int) -> None:
+        """Takes out what lies beyond an iteration, which will be done again."""
+        self._stream.close()
+        _drop_after(self.path, iteration)
+        self._stream = self.path.open("a", encoding="utf-8")
+
+    def picture(self, name: str, pixels: Any, iteration: int) -> None:
+        """Shows an image (uint8 ``[height, width, 3]``) in TensorBoard."""
+        if self._events is not None:
+            self._events.add_image(name, pixels, iteration, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        self._stream.close()
+        if self._events is not None:
+            self._events.close()
+        if self.endpoint is not None:
+            self.endpoint.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All whole objects of a ``metrics.jsonl``; a torn last line, left by a kill, is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(dict(json.loads(line)))
+        except json.JSONDecodeError:
+            log.warning("%s: leaving out a torn line", path)
+    return records
+
+
+def _drop_after(path: Path, iterations_done: int) -> None:
+    """Takes out what lies beyond the checkpoint that a run resumes from: it will be done again."""
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record["iteration"] <= iterations_done]
+    aside = path.with_suffix(".jsonl.tmp")
+    aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    aside.replace(path)
+
+
+class Progress:
+    """One line an iteration, and a bar where the output is a terminal."""
+
+    def __init__(self, iterations: int, done: int) -> None:
+        self._total = iterations
+        self._bar: Any = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task("training", total=iterations, completed=done)
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+
+    def phase(self, text: str) -> None:
+        """Shows beside the bar what is under way."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+
+    def iteration(self, record: Mapping[str, float]) -> str:
+        """Reports one iteration, and returns the line."""
+        done = int(record["iteration"])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+        width = len(str(self._total))
+        parts = [f"iteration {done:>{width}}/{self._total}"]
+        if "time/iteration_s" in record:
+            parts.append(f"{record['time/iteration_s']:5.1f} s")
+        rewards = [k for k in record if k.startswith("reward/") and k.endswith("/mean")]
+        if rewards:
+            parts.append("reward " + "  ".join(f"{k.split('/')[1]} {record[k]:.3f}" for k in rewards))
+            parts.append(f"ratio-1 {record['policy/ratio_deviation']:.0e}")
+            parts.append(f"grad {record['policy/grad_norm']:.2g}")
+        if "eval/total/mean" in record:
+            parts.append(f"held-out {record['eval/total/mean']:.4f}")
+        line = " | ".join(parts)
+        self.say(line)
+        return line
+
+    def summary(self, records: Sequence[Mapping[str, float]]) -> None:
+        """Compares the first and the last evaluation of a run."""
+        evaluations = [record for record in records if "eval/total/mean" in record]
+        if len(evaluations) < 2:
+            return
+        first, last = evaluations[0], evaluations[-1]
+        self.say(f"held-out rewards, iteration {first['iteration']} -> {last['iteration']}:")
+        for key in first:
+            if key.startswith("eval/"):
+                name = key.split("/")[1]
+                self.say(f"  {name:<12} {first[key]:.4f} -> {last[key]:.4f}  ({last[key] - first[key]:+.4f})")
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,63 @@
+"""Every family under ZeRO-3: the learner starts with exactly the rollout actor's policy, and can train it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.euphonium.generators.tiny_pipelines import BUILDERS, SHAPES, build_pipeline, model_fields
+
+# Changes of the model's configuration, whether activations are recomputed, the largest difference between what
+# learner and rollout actor compute (the last bit of a convolution may depend on where its weights lie in memory), and
+# how far the gradient's norm may be from that of plain autograd.
+WAYS: dict[str, tuple[dict[str, Any], bool, float, float]] = {
+    "float32": ({}, False, 1e-4, 1e-4),
+    "float32, recomputed": ({}, True, 1e-4, 1e-4),
+    "bfloat16 adapters": ({"dtype": "bfloat16", "lora": {"rank": 2}}, False, 1e-2, 2e-2),
+}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    folder = tmp_path_factory.mktemp("zero3")
+    orders = {}
+    Image.new("RGB", (32, 32), "red").save(folder / "first_frame.png")
+    for name in SHAPES:
+        build_pipeline(name).save_pretrained(folder / name)
+        for way, (changes, checkpointing, *_) in WAYS.items():
+            model = model_fields(name, folder / name) | changes
+            orders[f"{name}, {way}"] = {"model": model, "checkpointing": checkpointing}
+    (folder / "orders.json").write_text(json.dumps(orders))
+    worker = str(Path(__file__).with_name("families_zero3_worker.py"))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:0", worker, str(folder / "orders.json"), str(folder / "seen.json"),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=570, env=environment)
+    assert result.returncode == 0, result.stderr[-8000:]
+    return dict(json.loads((folder / "seen.json").read_text()))
+
+
+def test_every_family_is_trained() -> None:
+    assert set(SHAPES) == set(BUILDERS)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_learner_starts_with_the_rollout_policy_and_trains_it(
+    name: str, way: str, seen: dict[str, dict[str, float]]
+) -> None:
+    report = seen[f"{name}, {way}"]
+    assert report["before"] <= WAYS[way][2]
+    assert report["after"] > 2 * WAYS[way][2]
+    # No weight's gradient is lost on its way through partitions, recomputation and blocks gathered whole.
+    assert report["grad_norm"] == pytest.approx(report["plain_grad_norm"], rel=WAYS[way][3])
+    assert report["trained"] > 10

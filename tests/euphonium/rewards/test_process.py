@@ -1,0 +1,95 @@
+"""Process reward models and the generator they belong to."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from euphonium.config import ModelConfig, RunConfig
+from euphonium.errors import ConfigError
+from euphonium.generators.generator import open_generator
+from euphonium.rewards.process import ProcessRewardModel
+
+
+def test_trunk_starts_from_the_generators_first_blocks(make_config: Callable[..., RunConfig]) -> None:
+    family = open_generator(make_config().model)
+    trunk = ProcessRewardModel.from_generator(family, 3).trunk.state_dict()
+    weights = {n: t for file in family.transformer_files() for n, t in load_file(file).items()}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in trunk.items())
+    assert any(name.startswith("single_transformer_blocks.0.") for name in trunk)
+    assert not any(name.startswith("single_transformer_blocks.1.") for name in trunk)
+    with pytest.raises(ConfigError, match="trunk of 7 blocks"):
+        ProcessRewardModel.from_generator(family, 7)
+
+
+def test_another_generators_latents_or_text_are_refused_by_name(
+    make_config: Callable[..., RunConfig], tiny_prm: Path, tmp_path: Path
+) -> None:
+    model = make_config().model
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        other = tmp_path / part
+        shutil.copytree(model.path, other)
+        file = next((other / part).glob("*.safetensors"))
+        tensors = load_file(file)
+        name = min(tensors)
+        save_file(tensors | {name: tensors[name] + 1}, file)
+        with pytest.raises(ConfigError) as error:
+            ProcessRewardModel.load(tiny_prm, model.model_copy(update={"path": str(other)}))
+        message = str(error.value)
+        assert f"{tiny_prm} was trained with another {part} than {other} has" in message
+        assert "euphonium train-prm" in message
+    # The transformer is what RL changes: it may differ.
+    file = next((other / "transformer").glob("*.safetensors"))
+    shutil.rmtree(other / "text_encoder_2")
+    shutil.copytree(Path(model.path) / "text_encoder_2", other / "text_encoder_2")
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    assert ProcessRewardModel.load(tiny_prm, model.model_copy(update={"path": str(other)})).blocks == 2
+
+
+def test_folders_that_are_no_model_or_of_another_family_are_refused(
+    make_config: Callable[..., RunConfig], tiny_prm: Path, tmp_path: Path
+) -> None:
+    model = make_config().model
+    with pytest.raises(ConfigError, match=r"holds no process reward model \(prm.json is missing\)"):
+        ProcessRewardModel.load(tmp_path, model)
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_prm, copy)
+    description = json.loads((copy / "prm.json").read_text())
+    (copy / "prm.json").write_text(json.dumps(description | {"pipeline_class": "WanPipeline"}))
+    with pytest.raises(ConfigError, match=r"was trained for a WanPipeline, and .* is a HunyuanVideoPipeline"):
+        ProcessRewardModel.load(copy, model)
+    (copy / "prm.json").write_text(json.dumps(description | {"blocks": 3}))
+    with pytest.raises(ConfigError, match="do not fit"):
+        ProcessRewardModel.load(copy, model)
+
+
+def test_a_generator_without_the_trunks_weights_is_refused(tiny_generator: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_generator, tmp_path / "g")
+    file = next((tmp_path / "g" / "transformer").glob("*.safetensors"))
+    save_file({n: t for n, t in load_file(file).items() if not n.startswith("x_embedder")}, file)
+    family = open_generator(ModelConfig(path=str(tmp_path / "g"), frames=9, height=32, width=32))
+    with pytest.raises(ConfigError, match=r"lacks 2 weights of its first 1 blocks, for example x_embedder.proj.bias"):
+        ProcessRewardModel.from_generator(family, 1)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(make_config: Callable[..., RunConfig]) -> None:
+    family = open_generator(make_config().model)
+    x = torch.randn(2, *family.latent_shape, generator=torch.Generator().manual_seed(0))
+    conditioning = {
+        "encoder_hidden_states": torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)),
+        "encoder_attention_mask": torch.ones(2, 5),
+        "pooled_projections": torch.ones(2, 64),
+    }
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = ProcessRewardModel.from_generator(family, 2).for_training(gradient_checkpointing=checkpointing)
+        model(x, torch.tensor([0.2, 0.7]), conditioning).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=lambda m, n=name: f"{n}: {m}")

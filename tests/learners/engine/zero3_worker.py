@@ -1,0 +1,59 @@
+"""One rank of the ZeRO-3 test: trains on given groups, and writes what it holds."""
+
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from euphonium.config import load_config
+from learners.engine.zero3 import join_group, shard
+from learners.policy.batching import TrainedGroup
+from learners.policy.train_loop import Learner
+
+
+def main() -> None:
+    folder, *overrides = sys.argv[1:]
+    target = Path(folder)
+    torch.set_num_threads(1)
+    config = load_config(target / "recipe.yaml", overrides)
+    import os
+
+    learner = Learner(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), join_group())
+    iterations = pickle.loads((target / "groups.pkl").read_bytes())
+    history = []
+    for payloads, advantages in iterations:
+        rows = [payload.steps.size for payload in payloads]
+        groups = {
+            i: TrainedGroup(
+                payload=payload,
+                advantages=advantages[i][None],
+                samples=np.arange(len(payload.steps)),
+                iteration=0,
+                fingerprint=config.sampler.table().fingerprint(),
+            )
+            for i, payload in enumerate(payloads)
+        }
+        history.append(learner.update(rows, groups))
+    pieces = {name: shard(p).numel() for name, p in learner.policy.parameters.items()}
+    numels = {name: p.ds_numel for name, p in learner.policy.parameters.items()}
+    resident = sum(p.data.numel() for p in learner.policy.parameters.values())
+    whole: dict[str, torch.Tensor] = {}
+    for bucket in learner.policy.gathered(1 << 18):
+        whole |= bucket
+    average: dict[str, torch.Tensor] = {}
+    if learner.policy.averages is not None:
+        for bucket in learner.policy.gathered(1 << 18, average=True):
+            average |= bucket
+    result = {
+        "history": history, "pieces": pieces, "numels": numels, "resident": resident, "whole": whole,
+        "average": average,
+    }  # fmt: skip
+    torch.save(result, target / f"rank_{learner.rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+main()

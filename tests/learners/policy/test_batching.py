@@ -1,0 +1,62 @@
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from euphonium.wire.records import GroupPayload
+from learners.policy.batching import MicroBatch, TrainedGroup, load_rows, plan_updates
+from learners.policy.objective import Transitions
+
+
+@given(
+    rows=st.lists(st.integers(1, 40), min_size=1, max_size=9),
+    updates=st.integers(1, 5),
+    size=st.integers(1, 17),
+    world=st.integers(1, 7),
+)
+def test_every_row_is_trained_once_and_ranks_stay_in_step(rows: list[int], updates: int, size: int, world: int) -> None:
+    plan = plan_updates(rows, updates, size, world)
+    assert len(plan) == min(updates, len(rows))
+    seen: list[tuple[int, int]] = []
+    for shares in plan:
+        assert len({len(share) for share in shares}) == 1
+        live = [batch for share in shares for batch in share if batch.weight > 0]
+        count = sum(batch.end - batch.begin for batch in live)
+        for batch in live:
+            assert batch.end - batch.begin <= size
+            # Averaged over the ranks, the rows of an update weigh 1 together.
+            np.testing.assert_allclose(batch.weight * count / world, 1.0)
+            seen += [(batch.group, row) for row in range(batch.begin, batch.end)]
+    assert sorted(seen) == [(group, row) for group, n in enumerate(rows) for row in range(n)]
+
+
+def test_rows_are_cut_sample_by_sample_with_their_own_advantages() -> None:
+    group, kept, steps = 3, 2, 5
+    payload = GroupPayload(
+        states=np.arange(group * kept, dtype=np.float32).reshape(group, kept, 1),
+        next_states=10 + np.arange(group * kept, dtype=np.float32).reshape(group, kept, 1),
+        steps=np.array([[0, 3], [1, 4], [2, 3]]),
+        log_probs=np.arange(group * kept, dtype=np.float32).reshape(group, kept) / 10,
+        gradients=None,
+        conditioning={"text": np.ones((1, 4), dtype=np.float32)},
+    )
+    advantages = np.arange(group * steps, dtype=np.float32).reshape(1, group, steps)
+
+    def cut(samples: list[int], begin: int, end: int) -> Transitions:
+        trained = TrainedGroup(
+            payload=payload, advantages=advantages, samples=np.array(samples), iteration=0, fingerprint=""
+        )
+        return load_rows(MicroBatch(group=0, begin=begin, end=end, weight=0.5), trained, torch.device("cpu"))
+
+    rows = cut([0, 1, 2], 1, 5)
+    assert rows.states.flatten().tolist() == [1, 2, 3, 4]
+    assert rows.next_states.flatten().tolist() == [11, 12, 13, 14]
+    assert rows.steps.tolist() == [3, 1, 4, 2]
+    assert rows.advantages.tolist() == [[advantages[0, i, k] for i, k in ((0, 3), (1, 1), (1, 4), (2, 2))]]
+    torch.testing.assert_close(rows.log_probs, torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    assert rows.conditioning["text"].shape == (4, 4)
+
+    chosen = cut([0, 2], 1, 4)
+    assert chosen.states.flatten().tolist() == [1, 4, 5]
+    assert chosen.steps.tolist() == [3, 2, 3]
+    assert chosen.advantages.tolist() == [[advantages[0, i, k] for i, k in ((0, 3), (2, 2), (2, 3))]]

@@ -1,0 +1,388 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from euphonium.config import KlConfig, ObjectiveConfig
+from euphonium.dynamics import LAWS, Guidance, StepTable, shifted_sigmas
+from learners.policy.objective import References, Transitions, Velocity, clipped_surrogate, evaluate_objective
+
+
+def table(guidance: Guidance | None = None) -> StepTable:
+    return StepTable.build("dance", shifted_sigmas(8, 3.0), eta=0.6, guidance=guidance)
+
+
+def test_clipped_surrogate_is_the_smaller_branch() -> None:
+    ratio = torch.tensor([0.8, 0.8, 1.0, 1.2, 1.2])
+    advantages = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0])
+    losses, clipped = clipped_surrogate(ratio, advantages, 0.1)
+    torch.testing.assert_close(losses, torch.tensor([-0.8, 0.9, -1.0, -1.1, 1.2]))
+    assert clipped.tolist() == [False, True, False, True, False]
+
+
+def rows(guidance: Guidance | None, *, keep_gradient: bool, v_old: Tensor, generator: torch.Generator) -> tuple:
+    t = table(guidance)
+    steps = torch.tensor([2, 3, 4, 5])
+    x, g, z = (torch.randn(4, 3, 2, generator=generator) for _ in range(3))
+    mean_guided = t.mean(steps, x, v_old, g)
+    x_next = mean_guided + t.std[steps].float().view(-1, 1, 1) * z
+    scored = t.mean(steps, x, v_old, g if keep_gradient else None)
+    transitions = Transitions(
+        states=x, next_states=x_next, steps=steps, log_probs=t.log_prob(steps, x_next, scored),
+        advantages=torch.tensor([[1.0, -0.5, 0.7, 2.0]]), gradients=g if keep_gradient else None, conditioning={},
+        weight=0.25,
+    )  # fmt: skip
+    return t, transitions, g, z
+
+
+@pytest.mark.parametrize("kind", ["distill", "standard"])
+def test_gradient_is_the_closed_form_on_policy(kind: str) -> None:
+    """d loss / d v = -w A d log p / d v, with d log p / d v = b (x_next - mean) / (std^2 dims)."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(4, 3, 2, generator=generator)
+    t, transitions, g, z = rows(Guidance(scale=0.5), keep_gradient=kind == "standard", v_old=v, generator=generator)
+    leaf = v.clone().requires_grad_(True)
+    value = evaluate_objective(ObjectiveConfig(kind=kind), t, lambda *_: leaf, transitions)  # type: ignore[arg-type]
+    value.loss.backward()
+    assert torch.equal(value.ratio, torch.ones(4))
+    shape = (-1, 1, 1)
+    std = t.std[transitions.steps].view(shape)
+    residual = std * z
+    if kind == "distill":
+        # Eq. 62: the sample deviates from the unguided mean by the guidance; under Eq. 58 that part cancels.
+        residual = residual + t.coef_grad[transitions.steps].view(shape) * g
+    score = t.coef_v[transitions.steps].view(shape) * residual / std**2 / 6
+    expected = -0.25 * transitions.advantages[0].view(shape) * score
+    torch.testing.assert_close(leaf.grad, expected.float(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("keep_gradient", [True, False])
+def test_equations_58_and_65(keep_gradient: bool) -> None:
+    """The residual under a new policy: the guidance cancels in ``standard`` and remains in ``distill``."""
+    generator = torch.Generator().manual_seed(1)
+    v_old, v_new = torch.randn(2, 4, 3, 2, generator=generator).unbind(0)
+    t, transitions, g, z = rows(Guidance(beta=2.0), keep_gradient=keep_gradient, v_old=v_old, generator=generator)
+    k = transitions.steps
+    shape = (-1, 1, 1)
+    mean_new = t.mean(k, transitions.states, v_new, transitions.gradients)
+    residual = transitions.next_states - mean_new
+    # In the paper's signs: u = -v, so Delta_t (1 + t eps / (1 - t)) (u_old - u_new) = b (v_old - v_new).
+    eps = 0.6**2 / 2
+    delta = (t.sigmas[k] - t.sigmas[k + 1]).view(shape)
+    sigma = t.sigmas[k].view(shape)
+    velocity_part = delta * (1 + (1 - sigma) * eps / sigma) * (v_new - v_old)
+    expected = math.sqrt(2 * eps) * delta.sqrt() * z + velocity_part
+    if not keep_gradient:
+        expected = expected + delta * eps / 2.0 * g
+    torch.testing.assert_close(residual, expected.float(), atol=1e-6, rtol=1e-5)
+
+
+def test_loss_agrees_with_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(2)
+    v = torch.randn(4, 3, 2, generator=generator)
+    t, transitions, _, _ = rows(None, keep_gradient=False, v_old=v, generator=generator)
+    # Off policy, inside a wide clip range, so that the surrogate is smooth.
+    config = ObjectiveConfig(clip_range=10.0)
+    start = v + 0.01 * torch.randn(v.shape, generator=generator)
+
+    def loss(values: Tensor) -> Tensor:
+        return evaluate_objective(config, t, lambda *_: values, transitions).loss
+
+    leaf = start.clone().requires_grad_(True)
+    loss(leaf).backward()
+    assert leaf.grad is not None
+    direction = torch.randn(v.shape, generator=generator)
+    step = 1e-2
+    numeric = (loss(start + step * direction) - loss(start - step * direction)) / (2 * step)
+    torch.testing.assert_close((leaf.grad * direction).sum(), numeric, atol=1e-4, rtol=1e-2)
+
+
+def test_clipped_rows_have_no_gradient() -> None:
+    generator = torch.Generator().manual_seed(3)
+    v = torch.randn(4, 3, 2, generator=generator)
+    t, transitions, _, _ = rows(None, keep_gradient=False, v_old=v, generator=generator)
+    moved_v = v + 0.2 * torch.randn(v.shape, generator=generator)
+    clipped_rows = 0
+    for sign in (1, -1):
+        leaf = moved_v.clone().requires_grad_(True)
+        signed = dataclasses.replace(transitions, advantages=sign * transitions.advantages)
+        value = evaluate_objective(ObjectiveConfig(clip_range=1e-4), t, lambda *_, v=leaf: v, signed)
+        value.loss.backward()
+        assert leaf.grad is not None
+        assert torch.equal(leaf.grad.flatten(1).abs().sum(1) > 0, value.clipped == 0)
+        clipped_rows += int(value.clipped.sum())
+    # Every ratio has left the range, so each row is clipped under one sign of its advantage and free under the other.
+    assert clipped_rows == 4
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+def off_policy(seed: int = 4) -> tuple[StepTable, Transitions, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    v_old = torch.randn(4, 3, 2, generator=generator)
+    t, transitions, _, _ = rows(None, keep_gradient=False, v_old=v_old, generator=generator)
+    return t, transitions, v_old, v_old + 0.05 * torch.randn(v_old.shape, generator=generator)
+
+
+def constant(v: Tensor) -> Velocity:
+    return lambda x, time, conditioning: v
+
+
+OPTIONS = {
+    "equaliser": ObjectiveConfig(step_weights="equaliser", clip_range=10.0),
+    "inverse_delta": ObjectiveConfig(step_weights="inverse_delta", clip_range=10.0),
+    "anchor": ObjectiveConfig(clip_range=10.0, kl=KlConfig(anchor="moving", anchor_weight=2.0)),
+    "log_ratio": ObjectiveConfig(clip_range=10.0, kl=KlConfig(previous="log_ratio", previous_weight=3.0)),
+    "k3": ObjectiveConfig(clip_range=10.0, kl=KlConfig(previous="k3", previous_weight=3.0)),
+    "gaussian": ObjectiveConfig(clip_range=10.0, kl=KlConfig(previous="gaussian")),
+    "dual": ObjectiveConfig(clip_range=10.0, kl=KlConfig(anchor="moving", previous="k3")),
+    "guard": ObjectiveConfig(clip_range=10.0, ratio_normalisation=True),
+    "everything": ObjectiveConfig(
+        clip_range=10.0, ratio_normalisation=True, step_weights="equaliser",
+        kl=KlConfig(anchor="fixed", previous="gaussian"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_has_the_gradient_of_its_value(name: str) -> None:
+    """Central differences along a random direction, in double precision of the inputs' span."""
+    config = OPTIONS[name]
+    t, transitions, v_old, v_new = off_policy()
+    anchor = v_old + 0.1
+    references = References(anchor=constant(anchor), previous=constant(v_old), kl_weight=0.7)
+
+    def loss(v: Tensor) -> Tensor:
+        return evaluate_objective(config, t, constant(v), transitions, references).loss
+
+    leaf = v_new.clone().requires_grad_(True)
+    loss(leaf).backward()
+    assert leaf.grad is not None
+    direction = torch.randn(v_new.shape, generator=torch.Generator().manual_seed(9))
+    step = 1e-2
+    numeric = (loss(v_new + step * direction) - loss(v_new - step * direction)) / (2 * step)
+    torch.testing.assert_close((leaf.grad * direction).sum(), numeric, atol=2e-4, rtol=1e-2)
+
+
+def test_equaliser_scales_each_rows_loss() -> None:
+    t, transitions, _, v_new = off_policy()
+    scale = t.equaliser()[transitions.steps].float()
+    leaves = {}
+    for weights in ("uniform", "equaliser"):
+        leaf = v_new.clone().requires_grad_(True)
+        config = ObjectiveConfig(step_weights=weights, clip_range=10.0)  # type: ignore[arg-type]
+        evaluate_objective(config, t, constant(leaf), transitions).loss.backward()
+        leaves[weights] = leaf.grad
+    torch.testing.assert_close(leaves["equaliser"], scale.view(-1, 1, 1) * leaves["uniform"])
+
+
+def test_kl_penalty_is_the_weighted_sum_of_both_terms() -> None:
+    t, transitions, v_old, v_new = off_policy()
+    anchor = v_old - 0.2
+    steps = transitions.steps
+    means = {n: t.mean(steps, transitions.states, v) for n, v in (("new", v_new), ("old", v_old), ("anchor", anchor))}
+    config = ObjectiveConfig(
+        clip_range=10.0,
+        kl=KlConfig(anchor="moving", anchor_weight=2.0, previous="gaussian", previous_weight=5.0),
+    )
+    references = References(anchor=constant(anchor), previous=constant(v_old), kl_weight=0.3)
+    value = evaluate_objective(config, t, constant(v_new), transitions, references)
+    plain = evaluate_objective(ObjectiveConfig(clip_range=10.0), t, constant(v_new), transitions)
+    to_anchor, to_old = t.kl(steps, means["new"], means["anchor"]), t.kl(steps, means["new"], means["old"])
+    torch.testing.assert_close(value.kl_anchor, to_anchor)
+    torch.testing.assert_close(value.kl_previous, to_old)
+    expected = plain.loss + 0.25 * 0.3 * (2 * to_anchor + 5 * to_old).sum()
+    torch.testing.assert_close(value.loss, expected)
+    assert float(value.loss) > float(plain.loss)
+
+
+def test_losses_of_components_add_up_and_are_clipped_apart() -> None:
+    t, transitions, _, v_new = off_policy()
+    a = transitions.advantages[0]
+    split = dataclasses.replace(transitions, advantages=torch.stack([a, -0.5 * a]))
+    config = ObjectiveConfig(clip_range=1e-3)
+    whole = evaluate_objective(config, t, constant(v_new), split)
+    parts = [
+        evaluate_objective(config, t, constant(v_new), dataclasses.replace(transitions, advantages=part[None]))
+        for part in split.advantages
+    ]
+    torch.testing.assert_close(whole.loss, parts[0].loss + parts[1].loss)
+    # Opposite signs: of the two components of a row that left the range, exactly one is clipped.
+    torch.testing.assert_close(whole.clipped, torch.full((4,), 0.5))
+
+
+def test_ratio_normalisation_centres_the_log_ratio() -> None:
+    """Off policy the log-ratio of a Gaussian step has mean -KL; normalised it has mean 0, and no 1 / std in it."""
+    t = table()
+    generator = torch.Generator().manual_seed(0)
+    count, k = 20_000, 4
+    steps = torch.full((count,), k)
+    x = torch.randn(1, 8, generator=generator).expand(count, 8)
+    v_old = torch.randn(1, 8, generator=generator).expand(count, 8)
+    v_new = v_old + 0.3
+    mean_old = t.mean(steps, x, v_old)
+    x_next = t.sample(k, mean_old, torch.randn(count, 8, generator=generator))
+    transitions = Transitions(
+        states=x, next_states=x_next, steps=steps, log_probs=t.log_prob(steps, x_next, mean_old),
+        advantages=torch.ones(1, count), gradients=None, conditioning={}, weight=1 / count,
+    )  # fmt: skip
+    references = References(previous=constant(v_old))
+    guarded = evaluate_objective(
+        ObjectiveConfig(ratio_normalisation=True, clip_range=10.0), t, constant(v_new), transitions, references
+    )
+    plain = evaluate_objective(ObjectiveConfig(clip_range=10.0), t, constant(v_new), transitions)
+    divergence = float(t.kl(k, t.mean(steps, x, v_new), mean_old).mean())
+    assert float(plain.ratio.log().mean()) == pytest.approx(-divergence, rel=0.05)
+    assert abs(float(guarded.ratio.log().mean())) < 0.05 * divergence
+    expected_spread = abs(float(t.coef_v[k])) * 0.3 / math.sqrt(8)
+    assert float(guarded.ratio.log().std()) == pytest.approx(expected_spread, rel=0.05)
+
+
+def test_references_that_are_needed_are_asked_for() -> None:
+    t, transitions, _, v_new = off_policy()
+    with pytest.raises(ValueError, match="needs the previous policy"):
+        evaluate_objective(ObjectiveConfig(ratio_normalisation=True), t, constant(v_new), transitions)
+
+
+# --- written again from the papers ----------------------------------------------------------------------------------
+
+
+def published_objective(
+    config: ObjectiveConfig, t: StepTable, rows: Transitions, v: Tensor, v_old: Tensor, anchor: Tensor, kl_weight: float
+) -> float:
+    """The objective in float64, from the equations alone; velocities ``[rows, ...]``.
+
+    Euphonium Eq. 17-19 and 53, SAGE-GRPO Eq. 9 and 13-15 with the KL as a penalty, GRPO-Guard's normalised ratio.
+    """
+    loss = 0.0
+    stochastic = [j for j in range(t.num_steps) if float(t.std[j]) > 0]
+    norms = sorted(abs(float(t.coef_v[j])) / float(t.std[j]) for j in stochastic)
+    lengths = {j: float(t.sigmas[j] - t.sigmas[j + 1]) for j in stochastic}
+    for i, k in enumerate(rows.steps.tolist()):
+        x, x_next = rows.states[i].double(), rows.next_states[i].double()
+        std = float(t.std[k])
+
+        def mean(velocity: Tensor, i: int = i, k: int = k, x: Tensor = x) -> Tensor:
+            unguided = float(t.coef_x[k]) * x + float(t.coef_v[k]) * velocity[i].double()
+            return unguided if rows.gradients is None else unguided + float(t.coef_grad[k]) * rows.gradients[i].double()
+
+        def divergence(other: Tensor, i: int = i, std: float = std) -> float:
+            return float((mean(v) - mean(other)).square().mean()) / (2 * std**2)
+
+        residual = float((x_next - mean(v)).square().mean())
+        log_prob = -residual / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
+        log_ratio = log_prob - float(rows.log_probs[i])
+        if config.ratio_normalisation:
+            ratio = math.exp(std * (log_ratio + divergence(v_old)))
+        else:
+            ratio = math.exp(log_ratio)
+        held = min(max(ratio, 1 - config.clip_range), 1 + config.clip_range)
+        row = -sum(min(ratio * a, held * a) for a in rows.advantages[:, i].tolist())
+        if config.step_weights == "equaliser":
+            row *= norms[(len(norms) - 1) // 2] / (abs(float(t.coef_v[k])) / std)
+        elif config.step_weights == "inverse_delta":
+            row *= (1 / lengths[k]) / (sum(1 / d for d in lengths.values()) / len(lengths))
+        if config.kl is not None:
+            penalty = config.kl.anchor_weight * divergence(anchor) if config.kl.anchor != "none" else 0.0
+            penalty += (
+                config.kl.previous_weight
+                * {
+                    "none": 0.0,
+                    "log_ratio": -log_ratio,
+                    "k3": math.exp(log_ratio) - 1 - log_ratio,
+                    "gaussian": divergence(v_old),
+                }[config.kl.previous]
+            )
+            row += kl_weight * penalty
+        loss += rows.weight * row
+    return loss
+
+
+PUBLISHED = OPTIONS | {
+    "plain": ObjectiveConfig(clip_range=10.0),
+    "clipped": ObjectiveConfig(clip_range=1e-3),
+    "clipped, all options": ObjectiveConfig(
+        clip_range=1e-3,
+        ratio_normalisation=True,
+        step_weights="inverse_delta",
+        kl=KlConfig(anchor="fixed", previous="k3"),
+    ),
+}
+
+
+@pytest.mark.parametrize("guidance", ["none", "distill", "standard"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_value_and_gradient_are_those_of_the_equations(name: str, guidance: str) -> None:
+    """Against central differences in float64, coordinate by coordinate, of the equations written out again."""
+    kind = "distill" if guidance == "none" else guidance
+    config = PUBLISHED[name].model_copy(update={"kind": kind})
+    generator = torch.Generator().manual_seed(11)
+    v_old = torch.randn(4, 3, 2, generator=generator)
+    t, single, _, _ = rows(
+        Guidance(scale=0.5) if guidance != "none" else None,
+        keep_gradient=guidance == "standard", v_old=v_old, generator=generator,
+    )  # fmt: skip
+    transitions = dataclasses.replace(
+        single, advantages=torch.cat([single.advantages, torch.tensor([[-0.6, 0.1, 1.5, -0.3]])])
+    )
+    v = v_old + 0.05 * torch.randn(v_old.shape, generator=generator)
+    anchor = v_old + 0.1 * torch.randn(v_old.shape, generator=generator)
+    leaf = v.clone().requires_grad_(True)
+    references = References(
+        anchor=constant(anchor) if config.kl is not None and config.kl.anchor != "none" else None,
+        previous=constant(v_old), kl_weight=0.7,
+    )  # fmt: skip
+    value = evaluate_objective(config, t, constant(leaf), transitions, references)
+    value.loss.backward()
+    assert leaf.grad is not None
+    if name.startswith("clipped"):
+        assert 0 < float(value.clipped.mean()) < 1
+
+    def loss(at: Tensor) -> float:
+        return published_objective(config, t, transitions, at, v_old, anchor, 0.7)
+
+    assert float(value.loss.detach()) == pytest.approx(loss(v.double()), rel=1e-5, abs=1e-6)
+    numeric = torch.zeros_like(v, dtype=torch.float64)
+    step = 1e-5
+    for index in range(v.numel()):
+        nudge = torch.zeros(v.numel(), dtype=torch.float64)
+        nudge[index] = step
+        up, down = v.double() + nudge.view(v.shape), v.double() - nudge.view(v.shape)
+        numeric.view(-1)[index] = (loss(up) - loss(down)) / (2 * step)
+    assert float(numeric.abs().max()) > 1e-3
+    torch.testing.assert_close(leaf.grad.double(), numeric, atol=2e-6, rtol=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    law=st.sampled_from([law for law in LAWS if law != "ode"]),
+    kind=st.sampled_from(["distill", "standard"]),
+    num_steps=st.integers(3, 20),
+    eta=st.floats(0.1, 1.0),
+    seed=st.integers(0, 2**31),
+)
+def test_on_policy_every_objective_starts_at_ratio_one(
+    law: str, kind: str, num_steps: int, eta: float, seed: int
+) -> None:
+    """For every law; the loss is then minus the sum of the advantages, and nothing is clipped."""
+    t = StepTable.build(law, shifted_sigmas(num_steps, 3.0), eta=eta, guidance=Guidance(scale=0.4))
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.tensor(
+        [t.stochastic_steps[0], t.stochastic_steps[-1], t.stochastic_steps[len(t.stochastic_steps) // 2]]
+    )
+    x, v, g, z = torch.randn(4, 3, 4, 2, generator=generator).unbind(0)
+    x_next = t.mean(steps, x, v, g) + t.std[steps].float().view(-1, 1, 1) * z
+    gradients = g if kind == "standard" else None
+    transitions = Transitions(
+        states=x, next_states=x_next, steps=steps, log_probs=t.log_prob(steps, x_next, t.mean(steps, x, v, gradients)),
+        advantages=torch.randn(1, 3, generator=generator), gradients=gradients, conditioning={}, weight=0.5,
+    )  # fmt: skip
+    value = evaluate_objective(ObjectiveConfig(kind=kind), t, constant(v), transitions)  # type: ignore[arg-type]
+    assert torch.equal(value.ratio, torch.ones(3))
+    assert not value.clipped.any()
+    torch.testing.assert_close(value.loss, -0.5 * transitions.advantages.sum())
