@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,7 +10,13 @@ from torch import Tensor
 from euphonium.dynamics import StepTable
 from euphonium.generators.generator import Conditioning, positive
 from euphonium.wire.arrays import as_tensor
+from euphonium.wire.records import PrmAnswer
+from euphonium.wire.roles import PrmServer
 from euphonium.wire.servers import Call, ServerPool
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorProxy
 
 
 class PrmClient:
@@ -20,7 +26,9 @@ class PrmClient:
     :class:`euphonium.wire.servers.ServerPool`; after the last attempt a missing answer is an error, never a zero.
     """
 
-    def __init__(self, servers: ServerPool, conditioning: Conditioning, table: StepTable, prompt: str) -> None:
+    def __init__(
+        self, servers: ServerPool[PrmServer], conditioning: Conditioning, table: StepTable, prompt: str
+    ) -> None:
         import ray
 
         self._servers = servers
@@ -35,7 +43,7 @@ class PrmClient:
 
         state, sigma = ray.put(x.cpu().float().numpy()), float(self._table.sigmas[k])
 
-        def send(server: Any) -> Any:
+        def send(server: ActorProxy[PrmServer]) -> ObjectRef[PrmAnswer]:
             return server.reward_and_gradient.remote(
                 state, sigma, self._conditioning, with_gradient, self._prompt, self._servers.deadline_s
             )
@@ -46,7 +54,7 @@ class PrmClient:
 class _Answer:
     """An answer under way; a :class:`actors.sampler.Pending`."""
 
-    def __init__(self, call: Call, device: torch.device) -> None:
+    def __init__(self, call: Call[PrmServer, PrmAnswer], device: torch.device) -> None:
         self._call = call
         self._device = device
         self._result: tuple[Tensor, Tensor | None] | None = None

@@ -11,7 +11,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -35,10 +35,25 @@ from euphonium.generators.lora import adapter_parameters, add_adapter
 from euphonium.rewards.total import weighted_total
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import get, node_id
-from euphonium.wire.records import Array, GroupInfo, GroupPayload, GroupTask, RolloutContext, WeightOrder
+from euphonium.wire.records import (
+    Array,
+    GroupInfo,
+    GroupPayload,
+    GroupTask,
+    Readiness,
+    RolloutContext,
+    WeightKind,
+    WeightOrder,
+)
+from euphonium.wire.roles import OrmServer, PrmServer, WeightDirectory, named_actor
 from euphonium.wire.servers import ServerPool
 from euphonium.wire.weights.channel import Channel, visit
-from euphonium.wire.weights.manifest import WeightManifest, load_buckets, load_tensors
+from euphonium.wire.weights.manifest import Bucket, WeightManifest, load_buckets, load_tensors
+
+if TYPE_CHECKING:
+    from ray.actor import ActorProxy
+
+_S = TypeVar("_S")
 
 # Samples in one forward pass of an evaluation.
 EVALUATION_BATCH = 16
@@ -66,7 +81,7 @@ class RolloutWorker:
         self._tables = lru_cache(maxsize=8)(lambda iteration: self.family.step_table(config.sampler, iteration))
         self.policy_version = 0
 
-    def load_weights(self, manifest: WeightManifest, buckets: Sequence[Any]) -> None:
+    def load_weights(self, manifest: WeightManifest, buckets: Sequence[Bucket]) -> None:
         """Takes over published weights and their version."""
         load_buckets(manifest, buckets, self.published)
         self.policy_version = manifest.version
@@ -213,7 +228,7 @@ class RolloutWorker:
         return np.ascontiguousarray(credited.numpy())
 
 
-def encode_one(encoder: Any, prompt: str) -> Conditioning:
+def encode_one(encoder: Callable[[list[str]], Conditioning], prompt: str) -> Conditioning:
     """Conditioning of one prompt, padded to no other."""
     return dict(encoder([prompt]))
 
@@ -222,8 +237,6 @@ class RolloutActor:
     """A :class:`RolloutWorker` as a Ray actor; the orchestrator makes it with ``ray.remote``."""
 
     def __init__(self, index: int, config: RunConfig, store: str) -> None:
-        import ray
-
         torch.set_num_threads(config.pools.rollout.threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.index = index
@@ -232,26 +245,29 @@ class RolloutActor:
         rewards = config.rewards
         outcome = [reward.name for reward in rewards.outcome]
         # Both pools change while the run goes on: every order says who is in them.
-        self.prm_servers: list[Any] = []
-        self.orm_servers: list[Any] = []
-        self.near: set[Any] = set()
-        self.prm = ServerPool(
+        self.prm_servers: list[ActorProxy[PrmServer]] = []
+        self.orm_servers: list[ActorProxy[OrmServer]] = []
+        self.near: set[ActorProxy[PrmServer]] = set()
+        self.prm: ServerPool[PrmServer] = ServerPool(
             "prm", lambda: self.prm_servers, rewards, rewards=["process"], offset=index, near=self.near.__contains__
         )
-        self.orm = ServerPool("orm", lambda: self.orm_servers, rewards, rewards=outcome, offset=index)
+        self.orm: ServerPool[OrmServer] = ServerPool(
+            "orm", lambda: self.orm_servers, rewards, rewards=outcome, offset=index
+        )
         self.node = node_id()
-        self.store = ray.get_actor(store)
-        self._servers: dict[str, Any] = {}
+        self.store = named_actor(WeightDirectory, store)
+        self._prm_handles: dict[str, ActorProxy[PrmServer]] = {}
+        self._orm_handles: dict[str, ActorProxy[OrmServer]] = {}
         # Epoch, version and kind of the weights held; an actor that Ray has restarted holds none of this run's.
-        self._holds: tuple[int, int, str] | None = None
+        self._holds: tuple[int, int, WeightKind] | None = None
         self._channel: tuple[str, Channel] | None = None
 
     def __repr__(self) -> str:
         return f"rollout-{self.index}"
 
-    def ready(self) -> dict[str, Any]:
+    def ready(self) -> Readiness:
         """Answers once the models are loaded."""
-        return {"policy_version": self.worker.policy_version, "device": str(self.worker.device)}
+        return Readiness(device=str(self.worker.device), node=node_id())
 
     def generate(self, task: GroupTask, context: RolloutContext) -> tuple[GroupInfo, Array, GroupPayload]:
         """See :meth:`RolloutWorker.generate`; called with ``num_returns=3``, so that the caller owns the arrays.
@@ -265,13 +281,13 @@ class RolloutActor:
         guidance = self.config.sampler.guidance
         factory: SourceFactory | None = None
         if guidance is not None and guidance.source == "spsa":
-            self.orm_servers = self._find(context.orm_servers)
+            self.orm_servers = _find(OrmServer, context.orm_servers, self._orm_handles)
             factory = self._spsa(task, guidance)
         elif self.config.rewards.process is not None:
-            self.prm_servers = self._find(context.prm_servers)
+            self.prm_servers = _find(PrmServer, context.prm_servers, self._prm_handles)
             own = [name for name, node in zip(context.prm_servers, context.prm_nodes, strict=True) if node == self.node]
             self.near.clear()
-            self.near.update(self._find(own))
+            self.near.update(_find(PrmServer, own, self._prm_handles))
             factory = self._prm(task.prompt)
         info, latents, payload = self.worker.generate(task, factory)
         return dataclasses.replace(info, seconds={**info.seconds, "weights": pulled}), latents, payload
@@ -322,16 +338,6 @@ class RolloutActor:
         self._holds = context.epoch, manifest.version, context.kind
         return time.perf_counter() - began
 
-    def _find(self, names: Sequence[str]) -> list[Any]:
-        """Handles of those servers of a pool that there are."""
-        import ray
-
-        for name in names:
-            if name not in self._servers:
-                with contextlib.suppress(ValueError):
-                    self._servers[name] = ray.get_actor(name)
-        return [self._servers[name] for name in names if name in self._servers]
-
     def _prm(self, prompt: str) -> SourceFactory:
         return lambda conditioning, table, velocity: PrmClient(self.prm, conditioning, table, prompt)
 
@@ -359,3 +365,12 @@ class RolloutActor:
             return answer
 
         return score
+
+
+def _find(role: type[_S], names: Sequence[str], known: dict[str, ActorProxy[_S]]) -> list[ActorProxy[_S]]:
+    """Handles of those servers of a pool that there are; ``known`` keeps them."""
+    for name in names:
+        if name not in known:
+            with contextlib.suppress(ValueError):
+                known[name] = named_actor(role, name)
+    return [known[name] for name in names if name in known]

@@ -69,7 +69,7 @@ def measure(folder: Path, actors: int, iterations: int, seconds: float, payload_
 
 def control_plane_seconds() -> float:
     """CPU time so far of the processes that a cluster has once."""
-    actors = ("TrajectoryBuff", "WeightStore", "ControlDesk", "trajectory-buffer", "weight-store", "control")
+    actors = ("LearnerMailbox", "WeightStore", "ControlDesk", "learner-mailbox", "weight-store", "control")
     once = ("gcs_server", "raylet", *(f"ray::{title}" for title in actors))
     driver = psutil.Process()
     total = sum(driver.cpu_times()[:2])

@@ -28,7 +28,7 @@ from typing import Any
 from euphonium.config import RunConfig, load_config
 
 ROOT = Path(__file__).parent.parent
-# Of a small run: trajectory buffer, weight store, control desk, a rollout actor, an ORM server, a learner rank, and the
+# Of a small run: learner mailbox, weight store, control desk, a rollout actor, an ORM server, a learner rank, and the
 # six that Ray Train adds to it.
 ACTORS = 12
 

@@ -25,13 +25,14 @@ from euphonium.config import RunConfig, load_config
 from euphonium.dynamics import StepTable
 from euphonium.rewards.process import LocalRewards, ProcessRewardModel
 from euphonium.rewards.total import weighted_total
-from learners.policy.batching import TrainedGroup, load_rows, plan_updates
+from euphonium.wire.records import GroupPayload, TrainingGroup
+from learners.policy.batching import load_rows, plan_updates
 from learners.policy.objective import References, evaluate_objective
 from learners.policy.objective import Velocity as VelocityOf
 from learners.policy.schedules import kl_controller, kl_weight, learning_rate
 from learners.rewards.refresh import PrmRefresh
 from orchestrator.evaluation import evaluation_metrics, evaluation_set
-from orchestrator.groups.batches import advantages
+from orchestrator.groups.credit import advantages, training_group
 from orchestrator.groups.prompts import PromptStream, read_prompts
 from orchestrator.report.statistics import rollout_statistics
 from reward_servers.orm import OrmScorer
@@ -96,19 +97,10 @@ class SingleProcess:
                 total = weighted_total(scores[-1], config.rewards.outcome)
                 self.refresh.add(iteration, latents, total, payload.conditioning)
         results = advantages(config, infos, scores)
-        groups = [
-            TrainedGroup(
-                payload=payload,
-                advantages=a.values.expand(-1, -1, config.sampler.num_steps).numpy(),
-                samples=np.array(a.samples),
-                iteration=iteration,
-                fingerprint=info.fingerprint,
-            )
-            for payload, a, info in zip(payloads, results, infos, strict=True)
-        ]
+        groups = [training_group(config, info, result) for info, result in zip(infos, results, strict=True)]
         rolled_out = time.perf_counter()
         metrics = rollout_statistics(config, infos, scores, results)
-        metrics |= self._update(groups)
+        metrics |= self._update(groups, payloads)
         if self.refresh is not None and self.prm is not None and self.refresh.due(iteration + 1):
             metrics |= self.refresh.update()
             self.prm.load_state_dict({name: torch.from_numpy(a) for name, a in self.refresh.weights().items()})
@@ -119,9 +111,9 @@ class SingleProcess:
         assert self.prm is not None
         return LocalRewards(self.prm, conditioning, table.sigmas)
 
-    def _update(self, groups: list[TrainedGroup]) -> dict[str, float]:
+    def _update(self, groups: list[TrainingGroup], payloads: list[GroupPayload]) -> dict[str, float]:
         config = self.config
-        rows_per_group = [len(group.samples) * group.payload.steps.shape[1] for group in groups]
+        rows_per_group = [group.rows for group in groups]
         plan = plan_updates(
             rows_per_group, config.objective.updates_per_iteration, config.pools.learner.rows_per_micro_batch, 1
         )
@@ -141,9 +133,9 @@ class SingleProcess:
             observed = 0.0
             for batch in shares[0]:
                 group = groups[batch.group]
-                rows = load_rows(batch, group, CPU)
+                rows = load_rows(batch, group, payloads[batch.group], CPU)
                 value = evaluate_objective(
-                    config.objective, self.worker.table(group.iteration),
+                    config.objective, self.worker.table(group.info.task.iteration),
                     lambda x, t, c: self.worker.family.velocity(self.policy, x, t, c), rows, references,
                 )  # fmt: skip
                 value.loss.backward()

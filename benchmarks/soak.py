@@ -4,7 +4,7 @@
 
 Run loop, pools, buffer, weight store, reward calls and checkpoints are real, computation is not (stub_roles.py), so
 that hundreds of kills fit into minutes. At random moments a random process gets SIGKILL: a rollout actor, a reward
-server, the trajectory buffer, the weight store, the control desk; now and then the learner dies in the middle of an
+server, the learner mailbox, the weight store, the control desk; now and then the learner dies in the middle of an
 update. The same recipe runs once without any kill. In strict order (no staleness) both must agree on every iteration,
 every reward and every weight to the last bit; a group that was lost, repeated or counted twice would show.
 """
@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 KEYS = ("iteration", "reward/icon/mean", "reward/motion/mean", "policy/loss", "advantage/std")
-VICTIMS = ("rollout-0", "rollout-1", "rollout-2", "orm-0", "orm-1", "trajectory-buffer", "weight-store", "control")
+VICTIMS = ("rollout-0", "rollout-1", "rollout-2", "orm-0", "orm-1", "learner-mailbox", "weight-store", "control")
 
 
 async def kill_at_random(run: Any, every_s: float, rng: random.Random, kills: Counter[str]) -> None:

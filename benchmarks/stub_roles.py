@@ -22,10 +22,11 @@ import yaml
 from actors.rollout import RolloutActor
 from euphonium.config import RunConfig, load_config
 from euphonium.errors import LostActorError, TrainingError
-from euphonium.wire.deadlines import get
-from euphonium.wire.records import GroupInfo, GroupPayload, GroupTask, UpdateReport
+from euphonium.wire.deadlines import get, node_id
+from euphonium.wire.records import GroupInfo, GroupPayload, GroupTask, Publish, Readiness, Save, Update, UpdateReport
+from euphonium.wire.roles import Mailbox, WeightDirectory, named_actor
 from euphonium.wire.weights.manifest import WeightManifest, pack, unpack, verify
-from orchestrator.learning.link import BUFFER, STORE
+from orchestrator.learning.link import MAILBOX, STORE
 from orchestrator.run import Run
 
 SIZE = 16
@@ -110,8 +111,9 @@ class StubRollout(RolloutActor):
         time.sleep(start_s)
         self.index, self.config = index, config
         self.worker: Any = StubWorker(config, seconds, values)
-        self.store = ray.get_actor(STORE)
-        self._servers, self._holds = {}, None
+        self.store = named_actor(WeightDirectory, STORE)
+        self.node = node_id()
+        self._prm_handles, self._orm_handles, self._holds = {}, {}, None
 
 
 class StubJudge:
@@ -121,9 +123,9 @@ class StubJudge:
         time.sleep(start_s)
         self.seconds = seconds
 
-    def ready(self) -> dict[str, Any]:
+    def ready(self) -> Readiness:
         """Answers once it is there."""
-        return {}
+        return Readiness(device="cpu", busy_s=None)
 
     def score(self, latents: Any, prompts: list[str], deadline_s: float = float("inf")) -> tuple[dict[str, Any], float]:
         """See :class:`reward_servers.orm.OrmActor`; sleeps."""
@@ -184,53 +186,54 @@ class StubLearners:
                 return
 
     def _attempt(self) -> None:
-        buffer, self.store = ray.get_actor(BUFFER), ray.get_actor(STORE)
+        mailbox, self.store = named_actor(Mailbox, MAILBOX), named_actor(WeightDirectory, STORE)
         attempt = uuid.uuid4().hex
-        folder, version = get(buffer.join.remote(attempt, 1), 60, "join")
+        folder, version = get(mailbox.join.remote(attempt, 1), 60, "join")
         self.weights = np.zeros(SIZE, dtype=np.float32)
         if folder is not None:
             self.weights = np.array(json.loads((Path(folder) / "weights.json").read_text()), dtype=np.float32)
         self._publish(version, "policy")
-        get(buffer.learner_ready.remote(attempt), 60, "ready")
+        get(mailbox.learner_ready.remote(attempt), 60, "ready")
         while True:
             began = time.perf_counter()
-            plan, lease = get(buffer.lease.remote(0, attempt), None, "a plan")
-            waited = time.perf_counter() - began
-            assert plan.iteration == version + (plan.num_groups > 0), (plan, version)
-            if plan.num_groups:
-                payloads = get([g["payload_ref"] for g in lease["groups"].values()], 60, "groups")
-                time.sleep(self.seconds)
-                if plan.iteration in self.crashes:
-                    self.crashes.remove(plan.iteration)
-                    raise LostActorError("crashed")
-                means = [float(payload.states[:, 0, :SIZE].mean()) for payload in payloads]
-                for payload in payloads:
-                    self.weights = 0.9 * self.weights + 0.1 * payload.states[:, 0, :SIZE].mean(0)
-                self.trained.append([plan.iteration, *means])
-                version = plan.iteration
-            if plan.num_groups or plan.publish:
+            order = get(mailbox.lease.remote(0, attempt), None, "an order")
+            metrics = {"time/learner_wait_s": time.perf_counter() - began}
+            metrics |= {"time/publish_s": 0.0, "policy/ratio_deviation": 0.0, "policy/grad_norm": 0.0}
+            assert order.version == version + isinstance(order, Update), (order, version)
+            if isinstance(order, Update):
+                self._train(order)
+                version = order.version
+                metrics |= {"time/update_s": self.seconds, "policy/loss": float(self.weights.mean())}
+            if not isinstance(order, Save):
                 published = time.perf_counter()
                 self._publish(version, "policy")
-                published = time.perf_counter() - published
-            if plan.publish_average:
-                self._publish(version, "average")
-            if plan.checkpoint is not None:
-                (Path(plan.checkpoint) / "weights.json").write_text(json.dumps(self.weights.tolist()))
-            metrics = {"time/publish_s": 0.0, "policy/ratio_deviation": 0.0, "policy/grad_norm": 0.0}
-            metrics |= {"time/learner_wait_s": waited}
-            if plan.num_groups:
-                metrics |= {"time/update_s": self.seconds, "time/publish_s": published}
-                metrics |= {"policy/loss": float(self.weights.mean())}
-            report = UpdateReport(iteration=plan.iteration, metrics=metrics)
-            get(buffer.acknowledge.remote(0, attempt, report), 60, "acknowledge")
-            if plan.stop:
+                metrics["time/publish_s"] = time.perf_counter() - published
+                if order.average if isinstance(order, Publish) else order.publish_average:
+                    self._publish(version, "average")
+            folder = order.folder if isinstance(order, Save) else getattr(order, "checkpoint", None)
+            if folder is not None:
+                (Path(folder) / "weights.json").write_text(json.dumps(self.weights.tolist()))
+            report = UpdateReport(version=order.version, metrics=metrics)
+            get(mailbox.acknowledge.remote(0, attempt, report), 60, "acknowledge")
+            if order.stop:
                 return
+
+    def _train(self, order: Update) -> None:
+        payloads = get(list(order.payloads), 60, "groups")
+        time.sleep(self.seconds)
+        if order.version in self.crashes:
+            self.crashes.remove(order.version)
+            raise LostActorError("crashed")
+        means = [float(payload.states[:, 0, :SIZE].mean()) for payload in payloads]
+        for payload in payloads:
+            self.weights = 0.9 * self.weights + 0.1 * payload.states[:, 0, :SIZE].mean(0)
+        self.trained.append([order.version, *means])
 
     def _publish(self, version: int, kind: str) -> None:
         for _ in range(20):
             try:
                 data, manifest = pack({"w": torch.from_numpy(self.weights.astype(np.float32)), "p": self.padding})
-                get(self.store.put_bucket.remote(version, kind, 0, [ray.put(data)], keep=False), 60, "bucket")
+                get(self.store.put_bucket.remote(version, kind, 0, [ray.put(data)], False), 60, "bucket")
                 whole = WeightManifest(version=version, kind=kind, buckets=(manifest,))
                 get(self.store.commit.remote(whole), 60, "commit")
                 return

@@ -73,9 +73,9 @@ def rows_of(events: list[dict[str, Any]]) -> dict[str, list[Bar]]:
         for begin, end, worker in sorted(calls[call]):
             row = workers.setdefault(worker, f"{role}-{len(workers)}")
             rows[row if role != "weightstore" else "weight store"].append((begin, end, what))
-    leases = sorted(end for _, end, _ in calls["TrajectoryBuffer.lease"])
+    leases = sorted(end for _, end, _ in calls["LearnerMailbox.lease"])
     buckets = sorted(begin for begin, _, _ in calls["WeightStore.put_bucket"])
-    receipts = sorted(begin for begin, _, _ in calls["TrajectoryBuffer.acknowledge"])
+    receipts = sorted(begin for begin, _, _ in calls["LearnerMailbox.acknowledge"])
     for begin, following in itertools.pairwise([*leases, float("inf")]):
         first = next((t for t in buckets if begin < t < following), None)
         done = next((t for t in receipts if t > begin), None)

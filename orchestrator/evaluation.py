@@ -14,10 +14,10 @@ from PIL import Image
 from euphonium.config import OutcomeRewardConfig, RunConfig
 from euphonium.errors import ConfigError, LostActorError, TrainingError, WeightsMissingError
 from euphonium.rewards.total import total_weight
-from euphonium.wire.records import Array
+from euphonium.wire.records import Array, Videos, WeightKind
 from orchestrator.groups.prompts import read_prompts, spread
 from orchestrator.pools.crew import Crew
-from orchestrator.report.pictures import Video, contact_sheet, save_gif, save_samples, side_by_side
+from orchestrator.report.pictures import contact_sheet, save_gif, save_samples, side_by_side
 from orchestrator.report.tracking import Tracker
 
 
@@ -54,7 +54,7 @@ class SampleFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, iteration: int, prompts: Sequence[str], videos: Video, scores: Mapping[str, Any]) -> Image.Image:
+    def save(self, iteration: int, prompts: Sequence[str], videos: Videos, scores: Mapping[str, Any]) -> Image.Image:
         """Writes the clips of one evaluation; after the first, also each prompt before and after."""
         target = self.folder / f"iteration_{iteration:06d}"
         sheet = save_samples(target, prompts, videos, scores)
@@ -109,8 +109,8 @@ class Evaluator:
         """
         began = time.monotonic()
         config, prompts = self._config, self._prompts
-        kind = "average" if config.optimizer.averages and iteration > 0 else "policy"
-        count = min(len(prompts), max(1, len(self._crew.pools["rollout"].present)))
+        kind: WeightKind = "average" if config.optimizer.averages and iteration > 0 else "policy"
+        count = min(len(prompts), max(1, len(self._crew.rollout.present)))
         shares = [slice(i, None, count) for i in range(count)]
         parts = await asyncio.gather(*(self._samples(prompts[s], self._seeds[s], kind) for s in shares))
         latents = np.empty((len(prompts), *parts[0].shape[1:]), dtype=np.float32)
@@ -128,7 +128,7 @@ class Evaluator:
         metrics = evaluation_metrics(scores, config.rewards.outcome)
         return {**metrics, "time/evaluation_s": time.monotonic() - began}
 
-    async def _samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: str) -> Array:
+    async def _samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: WeightKind) -> Array:
         """Samples of one share; from another actor if one is lost."""
         error = TrainingError("no attempt was made")
         for _ in range(self._config.rewards.attempts):

@@ -27,7 +27,7 @@ import signal
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -36,25 +36,31 @@ from euphonium.config import RunConfig, dump_config
 from euphonium.errors import EuphoniumError
 from euphonium.rewards.total import weighted_total
 from euphonium.wire.deadlines import awaited
-from euphonium.wire.records import UpdatePlan
+from euphonium.wire.records import Publish, Save, Update
 from orchestrator.checkpoints import BackgroundCommits, Checkpoint, CheckpointStore, RunState
 from orchestrator.commands.control import CONTROL, ControlDesk
 from orchestrator.commands.launch import beside_the_driver, name_is_free
 from orchestrator.evaluation import Evaluator
-from orchestrator.groups.batches import Batch, BatchSource, ScoredGroup, training_groups
+from orchestrator.groups.batches import BatchSource
+from orchestrator.groups.credit import Batch, ScoredGroup, assign_credit
 from orchestrator.groups.prompts import PromptStream, read_prompts
 from orchestrator.groups.staleness import staleness
 from orchestrator.learning.group import LearnerGroup
-from orchestrator.learning.link import BUFFER, STORE, LearnerLink, LearnerRestartedError
+from orchestrator.learning.link import MAILBOX, STORE, LearnerLink, LearnerRestartedError
 from orchestrator.learning.process_reward import RefreshHandle
-from orchestrator.pools.crew import Crew, Make, Position
-from orchestrator.pools.pools import wait_ready
+from orchestrator.pools.crew import Crew, Position
+from orchestrator.pools.pools import Make, wait_ready
 from orchestrator.pools.resources import lacking_resources
 from orchestrator.report.advice import advice
 from orchestrator.report.statistics import RewardFailures, RewardWatch
 from orchestrator.report.tracking import Progress, Tracker, read_metrics
 from reward_servers.orm import OrmActor
 from reward_servers.prm import PrmActor
+
+if TYPE_CHECKING:
+    from ray.actor import ActorProxy
+
+    from euphonium.wire.roles import PrmServer
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +85,6 @@ class Run:
         self.failures = RewardFailures(config.rewards)
         self.watch = RewardWatch(config.rewards.watch, read_metrics(self.tracker.path))
         self.crew = Crew(config, self.position, self.progress)
-        self.pools = self.crew.pools
         self.learners = LearnerLink(config, self.progress)
         prompts = PromptStream(read_prompts(config.prompts.train, "prompts.train"), config.seed)
         self.batches = BatchSource(config, self.crew, self.position, prompts, self.failures, self._republish)
@@ -117,7 +122,7 @@ class Run:
         finally:
             if self._poller is not None:
                 self._poller.cancel()
-            for pool in self.pools.values():
+            for pool in self.crew.pools.values():
                 pool.stop_watching()
             await self.batches.forget()
             self.progress.close()
@@ -126,17 +131,17 @@ class Run:
                 loop.remove_signal_handler(number)
 
     async def _start_roles(self) -> None:
-        import ray
+        from euphonium.wire.roles import Desk, start_actor
 
         await self._guard(name_is_free(self.config.name))
         self.learners.open()
-        self.desk = ray.remote(ControlDesk).options(name=CONTROL, **beside_the_driver()).remote()
+        self.desk = start_actor(Desk, ControlDesk, {"name": CONTROL, **beside_the_driver()})
         await self.learners.resume_from(*self.commits.resume_point)
         self.learners.start(self.learner_group())
         self.crew.start(self.actors())
         self._enter("starting roles")
         self._poller = asyncio.ensure_future(self._poll_desk())
-        pools = list(self.pools.values())
+        pools = list(self.crew.pools.values())
         await self._guard(wait_ready(pools, self.config.pools.start_timeout_s, self.progress.say))
         for pool in pools:
             pool.watch()
@@ -157,7 +162,7 @@ class Run:
 
     def learner_group(self) -> LearnerGroup:
         """A learner group of the configured size, not yet started."""
-        return LearnerGroup(self.config, self.namespace, BUFFER, STORE)
+        return LearnerGroup(self.config, self.namespace, MAILBOX, STORE)
 
     async def _train(self) -> None:
         evaluated = self.state.iteration > 0
@@ -183,9 +188,7 @@ class Run:
     async def _evaluate_at_last(self) -> None:
         """Makes up for the last evaluation of a run that was cut short in it."""
         done = self.state.iteration
-        averages = self.config.optimizer.averages
-        plan = UpdatePlan(iteration=done, num_groups=0, publish=True, publish_average=averages, stop=True)
-        await self.learners.carry_out(plan)
+        await self.learners.carry_out(Publish(version=done, average=self.config.optimizer.averages, stop=True))
         self.learners.dismiss()
         values = await self._guard(self._evaluate(done))
         last = read_metrics(self.tracker.path)[-1]
@@ -215,8 +218,7 @@ class Run:
         """Writes a checkpoint of the last iteration; with ``stop``, the learner group ends after it."""
         done = self.state.iteration
         folder = self.commits.begin(done)
-        plan = UpdatePlan(iteration=done, num_groups=0, checkpoint=str(folder.resolve()), stop=stop)
-        await self.learners.carry_out(plan)
+        await self.learners.carry_out(Save(version=done, folder=str(folder.resolve()), stop=stop))
         await self.commits.commit(folder, self.state, dump_config(self.config))
         await self.commits.finished()
 
@@ -228,7 +230,7 @@ class Run:
         iteration = self.state.iteration + 1
         self._enter(f"iteration {iteration}: rollout")
         batch = await self._guard(self.batches.next())
-        buffered, statistics = training_groups(config, batch.groups)
+        groups, statistics = assign_credit(config, batch)
         record: dict[str, float] = {"iteration": iteration, "policy_version": iteration, **statistics}
         record |= self._drawn(iteration, batch)
         record |= self.failures.take() | self.watch.update(iteration, statistics, self.progress.say)
@@ -237,9 +239,10 @@ class Run:
         evaluates = last or iteration % config.evaluation.every == 0
         saves = last or iteration % config.checkpoint.every == 0
         folder = self.commits.begin(iteration) if saves else None
-        plan = UpdatePlan(
-            iteration=iteration,
-            num_groups=len(buffered),
+        order = Update(
+            version=iteration,
+            groups=tuple(groups),
+            payloads=tuple(group.payload for group in batch.groups),
             publish_average=evaluates and config.optimizer.averages,
             checkpoint=str(folder.resolve()) if folder is not None else None,
             stop=last,
@@ -249,7 +252,7 @@ class Run:
         self._enter(f"iteration {iteration}: update")
         # From here to the report the transaction must not be cut in two.
         async with self.learners.turn:
-            report = await self.learners.carry_out(plan, buffered)
+            report = await self.learners.carry_out(order)
         if last:
             self.learners.dismiss()
         record |= report.metrics
@@ -328,7 +331,7 @@ class Run:
         if self.refresh is None:
             self.refresh = RefreshHandle(self.config)
         newest = self.commits.newest
-        await self.refresh.restore(newest.folder if newest else None, self.pools["prm"].reachable_handles)
+        await self.refresh.restore(newest.folder if newest else None, self._prm_servers())
 
     async def _refresh_prm(
         self, iteration: int, groups: Sequence[ScoredGroup], folder: Path | None
@@ -338,13 +341,16 @@ class Run:
             return {}
         rewards = self.config.rewards.outcome
         replayed = [(g.latents, g.payload, weighted_total(g.scores, rewards)) for g in groups]
-        metrics = await self.refresh.step(iteration, replayed, self.pools["prm"].reachable_handles, folder)
+        metrics = await self.refresh.step(iteration, replayed, self._prm_servers(), folder)
         if "process/refresh_pairs" in metrics:
             self.progress.say(
                 f"process reward model refreshed on {metrics['process/refresh_pairs']:.0f} pairs in "
                 f"{metrics['time/prm_refresh_s']:.0f} s"
             )
         return metrics
+
+    def _prm_servers(self) -> list[ActorProxy[PrmServer]]:
+        return [] if self.crew.prm is None else self.crew.prm.reachable_handles
 
     async def _resize_learners(self, size: int) -> None:
         """Ends the learner group at a checkpoint and starts one of another size from it."""
@@ -402,7 +408,7 @@ class Run:
             "phase": self._phase,
             "version": self.state.iteration,
             "iterations": self.config.iterations,
-            "pools": {**{role: pool.snapshot() for role, pool in self.pools.items()}, "learner": learner},
+            "pools": {**{role: pool.snapshot() for role, pool in self.crew.pools.items()}, "learner": learner},
             "queue": {"groups": held.groups, "bytes": held.nbytes},
             "last": self._last,
         }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -45,6 +45,7 @@ class Request(Protocol):
 
 Q = TypeVar("Q", bound=Request)
 A = TypeVar("A")
+R = TypeVar("R")
 # One answer or error a request, in order; may raise when it cannot tell whose fault it is.
 Compute = Callable[[Sequence[Q]], Sequence[A | RewardError]]
 
@@ -85,9 +86,9 @@ def _typed(error: Exception, request: Request, what: str) -> RewardError:
 
 
 @dataclass
-class _Waiting(Generic[Q]):
+class _Waiting(Generic[Q, A]):
     request: Q
-    answer: asyncio.Future[Any]
+    answer: asyncio.Future[A]
     arrived: float
     expires: float
 
@@ -119,9 +120,9 @@ class MicroBatcher(Generic[Q, A]):
         self._max_batch = pool.max_batch if pool.merge else 0
         self._wait_s = pool.wait_ms / 1000
         self._thread = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (pool.threads,))
-        self._queue: deque[_Waiting[Q]] = deque()
+        self._queue: deque[_Waiting[Q, A]] = deque()
         self._arrival = asyncio.Event()
-        self._batch: list[_Waiting[Q]] = []
+        self._batch: list[_Waiting[Q, A]] = []
         self._dispatcher: asyncio.Task[None] | None = None
         self._busy_since: float | None = None
         self._finished = float("-inf")
@@ -143,13 +144,12 @@ class MicroBatcher(Generic[Q, A]):
         if self._dispatcher is None or self._dispatcher.done():
             self._dispatcher = loop.create_task(self._dispatch())
         now = loop.time()
-        waiting = _Waiting(request, loop.create_future(), now, now + deadline_s)
+        waiting: _Waiting[Q, A] = _Waiting(request, loop.create_future(), now, now + deadline_s)
         self._queue.append(waiting)
         self._arrival.set()
-        answer: A = await waiting.answer
-        return answer
+        return await waiting.answer
 
-    async def run(self, work: Callable[[], Any]) -> Any:
+    async def run(self, work: Callable[[], R]) -> R:
         """Result of other work for the same thread, in its turn."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
@@ -210,10 +210,10 @@ class MicroBatcher(Generic[Q, A]):
                 break
         self._waits_in_vain = 0 if len(self._queue) > present else self._waits_in_vain + 1
 
-    def _take(self, now: float) -> list[_Waiting[Q]]:
+    def _take(self, now: float) -> list[_Waiting[Q, A]]:
         """The next pass: the first request, and those behind it that fit to it."""
-        batch: list[_Waiting[Q]] = []
-        left: deque[_Waiting[Q]] = deque()
+        batch: list[_Waiting[Q, A]] = []
+        left: deque[_Waiting[Q, A]] = deque()
         size = 0
         for waiting in self._queue:
             if waiting.answer.done():
@@ -233,7 +233,7 @@ class MicroBatcher(Generic[Q, A]):
         self._queue = left
         return batch
 
-    def _deliver(self, waiting: _Waiting[Q], answer: A | RewardError) -> None:
+    def _deliver(self, waiting: _Waiting[Q, A], answer: A | RewardError) -> None:
         self._counts["requests"] += 1
         self._counts["samples"] += waiting.request.size
         if waiting.answer.done():

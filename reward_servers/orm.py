@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +14,10 @@ from euphonium.errors import NonFiniteRewardError, RewardError
 from euphonium.generators.generator import GeneratorFamily, open_generator
 from euphonium.rewards.registry import build_reward
 from euphonium.wire.arrays import as_tensor
-from euphonium.wire.records import Array
+from euphonium.wire.deadlines import node_id
+from euphonium.wire.records import Array, OrmAnswer, Readiness, Videos
 from reward_servers.batching import MicroBatcher
 
-# For every reward, float32 ``[samples]``.
-OrmAnswer = dict[str, Array]
 WHAT = "outcome scoring"
 
 
@@ -65,11 +63,12 @@ class OrmScorer:
         self.rewards = {spec.name: build_reward(spec) for spec in rewards}
         self.max_batch = (pool or RewardPoolConfig()).max_batch
 
-    def videos(self, latents: Array) -> Array:
+    def videos(self, latents: Array) -> Videos:
         """Decodes latents ``[batch, *latent]`` to uint8 ``[batch, frames, height, width, 3]``."""
         parts = [self.decode(part) for part in as_tensor(latents).split(self.max_batch)]
         pixels = torch.cat(parts).permute(0, 1, 3, 4, 2).mul(255).round().to(torch.uint8)
-        return np.asarray(pixels.cpu().numpy())
+        videos: Videos = pixels.cpu().numpy()
+        return videos
 
     def score(self, latents: Array, prompts: Sequence[str]) -> OrmAnswer:
         """Scores finished samples.
@@ -153,9 +152,9 @@ class OrmActor:
     def __repr__(self) -> str:
         return f"orm-{self.index}"
 
-    async def ready(self) -> dict[str, Any]:
-        """Answers once decoder and rewards are loaded; also the seconds that have been spent computing."""
-        return {"device": str(self.device), "busy_s": self.batcher.worked_s}
+    async def ready(self) -> Readiness:
+        """Answers once decoder and rewards are loaded."""
+        return Readiness(device=str(self.device), node=node_id(), busy_s=self.batcher.worked_s)
 
     async def health(self) -> dict[str, float]:
         """See :meth:`reward_servers.batching.MicroBatcher.status`; answers also while a reward computes."""
@@ -179,7 +178,6 @@ class OrmActor:
         scores = await self.batcher.submit(OrmRequest(np.asarray(latents), prompts), deadline_s)
         return scores, time.perf_counter() - began
 
-    async def videos(self, latents: Array) -> Array:
+    async def videos(self, latents: Array) -> Videos:
         """See :meth:`OrmScorer.videos`."""
-        videos: Array = await self.batcher.run(lambda: self.scorer.videos(latents))
-        return videos
+        return await self.batcher.run(lambda: self.scorer.videos(latents))

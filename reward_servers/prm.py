@@ -7,7 +7,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,9 @@ from euphonium.generators.generator import Conditioning, expand, positive, stack
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
-from euphonium.wire.records import Array
+from euphonium.wire.records import Array, PrmAnswer, Readiness
 from reward_servers.batching import MicroBatcher
 
-# Rewards ``[samples]``, and their gradient like the states if it was wanted, float32.
-PrmAnswer = tuple[Array, Array | None]
 WHAT = "the process reward model"
 
 
@@ -159,9 +156,9 @@ class PrmActor:
     def __repr__(self) -> str:
         return f"prm-{self.index}"
 
-    async def ready(self) -> dict[str, Any]:
-        """Answers once the model is loaded; also its node, and the seconds that have been spent computing."""
-        return {"device": str(self.scorer.device), "busy_s": self.batcher.worked_s, "node": node_id()}
+    async def ready(self) -> Readiness:
+        """Answers once the model is loaded."""
+        return Readiness(device=str(self.scorer.device), node=node_id(), busy_s=self.batcher.worked_s)
 
     async def health(self) -> dict[str, float]:
         """See :meth:`reward_servers.batching.MicroBatcher.status`; answers also while the model computes."""
@@ -185,7 +182,7 @@ class PrmActor:
         request = PrmRequest(np.asarray(x), sigma, conditioning, with_gradient, prompt)
         return await self.batcher.submit(request, deadline_s)
 
-    async def load_weights(self, version: int, weights: Mapping[str, Array]) -> None:
+    async def load_weights(self, version: int, weights: dict[str, Array]) -> None:
         """See :meth:`PrmScorer.load_weights`."""
         await self.batcher.run(partial(self.scorer.load_weights, version, weights))
 

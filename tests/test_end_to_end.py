@@ -265,7 +265,7 @@ def test_ray_job_submit_runs_the_same_command(recipe: Callable[..., Path], tmp_p
         assert "iteration 1/1" in submitted.stdout
         listed = call("list", "actors", "--address", f"http://127.0.0.1:{dashboard}", "--format", "json")
         names = {actor["name"] for actor in json.loads(listed.stdout)}
-        assert {"rollout-0", "rollout-1", "prm-0", "orm-0", "trajectory-buffer", "weight-store"} <= names
+        assert {"rollout-0", "rollout-1", "prm-0", "orm-0", "learner-mailbox", "weight-store"} <= names
     finally:
         # Not `ray stop`, which ends every cluster of this machine.
         for process in ray_processes(""):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from euphonium.errors import EuphoniumError, LateError, LostActorError, TrainingError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+_T = TypeVar("_T")
 
 
 def node_id() -> str:
@@ -18,7 +23,11 @@ def node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def get(ref: Any, timeout_s: float | None, what: str) -> Any:
+@overload
+def get(ref: Sequence[ObjectRef[_T]], timeout_s: float | None, what: str) -> list[_T]: ...
+@overload
+def get(ref: ObjectRef[_T], timeout_s: float | None, what: str) -> _T: ...
+def get(ref: ObjectRef[_T] | Sequence[ObjectRef[_T]], timeout_s: float | None, what: str) -> _T | list[_T]:
     """Value of an object reference.
 
     Args:
@@ -40,7 +49,7 @@ def get(ref: Any, timeout_s: float | None, what: str) -> Any:
             raise TrainingError(f"{what} did not come within {timeout_s:.0f} s") from error
 
 
-async def awaited(ref: Any, timeout_s: float | None, what: str) -> Any:
+async def awaited(ref: Awaitable[_T], timeout_s: float | None, what: str) -> _T:
     """Value of one object reference, for event loops.
 
     Args:
@@ -80,7 +89,7 @@ def _typed(what: str) -> Iterator[None]:
         raise LostActorError(f"{what} will not come, after {waited:.0f} s: {describe(error)}") from error
 
 
-def remote_error(error: Any, what: str) -> EuphoniumError:
+def remote_error(error: BaseException, what: str) -> EuphoniumError:
     """The error of ours inside a remote failure, or a typed one that quotes its last line."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, EuphoniumError):

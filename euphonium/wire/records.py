@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
 Array = NDArray[np.generic]
+# Clips, uint8 ``[batch, frames, height, width, 3]``.
+Videos = NDArray[np.uint8]
+# ``average`` is the moving average of the policy's weights.
+WeightKind = Literal["policy", "average"]
+# Rewards ``[samples]``, and their gradient like the states if it was wanted, float32.
+PrmAnswer = tuple[Array, Array | None]
+# Rewards by name, float32 ``[samples]`` each.
+OrmAnswer = dict[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readiness:
+    """What an actor says once its models are loaded, and then every few seconds.
+
+    Attributes:
+        device: that it computes on.
+        node: id of its Ray node.
+        busy_s: seconds that it has spent computing since it started; None where the caller keeps count.
+    """
+
+    device: str
+    node: str = ""
+    busy_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +62,7 @@ class RolloutContext:
         version: oldest policy version that may be used; a newer published one is taken when there is one.
         epoch: of the weights' history. It begins anew when the run goes back to a checkpoint: versions of an earlier
             epoch are other weights.
-        kind: ``policy``, or ``average`` for the moving average.
+        kind: of weights.
         prm_servers: names of the PRM servers.
         prm_nodes: ids of their nodes, in the same order; empty where it is not known yet.
         orm_servers: names of the ORM servers.
@@ -43,7 +70,7 @@ class RolloutContext:
 
     version: int
     epoch: int
-    kind: str = "policy"
+    kind: WeightKind = "policy"
     prm_servers: tuple[str, ...] = ()
     prm_nodes: tuple[str, ...] = ()
     orm_servers: tuple[str, ...] = ()
@@ -101,28 +128,82 @@ class GroupPayload:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdatePlan:
-    """What the learner group does next.
+class TrainingGroup:
+    """A scored group on its way to the learner group.
 
     Attributes:
-        iteration: number of this transaction; the policy it yields gets this version.
-        num_groups: groups to train on; 0 for a plan that only checkpoints or publishes.
-        publish: whether the weights are published; plans with groups publish in any case.
-        publish_average: whether the averaged weights are published too.
-        checkpoint: folder into which every rank writes its part, or None.
-        stop: leave the loop afterwards.
-        receivers: rollout actors to which the weights are broadcast.
-        epoch: of the run, how often it has been rewound; weights of an earlier one are void.
+        info: what is known of it.
+        advantages: float32 ``[components, group, num_steps]``.
+        samples: int64, samples to train on, ascending.
     """
 
-    iteration: int
-    num_groups: int
-    publish: bool = False
+    info: GroupInfo
+    advantages: Array
+    samples: Array
+
+    @property
+    def rows(self) -> int:
+        """Its trained transitions."""
+        return len(self.samples) * self.info.transitions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """Train on an iteration's groups, and publish the new weights.
+
+    Attributes:
+        version: number of this transaction, from 1; the policy that it yields gets this version.
+        groups: of the iteration.
+        payloads: references to their transitions, in the same order; the driver owns the arrays.
+        publish_average: whether the averaged weights are published too.
+        checkpoint: folder into which every rank writes its part, or None.
+        receivers: names of the rollout actors to which the weights are broadcast.
+        epoch: of the weights' history, see :class:`RolloutContext`.
+        stop: leave afterwards.
+    """
+
+    version: int
+    groups: tuple[TrainingGroup, ...]
+    payloads: tuple[ObjectRef[GroupPayload], ...]
     publish_average: bool = False
     checkpoint: str | None = None
-    stop: bool = False
     receivers: tuple[str, ...] = ()
     epoch: int = 0
+    stop: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publish:
+    """Publish the weights that are held once more.
+
+    Attributes:
+        version: of the policy that is held.
+        average: whether the averaged weights are published too.
+        stop: leave afterwards.
+    """
+
+    version: int
+    average: bool
+    stop: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    """Write a checkpoint.
+
+    Attributes:
+        version: of the policy that is held.
+        folder: into which every rank writes its part.
+        stop: leave afterwards.
+    """
+
+    version: int
+    folder: str
+    stop: bool = False
+
+
+# What the learner group does next.
+UpdateOrder = Update | Publish | Save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +212,8 @@ class WeightOrder:
 
     Attributes:
         version: policy version.
-        kind: ``policy`` or ``average``.
-        epoch: of the run.
+        kind: of weights.
+        epoch: of the weights' history, see :class:`RolloutContext`.
         address: ``host:port`` where the channel's members meet.
         transfer: number of the broadcast in this channel.
         rank: of the actor in the channel, from 1.
@@ -140,7 +221,7 @@ class WeightOrder:
     """
 
     version: int
-    kind: str
+    kind: WeightKind
     epoch: int
     address: str = ""
     transfer: int = 0
@@ -150,12 +231,31 @@ class WeightOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
-    """What the learner group did with a plan.
+    """What the learner group did with an order.
 
     Attributes:
-        iteration: of the plan.
+        version: of the order.
         metrics: numbers of the update, already reduced over the ranks.
     """
 
-    iteration: int
+    version: int
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerState:
+    """What the run loop hears while it waits for the learner group.
+
+    Attributes:
+        report: of the awaited order, or None while it is under way.
+        failure: why the group gave up, or None.
+        generation: how often a group has joined.
+        ready: whether it can take orders.
+        resumed: policy version of the checkpoint from which it started last.
+    """
+
+    report: UpdateReport | None
+    failure: str | None
+    generation: int
+    ready: bool
+    resumed: int

@@ -8,14 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from euphonium.config import RewardsConfig
 from euphonium.errors import NonFiniteRewardError, RewardError
 from euphonium.wire.deadlines import describe, remote_error
 
-# Makes the Ray call of a request on one server, and returns its reference.
-Send = Callable[[Any], Any]
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorProxy
+
+_S = TypeVar("_S")
+_A = TypeVar("_A")
 
 
 @dataclass
@@ -25,7 +29,7 @@ class _Health:
     retry_at: float = 0.0
 
 
-class ServerPool:
+class ServerPool(Generic[_S]):
     """One caller's view of a pool of reward servers.
 
     Requests go round the servers, those of the caller's own node if there are any. A failed server is left alone for a
@@ -40,12 +44,12 @@ class ServerPool:
     def __init__(
         self,
         role: str,
-        members: Callable[[], Sequence[Any]],
+        members: Callable[[], Sequence[ActorProxy[_S]]],
         config: RewardsConfig,
         *,
         rewards: Sequence[str] = (),
         offset: int = 0,
-        near: Callable[[Any], bool] = lambda server: False,
+        near: Callable[[ActorProxy[_S]], bool] = lambda server: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args as described in the class.
@@ -67,12 +71,12 @@ class ServerPool:
         self._near = near
         self._clock = clock
         self._turns = itertools.count(offset)
-        self._health: dict[Any, _Health] = {}
-        self._dead: dict[Any, str] = {}
+        self._health: dict[ActorProxy[_S], _Health] = {}
+        self._dead: dict[ActorProxy[_S], str] = {}
         self._lock = threading.Lock()
         self.deadline_s = config.deadline_s
 
-    def choose(self) -> tuple[Any, float]:
+    def choose(self) -> tuple[ActorProxy[_S], float]:
         """The server for the next attempt, and the seconds to wait before it.
 
         Raises:
@@ -98,12 +102,12 @@ class ServerPool:
                 health.retry_at = now + pause + self._breaker.cool_down_s
             return server, min(pause, self._breaker.cool_down_s, self.deadline_s)
 
-    def succeeded(self, server: Any) -> None:
+    def succeeded(self, server: ActorProxy[_S]) -> None:
         """Notes that a server answered."""
         with self._lock:
             self._health[server] = _Health()
 
-    def failed(self, server: Any, *, asked_at: float | None = None, dead: str | None = None) -> None:
+    def failed(self, server: ActorProxy[_S], *, asked_at: float | None = None, dead: str | None = None) -> None:
         """Notes that a server did not answer.
 
         Args:
@@ -124,11 +128,11 @@ class ServerPool:
             pause = self._breaker.cool_down_s if self._open(health) else min(2.0**health.failures, self.deadline_s / 4)
             health.retry_at = now + pause
 
-    def begin(self, send: Send) -> Call:
+    def begin(self, send: Callable[[ActorProxy[_S]], ObjectRef[_A]]) -> Call[_S, _A]:
         """Sends a request now, whose answer is fetched later."""
         return Call(self, send)
 
-    async def ask(self, send: Send, deadline_s: float | None = None) -> Any:
+    async def ask(self, send: Callable[[ActorProxy[_S]], ObjectRef[_A]], deadline_s: float | None = None) -> _A:
         """Sends a request and awaits its answer.
 
         Args:
@@ -154,7 +158,13 @@ class ServerPool:
                 return answer
         raise self._exhausted(failures)
 
-    def _fetch(self, server: Any, ref: Any, send: Send, asked_at: float) -> Any:
+    def _fetch(
+        self,
+        server: ActorProxy[_S],
+        ref: ObjectRef[_A],
+        send: Callable[[ActorProxy[_S]], ObjectRef[_A]],
+        asked_at: float,
+    ) -> _A:
         """The answer to a request under way, or to its repetitions."""
         import ray
 
@@ -173,7 +183,7 @@ class ServerPool:
             time.sleep(pause)
             asked_at, ref = self._clock(), send(server)
 
-    def _judge(self, server: Any, error: Exception, asked_at: float) -> RewardError:
+    def _judge(self, server: ActorProxy[_S], error: Exception, asked_at: float) -> RewardError:
         """Books a failed attempt and says why it failed; raises what another attempt cannot mend."""
         import ray
 
@@ -209,16 +219,17 @@ class ServerPool:
     def _open(self, health: _Health) -> bool:
         return health.failures >= self._breaker.failures
 
-    def _forget_others(self, members: Sequence[Any]) -> None:
-        for book in (self._health, self._dead):
-            for server in set(book).difference(members):
-                del book[server]
+    def _forget_others(self, members: Sequence[ActorProxy[_S]]) -> None:
+        for server in set(self._health).difference(members):
+            del self._health[server]
+        for server in set(self._dead).difference(members):
+            del self._dead[server]
 
 
-class Call:
+class Call(Generic[_S, _A]):
     """A request under way."""
 
-    def __init__(self, servers: ServerPool, send: Send) -> None:
+    def __init__(self, servers: ServerPool[_S], send: Callable[[ActorProxy[_S]], ObjectRef[_A]]) -> None:
         self._servers = servers
         self._send = send
         self._server, pause = servers.choose()
@@ -226,7 +237,7 @@ class Call:
         # A caller that has other work to do first must not sleep here.
         self._ref = None if pause > 0 else send(self._server)
 
-    def result(self) -> Any:
+    def result(self) -> _A:
         """The answer; waits if it must.
 
         Raises:

@@ -14,7 +14,7 @@ import torch
 
 from euphonium.generators.generator import expand
 from euphonium.wire.arrays import as_tensor
-from euphonium.wire.records import Array, GroupPayload
+from euphonium.wire.records import Array, GroupPayload, TrainingGroup
 from learners.policy.objective import Transitions
 
 
@@ -74,36 +74,15 @@ def plan_updates(
     return plan
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainedGroup:
-    """A group as the learner gets it.
-
-    Attributes:
-        payload: its transitions.
-        advantages: float32 ``[components, group, num_steps]``.
-        samples: int64, samples to train on, ascending.
-        iteration: that it was drawn for, which decides its step table.
-        fingerprint: of the sampler that drew it.
-        on_policy: whether the policy before the iteration's first update drew it.
-    """
-
-    payload: GroupPayload
-    advantages: Array
-    samples: Array
-    iteration: int
-    fingerprint: str
-    on_policy: bool = True
-
-
-def load_rows(batch: MicroBatch, group: TrainedGroup, device: torch.device) -> Transitions:
+def load_rows(batch: MicroBatch, group: TrainingGroup, payload: GroupPayload, device: torch.device) -> Transitions:
     """Cuts the rows of a micro-batch out of its group.
 
     Args:
         batch: which rows, counted over the trained samples and their transitions.
         group: the group.
+        payload: its transitions.
         device: where the learner computes.
     """
-    payload = group.payload
     kept = payload.steps.shape[1]
     index = np.arange(batch.begin, batch.end)
     samples, columns = group.samples[index // kept], index % kept

@@ -26,7 +26,7 @@ from euphonium.files import writing
 from learners.engine.zero3 import MOMENTS, shard
 
 if TYPE_CHECKING:
-    from learners.policy.train_loop import Learner
+    from learners.policy.learner import Learner
 
 POLICY_FILE = "policy.safetensors"
 AVERAGE_FILE = "average.safetensors"

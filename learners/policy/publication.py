@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,10 +18,15 @@ from torch import Tensor
 from euphonium.config import RunConfig
 from euphonium.errors import LostActorError, TrainingError, WeightsMissingError
 from euphonium.wire.deadlines import get
-from euphonium.wire.records import WeightOrder
+from euphonium.wire.records import WeightKind, WeightOrder
+from euphonium.wire.roles import RolloutServer, WeightDirectory, named_actor
 from euphonium.wire.weights.channel import Channel, host
 from euphonium.wire.weights.manifest import BucketManifest, WeightManifest, as_bucket, checksum
 from learners.engine.zero3 import ZeroPolicy
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorProxy
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +44,13 @@ def reduced(device: torch.device, values: dict[str, float], how: str) -> dict[st
 
 
 def hand_in(
-    store: Any, buckets: Iterable[Mapping[str, Tensor]], version: int, kind: str, *, keep: bool, timeout_s: float
+    store: ActorProxy[WeightDirectory],
+    buckets: Iterable[Mapping[str, Tensor]],
+    version: int,
+    kind: WeightKind,
+    *,
+    keep: bool,
+    timeout_s: float,
 ) -> float:
     """Puts weights into the object store, and their references into the weight store.
 
@@ -60,14 +71,14 @@ def hand_in(
     """
     import ray
 
-    pending: list[Any] = []
+    pending: list[ObjectRef[None]] = []
     manifests: list[BucketManifest] = []
     with ThreadPoolExecutor(1, "checksum") as thread:
         for tensors in buckets:
             bucket, entries = as_bucket(tensors)
             check = thread.submit(checksum, bucket)
             boxed = [ray.put(bucket)]
-            pending.append(store.put_bucket.remote(version, kind, len(manifests), boxed, keep=keep))
+            pending.append(store.put_bucket.remote(version, kind, len(manifests), boxed, keep))
             manifests.append(BucketManifest(entries=entries, checksum=check.result()))
     get(pending, timeout_s, f"the weight store's receipt of version {version}")
     whole = WeightManifest(version=version, kind=kind, buckets=tuple(manifests))
@@ -87,9 +98,9 @@ class Publisher:
 
     def publish(
         self,
-        store: Any,
+        store: ActorProxy[WeightDirectory],
         version: int,
-        kind: str,
+        kind: WeightKind,
         *,
         keep: bool = False,
         receivers: Sequence[str] = (),
@@ -128,7 +139,7 @@ class Publisher:
             time.sleep(2.0)
         raise LostActorError(f"the weight store did not take version {version} in {ATTEMPTS} attempts")
 
-    def _hand_in(self, store: Any, version: int, kind: str, keep: bool) -> float:
+    def _hand_in(self, store: ActorProxy[WeightDirectory], version: int, kind: WeightKind, keep: bool) -> float:
         buckets = self._buckets(kind)
         if self._rank != 0:
             for _ in buckets:
@@ -136,7 +147,7 @@ class Publisher:
             return 0.0
         return hand_in(store, buckets, version, kind, keep=keep, timeout_s=self._pool.update_timeout_s)
 
-    def _broadcast(self, receivers: tuple[str, ...], version: int, kind: str, epoch: int) -> float | None:
+    def _broadcast(self, receivers: tuple[str, ...], version: int, kind: WeightKind, epoch: int) -> float | None:
         """Sends the weights to the receivers; None if one of them could not be reached."""
         order = WeightOrder(version=version, kind=kind, epoch=epoch)
         if self._failed_somewhere(self._rank == 0 and not self._prepared(receivers, order)):
@@ -170,7 +181,7 @@ class Publisher:
         log.warning("the weights go through the object store this time: %s", error)
         self._broadcaster = None
 
-    def _buckets(self, kind: str) -> Any:
+    def _buckets(self, kind: WeightKind) -> Iterator[dict[str, Tensor]]:
         limit = int(self._pool.weight_bucket_mb * MEGABYTE)
         return self._policy.gathered(limit, average=kind == "average")
 
@@ -202,7 +213,7 @@ class Broadcaster:
         self._address = f"{ray.util.get_node_ip_address()}:{self._store.port}"
         self._channel: Channel | None = None
         self._transfer = -1
-        self._pending: list[Any] = []
+        self._pending: list[ObjectRef[None]] = []
 
     def order(self, order: WeightOrder) -> None:
         """Tells the receivers to take part in the next transfer.
@@ -210,13 +221,11 @@ class Broadcaster:
         Raises:
             LostActorError: one of them does not come.
         """
-        import ray
-
         self._transfer += 1
         size = len(self.receivers) + 1
         order = dataclasses.replace(order, address=self._address, transfer=self._transfer, size=size)
         try:
-            actors = [ray.get_actor(name) for name in self.receivers]
+            actors = [named_actor(RolloutServer, name) for name in self.receivers]
         except ValueError as error:
             raise LostActorError(str(error)) from error
         self._pending = [
@@ -225,7 +234,7 @@ class Broadcaster:
         if self._channel is None:
             self._channel = Channel(self._store, 0, size, self._timeout_s, self._device)
 
-    def send(self, buckets: Any) -> float:
+    def send(self, buckets: Iterable[Mapping[str, Tensor]]) -> float:
         """Sends, waits until all have taken the weights over, and returns the bytes.
 
         Raises:

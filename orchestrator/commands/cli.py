@@ -12,11 +12,19 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from euphonium.errors import ConfigError, EuphoniumError
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorProxy
+
+    from euphonium.wire.roles import Desk
+
+_T = TypeVar("_T")
 
 app = typer.Typer(
     name="euphonium",
@@ -88,7 +96,8 @@ def status(
     from orchestrator.commands.control import ANSWER_TIMEOUT_S, describe_status
 
     with _running(run) as (name, desk):
-        say(describe_status(name, _ask(desk.status.remote(), ANSWER_TIMEOUT_S)))
+        answer = _ask(desk.status.remote(), ANSWER_TIMEOUT_S)
+        say(describe_status(name, answer))
 
 
 @app.command()
@@ -113,7 +122,7 @@ def scale(
 
 
 @contextlib.contextmanager
-def _running(run: str | None) -> Iterator[tuple[str, Any]]:
+def _running(run: str | None) -> Iterator[tuple[str, ActorProxy[Desk]]]:
     """Name and control actor of a running job; connected while the context is open."""
     from orchestrator.commands.control import find_desk
     from orchestrator.commands.launch import join_ray
@@ -127,7 +136,7 @@ def _running(run: str | None) -> Iterator[tuple[str, Any]]:
         ray.shutdown()
 
 
-def _ask(call: Any, timeout_s: float) -> Any:
+def _ask(call: ObjectRef[_T], timeout_s: float) -> _T:
     from euphonium.wire.deadlines import get
 
     return get(call, timeout_s, "the answer of the run")

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from euphonium.errors import ConfigError, PreflightError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorProxy
+
+    from euphonium.wire.roles import Desk
 
 CONTROL = "control"
 NAMESPACE = "euphonium-"
@@ -78,7 +83,7 @@ def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:
     return sizes
 
 
-def find_desk(run: str | None) -> tuple[str, Any]:
+def find_desk(run: str | None) -> tuple[str, ActorProxy[Desk]]:
     """Name and control actor of a run in the connected cluster.
 
     Args:
@@ -88,6 +93,8 @@ def find_desk(run: str | None) -> tuple[str, Any]:
         PreflightError: there is no such run, or several to choose from.
     """
     import ray
+
+    from euphonium.wire.roles import Desk, named_actor
 
     prefix = NAMESPACE
     runs = {
@@ -100,7 +107,7 @@ def find_desk(run: str | None) -> tuple[str, Any]:
     if run is None or run not in runs:
         which = f"no run named {run}" if run is not None else "no run" if not runs else "more than one run"
         raise PreflightError(f"the cluster has {which}; it has: {', '.join(sorted(runs)) or 'none'}")
-    return run, ray.get_actor(CONTROL, namespace=runs[run])
+    return run, named_actor(Desk, CONTROL, runs[run])
 
 
 def describe_status(run: str, status: Mapping[str, Any]) -> str:

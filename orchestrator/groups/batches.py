@@ -9,54 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import torch
+from collections.abc import Awaitable, Callable
 
 from euphonium.config import RunConfig
-from euphonium.dynamics import Advantages, GroupRewards, group_advantages
 from euphonium.errors import LostActorError, RewardError, WeightsMissingError
-from euphonium.wire.records import Array, GroupInfo, GroupTask
+from euphonium.wire.records import GroupTask
+from orchestrator.groups.credit import Batch, ScoredGroup
 from orchestrator.groups.prompts import PromptStream
 from orchestrator.groups.staleness import Bounds, Held, may_draw, may_start
-from orchestrator.learning.buffer import BufferedGroup
 from orchestrator.pools.crew import Crew, Position
-from orchestrator.report.statistics import RewardFailures, rollout_statistics
+from orchestrator.report.statistics import RewardFailures
 
 log = logging.getLogger(__name__)
 
 MEGABYTE = 1 << 20
-
-
-@dataclass(frozen=True)
-class ScoredGroup:
-    """A group with its rewards; ``latents`` and ``payload`` are references to final latents and transitions."""
-
-    info: GroupInfo
-    latents: Any
-    payload: Any
-    scores: dict[str, Array]
-    scoring_s: float
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The groups of one iteration.
-
-    Attributes:
-        groups: those that were drawn and scored.
-        dropped: number of those that were given up.
-        next_group: ordinal of the first group of the iteration after.
-        seconds: from the first order to the last score.
-    """
-
-    groups: list[ScoredGroup]
-    dropped: int
-    next_group: int
-    seconds: float
 
 
 class BatchSource:
@@ -205,43 +171,3 @@ class BatchSource:
         prompts = [task.prompt] * self._config.rollout.group_size
         scores, seconds = await self._crew.scores(latents, prompts, self._config.rewards.deadline_s)
         return ScoredGroup(info, latents, payload, scores, seconds)
-
-
-def advantages(
-    config: RunConfig, infos: Sequence[GroupInfo], scores: Sequence[Mapping[str, Array]]
-) -> list[Advantages]:
-    """Advantages of all groups of an iteration, from their outcome rewards ``[group]`` and process rewards."""
-    rewards = [
-        GroupRewards(
-            {name: torch.tensor(values) for name, values in group.items()},
-            None if info.process_rewards is None else torch.tensor(info.process_rewards),
-        )
-        for info, group in zip(infos, scores, strict=True)
-    ]
-    return group_advantages(rewards, config.advantage_rule())
-
-
-def training_groups(config: RunConfig, groups: Sequence[ScoredGroup]) -> tuple[list[BufferedGroup], dict[str, float]]:
-    """Turns rewards into advantages; global scopes need all groups of the iteration at once.
-
-    Returns:
-        The groups for the buffer, and statistics of the iteration's rollout.
-    """
-    infos, scores = [group.info for group in groups], [group.scores for group in groups]
-    results = advantages(config, infos, scores)
-    buffered = [
-        BufferedGroup(
-            group_id=group.info.task.group_id,
-            payload=[group.payload],
-            payload_bytes=group.info.payload_bytes,
-            rows=len(result.samples) * group.info.transitions,
-            advantages=result.values.expand(-1, -1, config.sampler.num_steps).numpy(),
-            samples=np.array(result.samples, dtype=np.int64),
-            iteration=group.info.task.iteration,
-            policy_version=group.info.policy_version,
-            fingerprint=group.info.fingerprint,
-        )
-        for group, result in zip(groups, results, strict=True)
-    ]
-    scoring = {"time/scoring_s": sum(group.scoring_s for group in groups)}
-    return buffered, scoring | rollout_statistics(config, infos, scores, results)

@@ -17,12 +17,12 @@ log = logging.getLogger(__name__)
 
 
 class LearnerGroup:
-    """Runs ``learners.policy.train_loop`` on every worker until a plan says stop."""
+    """Runs ``learners.policy.train_loop`` on every worker until an order says stop."""
 
-    def __init__(self, config: RunConfig, namespace: str, buffer: str, store: str) -> None:
+    def __init__(self, config: RunConfig, namespace: str, mailbox: str, store: str) -> None:
         self._config = config
         self._settings = {
-            "config": config.model_dump(mode="json"), "namespace": namespace, "buffer": buffer, "store": store,
+            "config": config.model_dump(mode="json"), "namespace": namespace, "mailbox": mailbox, "store": store,
         }  # fmt: skip
         self._dismissed = False
         self._error: BaseException | None = None
@@ -46,11 +46,11 @@ class LearnerGroup:
             raise TrainingError("the learner group has ended before the run did")
 
     def dismiss(self) -> None:
-        """Notes that the group has done its last plan and may end, while the run has still something to do."""
+        """Notes that the group has done its last order and may end, while the run has still something to do."""
         self._dismissed = True
 
     def join(self, timeout_s: float) -> None:
-        """Waits for the group to end, after a plan that says stop."""
+        """Waits for the group to end, after an order that says stop."""
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             log.warning("the learner group has not ended within %.0f s; going on without it", timeout_s)
@@ -79,8 +79,9 @@ def torch_trainer(
     """
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(pool.start_timeout_s)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
 
     gpu = pool.num_gpus > 0
     environment = {"OMP_NUM_THREADS": str(pool.threads), "DS_ACCELERATOR": "cuda" if gpu else "cpu"}
@@ -88,17 +89,17 @@ def torch_trainer(
         loop,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ScalingConfig(
             num_workers=pool.num_workers,
             use_gpu=gpu,
             resources_per_worker=pool.reserved,
             label_selector=dict(pool.labels) or None,
         ),
-        run_config=ray.train.RunConfig(
+        run_config=RunConfig(
             # A name that was used before would make Ray Train resume on its own; resuming is ours to decide.
             name=f"{name}-{uuid.uuid4().hex[:8]}",
             storage_path=str((run_dir / "ray_train").resolve()),
-            failure_config=ray.train.FailureConfig(max_failures=pool.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=pool.max_failures, controller_failure_limit=3),
             worker_runtime_env={"env_vars": environment},
         ),
     )

@@ -1,28 +1,39 @@
-"""The run loop's line to the learner group: plans one way, reports the other, through the trajectory buffer.
+"""The run loop's line to the learner group: orders one way, reports the other, through the mailbox.
 
-The buffer counts how often a learner group has joined it, the *generation*; a plan that was meant for an earlier
+The mailbox counts how often a learner group has joined it, the *generation*; an order that was meant for an earlier
 generation than the present one is refused, and the run loop learns of the restart by that.
+
+Waits for: a group that starts or restarts (``pools.learner.start_timeout_s``), and its reports
+(``pools.learner.update_timeout_s``); both waits end at once when the group fails.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from euphonium.config import RunConfig
 from euphonium.errors import LostActorError, TrainingError
 from euphonium.wire.deadlines import awaited
-from euphonium.wire.records import UpdatePlan, UpdateReport
+from euphonium.wire.records import LearnerState, Publish, UpdateOrder, UpdateReport
 from euphonium.wire.weights.store import WeightStore
 from orchestrator.commands.launch import beside_the_driver
-from orchestrator.learning.buffer import BufferedGroup, LearnerState, TrajectoryBuffer
 from orchestrator.learning.group import LearnerGroup
+from orchestrator.learning.mailbox import LearnerMailbox
 from orchestrator.report.tracking import Progress
 
-BUFFER, STORE = "trajectory-buffer", "weight-store"
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorProxy
+
+    from euphonium.wire.roles import Mailbox, WeightDirectory
+
+MAILBOX, STORE = "learner-mailbox", "weight-store"
 RECOVERY_TIMEOUT_S = 120.0
+
+_T = TypeVar("_T")
 
 
 class LearnerRestartedError(TrainingError):
@@ -30,12 +41,15 @@ class LearnerRestartedError(TrainingError):
 
 
 class LearnerLink:
-    """See the module.
+    """Starts the learner group, gives it orders, and knows whether it is there.
 
     Attributes:
         group: the learner group, or None before it was started.
-        turn: to be held while the group works on plans that belong together.
+        turn: to be held while the group works on orders that belong together.
     """
+
+    _mailbox: ActorProxy[Mailbox]
+    _store: ActorProxy[WeightDirectory]
 
     def __init__(self, config: RunConfig, progress: Progress) -> None:
         self._config = config
@@ -48,13 +62,13 @@ class LearnerLink:
     # --- start and end ------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Makes the buffer and the weight store."""
-        import ray
+        """Makes the mailbox and the weight store."""
+        from euphonium.wire.roles import Mailbox, WeightDirectory, start_actor
 
         # Both may be restarted by Ray; what they forget is told or published again.
         options = beside_the_driver()
-        self._store = ray.remote(WeightStore).options(name=STORE, **options).remote()
-        self._buffer = ray.remote(TrajectoryBuffer).options(name=BUFFER, **options).remote(self._config)
+        self._store = start_actor(WeightDirectory, WeightStore, {"name": STORE, **options})
+        self._mailbox = start_actor(Mailbox, LearnerMailbox, {"name": MAILBOX, **options})
 
     def start(self, group: LearnerGroup) -> None:
         """Starts a learner group; returns at once."""
@@ -62,16 +76,16 @@ class LearnerLink:
         group.start()
 
     async def replaced(self) -> None:
-        """Waits until the group that was started in another's place can take plans.
+        """Waits until the group that was started in another's place can take orders.
 
         Raises:
             TrainingError: it failed, or did not come in time.
-            LearnerRestartedError: the buffer died over it.
+            LearnerRestartedError: the mailbox died over it.
         """
         await self._joined(self._generation)
 
     async def joined(self, checkpoint: str | None, iteration: int) -> int:
-        """Waits until a group that starts, or that died, can take plans; also if the buffer dies over it.
+        """Waits until a group that starts, or that died, can take orders; also if the mailbox dies over it.
 
         Args:
             checkpoint: folder from which a group resumes that has not joined yet.
@@ -81,26 +95,26 @@ class LearnerLink:
             The iteration from which the group goes on.
 
         Raises:
-            TrainingError: the group or the buffer does not come back.
+            TrainingError: the group or the mailbox does not come back.
         """
         deadline = time.monotonic() + RECOVERY_TIMEOUT_S
         known = self._generation
         while True:
             try:
-                # A buffer that was restarted counts from 0 and waits to be told where the run resumes from.
-                state: LearnerState = await self._ask("state", -1, -1, 0.0)
+                # A mailbox that was restarted counts from 0 and waits to be told where the run resumes from.
+                state = await self._ask(lambda: self._mailbox.state.remote(-1, -1, 0.0))
                 if state.generation < known:
                     known = 0
                 await self.resume_from(checkpoint, iteration)
                 return (await self._joined(known)).resumed
             except LearnerRestartedError:
                 if time.monotonic() > deadline:
-                    raise TrainingError("the trajectory buffer does not come back") from None
+                    raise TrainingError("the learner mailbox does not come back") from None
                 await asyncio.sleep(1.0)
 
     @property
     def has_joined(self) -> bool:
-        """Whether a learner group has ever been able to take plans."""
+        """Whether a learner group has ever been able to take orders."""
         return self._generation > 0
 
     @property
@@ -122,20 +136,20 @@ class LearnerLink:
             self.group.check()
 
     def dismiss(self) -> None:
-        """Notes that the group has done its last plan."""
+        """Notes that the group has done its last order."""
         assert self.group is not None
         self.group.dismiss()
 
     def join(self, timeout_s: float) -> None:
-        """Waits for the group to end, after a plan that says stop."""
+        """Waits for the group to end, after an order that says stop."""
         assert self.group is not None
         self.group.join(timeout_s)
 
     async def _joined(self, after: int) -> LearnerState:
-        """Waits until the group that joined after a generation can take plans."""
+        """Waits until the group that joined after a generation can take orders."""
         deadline = time.monotonic() + self._pool.start_timeout_s
         while True:
-            state: LearnerState = await self._ask("state", -1, after, 2.0)
+            state = await self._ask(lambda: self._mailbox.state.remote(-1, after, 2.0))
             if state.failure is not None:
                 raise TrainingError(state.failure)
             if state.generation > after and state.ready:
@@ -148,38 +162,39 @@ class LearnerLink:
                     "the Ray dashboard, or raise pools.learner.start_timeout_s"
                 )
 
-    # --- plans --------------------------------------------------------------------------------------------------
+    # --- orders -------------------------------------------------------------------------------------------------
 
     async def resume_from(self, checkpoint: str | None, iteration: int) -> None:
         """Tells from which checkpoint, of which iteration, a starting learner group resumes.
 
         Raises:
-            LearnerRestartedError: the buffer died.
+            LearnerRestartedError: the mailbox died.
         """
-        await self._ask("set_checkpoint", checkpoint, iteration)
+        await self._ask(lambda: self._mailbox.set_checkpoint.remote(checkpoint, iteration))
 
-    async def carry_out(self, plan: UpdatePlan, groups: Sequence[BufferedGroup] = ()) -> UpdateReport:
-        """Has the group carry out a plan, and waits for its report.
+    async def carry_out(self, order: UpdateOrder) -> UpdateReport:
+        """Has the group carry out an order, and waits for its report.
 
         Raises:
             LearnerRestartedError: the group has gone back to the last checkpoint.
             TrainingError: it failed, or took too long.
         """
-        if not await self._ask("submit", plan, list(groups), self._generation):
+        generation = self._generation
+        if not await self._ask(lambda: self._mailbox.submit.remote(order, generation)):
             raise LearnerRestartedError
         deadline = time.monotonic() + self._pool.update_timeout_s
         while True:
-            state: LearnerState = await self._ask("state", plan.iteration, self._generation, 5.0)
+            state = await self._ask(lambda: self._mailbox.state.remote(order.version, generation, 5.0))
             if state.failure is not None:
                 raise TrainingError(state.failure)
-            if state.generation != self._generation:
+            if state.generation != generation:
                 raise LearnerRestartedError
             if state.report is not None:
                 return state.report
             self.check()
             if time.monotonic() > deadline:
                 raise TrainingError(
-                    f"the learner group did not finish iteration {plan.iteration} within "
+                    f"the learner group did not finish iteration {order.version} within "
                     f"{self._pool.update_timeout_s:.0f} s (pools.learner.update_timeout_s)"
                 )
 
@@ -200,19 +215,16 @@ class LearnerLink:
                     if await awaited(self._store.newest.remote("policy"), 30.0, "the weight store") >= version:
                         return
                     self._progress.say(f"the weight store lacks the weights; publishing version {version} again")
-                    averages = self._config.optimizer.averages
-                    await self.carry_out(
-                        UpdatePlan(iteration=version, num_groups=0, publish=True, publish_average=averages)
-                    )
+                    await self.carry_out(Publish(version=version, average=self._config.optimizer.averages))
                     return
             except LostActorError:
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(1.0)
 
-    async def _ask(self, method: str, *arguments: Any) -> Any:
-        """Calls the buffer; a buffer that died has forgotten the learner group, which then starts anew."""
+    async def _ask(self, call: Callable[[], ObjectRef[_T]]) -> _T:
+        """The mailbox's answer; one that died has forgotten the learner group, which then starts anew."""
         try:
-            return await awaited(getattr(self._buffer, method).remote(*arguments), None, "the trajectory buffer")
+            return await awaited(call(), None, "the learner mailbox")
         except LostActorError as error:
             raise LearnerRestartedError(str(error)) from error

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,15 @@ from euphonium.wire.deadlines import awaited
 from euphonium.wire.records import Array, GroupPayload
 from learners.rewards.refresh import PrmRefreshActor
 
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorProxy
+
+    from euphonium.wire.roles import PrmServer
+
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 FOLDER = "process_reward"
 
@@ -28,20 +36,26 @@ class RefreshHandle:
     def __init__(self, config: RunConfig) -> None:
         import ray
 
+        from euphonium.wire.roles import PrmRefresher, start_actor
+
         self._timeout = config.pools.learner.update_timeout_s
-        self._actor = ray.remote(PrmRefreshActor).options(**config.pools.prm.ray_options).remote(config)
+        self._actor = start_actor(PrmRefresher, PrmRefreshActor, config.pools.prm.ray_options, config)
         # Wherever the transitions lie; only the prompt's embeddings travel.
         self._conditioning = ray.remote(_conditioning).options(num_cpus=0)
         self._version = 0
 
-    async def restore(self, checkpoint: Path | None, servers: Sequence[Any]) -> None:
+    async def restore(self, checkpoint: Path | None, servers: Sequence[ActorProxy[PrmServer]]) -> None:
         """Takes up a checkpoint's model and replay, at the start and after a rewind."""
         folder = str(checkpoint / FOLDER) if checkpoint is not None else None
         self._version = await self._wait(self._actor.restore.remote(folder))
         await self._publish(servers)
 
     async def step(
-        self, iteration: int, groups: Sequence[tuple[Any, Any, Array]], servers: Sequence[Any], folder: Path | None
+        self,
+        iteration: int,
+        groups: Sequence[tuple[ObjectRef[Array], ObjectRef[GroupPayload], Array]],
+        servers: Sequence[ActorProxy[PrmServer]],
+        folder: Path | None,
     ) -> dict[str, float]:
         """After an iteration: replays its groups, refreshes if it is time, publishes, saves.
 
@@ -68,7 +82,7 @@ class RefreshHandle:
         await self._publish(servers)
         return {**metrics, "time/prm_refresh_s": time.monotonic() - began}
 
-    async def _publish(self, servers: Sequence[Any]) -> None:
+    async def _publish(self, servers: Sequence[ActorProxy[PrmServer]]) -> None:
         """Sends weights to the servers that have others: after a refresh all, else those that were restarted."""
         versions = await asyncio.gather(*(self._asked(server.weights_version.remote()) for server in servers))
         behind = [s for s, version in zip(servers, versions, strict=True) if version not in (None, self._version)]
@@ -77,7 +91,7 @@ class RefreshHandle:
             await self._wait(weights)
             await asyncio.gather(*(self._asked(s.load_weights.remote(self._version, weights)) for s in behind))
 
-    async def _asked(self, ref: Any) -> Any:
+    async def _asked(self, ref: Awaitable[_T]) -> _T | None:
         """A server's answer; None from one that is down, which is asked again after the next iteration."""
         try:
             return await self._wait(ref)
@@ -85,7 +99,7 @@ class RefreshHandle:
             log.warning("a PRM server keeps its old weights for now: %s", error)
             return None
 
-    async def _wait(self, ref: Any) -> Any:
+    async def _wait(self, ref: Awaitable[_T]) -> _T:
         return await awaited(ref, self._timeout, "an answer of the process reward model's refresh")
 
 

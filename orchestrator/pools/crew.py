@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from euphonium.config import RunConfig
 from euphonium.errors import LateError, LostActorError
 from euphonium.wire.deadlines import awaited
-from euphonium.wire.records import Array, GroupInfo, GroupTask, RolloutContext
+from euphonium.wire.records import (
+    Array,
+    GroupInfo,
+    GroupPayload,
+    GroupTask,
+    OrmAnswer,
+    RolloutContext,
+    Videos,
+    WeightKind,
+)
 from euphonium.wire.servers import ServerPool
 from orchestrator.checkpoints import RunState
-from orchestrator.pools.pools import ActorPool, Member
+from orchestrator.pools.pools import ActorPool, Make, Member
 from orchestrator.report.tracking import Progress
 
-# Class and arguments of the actor with an index.
-Make = Callable[[int], tuple[type, tuple[Any, ...]]]
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorProxy
+
+    from euphonium.wire.roles import OrmServer, PrmServer, RolloutServer
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -37,32 +51,49 @@ class Crew:
     """See the module.
 
     Attributes:
-        pools: by role.
+        rollout: pool of rollout actors.
+        orm: pool of outcome-reward servers.
+        prm: pool of process-reward servers, or None without a process reward.
     """
+
+    rollout: ActorPool[RolloutServer]
+    orm: ActorPool[OrmServer]
+    prm: ActorPool[PrmServer] | None
 
     def __init__(self, config: RunConfig, position: Position, progress: Progress) -> None:
         self._config = config
         self._position = position
         self._progress = progress
-        self.pools: dict[str, ActorPool] = {}
         names = [reward.name for reward in config.rewards.outcome]
-        self._judges = ServerPool("orm", lambda: self.pools["orm"].reachable_handles, config.rewards, rewards=names)
+        self._judges: ServerPool[OrmServer] = ServerPool(
+            "orm", lambda: self.orm.reachable_handles, config.rewards, rewards=names
+        )
         self._judging: set[asyncio.Future[Any]] = set()
+        self._started = False
+
+    @property
+    def pools(self) -> dict[str, ActorPool[Any]]:
+        """All pools that have been made, by role."""
+        if not self._started:
+            return {}
+        prm = {} if self.prm is None else {"prm": self.prm}
+        return {**prm, "orm": self.orm, "rollout": self.rollout}
 
     # --- size and load ------------------------------------------------------------------------------------------
 
     def start(self, makes: Mapping[str, Make]) -> None:
         """Makes all pools; nobody has joined yet."""
+        from euphonium.wire.roles import OrmServer, PrmServer, RolloutServer
+
         pools = self._config.pools
-        for role, make in makes.items():
-            self.pools[role] = ActorPool(
-                role,
-                getattr(pools, role),
-                make,
-                start_timeout_s=pools.start_timeout_s,
-                rejoin_timeout_s=pools.rejoin_timeout_s,
-                say=self._progress.say,
-            )
+        common: dict[str, Any] = {
+            "start_timeout_s": pools.start_timeout_s, "rejoin_timeout_s": pools.rejoin_timeout_s,
+            "say": self._progress.say,
+        }  # fmt: skip
+        self.prm = ActorPool("prm", pools.prm, PrmServer, makes["prm"], **common) if "prm" in makes else None
+        self.orm = ActorPool("orm", pools.orm, OrmServer, makes["orm"], **common)
+        self.rollout = ActorPool("rollout", pools.rollout, RolloutServer, makes["rollout"], **common)
+        self._started = True
 
     def resize(self, role: str, size: int) -> None:
         """Grows or shrinks a pool, if the run has it."""
@@ -71,14 +102,14 @@ class Crew:
             return
         self._progress.say(f"{role} pool {pool.wanted} -> {size}")
         # A rollout keeps the servers' names for as long as its group takes.
-        drained = {"rollout": None, "prm": self.pools["rollout"].quiet, "orm": self._judged}
+        drained = {"rollout": None, "prm": self.rollout.quiet, "orm": self._judged}
         pool.resize(size, drained=drained[role])
 
     def receivers(self) -> tuple[str, ...]:
         """Rollout actors that take part in the next broadcast of weights; none without ``collective`` transport."""
         if self._config.pools.learner.weight_transport != "collective":
             return ()
-        return tuple(member.name for member in self.pools["rollout"].present)
+        return tuple(member.name for member in self.rollout.present)
 
     def load(self) -> dict[str, float]:
         """Busy fractions and sizes of the pools, as metrics."""
@@ -90,7 +121,7 @@ class Crew:
 
     # --- work ---------------------------------------------------------------------------------------------------
 
-    async def draw(self, task: GroupTask) -> tuple[GroupInfo, Any, Any]:
+    async def draw(self, task: GroupTask) -> tuple[GroupInfo, ObjectRef[Array], ObjectRef[GroupPayload]]:
         """Has a rollout actor draw a group.
 
         Returns:
@@ -100,24 +131,23 @@ class Crew:
             LostActorError: the actor died or hangs.
             WeightsMissingError: the weight store does not have the weights.
         """
-        if "prm" in self.pools:
-            await self.pools["prm"].manned()
-        pool = self.pools["rollout"]
-        async with pool.exclusive(priority=task.group_id) as member:
+        from euphonium.wire.roles import generate_group
+
+        if self.prm is not None:
+            await self.prm.manned()
+        async with self.rollout.exclusive(priority=task.group_id) as member:
             # The driver makes the call, so it owns the three results: they outlive the actor.
-            generate = member.handle.generate.options(num_returns=3)
-            info_ref, latents, payload = generate.remote(task, self._context("policy"))
-            what = f"group {task.group_id} from the rollout pool"
-            info: GroupInfo = await self._rollout_answer(member, info_ref, what)
+            info_ref, latents, payload = generate_group(member.handle, task, self._context("policy"))
+            info = await self._rollout_answer(member, info_ref, f"group {task.group_id} from the rollout pool")
         return info, latents, payload
 
-    async def samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: str) -> Array:
+    async def samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: WeightKind) -> Array:
         """Has a rollout actor draw evaluation samples, before all groups.
 
         Args:
             prompts: texts.
             seeds: of their noise.
-            kind: of weights, as in :class:`euphonium.wire.records.RolloutContext`.
+            kind: of weights.
 
         Returns:
             Latents ``[len(prompts), *latent]``.
@@ -126,12 +156,13 @@ class Crew:
             LostActorError: the actor died or hangs.
             WeightsMissingError: the weight store does not have the weights.
         """
-        async with self.pools["rollout"].exclusive(priority=-1) as member:
+        async with self.rollout.exclusive(priority=-1) as member:
             ref = member.handle.evaluate.remote(prompts, seeds, self._context(kind))
-            samples: Array = await self._rollout_answer(member, ref, "evaluation samples")
-            return samples
+            return await self._rollout_answer(member, ref, "evaluation samples")
 
-    async def scores(self, latents: Any, prompts: Sequence[str], timeout_s: float) -> tuple[dict[str, Array], float]:
+    async def scores(
+        self, latents: Array | ObjectRef[Array], prompts: Sequence[str], timeout_s: float
+    ) -> tuple[OrmAnswer, float]:
         """Outcome rewards of latents, or of a reference to them, and the seconds that they took.
 
         Raises:
@@ -139,7 +170,7 @@ class Crew:
         """
         return await self._ask_judge(lambda server: server.score.remote(latents, prompts, timeout_s), timeout_s)
 
-    async def videos(self, latents: Array, timeout_s: float) -> Any:
+    async def videos(self, latents: Array, timeout_s: float) -> Videos:
         """Decoded latents, uint8 ``[batch, frames, height, width, 3]``.
 
         Raises:
@@ -147,31 +178,30 @@ class Crew:
         """
         return await self._ask_judge(lambda server: server.videos.remote(latents), timeout_s)
 
-    def _context(self, kind: str) -> RolloutContext:
+    def _context(self, kind: WeightKind) -> RolloutContext:
         """What rollout actors work with from now on."""
-        prm = self.pools["prm"].reachable if "prm" in self.pools else []
+        prm = self.prm.reachable if self.prm is not None else []
         return RolloutContext(
             version=self._position.state.iteration,
             epoch=self._position.epoch,
             kind=kind,
             prm_servers=tuple(member.name for member in prm),
             prm_nodes=tuple(member.node for member in prm),
-            orm_servers=tuple(member.name for member in self.pools["orm"].reachable),
+            orm_servers=tuple(member.name for member in self.orm.reachable),
         )
 
-    async def _rollout_answer(self, member: Member, ref: Any, what: str) -> Any:
+    async def _rollout_answer(self, member: Member[RolloutServer], ref: Awaitable[_T], what: str) -> _T:
         """Awaits a rollout actor's answer; one that dies, or hangs and is killed, gets no work until it is back."""
-        pool = self.pools["rollout"]
         try:
             return await awaited(ref, self._config.rollout.deadline_s, what)
         except LateError:
-            pool.lose(member, kill=True)
+            self.rollout.lose(member, kill=True)
             raise
         except LostActorError:
-            pool.lose(member)
+            self.rollout.lose(member)
             raise
 
-    async def _ask_judge(self, send: Callable[[Any], Any], timeout_s: float) -> Any:
+    async def _ask_judge(self, send: Callable[[ActorProxy[OrmServer]], ObjectRef[_T]], timeout_s: float) -> _T:
         """An ORM server's answer."""
         asking = asyncio.ensure_future(self._judges.ask(send, timeout_s))
         self._judging.add(asking)
@@ -180,5 +210,5 @@ class Crew:
 
     async def _judged(self) -> None:
         """Waits until nobody may still ask an ORM server that has left the pool."""
-        await self.pools["rollout"].quiet()
+        await self.rollout.quiet()
         await asyncio.gather(*self._judging, return_exceptions=True)

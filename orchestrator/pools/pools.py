@@ -13,16 +13,26 @@ import heapq
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from euphonium.config import PoolConfig
 from euphonium.errors import ResourcesError, TrainingError
 from euphonium.wire.deadlines import describe
 from orchestrator.pools.resources import autoscaler_says, free_resources
 
+if TYPE_CHECKING:
+    from ray.actor import ActorProxy
+
+    from euphonium.wire.records import Readiness
+    from euphonium.wire.roles import PoolMember
+
 log = logging.getLogger(__name__)
+
+_M = TypeVar("_M", bound="PoolMember")
+# Class and arguments of the actor with an index.
+Make = Callable[[int], tuple[type, tuple[Any, ...]]]
 
 SAY_EVERY_S = 15.0
 PING_EVERY_S = 3.0
@@ -31,7 +41,7 @@ SPREAD = ("prm",)
 
 
 @dataclass(eq=False)
-class Member:
+class Member(Generic[_M]):
     """One actor of a pool.
 
     Attributes:
@@ -47,7 +57,7 @@ class Member:
     """
 
     name: str
-    handle: Any
+    handle: ActorProxy[_M]
     state: Literal["starting", "present", "absent", "leaving"] = "starting"
     users: int = 0
     began: float | None = None
@@ -61,7 +71,7 @@ class Member:
         self.state, self.since = state, time.monotonic()
 
 
-class ActorPool:
+class ActorPool(Generic[_M]):
     """Actors of one role.
 
     Attributes:
@@ -75,7 +85,8 @@ class ActorPool:
         self,
         role: str,
         config: PoolConfig,
-        make: Callable[[int], tuple[type, tuple[Any, ...]]],
+        interface: type[_M],
+        make: Make,
         *,
         start_timeout_s: float = 300.0,
         rejoin_timeout_s: float = 300.0,
@@ -83,14 +94,15 @@ class ActorPool:
     ) -> None:
         self.role = role
         self.config = config
-        self.members: list[Member] = []
+        self.members: list[Member[_M]] = []
         self.wanted = 0
+        self._interface = interface
         self._make = make
         self._start_timeout_s = start_timeout_s
         self._rejoin_timeout_s = rejoin_timeout_s
         self._say = say
         self._indices = itertools.count()
-        self._waiting: list[tuple[int, int, asyncio.Future[Member]]] = []
+        self._waiting: list[tuple[int, int, asyncio.Future[Member[_M]]]] = []
         self._order = itertools.count()
         self._watchers: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -102,17 +114,17 @@ class ActorPool:
     # --- who is there -----------------------------------------------------------------------------------------
 
     @property
-    def present(self) -> list[Member]:
+    def present(self) -> list[Member[_M]]:
         """Members that take work."""
         return [member for member in self.members if member.state == "present"]
 
     @property
-    def reachable(self) -> list[Member]:
+    def reachable(self) -> list[Member[_M]]:
         """Members that clients may ask: also those that are absent, for they are expected back."""
         return [member for member in self.members if member.state in ("present", "absent")]
 
     @property
-    def reachable_handles(self) -> list[Any]:
+    def reachable_handles(self) -> list[ActorProxy[_M]]:
         """Their handles."""
         return [member.handle for member in self.reachable]
 
@@ -120,23 +132,23 @@ class ActorPool:
         """Resources that the whole pool reserves."""
         return {name: amount * len(self.members) for name, amount in self.config.reserved.items()}
 
-    def _grow(self, count: int) -> list[Member]:
-        import ray
+    def _grow(self, count: int) -> list[Member[_M]]:
+        from euphonium.wire.roles import start_actor
 
         added = []
         for _ in range(count):
             index = next(self._indices)
             name = f"{self.role}-{index}"
             cls, arguments = self._make(index)
-            actor = ray.remote(cls).options(
-                name=name,
+            options = {
+                "name": name,
                 **self.config.ray_options,
-                max_restarts=self.config.max_restarts,
-                scheduling_strategy="SPREAD" if self.role in SPREAD else "DEFAULT",
+                "max_restarts": self.config.max_restarts,
+                "scheduling_strategy": "SPREAD" if self.role in SPREAD else "DEFAULT",
                 # A lost call must come back as an error: whoever made it decides what is safe to repeat.
-                max_task_retries=0,
-            )
-            added.append(Member(name, actor.remote(*arguments)))
+                "max_task_retries": 0,
+            }
+            added.append(Member(name, start_actor(self._interface, cls, options, *arguments)))
         self.members += added
         self.wanted += count
         return added
@@ -144,7 +156,7 @@ class ActorPool:
     # --- work ---------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def exclusive(self, priority: int) -> AsyncIterator[Member]:
+    async def exclusive(self, priority: int) -> AsyncIterator[Member[_M]]:
         """An idle member for oneself, for roles that do one thing at a time; the lowest priority goes first.
 
         Raises:
@@ -172,9 +184,9 @@ class ActorPool:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), 1.0)
 
-    async def _acquire(self, priority: int) -> Member:
+    async def _acquire(self, priority: int) -> Member[_M]:
         self._must_have_members()
-        future: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Member[_M]] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (priority, next(self._order), future))
         self._hand_out()
         try:
@@ -204,17 +216,17 @@ class ActorPool:
 
     # --- loss and return ---------------------------------------------------------------------------------------
 
-    def lose(self, member: Member, *, kill: bool = False) -> None:
+    def lose(self, member: Member[_M], *, kill: bool = False) -> None:
         """Gives a member no more work until it answers again.
 
         Args:
             member: that failed.
             kill: it hangs: end its process, so that Ray starts it anew.
         """
-        import ray
+        from euphonium.wire.roles import kill_actor
 
         if kill:
-            ray.kill(member.handle, no_restart=False)
+            kill_actor(member.handle, restart=True)
         if member.state == "present":
             member.become("absent")
             member.reported = None
@@ -230,12 +242,12 @@ class ActorPool:
         for task in self._watchers:
             task.cancel()
 
-    def _watch(self, member: Member) -> None:
+    def _watch(self, member: Member[_M]) -> None:
         task = asyncio.get_running_loop().create_task(self._look_after(member))
         self._watchers.add(task)
         task.add_done_callback(self._watchers.discard)
 
-    async def _look_after(self, member: Member) -> None:
+    async def _look_after(self, member: Member[_M]) -> None:
         import ray
 
         failures = 0
@@ -269,19 +281,19 @@ class ActorPool:
                 self._answered(member, answer)
                 await asyncio.sleep(PING_EVERY_S)
 
-    def _answered(self, member: Member, answer: Mapping[str, Any]) -> None:
-        member.node = answer.get("node", "")
+    def _answered(self, member: Member[_M], answer: Readiness) -> None:
+        member.node = answer.node
         if member.state in ("starting", "absent"):
             member.become("present")
             self._say(f"{member.name} has joined; {self._strength()}")
             self._hand_out()
-        if "busy_s" in answer:
-            now, total = time.monotonic(), float(answer["busy_s"])
+        if answer.busy_s is not None:
+            now, total = time.monotonic(), answer.busy_s
             if member.reported is not None and total >= member.reported[1]:
                 member.worked_s += total - member.reported[1]
             member.reported = now, total
 
-    def _give_up(self, member: Member, reason: str) -> None:
+    def _give_up(self, member: Member[_M], reason: str) -> None:
         if member in self.members:
             self._remove(member)
             self.wanted = min(self.wanted, len(self.members))
@@ -294,12 +306,12 @@ class ActorPool:
                     if not future.done():
                         future.set_exception(error)
 
-    def _remove(self, member: Member) -> None:
-        import ray
+    def _remove(self, member: Member[_M]) -> None:
+        from euphonium.wire.roles import kill_actor
 
         self.members.remove(member)
         self._worked_by_the_gone += member.worked_s
-        ray.kill(member.handle, no_restart=True)
+        kill_actor(member.handle, restart=False)
         self._changed.set()
 
     def _strength(self) -> str:
@@ -330,7 +342,7 @@ class ActorPool:
             task.add_done_callback(self._watchers.discard)
         self.wanted = size
 
-    async def _see_off(self, member: Member, drained: Callable[[], Awaitable[None]] | None) -> None:
+    async def _see_off(self, member: Member[_M], drained: Callable[[], Awaitable[None]] | None) -> None:
         if drained is not None:
             await drained()
         while member.users:
@@ -378,7 +390,7 @@ class ActorPool:
         }
 
 
-async def wait_ready(pools: Sequence[ActorPool], timeout_s: float, say: Callable[[str], None]) -> None:
+async def wait_ready(pools: Sequence[ActorPool[Any]], timeout_s: float, say: Callable[[str], None]) -> None:
     """Waits until every actor has loaded its models, saying every few seconds who is missing.
 
     Raises:
@@ -394,7 +406,7 @@ async def wait_ready(pools: Sequence[ActorPool], timeout_s: float, say: Callable
         for ref in done:
             _, member = waiting.pop(ref)
             try:
-                member.node = (await ref).get("node", "")
+                member.node = (await ref).node
             except ray.exceptions.RayTaskError as error:
                 raise TrainingError(f"{member.name} failed to start: {error.cause}") from error
             except ray.exceptions.RayError as error:
@@ -411,9 +423,9 @@ async def wait_ready(pools: Sequence[ActorPool], timeout_s: float, say: Callable
             say(f"waiting for {_missing(waiting.values())} ({now - began:.0f} s); {_reserved(pools)}")
 
 
-def _missing(waiting: Any) -> str:
+def _missing(waiting: Iterable[tuple[ActorPool[Any], Member[Any]]]) -> str:
     """``4 of 8 rollout actors (rollout-4, ...)`` for every pool that is not complete."""
-    pools: dict[str, tuple[ActorPool, list[str]]] = {}
+    pools: dict[str, tuple[ActorPool[Any], list[str]]] = {}
     for pool, member in waiting:
         pools.setdefault(pool.role, (pool, []))[1].append(member.name)
     return " and ".join(
@@ -422,7 +434,7 @@ def _missing(waiting: Any) -> str:
     )
 
 
-def _reserved(pools: Sequence[ActorPool]) -> str:
+def _reserved(pools: Sequence[ActorPool[Any]]) -> str:
     demand: dict[str, float] = {}
     for pool in pools:
         for name, amount in pool.demand().items():

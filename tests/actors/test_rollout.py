@@ -13,9 +13,9 @@ from actors.sampler import Velocity, initial_noise, sample_group, select_steps
 from euphonium.config import RunConfig
 from euphonium.dynamics import Guidance, StepTable, shifted_sigmas
 from euphonium.rewards.process import ProcessRewardModel
-from euphonium.wire.records import GroupTask
+from euphonium.wire.records import GroupTask, TrainingGroup
 from euphonium.wire.weights.manifest import WeightManifest, pack
-from learners.policy.batching import MicroBatch, TrainedGroup, load_rows
+from learners.policy.batching import MicroBatch, load_rows
 from learners.policy.objective import evaluate_objective
 from reward_servers.prm import PrmScorer
 
@@ -138,14 +138,8 @@ def test_rollout_and_learner_agree_on_the_ratio(make_config: MakeConfig, kind: s
     assert info.fingerprint == worker.table().fingerprint()
     assert (payload.gradients is not None) == (kind == "standard")
     assert source.calls == [(0, False), (1, True), (2, True), (3, False)]
-    group = TrainedGroup(
-        payload=payload,
-        advantages=np.ones((1, 3, 4), dtype=np.float32),
-        samples=np.arange(3),
-        iteration=0,
-        fingerprint=info.fingerprint,
-    )
-    rows = load_rows(MicroBatch(group=0, begin=0, end=12, weight=1.0), group, CPU)
+    group = TrainingGroup(info=info, advantages=np.ones((1, 3, 4), dtype=np.float32), samples=np.arange(3))
+    rows = load_rows(MicroBatch(group=0, begin=0, end=12, weight=1.0), group, payload, CPU)
     value = evaluate_objective(
         config.objective, worker.table(), lambda x, s, c: worker.family.velocity(worker.transformer, x, s, c), rows
     )

@@ -79,7 +79,7 @@ def test_a_run_killed_at_any_instant_goes_on(
 
 ROLES = (
     ("RolloutActor", "rollout-"), ("PrmActor", "prm-"), ("OrmActor", "orm-"),
-    ("TrajectoryBuffer", "trajectory-buffer"), ("WeightStore", "weight-store"), ("ControlDesk", "control"),
+    ("LearnerMailbox", "learner-mailbox"), ("WeightStore", "weight-store"), ("ControlDesk", "control"),
 )  # fmt: skip
 
 

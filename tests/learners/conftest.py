@@ -1,5 +1,6 @@
 """Trains on two real ZeRO-3 ranks, for the tests that compare them with a plain loop."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -59,7 +60,8 @@ def train_on_two_ranks(
             "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
             str(Path(__file__).with_name("engine") / "zero3_worker.py"), str(folder),
         ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
         assert result.returncode == 0, result.stderr[-8000:]
         ranks = [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in (0, 1)]
         return {"config": config, "iterations": iterations, "ranks": ranks}

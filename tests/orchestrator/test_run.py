@@ -109,7 +109,7 @@ def test_a_learner_that_dies_while_it_waits_takes_no_plan_of_another_version(
     assert chain(config) == expected
 
 
-@pytest.mark.parametrize("role", ["rollout", "orm", "trajectory-buffer", "weight-store"])
+@pytest.mark.parametrize("role", ["rollout", "orm", "learner-mailbox", "weight-store"])
 @pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_role_is_replaced(
     expected: list, stubs: Any, stub_config: Callable, execute: Callable, role: str, staleness: int
@@ -125,7 +125,7 @@ def test_a_killed_role_is_replaced(
     config = stub_config(f"rollout.max_staleness={staleness}", "rewards.attempts=8")
     run = Slow(config, "tests", None)
     execute(run, kill)
-    assert all(len(pool.members) == pool.wanted for pool in run.pools.values()), "nobody was given up"
+    assert all(len(pool.members) == pool.wanted for pool in run.crew.pools.values()), "nobody was given up"
     if staleness == 0:
         assert chain(config) == expected
     else:
@@ -140,7 +140,7 @@ def test_a_buffer_that_dies_while_the_run_starts_is_replaced(
     async def kill(run: Any) -> None:
         while run.learners.group is None:
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(kill_process, "trajectory-buffer")
+        await asyncio.to_thread(kill_process, "learner-mailbox")
 
     config = stub_config()
     execute(stubs.StubRun(config, "tests", None), kill)
@@ -163,7 +163,7 @@ def test_a_pool_without_restarts_goes_on_smaller_and_ends_with_an_error_when_emp
         while run.state.iteration < 2:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(kill_process, "rollout-0")
-        while len(run.pools["rollout"].members) > 1:
+        while len(run.crew.pools["rollout"].members) > 1:
             await asyncio.sleep(0.05)
         before = run.state.iteration
         while run.state.iteration < before + 3:
@@ -194,7 +194,7 @@ def test_pools_change_while_the_run_goes_on(
             await asyncio.sleep(0.05)
         desk = ray.get_actor(CONTROL)
         await desk.scale.remote({"rollout": 4, "orm": 2, "learner": 2})
-        while len(run.pools["rollout"].present) < 4 or len(run.pools["orm"].present) < 2:
+        while len(run.crew.pools["rollout"].present) < 4 or len(run.pools["orm"].present) < 2:
             await asyncio.sleep(0.05)
         while run.config.pools.learner.num_workers != 2:
             await asyncio.sleep(0.05)
@@ -202,7 +202,7 @@ def test_pools_change_while_the_run_goes_on(
         while (await desk.status.remote())["pools"]["rollout"]["wanted"] < 4:
             await asyncio.sleep(0.2)
         await desk.scale.remote({"rollout": 1, "orm": 1})
-        while len(run.pools["rollout"].members) > 1 or len(run.pools["orm"].members) > 1:
+        while len(run.crew.pools["rollout"].members) > 1 or len(run.pools["orm"].members) > 1:
             await asyncio.sleep(0.05)
         with pytest.raises(ray.exceptions.RayTaskError, match="no prm pool"):
             await desk.scale.remote({"prm": 2})

@@ -14,7 +14,8 @@ import torch
 from euphonium.config import ModelConfig, load_config
 from euphonium.generators.generator import open_generator
 from euphonium.rewards.process import ProcessRewardModel
-from learners.policy.batching import TrainedGroup, load_rows, plan_updates
+from euphonium.wire.records import TrainingGroup
+from learners.policy.batching import load_rows, plan_updates
 from learners.policy.objective import References, evaluate_objective
 
 RECIPES = sorted(p for p in Path("recipes/embedded").glob("*.yaml") if p.name not in ("base.yaml", "prm.yaml"))
@@ -64,15 +65,13 @@ def assert_penalty_counts_the_distance(run: Any, before: list[torch.Tensor]) -> 
     config, family = run.config, run.worker.family
     task = run.prompts.task(run.groups, config.iterations)
     info, _, payload = run.worker.generate(task, run._source if run.prm else None)
-    group = TrainedGroup(
-        payload=payload,
+    group = TrainingGroup(
+        info=info,
         advantages=np.zeros((1, config.rollout.group_size, config.sampler.num_steps), dtype=np.float32),
         samples=np.arange(config.rollout.group_size),
-        iteration=config.iterations,
-        fingerprint=info.fingerprint,
     )
-    batch = plan_updates([config.rollout.group_size * payload.steps.shape[1]], 1, 16, 1)[0][0][0]
-    rows = load_rows(batch, group, torch.device("cpu"))
+    batch = plan_updates([group.rows], 1, 16, 1)[0][0][0]
+    rows = load_rows(batch, group, payload, torch.device("cpu"))
     anchor = copy.deepcopy(run.policy)
     for parameter, old in zip(anchor.parameters(), before, strict=True):
         parameter.data.copy_(old)

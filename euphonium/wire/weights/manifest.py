@@ -20,6 +20,7 @@ from torch import Tensor
 
 from euphonium.errors import TrainingError
 from euphonium.wire.arrays import as_tensor
+from euphonium.wire.records import WeightKind
 
 Bucket = list[NDArray[np.uint8]]
 
@@ -48,12 +49,12 @@ class WeightManifest:
 
     Attributes:
         version: policy version, the iteration that made it.
-        kind: ``policy``, or ``average`` for the moving average.
+        kind: of weights.
         buckets: contents of the buckets, in order.
     """
 
     version: int
-    kind: str
+    kind: WeightKind
     buckets: tuple[BucketManifest, ...]
 
     @property

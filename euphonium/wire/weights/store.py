@@ -6,10 +6,14 @@ gone, and the group that takes its place publishes its own; only what an ending 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from euphonium.errors import WeightsMissingError
-from euphonium.wire.weights.manifest import WeightManifest
+from euphonium.wire.records import WeightKind
+from euphonium.wire.weights.manifest import Bucket, WeightManifest
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 KEPT_VERSIONS = 2
 
@@ -18,13 +22,15 @@ class WeightStore:
     """Published weights by version and kind; the newest ``KEPT_VERSIONS`` of a kind are kept."""
 
     def __init__(self) -> None:
-        self._arriving: dict[tuple[int, str], dict[int, Any]] = {}
-        self._published: dict[str, dict[int, tuple[WeightManifest, list[Any]]]] = {}
+        self._arriving: dict[tuple[int, WeightKind], dict[int, ObjectRef[Bucket]]] = {}
+        self._published: dict[WeightKind, dict[int, tuple[WeightManifest, list[ObjectRef[Bucket]]]]] = {}
 
     def __repr__(self) -> str:
         return "weight-store"
 
-    def put_bucket(self, version: int, kind: str, index: int, boxed: list[Any], *, keep: bool) -> None:
+    def put_bucket(
+        self, version: int, kind: WeightKind, index: int, boxed: list[ObjectRef[Bucket]], keep: bool
+    ) -> None:
         """Takes the reference to one bucket.
 
         Args:
@@ -58,7 +64,7 @@ class WeightStore:
         for version in sorted(versions)[:-KEPT_VERSIONS]:
             del versions[version]
 
-    def fetch(self, version: int, kind: str) -> tuple[WeightManifest, list[Any]]:
+    def fetch(self, version: int, kind: WeightKind) -> tuple[WeightManifest, list[ObjectRef[Bucket]]]:
         """Manifest and bucket references of the newest weights that are at least of a version.
 
         Raises:
@@ -66,14 +72,14 @@ class WeightStore:
         """
         newest = self.newest(kind)
         if newest < version:
-            have = {kind: sorted(versions) for kind, versions in self._published.items()}
+            have: dict[str, list[int]] = {name: sorted(versions) for name, versions in self._published.items()}
             raise WeightsMissingError(f"the weight store has no version {version} ({kind}); it has {have}")
         return self._published[kind][newest]
 
-    def lost(self, version: int, kind: str) -> None:
+    def lost(self, version: int, kind: WeightKind) -> None:
         """Notes that a version's buckets cannot be had any more: the learner that owned them has died."""
         self._published.get(kind, {}).pop(version, None)
 
-    def newest(self, kind: str) -> int:
+    def newest(self, kind: WeightKind) -> int:
         """Newest version of a kind; -1 if there is none."""
         return max(self._published.get(kind, {}), default=-1)

@@ -4,14 +4,13 @@ import pickle
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from euphonium.config import load_config
 from learners.engine.zero3 import join_group, shard
-from learners.policy.batching import TrainedGroup
-from learners.policy.train_loop import Learner
+from learners.policy.learner import Learner
+from tests.learners.groups import training_group
 
 
 def main() -> None:
@@ -25,18 +24,9 @@ def main() -> None:
     iterations = pickle.loads((target / "groups.pkl").read_bytes())
     history = []
     for payloads, advantages in iterations:
-        rows = [payload.steps.size for payload in payloads]
-        groups = {
-            i: TrainedGroup(
-                payload=payload,
-                advantages=advantages[i][None],
-                samples=np.arange(len(payload.steps)),
-                iteration=0,
-                fingerprint=config.sampler.table().fingerprint(),
-            )
-            for i, payload in enumerate(payloads)
-        }
-        history.append(learner.update(rows, groups))
+        fingerprint = config.sampler.table().fingerprint()
+        groups = [training_group(p, a[None], fingerprint) for p, a in zip(payloads, advantages, strict=True)]
+        history.append(learner.update(groups, dict(enumerate(payloads))))
     pieces = {name: shard(p).numel() for name, p in learner.policy.parameters.items()}
     numels = {name: p.ds_numel for name, p in learner.policy.parameters.items()}
     resident = sum(p.data.numel() for p in learner.policy.parameters.values())

@@ -6,15 +6,14 @@ import pickle
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from euphonium.config import load_config
 from learners.engine.zero3 import join_group
-from learners.policy.batching import TrainedGroup
 from learners.policy.checkpoint import load_rank_state, save_rank_state
-from learners.policy.train_loop import Learner
+from learners.policy.learner import Learner
+from tests.learners.groups import training_group
 
 
 def main() -> None:
@@ -31,14 +30,9 @@ def main() -> None:
     history = []
     for i in job["iterations"]:
         payloads, advantages = iterations[i]
-        groups = {
-            g: TrainedGroup(
-                payload=payload, advantages=advantages[g][None], samples=np.arange(len(payload.steps)), iteration=0,
-                fingerprint=config.sampler.table().fingerprint(),
-            )
-            for g, payload in enumerate(payloads)
-        }  # fmt: skip
-        history.append(learner.update([payload.steps.size for payload in payloads], groups))
+        fingerprint = config.sampler.table().fingerprint()
+        groups = [training_group(p, a[None], fingerprint) for p, a in zip(payloads, advantages, strict=True)]
+        history.append(learner.update(groups, dict(enumerate(payloads))))
         if job["save_after"] == i:
             save_rank_state(learner, folder / job["save"])
     weights = {}

@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from euphonium.wire.records import GroupPayload
-from learners.policy.batching import MicroBatch, TrainedGroup, load_rows, plan_updates
+from learners.policy.batching import MicroBatch, load_rows, plan_updates
 from learners.policy.objective import Transitions
+from tests.learners.groups import training_group
 
 
 @given(
@@ -43,10 +44,8 @@ def test_rows_are_cut_sample_by_sample_with_their_own_advantages() -> None:
     advantages = np.arange(group * steps, dtype=np.float32).reshape(1, group, steps)
 
     def cut(samples: list[int], begin: int, end: int) -> Transitions:
-        trained = TrainedGroup(
-            payload=payload, advantages=advantages, samples=np.array(samples), iteration=0, fingerprint=""
-        )
-        return load_rows(MicroBatch(group=0, begin=begin, end=end, weight=0.5), trained, torch.device("cpu"))
+        trained = training_group(payload, advantages, samples=np.array(samples))
+        return load_rows(MicroBatch(group=0, begin=begin, end=end, weight=0.5), trained, payload, torch.device("cpu"))
 
     rows = cut([0, 1, 2], 1, 5)
     assert rows.states.flatten().tolist() == [1, 2, 3, 4]

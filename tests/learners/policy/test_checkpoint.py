@@ -1,6 +1,7 @@
 """Checkpoints of the learner group, read by groups of another size."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -47,7 +48,8 @@ def run(
             "--rdzv-endpoint=127.0.0.1:0", str(Path(__file__).with_name("resume_worker.py")), str(folder),
             str(folder / "job.json"),
         ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
         assert result.returncode == 0, result.stderr[-6000:]
         return dict(torch.load(folder / "result.pt", weights_only=True)) | {"folder": folder}
 

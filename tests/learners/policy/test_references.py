@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from actors.rollout import RolloutWorker
 from euphonium.config import RunConfig
 from euphonium.generators.lora import initial_adapter
-from learners.policy.batching import MicroBatch, TrainedGroup, load_rows
+from learners.policy.batching import MicroBatch, load_rows
 from learners.policy.objective import References, evaluate_objective, replayed_log_probs
+from tests.learners.groups import training_group
 
 CPU = torch.device("cpu")
 COMMON = (
@@ -64,20 +65,15 @@ class PlainLearner:
         objective, anchors = self.config.objective, []
         for payloads, advantages in iterations:
             previous = copy.deepcopy(self.model)
-            groups = [
-                TrainedGroup(
-                    payload=p, advantages=a[None], samples=np.arange(len(p.steps)), iteration=0, fingerprint=""
-                )
-                for p, a in zip(payloads, advantages, strict=True)
-            ]
+            groups = [(training_group(p, a[None]), p) for p, a in zip(payloads, advantages, strict=True)]
             total = 0.0
             for update in range(2):
                 loss = torch.zeros(())
                 members = groups[update::2]
-                count = sum(g.payload.steps.size for g in members)
-                for group in members:
-                    batch = MicroBatch(group=0, begin=0, end=group.payload.steps.size, weight=1 / count)
-                    rows = load_rows(batch, group, CPU)
+                count = sum(group.rows for group, _ in members)
+                for group, payload in members:
+                    batch = MicroBatch(group=0, begin=0, end=group.rows, weight=1 / count)
+                    rows = load_rows(batch, group, payload, CPU)
                     table = self.worker.table()
                     if objective.old_log_probs == "replay":
                         replayed = replayed_log_probs(table, self.velocity(previous), rows)
@@ -97,7 +93,7 @@ class PlainLearner:
                 kl = objective.kl
                 if kl is not None and kl.anchor == "moving" and self.done % kl.refresh_every == 0:
                     self.anchor = copy.deepcopy(self.model)
-            anchors.append(total / sum(g.payload.steps.size for g in groups))
+            anchors.append(total / sum(group.rows for group, _ in groups))
         return {name: p.detach() for name, p in self.trained.items()}, anchors
 
 

@@ -1,0 +1,269 @@
+"""What every Ray actor of a run answers to: the walls between the roles, typed.
+
+An actor's class lives with its role, and no role imports another; what crosses the wall is declared here. A handle is
+an ``ActorProxy[PrmServer]``, so that a misspelt method, a missing argument or a wrong type in a ``.remote(...)`` call
+is an error of the type check. Arguments may be values or references to them (``T | ObjectRef[T]``), and are passed by
+position. That the classes keep to these declarations is checked by a test, which compares the signatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar, cast
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle, ActorProxy
+
+from euphonium.wire.records import (
+    Array,
+    GroupInfo,
+    GroupPayload,
+    GroupTask,
+    LearnerState,
+    OrmAnswer,
+    PrmAnswer,
+    Readiness,
+    RolloutContext,
+    UpdateOrder,
+    UpdateReport,
+    Videos,
+    WeightKind,
+    WeightOrder,
+)
+from euphonium.wire.weights.manifest import Bucket, WeightManifest
+
+_T = TypeVar("_T")
+
+
+class PoolMember(Protocol):
+    """What an actor of any pool answers."""
+
+    @ray.method
+    def ready(self) -> Readiness:
+        """Answers once the models are loaded."""
+        ...
+
+
+class RolloutServer(PoolMember, Protocol):
+    """A rollout actor: draws groups and evaluation samples, one at a time."""
+
+    @ray.method
+    def generate(self, task: GroupTask, context: RolloutContext) -> tuple[GroupInfo, Array, GroupPayload]:
+        """Draws a group; see :func:`generate_group`."""
+        ...
+
+    @ray.method
+    def evaluate(self, prompts: Sequence[str], seeds: Sequence[int], context: RolloutContext) -> Array:
+        """Deterministic samples, one a prompt and seed: latents ``[len(prompts), *latent]``."""
+        ...
+
+    @ray.method
+    def receive(self, order: WeightOrder) -> None:
+        """Takes part in a broadcast of weights."""
+        ...
+
+
+class PrmServer(PoolMember, Protocol):
+    """A server of process rewards and their gradients."""
+
+    @ray.method
+    def reward_and_gradient(
+        self,
+        x: Array,
+        sigma: float,
+        conditioning: dict[str, Array],
+        with_gradient: bool,
+        prompt: str,
+        deadline_s: float,
+    ) -> PrmAnswer:
+        """Rewards ``[samples]`` of states ``[samples, *latent]``, and their gradient if it is wanted."""
+        ...
+
+    @ray.method
+    def load_weights(self, version: int, weights: dict[str, Array]) -> None:
+        """Takes over refreshed weights."""
+        ...
+
+    @ray.method
+    def weights_version(self) -> int:
+        """Number of refreshes that the weights have been through; 0 after a restart."""
+        ...
+
+
+class OrmServer(PoolMember, Protocol):
+    """A server of outcome rewards: decodes latents and scores the videos."""
+
+    @ray.method
+    def score(self, latents: Array, prompts: Sequence[str], deadline_s: float) -> tuple[OrmAnswer, float]:
+        """Rewards by name, ``[samples]`` each, and the seconds that they took."""
+        ...
+
+    @ray.method
+    def videos(self, latents: Array) -> Videos:
+        """Decoded latents, uint8 ``[batch, frames, height, width, 3]``."""
+        ...
+
+
+class PrmRefresher(Protocol):
+    """Trains the process reward model on the policy's own samples while a run goes on."""
+
+    @ray.method
+    def restore(self, folder: str | None) -> int:
+        """Goes back to a checkpoint's state, or to the start; the number of refreshes until then."""
+        ...
+
+    @ray.method
+    def add(self, iteration: int, latents: Array, totals: Array, conditioning: dict[str, Array]) -> None:
+        """Takes in a group."""
+        ...
+
+    @ray.method
+    def step(self, iteration: int, folder: str | None) -> tuple[int, dict[str, float]]:
+        """Refreshes if it is time, and saves if there is a folder; refreshes so far, and metrics."""
+        ...
+
+    @ray.method
+    def weights(self) -> dict[str, Array]:
+        """All weights by name."""
+        ...
+
+
+class Mailbox(Protocol):
+    """Between the run loop and the learner group, into which nobody can call."""
+
+    @ray.method
+    def set_checkpoint(self, folder: str | None, version: int) -> None:
+        """Tells from where a starting learner group resumes, and which policy version that is."""
+        ...
+
+    @ray.method
+    def submit(self, order: UpdateOrder, generation: int) -> bool:
+        """Leaves an order; whether it was taken."""
+        ...
+
+    @ray.method
+    def state(self, number: int, generation: int, timeout_s: float) -> LearnerState:
+        """Waits until an order is reported or the group fails or has restarted; or for the timeout."""
+        ...
+
+    @ray.method
+    def join(self, attempt: str, world_size: int) -> tuple[str | None, int]:
+        """Called by every rank when it starts; the checkpoint to load, and its policy version."""
+        ...
+
+    @ray.method
+    def learner_ready(self, attempt: str) -> None:
+        """Called by rank 0 once the group can take orders."""
+        ...
+
+    @ray.method
+    def lease(self, rank: int, attempt: str) -> UpdateOrder:
+        """The next order; waits for one."""
+        ...
+
+    @ray.method
+    def acknowledge(self, rank: int, attempt: str, report: UpdateReport) -> None:
+        """Called by every rank when an order is done."""
+        ...
+
+    @ray.method
+    def fail(self, attempt: str, reason: str) -> None:
+        """Called by a rank that cannot go on and should not be restarted."""
+        ...
+
+
+class WeightDirectory(Protocol):
+    """The weight store: knows where the published weights are."""
+
+    @ray.method
+    def put_bucket(
+        self, version: int, kind: WeightKind, index: int, boxed: list[ObjectRef[Bucket]], keep: bool
+    ) -> None:
+        """Takes the reference to one bucket."""
+        ...
+
+    @ray.method
+    def commit(self, manifest: WeightManifest) -> None:
+        """Publishes a version, all of whose buckets have arrived."""
+        ...
+
+    @ray.method
+    def fetch(self, version: int, kind: WeightKind) -> tuple[WeightManifest, list[ObjectRef[Bucket]]]:
+        """Manifest and buckets of the newest weights that are at least of a version."""
+        ...
+
+    @ray.method
+    def lost(self, version: int, kind: WeightKind) -> None:
+        """Notes that a version's buckets cannot be had any more."""
+        ...
+
+    @ray.method
+    def newest(self, kind: WeightKind) -> int:
+        """Newest version of a kind; -1 if there is none."""
+        ...
+
+
+class Desk(Protocol):
+    """The control desk: snapshots of a run one way, requests of the command line the other."""
+
+    @ray.method
+    def exchange(self, snapshot: dict[str, Any]) -> list[dict[str, int]]:
+        """Takes a snapshot; sizes of pools that were asked for since the last call."""
+        ...
+
+    @ray.method
+    def status(self) -> dict[str, Any]:
+        """The last snapshot, and its age in seconds."""
+        ...
+
+    @ray.method
+    def scale(self, sizes: dict[str, int]) -> dict[str, Any]:
+        """Asks for sizes of pools; the last snapshot."""
+        ...
+
+
+def named_actor(role: type[_T], name: str, namespace: str | None = None) -> ActorProxy[_T]:
+    """Handle of a named actor: where a name becomes a typed handle.
+
+    Args:
+        role: what it answers to.
+        name: of the actor.
+        namespace: of the actor; None for the caller's own.
+
+    Raises:
+        ValueError: there is no such actor.
+    """
+    return cast("ActorProxy[_T]", ray.get_actor(name, namespace=namespace))
+
+
+def start_actor(role: type[_T], cls: type, options: dict[str, Any], *arguments: Any) -> ActorProxy[_T]:
+    """Starts an actor of a class that keeps to a role's declaration.
+
+    Args:
+        role: what it answers to.
+        cls: its class.
+        options: Ray's, for example ``name``.
+        arguments: of the class.
+    """
+    return cast("ActorProxy[_T]", ray.remote(cls).options(**options).remote(*arguments))
+
+
+def kill_actor(actor: ActorProxy[_T], *, restart: bool) -> None:
+    """Ends an actor's process; ``restart``: Ray starts it anew, if it may be restarted."""
+    ray.kill(cast("ActorHandle[_T]", actor), no_restart=not restart)
+
+
+def generate_group(
+    actor: ActorProxy[RolloutServer], task: GroupTask, context: RolloutContext
+) -> tuple[ObjectRef[GroupInfo], ObjectRef[Array], ObjectRef[GroupPayload]]:
+    """Has a rollout actor draw a group, with a reference to each part of the answer.
+
+    Returns:
+        What is to be known of the group, its final latents ``[group, *latent]``, and its trained transitions. Whoever
+        calls owns all three, so they outlive the actor.
+    """
+    # Ray's types know one reference a call.
+    untyped = cast("Any", actor)
+    info, latents, payload = untyped.generate.options(num_returns=3).remote(task, context)
+    return info, latents, payload

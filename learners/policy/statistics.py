@@ -1,0 +1,72 @@
+"""What the rows of an iteration's updates say about the policy, summed up."""
+
+from __future__ import annotations
+
+import torch
+
+from learners.policy.objective import ObjectiveValue
+from learners.policy.publication import reduced
+
+SUMMED = ("rows", "loss", "clipped", "ratio", "log_ratio_squared", "kl_anchor", "kl_previous")
+
+
+class UpdateStatistics:
+    """Sums over one rank's micro-batches of an iteration.
+
+    Attributes:
+        norms: gradient norm of every update so far.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.norms: list[float] = []
+        self._world_size = world_size
+        self._sums = dict.fromkeys(SUMMED, 0.0)
+        self._before = dict(self._sums)
+        self._first_deviation = 0.0
+
+    def begin_update(self) -> None:
+        """Marks where :meth:`of_this_update` counts from."""
+        self._before = dict(self._sums)
+
+    def add(self, value: ObjectiveValue, *, on_policy: bool) -> None:
+        """Takes in a micro-batch.
+
+        Args:
+            value: its loss and rows.
+            on_policy: whether the policy that is updated for the first time has drawn it: its ratios must be 1.
+        """
+        sums = self._sums
+        sums["rows"] += len(value.ratio)
+        sums["loss"] += value.loss.item() / self._world_size
+        sums["clipped"] += value.clipped.sum().item()
+        sums["ratio"] += value.ratio.sum().item()
+        sums["log_ratio_squared"] += value.ratio.log().square().sum().item()
+        sums["kl_anchor"] += value.kl_anchor.sum().item()
+        sums["kl_previous"] += value.kl_previous.sum().item()
+        if on_policy:
+            self._first_deviation = max(self._first_deviation, (value.ratio - 1).abs().max().item())
+
+    def of_this_update(self) -> dict[str, float]:
+        """This rank's sums since :meth:`begin_update`."""
+        return {name: self._sums[name] - self._before[name] for name in SUMMED}
+
+    def reduced(self, device: torch.device) -> dict[str, float]:
+        """Metrics over all ranks, each of which must call this.
+
+        Args:
+            device: for the collective operations.
+        """
+        totals = reduced(device, self._sums, "sum")
+        deviation = reduced(device, {"deviation": self._first_deviation}, "max")["deviation"]
+        count = totals["rows"]
+        return {
+            "policy/loss": totals["loss"] / len(self.norms),
+            "policy/ratio_deviation": deviation,
+            "policy/ratio_mean": totals["ratio"] / count,
+            "policy/clip_fraction": totals["clipped"] / count,
+            "policy/approx_kl": 0.5 * totals["log_ratio_squared"] / count,
+            "policy/grad_norm": sum(self.norms) / len(self.norms),
+            "policy/transitions": count,
+            "kl/anchor": totals["kl_anchor"] / count,
+            "kl/previous": totals["kl_previous"] / count,
+        }

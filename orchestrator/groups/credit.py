@@ -1,0 +1,94 @@
+"""Credit assignment: what rewards say about each action of each sample, and which samples are trained.
+
+Euphonium, Eq. 16: ``A_k = sum_m w_m norm(r_m(x_T)) + w_p norm(r_p(x_k))``. A group of scored samples becomes what the
+learner group trains on; whatever has a global scope needs all groups of the iteration at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from euphonium.config import RunConfig
+from euphonium.dynamics import Advantages, GroupRewards, group_advantages
+from euphonium.wire.records import Array, GroupInfo, GroupPayload, OrmAnswer, TrainingGroup
+from orchestrator.report.statistics import rollout_statistics
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group with its outcome rewards.
+
+    Attributes:
+        info: what is known of it.
+        latents: reference to its final latents, float32 ``[group, *latent]``.
+        payload: reference to its trained transitions.
+        scores: rewards by name, ``[group]`` each.
+        scoring_s: seconds that they took.
+    """
+
+    info: GroupInfo
+    latents: ObjectRef[Array]
+    payload: ObjectRef[GroupPayload]
+    scores: OrmAnswer
+    scoring_s: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The groups of one iteration.
+
+    Attributes:
+        groups: those that were drawn and scored.
+        dropped: number of those that were given up.
+        next_group: ordinal of the first group of the iteration after.
+        seconds: from the first order to the last score.
+    """
+
+    groups: list[ScoredGroup]
+    dropped: int
+    next_group: int
+    seconds: float
+
+
+def advantages(
+    config: RunConfig, infos: Sequence[GroupInfo], scores: Sequence[Mapping[str, Array]]
+) -> list[Advantages]:
+    """Advantages of all groups of an iteration, from their outcome rewards ``[group]`` and process rewards."""
+    rewards = [
+        GroupRewards(
+            {name: torch.tensor(values) for name, values in group.items()},
+            None if info.process_rewards is None else torch.tensor(info.process_rewards),
+        )
+        for info, group in zip(infos, scores, strict=True)
+    ]
+    return group_advantages(rewards, config.advantage_rule())
+
+
+def training_group(config: RunConfig, info: GroupInfo, result: Advantages) -> TrainingGroup:
+    """A group as the learner group takes it; advantages that are the same for all steps are spread over them."""
+    return TrainingGroup(
+        info=info,
+        advantages=result.values.expand(-1, -1, config.sampler.num_steps).numpy(),
+        samples=np.array(result.samples, dtype=np.int64),
+    )
+
+
+def assign_credit(config: RunConfig, batch: Batch) -> tuple[list[TrainingGroup], dict[str, float]]:
+    """Turns the rewards of an iteration into advantages.
+
+    Returns:
+        The groups to train on, in the batch's order, and statistics of the iteration's rollout.
+    """
+    infos, scores = [group.info for group in batch.groups], [group.scores for group in batch.groups]
+    results = advantages(config, infos, scores)
+    groups = [training_group(config, info, result) for info, result in zip(infos, results, strict=True)]
+    scoring = {"time/scoring_s": sum(group.scoring_s for group in batch.groups)}
+    return groups, scoring | rollout_statistics(config, infos, scores, results)

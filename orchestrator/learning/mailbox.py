@@ -1,0 +1,156 @@
+"""The mailbox between the run loop and the learner group: a Ray actor through which orders go and reports come back.
+
+Nobody can call into a Ray Train worker, so the learner group fetches its orders here. The mailbox holds references to
+the groups of one order, never arrays: those lie in the object store and belong to the driver, so they outlive the
+rollout actor that drew them and this actor too.
+
+Invariant: an order is a transaction. It is taken from the run loop once, handed to every rank once, and gone when every
+rank has acknowledged it; an order that was meant for an earlier learner group is never taken.
+
+Three counters keep that: a group that starts joins under a name that all its ranks share, the *attempt*; calls of an
+earlier attempt are refused, also those that have waited here since before it died. The *generation* counts the
+attempts; the run loop names the one that it knows of, because the group may have gone back to a checkpoint since. A
+mailbox that was restarted counts from 0 again and lets nobody join before it was told where to resume from.
+
+The run loop waits for: the report (:meth:`LearnerMailbox.state`). A rank waits for: the next order
+(:meth:`LearnerMailbox.lease`), and, when it starts, for the checkpoint to resume from (:meth:`LearnerMailbox.join`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from euphonium.errors import LostActorError
+from euphonium.wire.records import LearnerState, UpdateOrder, UpdateReport
+
+
+class LearnerMailbox:
+    """Keeps at most one order; runs on one event loop, so methods interleave only where they await."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._order: UpdateOrder | None = None
+        self._leased: set[int] = set()
+        self._acknowledged: dict[int, UpdateReport] = {}
+        self._report: UpdateReport | None = None
+        self._failure: str | None = None
+        self._generation = 0
+        self._ready = False
+        self._attempt = ""
+        self._world_size = 0
+        self._checkpoint: tuple[str | None, int] | None = None
+        self._resumed: tuple[str | None, int] = None, 0
+
+    def __repr__(self) -> str:
+        return "learner-mailbox"
+
+    # --- the run loop's side ------------------------------------------------------------------------------------
+
+    async def set_checkpoint(self, folder: str | None, version: int) -> None:
+        """Tells from where a starting learner group resumes, and which policy version that is."""
+        async with self._changed:
+            self._checkpoint = folder, version
+            self._changed.notify_all()
+
+    async def submit(self, order: UpdateOrder, generation: int) -> bool:
+        """Leaves an order for the learner group.
+
+        Returns:
+            Whether it was taken; not if the learner group has started anew since ``generation``.
+        """
+        async with self._changed:
+            if generation != self._generation or not self._ready:
+                return False
+            self._order = order
+            self._leased.clear()
+            self._acknowledged.clear()
+            self._report = None
+            self._changed.notify_all()
+            return True
+
+    async def state(self, number: int, generation: int, timeout_s: float) -> LearnerState:
+        """Waits until order ``number`` is reported or the group fails or has restarted; or for the timeout."""
+
+        def settled() -> bool:
+            reported = self._report is not None and self._report.version == number
+            return reported or self._failure is not None or (self._ready and self._generation != generation)
+
+        async with self._changed:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait_for(settled), timeout_s)
+            report = self._report if self._report is not None and self._report.version == number else None
+            return LearnerState(
+                report=report, failure=self._failure, generation=self._generation, ready=self._ready,
+                resumed=self._resumed[1],
+            )  # fmt: skip
+
+    # --- the learners' side ------------------------------------------------------------------------------------
+
+    async def join(self, attempt: str, world_size: int) -> tuple[str | None, int]:
+        """Called by every rank when it starts.
+
+        Returns:
+            The checkpoint to load, or None, and its policy version; the same for all ranks of an attempt.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._checkpoint is not None)
+            assert self._checkpoint is not None
+            if attempt != self._attempt:
+                # Whatever an earlier attempt had under way is void: this one resumes from the checkpoint.
+                self._attempt, self._world_size, self._resumed = attempt, world_size, self._checkpoint
+                self._order, self._report = None, None
+                self._generation, self._ready = self._generation + 1, False
+                self._changed.notify_all()
+            return self._resumed
+
+    async def learner_ready(self, attempt: str) -> None:
+        """Called by rank 0 once the group can take orders.
+
+        Raises:
+            LostActorError: another attempt has joined since.
+        """
+        async with self._changed:
+            self._must_be_current(attempt)
+            self._ready = True
+            self._changed.notify_all()
+
+    async def lease(self, rank: int, attempt: str) -> UpdateOrder:
+        """The next order, for one rank; waits for one.
+
+        Raises:
+            LostActorError: another attempt has joined since.
+        """
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: attempt != self._attempt or (self._order is not None and rank not in self._leased)
+            )
+            self._must_be_current(attempt)
+            assert self._order is not None
+            self._leased.add(rank)
+            return self._order
+
+    async def acknowledge(self, rank: int, attempt: str, report: UpdateReport) -> None:
+        """Called by every rank when an order is done; the last one completes the transaction.
+
+        Raises:
+            LostActorError: another attempt has joined since.
+        """
+        async with self._changed:
+            self._must_be_current(attempt)
+            self._acknowledged[rank] = report
+            if len(self._acknowledged) == self._world_size:
+                self._report = self._acknowledged[0]
+                self._order = None
+                self._changed.notify_all()
+
+    async def fail(self, attempt: str, reason: str) -> None:
+        """Called by a rank that cannot go on and should not be restarted."""
+        async with self._changed:
+            if attempt == self._attempt:
+                self._failure = self._failure or reason
+                self._changed.notify_all()
+
+    def _must_be_current(self, attempt: str) -> None:
+        if attempt != self._attempt:
+            raise LostActorError("another learner group has taken this one's place")
