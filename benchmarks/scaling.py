@@ -21,7 +21,9 @@ import contextlib
 import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -30,16 +32,24 @@ def measure(folder: Path, actors: int, iterations: int, seconds: float, payload_
     import ray
     import stub_roles
 
+    from orchestrator.journal import Journal
+    from orchestrator.lifecycle import execute
+
     spent: list[float] = []
+
+    class Watching(Journal):
+        def _write(self, numbers: Mapping[str, float]) -> None:
+            spent.append(control_plane_seconds())
+            super()._write(numbers)
 
     class Sleeping(stub_roles.StubRun):
         rollout_s, update_s = seconds, seconds / 2
         # 8 samples, states and next states.
         values = max(stub_roles.SIZE, int(payload_mb * 2**20 / 8 / 2 / 4))
 
-        def _record(self, record: dict[str, float]) -> None:
-            spent.append(control_plane_seconds())
-            super()._record(record)
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.journal.__class__ = Watching
 
     ray.cloudpickle.register_pickle_by_value(stub_roles)
     config = stub_roles.stub_recipe(
@@ -51,7 +61,7 @@ def measure(folder: Path, actors: int, iterations: int, seconds: float, payload_
         "rollout.max_staleness=1",
         f"pools.rollout.num_actors={actors}",
     )
-    asyncio.run(Sleeping(config, "scaling", None).execute())
+    asyncio.run(execute(Sleeping(config, "scaling", None)))
     for name in ray.util.list_named_actors():
         ray.kill(ray.get_actor(name))
     records = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]

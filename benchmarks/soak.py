@@ -49,6 +49,8 @@ def run_once(folder: Path, name: str, options: argparse.Namespace, every_s: floa
     import ray
     import stub_roles
 
+    from orchestrator.lifecycle import execute
+
     rng = random.Random(options.seed)
     config = stub_roles.stub_recipe(
         folder,
@@ -76,7 +78,7 @@ def run_once(folder: Path, name: str, options: argparse.Namespace, every_s: floa
     async def both() -> None:
         killer = asyncio.ensure_future(kill_at_random(run, every_s, rng, kills)) if every_s else None
         try:
-            await run.execute()
+            await execute(run)
         finally:
             if killer is not None:
                 killer.cancel()

@@ -265,5 +265,5 @@ class StubRun(Run):
         """See :class:`orchestrator.run.Run`."""
         return StubLearners(self.update_s, self.weight_values, self.crashes)
 
-    def _export(self) -> None:
-        pass
+    def export(self) -> None:
+        """Nothing that could be exported was trained."""

@@ -43,12 +43,13 @@ def trace(config: RunConfig) -> list[dict[str, Any]]:
     """Runs a recipe, and returns Ray's events in the format of Chrome's tracing."""
     import ray
 
+    from orchestrator.lifecycle import execute
     from orchestrator.run import Run
 
     prepare_run_dir(config)
     ray.init(address="local", namespace="timeline", log_to_driver=False, logging_level="ERROR")
     try:
-        asyncio.run(Run(config, "timeline", None).execute())
+        asyncio.run(execute(Run(config, "timeline", None)))
         # Workers send their events every second.
         time.sleep(3)
         with tempfile.NamedTemporaryFile(suffix=".json") as file:

@@ -259,3 +259,45 @@ class LearnerState:
     generation: int
     ready: bool
     resumed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSnapshot:
+    """What ``euphonium status`` shows of a pool.
+
+    Attributes:
+        wanted: members that were asked for.
+        present: members that take work.
+        working: members that do something; None where it is not known.
+        busy: share of its members' time that the pool worked in the last iteration.
+        members: state of every member, by name.
+    """
+
+    wanted: int
+    present: int
+    working: int | None
+    busy: float
+    members: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSnapshot:
+    """What ``euphonium status`` shows of a run.
+
+    Attributes:
+        phase: what is under way.
+        version: of the policy, the iterations done.
+        iterations: of the whole run.
+        pools: by role.
+        groups: in the trajectory buffer.
+        nbytes: of these groups.
+        last: line of the last iteration.
+    """
+
+    phase: str
+    version: int
+    iterations: int
+    pools: dict[str, PoolSnapshot]
+    groups: int
+    nbytes: int
+    last: str

@@ -25,6 +25,7 @@ from euphonium.wire.records import (
     PrmAnswer,
     Readiness,
     RolloutContext,
+    RunSnapshot,
     UpdateOrder,
     UpdateReport,
     Videos,
@@ -208,17 +209,17 @@ class Desk(Protocol):
     """The control desk: snapshots of a run one way, requests of the command line the other."""
 
     @ray.method
-    def exchange(self, snapshot: dict[str, Any]) -> list[dict[str, int]]:
+    def exchange(self, snapshot: RunSnapshot) -> list[dict[str, int]]:
         """Takes a snapshot; sizes of pools that were asked for since the last call."""
         ...
 
     @ray.method
-    def status(self) -> dict[str, Any]:
-        """The last snapshot, and its age in seconds."""
+    def status(self) -> tuple[RunSnapshot, float] | None:
+        """The last snapshot and its age in seconds, or None before the first."""
         ...
 
     @ray.method
-    def scale(self, sizes: dict[str, int]) -> dict[str, Any]:
+    def scale(self, sizes: dict[str, int]) -> RunSnapshot | None:
         """Asks for sizes of pools; the last snapshot."""
         ...
 

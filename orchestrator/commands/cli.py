@@ -76,14 +76,15 @@ def train(
     connect_ray(namespace, verbose=verbose)
     import ray
 
+    from orchestrator.lifecycle import execute
     from orchestrator.run import Run
 
     try:
 
-        async def execute() -> None:
-            await Run(config, namespace, checkpoint).execute()
+        async def main() -> None:
+            await execute(Run(config, namespace, checkpoint))
 
-        asyncio.run(execute())
+        asyncio.run(main())
     finally:
         ray.shutdown()
 
@@ -115,9 +116,9 @@ def scale(
 
     wanted = parse_sizes(sizes)
     with _running(run) as (name, desk):
-        before = _ask(desk.scale.remote(wanted), ANSWER_TIMEOUT_S).get("pools", {})
+        before = _ask(desk.scale.remote(wanted), ANSWER_TIMEOUT_S)
         for role, size in wanted.items():
-            old = before.get(role, {}).get("wanted", "?")
+            old = "?" if before is None else before.pools[role].wanted
             say(f"{name}: {role} {old} -> {size} is under way; see euphonium status {name}")
 
 

@@ -7,10 +7,11 @@ actor alone, so that a busy run loop never keeps anybody waiting.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from euphonium.errors import ConfigError, PreflightError
+from euphonium.wire.records import RunSnapshot
 
 if TYPE_CHECKING:
     from ray.actor import ActorProxy
@@ -27,14 +28,14 @@ class ControlDesk:
     """Snapshots one way, requests the other."""
 
     def __init__(self) -> None:
-        self._snapshot: dict[str, Any] = {}
+        self._snapshot: RunSnapshot | None = None
         self._taken = time.time()
         self._requests: list[dict[str, int]] = []
 
     def __repr__(self) -> str:
         return CONTROL
 
-    def exchange(self, snapshot: dict[str, Any]) -> list[dict[str, int]]:
+    def exchange(self, snapshot: RunSnapshot) -> list[dict[str, int]]:
         """The run loop's call.
 
         Args:
@@ -47,25 +48,25 @@ class ControlDesk:
         requests, self._requests = self._requests, []
         return requests
 
-    def status(self) -> dict[str, Any]:
-        """The last snapshot, and its age in seconds; empty before the first."""
-        return {**self._snapshot, "age_s": time.time() - self._taken} if self._snapshot else {}
+    def status(self) -> tuple[RunSnapshot, float] | None:
+        """The last snapshot and its age in seconds, or None before the first."""
+        return None if self._snapshot is None else (self._snapshot, time.time() - self._taken)
 
-    def scale(self, sizes: dict[str, int]) -> dict[str, Any]:
+    def scale(self, sizes: dict[str, int]) -> RunSnapshot | None:
         """Asks for sizes of pools.
 
         Returns:
-            The last snapshot.
+            The last snapshot, None before the first.
 
         Raises:
             ConfigError: the run has no such pool.
         """
-        pools = self._snapshot.get("pools", {})
+        pools = {} if self._snapshot is None else self._snapshot.pools
         for role in sizes:
             if pools and role not in pools:
                 raise ConfigError(f"this run has no {role} pool; it has {', '.join(pools)}")
         self._requests.append(sizes)
-        return self.status()
+        return self._snapshot
 
 
 def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:
@@ -110,23 +111,23 @@ def find_desk(run: str | None) -> tuple[str, ActorProxy[Desk]]:
     return run, named_actor(Desk, CONTROL, runs[run])
 
 
-def describe_status(run: str, status: Mapping[str, Any]) -> str:
-    """The status for people to read."""
-    if not status:
+def describe_status(run: str, answer: tuple[RunSnapshot, float] | None) -> str:
+    """A snapshot and its age, for people to read."""
+    if answer is None:
         return f"{run}: starting"
+    status, age_s = answer
     lines = [
-        f"{run}: {status['phase']}, policy version {status['version']} of {status['iterations']}"
-        + (f" (as of {status['age_s']:.0f} s ago)" if status["age_s"] > 5 else ""),
+        f"{run}: {status.phase}, policy version {status.version} of {status.iterations}"
+        + (f" (as of {age_s:.0f} s ago)" if age_s > 5 else ""),
         f"{'pool':<9}{'present':>8}{'wanted':>8}{'working':>9}{'busy':>7}",
     ]
-    for role, pool in status["pools"].items():
-        working = "" if pool["working"] is None else str(pool["working"])
-        lines.append(f"{role:<9}{pool['present']:>8}{pool['wanted']:>8}{working:>9}{pool['busy']:>7.0%}")
-        absent = [f"{name} {state}" for name, state in pool["members"].items() if state != "present"]
+    for role, pool in status.pools.items():
+        working = "" if pool.working is None else str(pool.working)
+        lines.append(f"{role:<9}{pool.present:>8}{pool.wanted:>8}{working:>9}{pool.busy:>7.0%}")
+        absent = [f"{name} {state}" for name, state in pool.members.items() if state != "present"]
         if absent:
             lines.append(f"         {', '.join(absent)}")
-    queue = status["queue"]
-    lines.append(f"queue    {queue['groups']} groups, {queue['bytes'] / 2**20:.1f} MiB, drawn or under way")
-    if status["last"]:
-        lines.append(f"last     {status['last']}")
+    lines.append(f"buffer   {status.groups} groups, {status.nbytes / 2**20:.1f} MiB, drawn or under way")
+    if status.last:
+        lines.append(f"last     {status.last}")
     return "\n".join(lines)

@@ -1,7 +1,11 @@
-"""Groups for the iterations to come: drawn ahead, scored, and turned into what the learner group trains on.
+"""Draws and scores the groups of the iterations to come, into the trajectory buffer.
 
 As many batches are under way as ``rollout.max_staleness`` allows (staleness.py), while the run loop takes them in
 order. A group whose rewards cannot be had is tried again, then dropped and counted.
+
+Waits for: room in the buffer, an idle rollout actor, the answers of ORM servers (each with a deadline). Unblocked by:
+whatever of these comes; a policy version that is still being trained blocks nothing, since every order says which
+version it takes at least.
 """
 
 from __future__ import annotations
@@ -14,19 +18,23 @@ from collections.abc import Awaitable, Callable
 from euphonium.config import RunConfig
 from euphonium.errors import LostActorError, RewardError, WeightsMissingError
 from euphonium.wire.records import GroupTask
+from orchestrator.groups.buffer import TrajectoryBuffer, buffer_bounds
 from orchestrator.groups.credit import Batch, ScoredGroup
 from orchestrator.groups.prompts import PromptStream
-from orchestrator.groups.staleness import Bounds, Held, may_draw, may_start
-from orchestrator.pools.crew import Crew, Position
+from orchestrator.groups.staleness import may_start
+from orchestrator.pools.crew import Crew
+from orchestrator.position import Position
 from orchestrator.report.statistics import RewardFailures
 
 log = logging.getLogger(__name__)
 
-MEGABYTE = 1 << 20
-
 
 class BatchSource:
-    """Draws and scores batches, each once, as far ahead as the bounds allow."""
+    """Draws and scores batches, each once, as far ahead as the bounds allow.
+
+    Attributes:
+        buffer: where the groups wait for their iteration.
+    """
 
     def __init__(
         self,
@@ -37,7 +45,7 @@ class BatchSource:
         failures: RewardFailures,
         republish: Callable[[], Awaitable[None]],
     ) -> None:
-        """Args as described in the class.
+        """Nothing is drawn yet.
 
         Args:
             config: of the run.
@@ -53,15 +61,12 @@ class BatchSource:
         self._prompts = prompts
         self._failures = failures
         self._republish = republish
+        self.buffer = TrajectoryBuffer(buffer_bounds(config), position)
         self._ahead: dict[int, asyncio.Task[Batch]] = {}
-        # Groups begun and not trained on, with their size once it is known.
-        self._sizes: dict[int, int] = {}
-        self._largest = 0
-        self._room = asyncio.Condition()
 
     def draw_ahead(self) -> None:
         """Begins the batches that may be begun."""
-        version = self._position.state.iteration
+        version = self._position.iteration
         for iteration in range(version, self._config.iterations):
             if not may_start(iteration, version, self._config.rollout.max_staleness):
                 break
@@ -76,14 +81,12 @@ class BatchSource:
             TrainingError: a pool has no actor left.
         """
         self.draw_ahead()
-        return await self._ahead[self._position.state.iteration]
+        return await self._ahead[self._position.iteration]
 
     async def trained(self, batch: Batch) -> None:
         """Makes room: the position has moved past this batch."""
-        self._ahead.pop(self._position.state.iteration - 1, None)
-        async with self._room:
-            self._sizes = {group: size for group, size in self._sizes.items() if group >= batch.next_group}
-            self._room.notify_all()
+        self._ahead.pop(self._position.iteration - 1, None)
+        await self.buffer.release(batch.next_group)
 
     async def forget(self) -> None:
         """Gives up what was drawn ahead."""
@@ -92,12 +95,7 @@ class BatchSource:
         for batch in batches:
             batch.cancel()
         await asyncio.gather(*batches, return_exceptions=True)
-        self._sizes.clear()
-
-    def held(self) -> Held:
-        """Groups that have been begun and not trained on."""
-        sizes = [size or self._largest for size in self._sizes.values()]
-        return Held(groups=len(sizes), nbytes=sum(sizes), each=self._largest)
+        self.buffer.clear()
 
     async def _collect(self, iteration: int) -> Batch:
         """Draws and scores an iteration's groups; those whose rewards cannot be had are dropped and counted."""
@@ -105,14 +103,14 @@ class BatchSource:
         count, state = self._config.rollout.prompts_per_iteration, self._position.state
         first = state.next_group + (iteration - state.iteration) * count
         orders = [self._prompts.task(first + i, iteration) for i in range(count)]
-        tasks = [asyncio.ensure_future(self._admitted(order)) for order in orders]
+        tasks = [asyncio.ensure_future(self._fill(order)) for order in orders]
         try:
-            results = await asyncio.gather(*tasks)
+            reasons = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-        groups = [group for group in results if isinstance(group, ScoredGroup)]
-        lost = [reason for reason in results if isinstance(reason, str)]
+        groups = self.buffer.get(order.group_id for order in orders)
+        lost = [reason for reason in reasons if reason is not None]
         if len(lost) > self._config.rewards.max_dropped_fraction * count or not groups:
             raise RewardError(
                 f"{len(lost)} of {count} groups were lost in one iteration (rewards.max_dropped_fraction is "
@@ -120,31 +118,15 @@ class BatchSource:
             )
         return Batch(groups, len(lost), first + count, time.monotonic() - began)
 
-    async def _admitted(self, task: GroupTask) -> ScoredGroup | str:
-        """Draws and scores a group once there is room for it."""
-        async with self._room:
-            await self._room.wait_for(
-                lambda: may_draw(task.iteration, self._position.state.iteration, self._bounds(), self.held())
-            )
-            self._sizes[task.group_id] = 0
+    async def _fill(self, task: GroupTask) -> str | None:
+        """Draws and scores a group into the buffer once there is room for it; why it was given up, if it was."""
+        await self.buffer.admit(task)
         result = await self._attempt(task)
-        async with self._room:
-            if isinstance(result, ScoredGroup):
-                self._sizes[task.group_id] = result.info.payload_bytes
-                self._largest = max(self._largest, result.info.payload_bytes)
-            else:
-                self._sizes.pop(task.group_id, None)
-            self._room.notify_all()
+        if isinstance(result, ScoredGroup):
+            await self.buffer.put(result)
+            return None
+        await self.buffer.drop(task)
         return result
-
-    def _bounds(self) -> Bounds:
-        rollout = self._config.rollout
-        every = (rollout.max_staleness + 1) * rollout.prompts_per_iteration
-        return Bounds(
-            max_staleness=rollout.max_staleness,
-            groups=rollout.buffer_groups or every,
-            nbytes=int(rollout.buffer_mb * MEGABYTE),
-        )
 
     async def _attempt(self, task: GroupTask) -> ScoredGroup | str:
         """A scored group, or why it was given up."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from euphonium.config import RunConfig
@@ -21,8 +20,8 @@ from euphonium.wire.records import (
     WeightKind,
 )
 from euphonium.wire.servers import ServerPool
-from orchestrator.checkpoints import RunState
 from orchestrator.pools.pools import ActorPool, Make, Member
+from orchestrator.position import Position
 from orchestrator.report.tracking import Progress
 
 if TYPE_CHECKING:
@@ -32,19 +31,6 @@ if TYPE_CHECKING:
     from euphonium.wire.roles import OrmServer, PrmServer, RolloutServer
 
 _T = TypeVar("_T")
-
-
-@dataclass
-class Position:
-    """Where a run stands now; the run loop moves it, its parts read it.
-
-    Attributes:
-        state: what is done.
-        epoch: of the weights' history, see :class:`euphonium.wire.records.RolloutContext`.
-    """
-
-    state: RunState
-    epoch: int = 0
 
 
 class Crew:

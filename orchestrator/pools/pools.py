@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from euphonium.config import PoolConfig
 from euphonium.errors import ResourcesError, TrainingError
 from euphonium.wire.deadlines import describe
+from euphonium.wire.records import PoolSnapshot
 from orchestrator.pools.resources import autoscaler_says, free_resources
 
 if TYPE_CHECKING:
@@ -379,15 +380,15 @@ class ActorPool(Generic[_M]):
         self._busy = min(1.0, worked / span)
         return self._busy
 
-    def snapshot(self) -> dict[str, Any]:
-        """What ``euphonium status`` shows of the pool."""
-        return {
-            "wanted": self.wanted,
-            "present": len(self.present),
-            "working": sum(1 for member in self.present if member.users),
-            "busy": self._busy,
-            "members": {member.name: member.state for member in self.members},
-        }
+    def snapshot(self) -> PoolSnapshot:
+        """The pool as it stands."""
+        return PoolSnapshot(
+            wanted=self.wanted,
+            present=len(self.present),
+            working=sum(1 for member in self.present if member.users),
+            busy=self._busy,
+            members={member.name: member.state for member in self.members},
+        )
 
 
 async def wait_ready(pools: Sequence[ActorPool[Any]], timeout_s: float, say: Callable[[str], None]) -> None:

@@ -49,8 +49,10 @@ def execute(ray_cluster: None) -> Callable[..., None]:
     def go(run: Any, beside: Callable[[Any], Any] | None = None) -> None:
         import ray
 
+        from orchestrator.lifecycle import execute
+
         async def both() -> None:
-            main = asyncio.ensure_future(run.execute())
+            main = asyncio.ensure_future(execute(run))
             other = asyncio.ensure_future(beside(run)) if beside is not None else None
             await asyncio.wait_for(main, 240)
             if other is not None:

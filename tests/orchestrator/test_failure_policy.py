@@ -11,9 +11,11 @@ from euphonium.config import RunConfig
 from euphonium.errors import RewardError
 from euphonium.wire.records import GroupInfo, GroupTask
 from orchestrator.checkpoints import RunState
-from orchestrator.groups.batches import BatchSource, ScoredGroup
+from orchestrator.groups.batches import BatchSource
+from orchestrator.groups.credit import ScoredGroup
 from orchestrator.groups.prompts import PromptStream
-from orchestrator.pools.crew import Crew, Position
+from orchestrator.pools.crew import Crew
+from orchestrator.position import Position
 from orchestrator.report.statistics import RewardFailures
 from orchestrator.report.tracking import Progress
 

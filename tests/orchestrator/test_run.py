@@ -98,7 +98,7 @@ def test_a_learner_that_dies_while_it_waits_takes_no_plan_of_another_version(
         rollout_s = 0.3
 
     async def restart(run: Any) -> None:
-        while run.state.iteration < 5:
+        while run.position.iteration < 5:
             await asyncio.sleep(0.02)
         # It joins anew while groups for iteration 6 are drawn, and is back at iteration 3.
         run.learners.group.replaced = True
@@ -118,7 +118,7 @@ def test_a_killed_role_is_replaced(
         rollout_s, start_s = 0.2, 6.0
 
     async def kill(run: Any) -> None:
-        while run.state.iteration < 4:
+        while run.position.iteration < 4:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(kill_process, {"rollout": "rollout-1", "orm": "orm-0"}.get(role, role))
 
@@ -160,20 +160,20 @@ def test_a_pool_without_restarts_goes_on_smaller_and_ends_with_an_error_when_emp
     said: list[str] = []
 
     async def kill(run: Any) -> None:
-        while run.state.iteration < 2:
+        while run.position.iteration < 2:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(kill_process, "rollout-0")
         while len(run.crew.pools["rollout"].members) > 1:
             await asyncio.sleep(0.05)
-        before = run.state.iteration
-        while run.state.iteration < before + 3:
+        before = run.position.iteration
+        while run.position.iteration < before + 3:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(kill_process, "rollout-1")
 
     config = stub_config("pools.rollout.max_restarts=0", "iterations=10000", "rewards.attempts=8")
     run = stubs.StubRun(config, "tests", None)
-    say = run.progress.say
-    run.progress.say = lambda text: (said.append(text), say(text))
+    say = run.journal.progress.say
+    run.journal.progress.say = lambda text: (said.append(text), say(text))
     began = time.monotonic()
     with pytest.raises(TrainingError, match=r"the rollout pool has no actor left.*pools\.rollout\.max_restarts"):
         execute(run, kill)
@@ -190,28 +190,28 @@ def test_pools_change_while_the_run_goes_on(
     async def scale(run: Any) -> None:
         import ray
 
-        while run.state.iteration < 2:
+        while run.position.iteration < 2:
             await asyncio.sleep(0.05)
         desk = ray.get_actor(CONTROL)
         await desk.scale.remote({"rollout": 4, "orm": 2, "learner": 2})
-        while len(run.crew.pools["rollout"].present) < 4 or len(run.pools["orm"].present) < 2:
+        while len(run.crew.pools["rollout"].present) < 4 or len(run.crew.pools["orm"].present) < 2:
             await asyncio.sleep(0.05)
         while run.config.pools.learner.num_workers != 2:
             await asyncio.sleep(0.05)
         await iterations(run, 2)
-        while (await desk.status.remote())["pools"]["rollout"]["wanted"] < 4:
+        while (await desk.status.remote())[0].pools["rollout"].wanted < 4:
             await asyncio.sleep(0.2)
         await desk.scale.remote({"rollout": 1, "orm": 1})
-        while len(run.crew.pools["rollout"].members) > 1 or len(run.pools["orm"].members) > 1:
+        while len(run.crew.pools["rollout"].members) > 1 or len(run.crew.pools["orm"].members) > 1:
             await asyncio.sleep(0.05)
         with pytest.raises(ray.exceptions.RayTaskError, match="no prm pool"):
             await desk.scale.remote({"prm": 2})
         await iterations(run, 2)
-        run._stop.set()
+        run.interruption.request()
 
     async def iterations(run: Any, more: int) -> None:
-        before = run.state.iteration
-        while run.state.iteration < before + more:
+        before = run.position.iteration
+        while run.position.iteration < before + more:
             await asyncio.sleep(0.05)
 
     config = stub_config("iterations=10000")
@@ -232,9 +232,9 @@ def test_a_stopped_run_goes_on_where_it_was(
     expected: list, stubs: Any, stub_config: Callable, execute: Callable
 ) -> None:
     async def stop(run: Any) -> None:
-        while run.state.iteration < 4:
+        while run.position.iteration < 4:
             await asyncio.sleep(0.01)
-        run._stop.set()
+        run.interruption.request()
 
     config = stub_config()
     execute(stubs.StubRun(config, "tests", None), stop)

@@ -1,0 +1,99 @@
+"""Start and end of a run: the roles come up, the algorithm runs, a checkpoint or the trained policy is left.
+
+Waits for: all actors (``pools.start_timeout_s``) and the learner group (``pools.learner.start_timeout_s``); both may be
+given up when a stop is requested.
+"""
+
+from __future__ import annotations
+
+import time
+
+from euphonium.wire.records import Publish
+from orchestrator.algorithm import train
+from orchestrator.commands.launch import name_is_free
+from orchestrator.interruption import StopRequestedError
+from orchestrator.learning.link import LearnerRestartedError
+from orchestrator.pools.pools import wait_ready
+from orchestrator.run import JOIN_TIMEOUT_S, Run
+
+
+async def execute(run: Run) -> None:
+    """Starts all roles, trains to the end or to a stop, and leaves a checkpoint.
+
+    Raises:
+        EuphoniumError: the run cannot start, or cannot go on.
+    """
+    run.interruption.install()
+    began = time.monotonic()
+    try:
+        await _start_roles(run)
+        run.journal.say(f"all roles are up after {time.monotonic() - began:.0f} s")
+        if run.finished:
+            await _evaluate_at_last(run)
+        await train(run)
+        await _finish(run)
+    except StopRequestedError:
+        await _save_and_stop(run)
+    finally:
+        run.desk.close()
+        for pool in run.crew.pools.values():
+            pool.stop_watching()
+        await run.batches.forget()
+        run.journal.close()
+        run.interruption.uninstall()
+
+
+async def _start_roles(run: Run) -> None:
+    await run.interruptible(name_is_free(run.config.name))
+    run.learners.open()
+    run.desk.open()
+    await run.learners.resume_from(*run.checkpoints.resume_point)
+    run.learners.start(run.learner_group())
+    run.crew.start(run.actors())
+    run.journal.enter("starting roles")
+    run.desk.poll()
+    pools = list(run.crew.pools.values())
+    await run.interruptible(wait_ready(pools, run.config.pools.start_timeout_s, run.journal.say))
+    for pool in pools:
+        pool.watch()
+    await run.interruptible(run.learners.joined(*run.checkpoints.resume_point))
+    await run.interruptible(run.restore_process_reward())
+    if run.journal.tracker.endpoint is not None:
+        run.journal.say(f"metrics at {run.journal.tracker.endpoint.address}")
+
+
+async def _evaluate_at_last(run: Run) -> None:
+    """Makes up for the last evaluation of a run that was cut short in it."""
+    done = run.position.iteration
+    await run.learners.carry_out(Publish(version=done, average=run.config.optimizer.averages, stop=True))
+    run.learners.dismiss()
+    run.journal.complete_last(await run.evaluate(done))
+
+
+async def _finish(run: Run) -> None:
+    """Waits for the last checkpoint, and exports the trained policy."""
+    await run.checkpoints.finished()
+    run.learners.join(JOIN_TIMEOUT_S)
+    run.export()
+    run.journal.summary()
+
+
+async def _save_and_stop(run: Run) -> None:
+    """Checkpoints where the run stands, after a signal."""
+    done = run.position.iteration
+    await run.batches.forget()
+    if not run.learners.usable:
+        run.journal.say("stopped before training began; nothing to save")
+        return
+    await run.checkpoints.finished()
+    newest = run.checkpoints.newest
+    if newest is None or newest.state.iteration != done:
+        run.journal.say(f"stopping: writing a checkpoint of iteration {done}")
+        try:
+            await run.save(stop=True)
+        except LearnerRestartedError:
+            run.journal.say("the learner group died over it: the run goes on from the checkpoint before")
+    run.journal.say(
+        f"stopped after iteration {done}; go on with: euphonium train {run.config.run_dir}/config.resolved.yaml "
+        "resume=auto"
+    )
