@@ -32,7 +32,7 @@ def run(docstring: str, names: dict[str, object], place: str) -> str:
     """What doctest has to say against an example; empty if it holds."""
     said: list[str] = []
     test = doctest.DocTestParser().get_doctest(docstring, names, place, place, 0)
-    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=said.append)
+    doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=said.append)
     return "".join(said)
 
 
