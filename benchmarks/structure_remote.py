@@ -15,6 +15,8 @@ from pathlib import Path
 from structure_measures import Source, load
 
 NOTE = re.compile(r'^(?P<path>[^:]+):(?P<line>\d+)(:\d+)?: note: Revealed type is "(?P<type>.*)"$')
+# How numpy writes "of any shape" and "of any precision"; there is no narrower way to say them.
+OF_NUMPY = re.compile(r"numpy\.ndarray\[tuple\[Any, \.\.\.\]|numpy\.(generic|number|integer|inexact|floating)\[Any\]")
 KINDS = ("typed", "partly", "untyped")
 HEAVY = shutil.ignore_patterns("*.safetensors", "*.png", "__pycache__")
 
@@ -50,11 +52,11 @@ def verdict(revealed: str) -> str:
     """``untyped``, ``partly`` or ``typed``, by the type of what is called.
 
     Untyped is ``Any``, or a function that takes any arguments; partly typed is one whose arguments or answer have an
-    ``Any`` in them.
+    ``Any`` in them, other than the shape and the precision of an array.
     """
     if revealed == "Any" or "*args: Any" in revealed:
         return "untyped"
-    return "partly" if re.search(r"\bAny\b", revealed) else "typed"
+    return "partly" if re.search(r"\bAny\b", OF_NUMPY.sub("", revealed)) else "typed"
 
 
 def notes(output: str) -> Iterator[tuple[str, int, str]]:

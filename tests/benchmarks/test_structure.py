@@ -197,6 +197,8 @@ def test_what_is_revealed_is_the_callee_and_no_line_moves() -> None:
         ("def (*args: Any, **kwargs: Any) -> ray.actor.ActorHandle[a.Cls]", "untyped"),
         ("def (int | ObjectRef[int]) -> ObjectRef[tuple[int, Any]]", "partly"),
         ("def (int | ObjectRef[int]) -> ObjectRef[AnyOf]", "typed"),
+        ("def () -> ObjectRef[numpy.ndarray[tuple[Any, ...], numpy.dtype[numpy.generic[Any]]]]", "typed"),
+        ("def () -> ObjectRef[numpy.ndarray[tuple[Any, ...], numpy.dtype[Any]]]", "partly"),
     ],
 )
 def test_verdicts(revealed: str, kind: str) -> None:
