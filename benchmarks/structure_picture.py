@@ -20,7 +20,7 @@ from structure_measures import Source
 # Packages by rows, from the top; imports lead down.
 ROWS = (("orchestrator",), ("actors", "reward_servers", "learners"), ("euphonium",))
 SAYINGS = {
-    "orchestrator": "the driver of a run: orders groups and updates, makes advantages of rewards, keeps the pools alive",
+    "orchestrator": "the driver of a run: orders groups and updates, makes advantages of rewards, keeps pools alive",
     "actors": "draw groups of samples, steered at every step by the gradient of the process reward",
     "reward_servers": "process rewards of noisy states and their gradients; outcome rewards of finished samples",
     "learners": "Ray Train and ZeRO-3: the policy, and reward models before or during a run",
