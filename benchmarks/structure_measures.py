@@ -202,7 +202,9 @@ def sections(sources: list[Source]) -> set[str]:
     """Names of the configuration's classes: all in its package, and those elsewhere that derive from them."""
     classes = [(s.in_config, node) for s in sources for node in ast.walk(s.tree) if isinstance(node, ast.ClassDef)]
     found = {node.name for in_config, node in classes if in_config}
-    return found | {node.name for _, node in classes if _derives(node, found)}
+    while derived := {node.name for _, node in classes if _derives(node, found)} - found:
+        found |= derived
+    return found
 
 
 def _derives(node: ast.ClassDef, bases: set[str]) -> bool:

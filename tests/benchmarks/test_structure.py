@@ -148,6 +148,7 @@ CONFIG = source(
         ("def f(size=4, length=3, shares=False, limit=None): ...", []),
         ("pool = Pool(size=4)", []),
         ("class Options(Node):\n    size: int = 3", []),
+        ("class Mine(Options):\n    size: int = 3\nclass Options(Node): ...", []),
         ("class Options(Node):\n    steps: int = 9\ndef f(steps=9): ...", ["a/b.py:3 steps = 9"]),
     ],
 )
