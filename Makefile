@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo test test-all lint format measure picture clean
 
 help: ## Show this help.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,12 @@ lint: setup ## Check style and types.
 format: setup ## Rewrite the sources in the project's format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+measure: setup ## Count what the sources are made of: sizes, types, circles, docstrings.
+	$(BIN)/python benchmarks/structure.py --remote-types
+
+picture: setup ## Draw the packages and their imports anew.
+	$(BIN)/python benchmarks/structure.py --picture docs/architecture.svg
 
 clean: ## Remove the environment and all caches (runs/ stays).
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

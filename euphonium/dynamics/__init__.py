@@ -1,8 +1,10 @@
 """Pure tensor mathematics of the samplers and of group-relative policy optimisation; imports torch only."""
 
 from euphonium.dynamics.advantages import AdvantageRule, Advantages, GroupRewards, group_advantages
+from euphonium.dynamics.guidance import Guidance
+from euphonium.dynamics.laws import LAWS, StepTableError
 from euphonium.dynamics.schedules import shifted_sigmas
-from euphonium.dynamics.step_table import LAWS, Guidance, StepTable, StepTableError
+from euphonium.dynamics.step_table import StepTable
 
 __all__ = [
     "LAWS",

@@ -107,6 +107,14 @@ def group_advantages(groups: Sequence[GroupRewards], rule: AdvantageRule) -> lis
 
     Raises:
         ValueError: a reward that is not finite, which must never become an advantage; or no reward with a weight.
+
+    Example:
+        >>> rewards = GroupRewards({"motion": torch.tensor([0.0, 1.0, 2.0])})
+        >>> (advantages,) = group_advantages([rewards], AdvantageRule(weights={"motion": 1.0}))
+        >>> advantages.values.shape  # [components, group, num_steps]
+        torch.Size([1, 3, 1])
+        >>> advantages.values.flatten().tolist()
+        [-1.0, 0.0, 1.0]
     """
     rewards = [_checked(group, rule) for group in groups]
     live = [name for name, weight in rule.weights.items() if weight != 0]

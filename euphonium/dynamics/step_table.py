@@ -4,8 +4,8 @@ A sampling step is a Gaussian whose mean is linear in the state, the velocity an
 
     x_{k+1} ~ N(mean_k, std_k^2 I),   mean_k = a_k x_k + b_k v_k + g_k grad_x r(x_k, sigma_k)
 
-so a sampler *is* the numbers ``a, b, std, g``. They are computed here, once, in float64; sampling, log-probability,
-guidance and the temporal equaliser read the table, and no other module knows a formula of a sampler.
+so a sampler *is* the numbers ``a, b, std, g``. They are computed once, in float64, by the law (laws.py) and the
+guidance (guidance.py); sampling, log-probability and the temporal equaliser read the table.
 
 Diffusion models that predict the noise fit the same form, with their output in the place of the velocity.
 
@@ -18,141 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# SAGE integrates sigma / (1 - sigma), which diverges at sigma = 1. The clamp is applied to both ends of the
-# interval: clamping only inside the logarithm makes the variance negative on fine or strongly shifted grids.
-SAGE_SIGMA_MAX = 0.997
-
-
-class StepTableError(ValueError):
-    """A sampler that cannot be: a step whose numbers are undefined, or a use that the law does not allow."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """Strength and window of the reward-gradient guidance.
-
-    Exactly one of ``scale`` and ``beta`` is given.
-
-    Attributes:
-        scale: lambda of Euphonium's Eq. 20: the drift gains ``lambda grad r``, so ``g_k = lambda delta_k``.
-        beta: KL weight of Eq. 12: ``g_k = V_k / (2 beta)``, the paper's ``eps delta / beta``.
-        window: half-open range of steps ``(start, stop)`` in which guidance acts; None means every step.
-        time_window: the same as a range of ``t = 1 - sigma``, the papers' time from noise (0) to data (1).
-    """
-
-    scale: float | None = None
-    beta: float | None = None
-    window: tuple[int, int] | None = None
-    time_window: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.time_window is not None:
-            raise StepTableError("guidance takes a window in steps or in time, not both")
-        if (self.scale is None) == (self.beta is None):
-            raise StepTableError("guidance takes exactly one of scale (lambda) and beta")
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise StepTableError(f"guidance scale must be finite, got {self.scale}")
-        if self.beta is not None and not (self.beta > 0 and math.isfinite(self.beta)):
-            raise StepTableError(f"guidance beta must be positive and finite, got {self.beta}")
-
-    def coefficients(self, sigmas: Tensor, variance: Tensor) -> Tensor:
-        """``g_k`` of every step.
-
-        Args:
-            sigmas: ``[num_steps + 1]`` noise levels.
-            variance: ``[num_steps]`` transition variances V_k.
-
-        Returns:
-            ``[num_steps]``, zero outside the window.
-        """
-        delta = sigmas[:-1] - sigmas[1:]
-        window = self.window if self.time_window is None else _steps_in_time(sigmas, self.time_window)
-        start, stop = _checked_window("guidance window", window, delta.shape[0])
-        if self.beta is not None and bool((variance[start:stop] == 0).all()):
-            raise StepTableError("guidance by beta needs a stochastic law: V_k is 0 in the whole window; give scale")
-        strength = self.scale * delta if self.scale is not None else variance / (2 * (self.beta or 1.0))
-        inside = torch.zeros_like(delta)
-        inside[start:stop] = 1
-        return strength * inside
-
-
-def _variance_dance(sigmas: Tensor, eta: float) -> Tensor:
-    """DanceGRPO: ``V = eta^2 delta``; Euphonium's Eq. 14 with ``eps = eta^2 / 2``."""
-    return eta**2 * (sigmas[:-1] - sigmas[1:])
-
-
-def _variance_flow_grpo(sigmas: Tensor, eta: float) -> Tensor:
-    """Flow-GRPO: ``V = eta^2 sigma / (1 - sigma) delta``; at sigma = 1 the denominator uses sigma_1."""
-    sigma = sigmas[:-1]
-    finite = torch.where(sigma == 1, sigmas[1], sigma)
-    return eta**2 * sigma / (1 - finite) * (sigma - sigmas[1:])
-
-
-def _variance_sage(sigmas: Tensor, eta: float) -> Tensor:
-    """SAGE-GRPO Eq. 5: the integral of Flow-GRPO's ``eta^2 sigma / (1 - sigma)`` over the step."""
-    clamped = sigmas.clamp(max=SAGE_SIGMA_MAX)
-    upper, lower = clamped[:-1], clamped[1:]
-    return eta**2 * (torch.log((1 - lower) / (1 - upper)) - (upper - lower))
-
-
-def _marginal_preserving(
-    variance: Callable[[Tensor, float], Tensor],
-) -> Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]]:
-    """The family ``mean = x - delta v + V/2 score`` with ``score = -(x + (1 - sigma) v) / sigma``."""
-
-    def law(sigmas: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
-        sigma, delta = sigmas[:-1], sigmas[:-1] - sigmas[1:]
-        v = variance(sigmas, eta)
-        coef_x = 1 - v / (2 * sigma)
-        coef_v = -delta - v * (1 - sigma) / (2 * sigma)
-        return coef_x, coef_v, v.clamp(min=0).sqrt().where(v >= 0, torch.nan)
-
-    return law
-
-
-def _law_cps(sigmas: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients-preserving sampling: ``(1 - sigma') x0hat + sqrt(sigma'^2 - std^2) x1hat`` plus noise."""
-    sigma, target = sigmas[:-1], sigmas[1:]
-    std = target * math.sin(eta * math.pi / 2)
-    kept = (target**2 - std**2).clamp(min=0).sqrt()
-    coef_x = (1 - target) + kept
-    coef_v = -sigma * (1 - target) + kept * (1 - sigma)
-    return coef_x, coef_v, std
-
-
-def _law_ode(sigmas: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Euler's step of the probability-flow ODE: no noise."""
-    delta = sigmas[:-1] - sigmas[1:]
-    return torch.ones_like(delta), -delta, torch.zeros_like(delta)
-
-
-def _law_ddim(alphas: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """DDIM for noise prediction; DanceGRPO's Eq. 7 is its step without noise.
-
-    Args:
-        alphas: cumulative products of the signal, rising towards data, ``[num_steps + 1]``.
-        eta: 0 < eta; at 1 the variance is that of the ancestral sampler.
-    """
-    alpha, target = alphas[:-1], alphas[1:]
-    std = eta * ((1 - target) / (1 - alpha) * (1 - alpha / target)).clamp(min=0).sqrt()
-    coef_x = (target / alpha).sqrt()
-    kept = (1 - target - std**2).sqrt()
-    return coef_x, kept - coef_x * (1 - alpha).sqrt(), std
-
-
-LAWS: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]]] = {
-    "ode": _law_ode,
-    "dance": _marginal_preserving(_variance_dance),
-    "flow_grpo": _marginal_preserving(_variance_flow_grpo),
-    "sage": _marginal_preserving(_variance_sage),
-    "cps": _law_cps,
-}
+from euphonium.dynamics.guidance import Guidance, checked_window
+from euphonium.dynamics.laws import LAWS, Columns, StepTableError, check_steps, checked_grid, law_ddim, law_ode
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +41,16 @@ class StepTable:
         coef_v: float64 ``[num_steps]``, b_k.
         std: float64 ``[num_steps]``, standard deviation of the transition.
         coef_grad: float64 ``[num_steps]``, g_k.
+
+    Example:
+        >>> table = StepTable.build("dance", torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]), eta=0.5)
+        >>> table.std.tolist()  # eta sqrt(delta)
+        [0.25, 0.25, 0.25, 0.25]
+        >>> x, v = torch.zeros(2, 3), torch.ones(2, 3)
+        >>> mean = table.mean(0, x, v)
+        >>> x_next = table.sample(0, mean, torch.randn(2, 3))
+        >>> table.log_prob(0, x_next, mean).shape
+        torch.Size([2])
     """
 
     law: str
@@ -206,7 +88,7 @@ class StepTable:
         """
         if law not in LAWS:
             raise StepTableError(f"unknown law {law!r}; known are {', '.join(LAWS)} (and ddim, see build_ddim)")
-        grid = _checked_grid(sigmas)
+        grid = checked_grid(sigmas)
         if law == "ode":
             if eta is not None:
                 raise StepTableError("the law 'ode' is deterministic and takes no eta")
@@ -214,8 +96,8 @@ class StepTable:
             raise StepTableError(f"the law {law!r} needs eta > 0, got {eta}")
         elif law == "cps" and eta > 1:
             raise StepTableError(f"the law 'cps' needs eta in (0, 1], got {eta}: std is sigma' sin(eta pi/2)")
-        columns = LAWS[law](grid, eta or 0.0)
-        return cls._assemble(law, grid, None, columns, _law_ode(grid, 0.0), guidance, sde_window)
+        columns = _within(sde_window, law, grid, LAWS[law](grid, eta or 0.0), law_ode(grid, 0.0))
+        return cls._assemble(law, grid, None, columns, guidance)
 
     @classmethod
     def build_ddim(
@@ -241,16 +123,17 @@ class StepTable:
             StepTableError: as for :meth:`build`.
         """
         rising = torch.as_tensor(alphas, dtype=torch.float64).detach().cpu().clone()
-        grid = _checked_grid((1 - rising).clamp(min=0).sqrt())
+        grid = checked_grid((1 - rising).clamp(min=0).sqrt())
         if eta is not None and not (eta > 0 and math.isfinite(eta)):
             raise StepTableError(f"the law 'ddim' needs eta > 0, got {eta}")
-        deterministic = _law_ddim(rising, 0.0)
-        columns = deterministic if eta is None else _law_ddim(rising, eta)
+        deterministic = law_ddim(rising, 0.0)
+        stochastic = deterministic if eta is None else law_ddim(rising, eta)
         law = "ode" if eta is None else "ddim"
         told = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
         if told.shape != (len(grid) - 1,):
             raise StepTableError(f"times must have shape [{len(grid) - 1}], got {list(told.shape)}")
-        return cls._assemble(law, grid, told, columns, deterministic, guidance, sde_window)
+        columns = _within(sde_window, law, grid, stochastic, deterministic)
+        return cls._assemble(law, grid, told, columns, guidance)
 
     @classmethod
     def _assemble(
@@ -258,22 +141,13 @@ class StepTable:
         law: str,
         grid: Tensor,
         times: Tensor | None,
-        columns: tuple[Tensor, Tensor, Tensor],
-        deterministic: tuple[Tensor, Tensor, Tensor],
+        columns: Columns,
         guidance: Guidance | None,
-        sde_window: tuple[int, int] | None,
     ) -> StepTable:
-        start, stop = _checked_window("sde_window", sde_window, len(grid) - 1)
-        inside = torch.zeros(len(grid) - 1, dtype=torch.bool)
-        inside[start:stop] = True
-        coef_x, coef_v, std = (
-            torch.where(inside, column, ode) for column, ode in zip(columns, deterministic, strict=True)
-        )
-        _check_steps(law, grid, coef_x, coef_v, std, range(start, stop))
         delta = grid[:-1] - grid[1:]
-        coef_grad = torch.zeros_like(delta) if guidance is None else guidance.coefficients(grid, std**2)
+        coef_grad = torch.zeros_like(delta) if guidance is None else guidance.coefficients(grid, columns.std**2)
         told = grid[:-1] if times is None else times
-        return cls(law, grid, told, times is not None, coef_x, coef_v, std, coef_grad)
+        return cls(law, grid, told, times is not None, *columns, coef_grad)
 
     @property
     def num_steps(self) -> int:
@@ -393,44 +267,13 @@ def _pick(column: Tensor, k: int | Tensor, like: Tensor) -> Tensor:
     return chosen.reshape(chosen.shape + (1,) * (like.dim() - chosen.dim()))
 
 
-def _steps_in_time(sigmas: Tensor, window: tuple[float, float]) -> tuple[int, int]:
-    times = 1 - sigmas[:-1]
-    inside = [k for k, t in enumerate(times.tolist()) if window[0] <= t <= window[1]]
-    if not inside:
-        shown = ", ".join(f"{t:.3f}" for t in times.tolist())
-        raise StepTableError(f"no step begins in the guidance's time window {window}; steps begin at t = {shown}")
-    return inside[0], inside[-1] + 1
-
-
-def _checked_window(name: str, window: tuple[int, int] | None, num_steps: int) -> tuple[int, int]:
-    start, stop = window if window is not None else (0, num_steps)
-    if not 0 <= start < stop <= num_steps:
-        raise StepTableError(f"{name} ({start}, {stop}) is not a range of the {num_steps} steps 0..{num_steps - 1}")
-    return start, stop
-
-
-def _checked_grid(sigmas: Tensor) -> Tensor:
-    grid = torch.as_tensor(sigmas, dtype=torch.float64).detach().cpu().clone()
-    if grid.dim() != 1 or grid.shape[0] < 2:
-        raise StepTableError(f"sigmas must have shape [num_steps + 1] with at least one step, got {list(grid.shape)}")
-    if not bool(torch.isfinite(grid).all()) or float(grid[0]) > 1 or float(grid[-1]) < 0:
-        raise StepTableError("sigmas must be finite and lie in [0, 1]")
-    for k, falls in enumerate((grid[1:] < grid[:-1]).tolist()):
-        if not falls:
-            raise StepTableError(
-                f"sigmas must fall strictly, but at step {k} they go from {float(grid[k])} to {float(grid[k + 1])}"
-            )
-    return grid
-
-
-def _check_steps(law: str, sigmas: Tensor, coef_x: Tensor, coef_v: Tensor, std: Tensor, steps: range) -> None:
-    last = len(std) - 1
-    for k in steps:
-        where = f"step {k} of law {law!r} (sigma {float(sigmas[k]):.6g} -> {float(sigmas[k + 1]):.6g})"
-        if not all(math.isfinite(float(column[k])) for column in (coef_x, coef_v, std)):
-            raise StepTableError(f"{where} has an undefined mean or a negative variance; use another grid or law")
-        # The last step of CPS and DDIM lands on data, without noise: legal, but never part of the likelihood.
-        if law != "ode" and float(std[k]) <= 0 and not (law in ("cps", "ddim") and k == last):
-            raise StepTableError(
-                f"{where} has no positive variance; take fewer steps or a smaller shift, so that the step is longer"
-            )
+def _within(
+    window: tuple[int, int] | None, law: str, grid: Tensor, columns: Columns, deterministic: Columns
+) -> Columns:
+    """The law's numbers in the window and the deterministic ones elsewhere, checked."""
+    start, stop = checked_window("sde_window", window, len(grid) - 1)
+    inside = torch.zeros(len(grid) - 1, dtype=torch.bool)
+    inside[start:stop] = True
+    mixed = Columns(*(torch.where(inside, column, ode) for column, ode in zip(columns, deterministic, strict=True)))
+    check_steps(law, grid, mixed, range(start, stop))
+    return mixed
