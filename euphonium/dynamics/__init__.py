@@ -1,7 +1,7 @@
 """Pure tensor mathematics of the samplers and of group-relative policy optimisation; imports torch only."""
 
 from euphonium.dynamics.advantages import AdvantageRule, Advantages, GroupRewards, group_advantages
-from euphonium.dynamics.schedules import shifted_sigmas
+from euphonium.dynamics.schedules import noised, shift_sigma, shifted_sigmas
 from euphonium.dynamics.step_table import LAWS, Guidance, StepTable, StepTableError
 
 __all__ = [
@@ -13,5 +13,7 @@ __all__ = [
     "StepTable",
     "StepTableError",
     "group_advantages",
+    "noised",
+    "shift_sigma",
     "shifted_sigmas",
 ]

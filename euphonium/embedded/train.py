@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from euphonium.dynamics import noised, shift_sigma
 from euphonium.embedded import WEIGHTS
 from euphonium.embedded.sprites import split_scenes
 from euphonium.embedded.sprites.render import render
@@ -141,11 +142,9 @@ def train_generator(pipeline: Any, steps: int, seed: int = 0, snapshots: Path | 
         captions = drawn[batch].masked_fill(torch.rand(BATCH, generator=generator) < UNCONDITIONAL, len(scenes))
         clean = latents[batch]
         noise = torch.randn(clean.shape, generator=generator)
-        uniform = torch.rand(BATCH, generator=generator)
-        sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
-        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+        sigma = shift_sigma(torch.rand(BATCH, generator=generator), SHIFT)
         velocity = parts["transformer"](
-            hidden_states=noisy, timestep=1000 * sigma, return_dict=False, **text.encode(captions)
+            hidden_states=noised(clean, noise, sigma), timestep=1000 * sigma, return_dict=False, **text.encode(captions)
         )[0]
         loss = functional.mse_loss(velocity, noise - clean)
         optimizer.zero_grad(set_to_none=True)
