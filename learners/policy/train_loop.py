@@ -21,7 +21,8 @@ from torch import Tensor
 from euphonium.config import RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import EuphoniumError, LostActorError, TrainingError
-from euphonium.generators.generator import Conditioning, open_generator
+from euphonium.generators.conditioning import Conditioning
+from euphonium.generators.registry import open_generator
 from euphonium.wire.deadlines import get
 from euphonium.wire.records import UpdatePlan, UpdateReport
 from learners.engine.zero3 import ZeroPolicy, join_group

@@ -16,7 +16,7 @@ from torch.nn import functional
 from euphonium.config import PrmOptimizerConfig
 from euphonium.dynamics import noised
 from euphonium.errors import ConfigError
-from euphonium.generators.generator import Conditioning
+from euphonium.generators.conditioning import Conditioning
 from learners.engine.reward_engine import RewardEngine
 from learners.rewards.preference_files import Pairs
 

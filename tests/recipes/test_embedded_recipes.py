@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from euphonium.config import ModelConfig, load_config
-from euphonium.generators.generator import open_generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from learners.policy.batching import TrainedGroup, load_rows, plan_updates
 from learners.policy.objective import References, evaluate_objective

@@ -21,9 +21,10 @@ from actors.rollout import RolloutWorker, encode_one
 from actors.sampler import sample_deterministic
 from euphonium.config import LoraConfig, ModelConfig, RunConfig, SamplerConfig
 from euphonium.errors import ConfigError
-from euphonium.generators.generator import GeneratorFamily, expand, open_generator, stack_conditionings
+from euphonium.generators.conditioning import expand, stack_conditionings
+from euphonium.generators.generator import Generator
 from euphonium.generators.lora import adapter_parameters, add_adapter
-from euphonium.generators.registry import FAMILIES
+from euphonium.generators.registry import FAMILIES, open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.records import GroupTask
 from tests.euphonium.generators.tiny_pipelines import BUILDERS, Folders
@@ -76,16 +77,16 @@ one_a_family = pytest.mark.parametrize("name", [*TRANSFORMERS, "sd1"])
 one_a_transformer = pytest.mark.parametrize("name", TRANSFORMERS)
 
 
-def family_of(name: str, folders: Folders, **changes: Any) -> GeneratorFamily:
+def family_of(name: str, folders: Folders, **changes: Any) -> Generator:
     case = CASES[name]
     return open_generator(case.config(folders(case.pipeline_class), **changes))
 
 
-def noise(family: GeneratorFamily, batch: int = len(PROMPTS)) -> Tensor:
+def noise(family: Generator, batch: int = len(PROMPTS)) -> Tensor:
     return torch.randn(batch, *family.latent_shape, generator=torch.Generator().manual_seed(0))
 
 
-def pictures(family: GeneratorFamily) -> dict[str, Path]:
+def pictures(family: Generator) -> dict[str, Path]:
     """First frames of the prompts, of another size than the videos, beside the pipeline's folder."""
     files = {prompt: family.folder.parent / f"{i}.png" for i, prompt in enumerate(PROMPTS)}
     for i, file in enumerate(files.values()):
@@ -95,12 +96,12 @@ def pictures(family: GeneratorFamily) -> dict[str, Path]:
     return files
 
 
-def conditioning_of(family: GeneratorFamily, prompts: Sequence[str] = PROMPTS) -> dict[str, Tensor]:
+def conditioning_of(family: Generator, prompts: Sequence[str] = PROMPTS) -> dict[str, Tensor]:
     encode = family.prompt_encoder(CPU, pictures(family) if family.takes_image else None)
     return stack_conditionings([encode_one(encode, prompt) for prompt in prompts])
 
 
-def our_samples(family: GeneratorFamily, shift: float, conditioning: dict[str, Tensor], start: Tensor) -> Tensor:
+def our_samples(family: Generator, shift: float, conditioning: dict[str, Tensor], start: Tensor) -> Tensor:
     transformer = family.load_transformer(CPU)
 
     def velocity(x: Tensor, time: float) -> Tensor:
@@ -130,7 +131,7 @@ def their_pipeline(case: Case, folder: Path) -> Any:
     return pipeline
 
 
-def their_samples(case: Case, family: GeneratorFamily, start: Tensor, output_type: str) -> Tensor:
+def their_samples(case: Case, family: Generator, start: Tensor, output_type: str) -> Tensor:
     """What the diffusers pipeline makes of the same noise and prompts."""
     pipeline = their_pipeline(case, family.folder)
     frames, height, width = case.size
