@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from euphonium.generators.backbone import NetworkClass
 from euphonium.generators.conditioning import Conditioning, PromptEncoder
 from euphonium.generators.folder import ComponentConfig, PipelineFolder
 from euphonium.generators.images import ImageGenerator
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 
 class StableDiffusion(ImageGenerator):
@@ -44,7 +47,7 @@ class StableDiffusion(ImageGenerator):
         return self.pipeline.component_config("scheduler", "scheduler_config.json")
 
     @cached_property
-    def _scheduler(self) -> Any:
+    def _scheduler(self) -> DDIMScheduler:
         """DDIM on the noise schedule that the model was trained with, whichever scheduler the folder names."""
         from diffusers import DDIMScheduler
 

@@ -15,9 +15,8 @@ from typing_extensions import override
 
 from euphonium.errors import ConfigError
 
-# A VAE of diffusers, whose classes share ``encode``, ``decode`` and ``config`` but no type; and one of those classes.
+# A VAE of diffusers or its class: they share ``encode``, ``decode`` and ``config``, but no type.
 Autoencoder = Any
-AutoencoderClass = Any
 
 
 class VideoVae:
@@ -37,7 +36,7 @@ class VideoVae:
         self.dtype = dtype
 
     @classmethod
-    def load(cls, kind: AutoencoderClass, folder: Path, device: torch.device, dtype: torch.dtype) -> Self:
+    def load(cls, kind: Autoencoder, folder: Path, device: torch.device, dtype: torch.dtype) -> Self:
         """Reads a VAE of a class of diffusers from the pipeline in a folder."""
         return cls(kind.from_pretrained(folder / "vae", dtype=dtype).to(device).eval(), device, dtype)
 
