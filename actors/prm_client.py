@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from euphonium.dynamics import StepTable
-from euphonium.generators.generator import Conditioning, positive
+from euphonium.generators.conditioning import Conditioning, positive
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.records import PrmAnswer
 from euphonium.wire.roles import PrmServer

@@ -30,8 +30,10 @@ from actors.spsa import Score, SpsaSource
 from euphonium.config import GuidanceConfig, RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import LostActorError, TrainingError, WeightsMissingError
-from euphonium.generators.generator import Conditioning, expand, images_for, open_generator, stack_conditionings
+from euphonium.generators.conditioning import Conditioning, expand, stack_conditionings
+from euphonium.generators.generator import images_for
 from euphonium.generators.lora import adapter_parameters, add_adapter
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.total import weighted_total
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import get, node_id

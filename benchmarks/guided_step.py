@@ -49,7 +49,9 @@ from torch.utils.flop_counter import flop_registry
 
 from euphonium.config import ModelConfig
 from euphonium.dynamics import Guidance, StepTable, shifted_sigmas
-from euphonium.generators.generator import Conditioning, GeneratorFamily, open_generator
+from euphonium.generators.conditioning import Conditioning
+from euphonium.generators.generator import Generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 
 # Euphonium, Table 2: one H800, HunyuanVideo, 480x480, 32 frames.
@@ -147,7 +149,7 @@ class Result:
 
 
 @contextmanager
-def family_of(setup: Setup) -> Iterator[GeneratorFamily]:
+def family_of(setup: Setup) -> Iterator[Generator]:
     """The generator family of a setup: configuration files without weights, in a folder that goes away."""
     from diffusers import HunyuanVideoTransformer3DModel
 
@@ -185,13 +187,13 @@ def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def build_generator(family: GeneratorFamily, device: torch.device) -> nn.Module:
+def build_generator(family: Generator, device: torch.device) -> nn.Module:
     """A transformer with random weights."""
     with made_on(device, family.dtype):
         return family.build_transformer().eval().requires_grad_(False)
 
 
-def build_prm(family: GeneratorFamily, setup: Setup, device: torch.device) -> ProcessRewardModel:
+def build_prm(family: Generator, setup: Setup, device: torch.device) -> ProcessRewardModel:
     """A process reward model with random weights; its head is in float32 whatever the trunk is in."""
     with made_on(device, family.dtype):
         model = ProcessRewardModel(family, setup.prm_blocks, setup.head)
@@ -199,7 +201,7 @@ def build_prm(family: GeneratorFamily, setup: Setup, device: torch.device) -> Pr
     return model.eval().requires_grad_(False)
 
 
-def random_conditioning(family: GeneratorFamily, batch: int, device: torch.device) -> Conditioning:
+def random_conditioning(family: Generator, batch: int, device: torch.device) -> Conditioning:
     """Text embeddings of full length."""
     config = family.transformer_config()
     tokens = family.config.max_prompt_tokens
@@ -220,7 +222,7 @@ class GuidedStep:
     Each method returns the next state and the reward gradient, both on the generator's device.
     """
 
-    def __init__(self, family: GeneratorFamily, transformer: nn.Module, batch: int, device: torch.device) -> None:
+    def __init__(self, family: Generator, transformer: nn.Module, batch: int, device: torch.device) -> None:
         self.family = family
         self.transformer = transformer
         self.device = device

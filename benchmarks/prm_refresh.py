@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from single_process import CPU, SingleProcess
 
 from euphonium.config import PrmRefreshConfig, RunConfig, load_config
-from euphonium.generators.generator import stack_conditionings
+from euphonium.generators.conditioning import stack_conditionings
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.rewards.total import weighted_total
 from euphonium.wire.records import GroupTask

@@ -29,7 +29,7 @@ import ray
 import torch
 
 from euphonium.config import ModelConfig, RunConfig
-from euphonium.generators.generator import open_generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from reward_servers.prm import PrmActor
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from euphonium.config import RunConfig
 from euphonium.errors import CheckpointError, ConfigError
-from euphonium.generators.generator import open_generator
 from euphonium.generators.lora import ADAPTER, add_adapter, load_adapter, merged_state
+from euphonium.generators.registry import open_generator
 from learners.policy.checkpoint import weights_file
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ import torch
 
 from euphonium.config import OutcomeRewardConfig, RewardPoolConfig, RunConfig
 from euphonium.errors import NonFiniteRewardError, RewardError
-from euphonium.generators.generator import GeneratorFamily, open_generator
+from euphonium.generators.generator import Generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.registry import build_reward
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
@@ -55,7 +56,7 @@ class OrmScorer:
     def __init__(
         self,
         rewards: Sequence[OutcomeRewardConfig],
-        family: GeneratorFamily,
+        family: Generator,
         device: torch.device,
         pool: RewardPoolConfig | None = None,
     ) -> None:

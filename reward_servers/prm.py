@@ -14,7 +14,7 @@ from torch import Tensor
 
 from euphonium.config import RunConfig
 from euphonium.errors import NonFiniteRewardError, RewardError
-from euphonium.generators.generator import Conditioning, expand, positive, stack_conditionings
+from euphonium.generators.conditioning import Conditioning, expand, positive, stack_conditionings
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id

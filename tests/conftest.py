@@ -38,7 +38,7 @@ def tiny_generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_prm(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained process reward model of that generator."""
     from euphonium.config import ModelConfig
-    from euphonium.generators.generator import open_generator
+    from euphonium.generators.registry import open_generator
     from euphonium.rewards.process import ProcessRewardModel
 
     folder = tmp_path_factory.mktemp("prm")

@@ -3,7 +3,7 @@
 from euphonium.dynamics.advantages import AdvantageRule, Advantages, GroupRewards, group_advantages
 from euphonium.dynamics.guidance import Guidance
 from euphonium.dynamics.laws import LAWS, StepTableError
-from euphonium.dynamics.schedules import shifted_sigmas
+from euphonium.dynamics.schedules import noised, shift_sigma, shifted_sigmas
 from euphonium.dynamics.step_table import StepTable
 
 __all__ = [
@@ -15,5 +15,7 @@ __all__ = [
     "StepTable",
     "StepTableError",
     "group_advantages",
+    "noised",
+    "shift_sigma",
     "shifted_sigmas",
 ]

@@ -8,9 +8,12 @@ exported folder works with the pipeline's defaults.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from euphonium.embedded.sprites import all_scenes
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, LlamaModel, PreTrainedTokenizerFast
 
 TEXT_DIM = 64
 POOLED_DIM = 64
@@ -26,7 +29,7 @@ def caption_words() -> list[str]:
     return sorted({word for scene in all_scenes() for word in scene.caption.split()})
 
 
-def build_prompt_tokenizer() -> Any:
+def build_prompt_tokenizer() -> PreTrainedTokenizerFast:
     """The first tokenizer (Llama's place): knows the captions and the pipeline's instruction."""
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
@@ -43,12 +46,12 @@ def build_prompt_tokenizer() -> Any:
     return _tokenizer([*whole, *halves], bos="<|begin_of_text|>", eos="<|eot_id|>", closes=False)
 
 
-def build_pooled_tokenizer() -> Any:
+def build_pooled_tokenizer() -> PreTrainedTokenizerFast:
     """The second tokenizer (CLIP's place): knows the captions, closes them with its end token."""
     return _tokenizer(caption_words(), bos="<|begin_of_text|>", eos="<|eot_id|>", closes=True)
 
 
-def _tokenizer(words: list[str], bos: str, eos: str, closes: bool) -> Any:
+def _tokenizer(words: list[str], bos: str, eos: str, closes: bool) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -69,7 +72,7 @@ def _tokenizer(words: list[str], bos: str, eos: str, closes: bool) -> Any:
     )  # fmt: skip
 
 
-def build_prompt_encoder(tokenizer: Any) -> Any:
+def build_prompt_encoder(tokenizer: PreTrainedTokenizerFast) -> LlamaModel:
     """A tiny Llama; the pipeline reads the hidden states that enter its last two layers."""
     from transformers import LlamaConfig, LlamaModel
 
@@ -86,7 +89,7 @@ def build_prompt_encoder(tokenizer: Any) -> Any:
     )
 
 
-def build_pooled_encoder(tokenizer: Any) -> Any:
+def build_pooled_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModel:
     """A tiny CLIP text model, of which the pipeline uses the pooled output."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -103,7 +106,7 @@ def build_pooled_encoder(tokenizer: Any) -> Any:
     )
 
 
-def _vocabulary(tokenizer: Any) -> dict[str, int]:
+def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """What an encoder's configuration says of its tokenizer."""
     return {
         "vocab_size": len(tokenizer),

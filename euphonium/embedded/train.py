@@ -12,12 +12,13 @@ import copy
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from euphonium.dynamics import noised, shift_sigma
 from euphonium.embedded import WEIGHTS
 from euphonium.embedded.sprites import split_scenes
 from euphonium.embedded.sprites.render import render
@@ -31,6 +32,10 @@ from euphonium.embedded.text import (
     build_prompt_tokenizer,
 )
 from euphonium.embedded.train_vae import LATENT_CHANNELS, psnr, save_vae, train_vae
+from euphonium.generators.vae import VideoVae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLLTXVideo, HunyuanVideoPipeline
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +50,7 @@ EMA_DECAY = 0.999
 UNCONDITIONAL = 0.1
 
 
-def build_pipeline(vae: Any) -> Any:
+def build_pipeline(vae: AutoencoderKLLTXVideo) -> HunyuanVideoPipeline:
     """A fresh ``HunyuanVideoPipeline`` in a tiny configuration around a trained VAE."""
     from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 
@@ -75,17 +80,16 @@ def build_pipeline(vae: Any) -> Any:
     )
 
 
-def encode_clips(vae: Any, clips: Tensor) -> Tensor:
+def encode_clips(vae: AutoencoderKLLTXVideo, clips: Tensor) -> Tensor:
     """Latents, scaled to unit variance, of clips ``[batch, frames, 3, height, width]`` in [0, 1]."""
-    with torch.no_grad():
-        parts = [vae.encode(p.transpose(1, 2) * 2 - 1).latent_dist.mode() for p in clips.split(32)]
-    return torch.cat(parts) * vae.config.scaling_factor
+    scaled = VideoVae(vae, clips.device, clips.dtype)
+    return torch.cat([scaled.encode(part) for part in clips.split(32)])
 
 
 class _TextInputs:
     """Token ids of all captions, so that the encoders see ready tensors."""
 
-    def __init__(self, pipeline: Any, captions: list[str]) -> None:
+    def __init__(self, pipeline: HunyuanVideoPipeline, captions: list[str]) -> None:
         from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
         self.pipeline = pipeline
@@ -112,7 +116,7 @@ class _TextInputs:
         }
 
 
-def train_generator(pipeline: Any, steps: int, seed: int = 0, snapshots: Path | None = None) -> None:
+def train_generator(pipeline: HunyuanVideoPipeline, steps: int, seed: int = 0, snapshots: Path | None = None) -> None:
     """Trains transformer and text encoders in place by flow matching.
 
     Args:
@@ -141,11 +145,9 @@ def train_generator(pipeline: Any, steps: int, seed: int = 0, snapshots: Path | 
         captions = drawn[batch].masked_fill(torch.rand(BATCH, generator=generator) < UNCONDITIONAL, len(scenes))
         clean = latents[batch]
         noise = torch.randn(clean.shape, generator=generator)
-        uniform = torch.rand(BATCH, generator=generator)
-        sigma = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
-        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+        sigma = shift_sigma(torch.rand(BATCH, generator=generator), SHIFT)
         velocity = parts["transformer"](
-            hidden_states=noisy, timestep=1000 * sigma, return_dict=False, **text.encode(captions)
+            hidden_states=noised(clean, noise, sigma), timestep=1000 * sigma, return_dict=False, **text.encode(captions)
         )[0]
         loss = functional.mse_loss(velocity, noise - clean)
         optimizer.zero_grad(set_to_none=True)
@@ -164,7 +166,7 @@ def train_generator(pipeline: Any, steps: int, seed: int = 0, snapshots: Path | 
         parts[name].load_state_dict(module.state_dict())
 
 
-def save_pipeline(pipeline: Any, folder: Path) -> None:
+def save_pipeline(pipeline: HunyuanVideoPipeline, folder: Path) -> None:
     """Writes the pipeline; weights in half precision, which every loader widens again."""
     for name in ("transformer", "text_encoder", "text_encoder_2", "vae"):
         getattr(pipeline, name).to(torch.float16)

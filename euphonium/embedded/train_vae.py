@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch.nn import functional
 
 from euphonium.embedded.sprites import split_scenes
 from euphonium.embedded.sprites.render import render
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLLTXVideo
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ KL_WEIGHT = 1e-4
 FOREGROUND_WEIGHT = 5.0
 
 
-def build_vae() -> Any:
+def build_vae() -> AutoencoderKLLTXVideo:
     """A fresh VAE: 9x32x32 RGB clips to 16x5x4x4 latents."""
     from diffusers import AutoencoderKLLTXVideo
 
@@ -52,7 +55,7 @@ def build_vae() -> Any:
     )
 
 
-def train_vae(steps: int, seed: int = 0) -> Any:
+def train_vae(steps: int, seed: int = 0) -> AutoencoderKLLTXVideo:
     """Trains the VAE and sets its ``scaling_factor`` so that latents have unit variance.
 
     Args:
@@ -103,7 +106,7 @@ def _foreground_weight(pixels: Tensor) -> Tensor:
     return torch.where(foreground, FOREGROUND_WEIGHT, 1.0).transpose(1, 2)
 
 
-def psnr(vae: Any, clips: Tensor) -> float:
+def psnr(vae: AutoencoderKLLTXVideo, clips: Tensor) -> float:
     """Reconstruction quality in dB over clips ``[batch, frames, 3, height, width]`` in [0, 1]."""
     pixels = clips.transpose(1, 2) * 2 - 1
     with torch.no_grad():
@@ -112,6 +115,6 @@ def psnr(vae: Any, clips: Tensor) -> float:
     return float(-10 * torch.log10(torch.tensor(mse)))
 
 
-def save_vae(vae: Any, folder: Path) -> None:
+def save_vae(vae: AutoencoderKLLTXVideo, folder: Path) -> None:
     """Writes the VAE as a diffusers folder."""
     vae.save_pretrained(folder, safe_serialization=True)

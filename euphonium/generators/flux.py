@@ -7,33 +7,35 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from euphonium.generators.generator import Conditioning, PromptEncoder
-from euphonium.generators.images import ImageFamily
+from euphonium.generators.backbone import NetworkClass
+from euphonium.generators.conditioning import Conditioning, PromptEncoder
+from euphonium.generators.images import ImageGenerator
 
 # The transformer reads squares of this many latents a side as one token.
 PACK = 2
 
 
-class Flux(ImageFamily):
+class Flux(ImageGenerator):
     """Adapter of ``FluxPipeline``."""
 
     pipeline_class = "FluxPipeline"
     block_fields: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
 
     @property
+    @override
     def patch_size(self) -> int:
-        """See :class:`GeneratorFamily`."""
         return PACK
 
-    def transformer_class(self) -> type[nn.Module]:
-        """See :class:`GeneratorFamily`."""
+    @override
+    def transformer_class(self) -> NetworkClass:
         from diffusers import FluxTransformer2DModel
 
         return FluxTransformer2DModel
 
+    @override
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
-        """See :class:`GeneratorFamily`."""
         from diffusers import FluxPipeline
 
         pipeline = FluxPipeline.from_pretrained(self.folder, transformer=None, vae=None, dtype=self.dtype)
@@ -49,8 +51,8 @@ class Flux(ImageFamily):
 
         return encode
 
+    @override
     def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :class:`GeneratorFamily`."""
         height, width = x.shape[-2:]
         rows, columns = height // PACK, width // PACK
         guidance = None

@@ -3,46 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from euphonium.generators.generator import Conditioning, Decoder, GeneratorFamily, PromptEncoder
+from euphonium.generators.backbone import NetworkClass
+from euphonium.generators.conditioning import Conditioning, PromptEncoder
+from euphonium.generators.generator import Generator
+from euphonium.generators.vae import VideoVae
 
 TIMESTEPS = 1000.0
 
 
-class HunyuanVideo(GeneratorFamily):
+class HunyuanVideo(Generator):
     """Adapter of ``HunyuanVideoPipeline``."""
 
     pipeline_class = "HunyuanVideoPipeline"
     block_fields: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
 
     @property
+    @override
     def latent_channels(self) -> int:
-        """See :class:`GeneratorFamily`."""
-        return int(self.component_config("vae")["latent_channels"])
+        return int(self.pipeline.component_config("vae")["latent_channels"])
 
     @property
+    @override
     def compression(self) -> tuple[int, int]:
-        """See :class:`GeneratorFamily`."""
-        vae = self.component_config("vae")
+        vae = self.pipeline.component_config("vae")
         return int(vae.get("temporal_compression_ratio", 4)), int(vae.get("spatial_compression_ratio", 8))
 
     @property
+    @override
     def patch_size(self) -> int:
-        """See :class:`GeneratorFamily`."""
         return int(self.transformer_config()["patch_size"])
 
-    def transformer_class(self) -> type[nn.Module]:
-        """See :class:`GeneratorFamily`."""
+    @override
+    def transformer_class(self) -> NetworkClass:
         from diffusers import HunyuanVideoTransformer3DModel
 
         return HunyuanVideoTransformer3DModel
 
+    @override
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
-        """See :class:`GeneratorFamily`."""
         from diffusers import HunyuanVideoPipeline
 
         pipeline = HunyuanVideoPipeline.from_pretrained(self.folder, transformer=None, vae=None, dtype=self.dtype).to(
@@ -63,31 +67,20 @@ class HunyuanVideo(GeneratorFamily):
 
         return encode
 
-    def load_vae(self, device: torch.device) -> Any:
-        """The VAE: of the pipeline's own class, or of whichever the folder names."""
+    @override
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
+        """Of the pipeline's own class, or of whichever the folder names."""
         import diffusers
 
-        vae_class = getattr(diffusers, self.component_config("vae")["_class_name"])
-        return self.with_decoding(vae_class.from_pretrained(self.folder / "vae", dtype=self.dtype).to(device).eval())
-
-    def load_decoder(self, device: torch.device) -> Decoder:
-        """See :class:`GeneratorFamily`."""
-        vae = self.load_vae(device)
-
-        @torch.no_grad()
-        def decode(latents: Tensor) -> Tensor:
-            scaled = latents.to(device=device, dtype=self.dtype) / vae.config.scaling_factor
-            video: Tensor = vae.decode(scaled, return_dict=False)[0]
-            return (video.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
-
-        return decode
+        kind = getattr(diffusers, self.pipeline.component_config("vae")["_class_name"])
+        return VideoVae.load(kind, self.folder, device, dtype)
 
     def network_input(self, x: Tensor, arguments: dict[str, Tensor]) -> Tensor:
         """What the transformer reads of the states; takes out of its arguments what belongs there."""
         return x
 
+    @override
     def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :class:`GeneratorFamily`."""
         arguments: dict[str, Tensor] = dict(conditioning)
         if self.config.embedded_guidance is not None:
             arguments["guidance"] = torch.full(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from euphonium.generators.generator import Conditioning, PromptEncoder
+from euphonium.generators.backbone import NetworkClass
+from euphonium.generators.conditioning import Conditioning, PromptEncoder
 from euphonium.generators.hunyuan_video import TIMESTEPS, HunyuanVideo
+from euphonium.generators.vae import VideoVae
 
 
 class HunyuanVideo15(HunyuanVideo):
@@ -19,8 +21,8 @@ class HunyuanVideo15(HunyuanVideo):
     pipeline_class = "HunyuanVideo15Pipeline"
     block_fields = ("num_layers",)
 
-    def transformer_class(self) -> type[nn.Module]:
-        """See :class:`GeneratorFamily`."""
+    @override
+    def transformer_class(self) -> NetworkClass:
         from diffusers import HunyuanVideo15Transformer3DModel
 
         return HunyuanVideo15Transformer3DModel
@@ -31,8 +33,8 @@ class HunyuanVideo15(HunyuanVideo):
         config = self.transformer_config()
         return int(config["in_channels"]), int(config["image_embed_dim"])
 
+    @override
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
-        """See :class:`GeneratorFamily`."""
         from diffusers import HunyuanVideo15Pipeline
         from transformers import AutoTokenizer, Qwen2_5_VLTextModel, T5EncoderModel
 
@@ -63,15 +65,15 @@ class HunyuanVideo15(HunyuanVideo):
 
         return encode
 
-    def load_vae(self, device: torch.device) -> Any:
-        """See :class:`HunyuanVideo`."""
-        vae = super().load_vae(device)
+    @override
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
+        vae = super().load_vae(device, dtype)
         # In diffusers 0.42 its attention mask does not fit a batch of more than one.
-        vae.enable_slicing()
+        vae.network.enable_slicing()
         return vae
 
+    @override
     def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :class:`GeneratorFamily`."""
         in_channels, embedding = self._input_widths
         # Places of a conditioning frame and its mask, and of its embedding: all zero without an image. Tokens of an
         # absent image are masked, so that one stands for them all.

@@ -1,9 +1,12 @@
-"""Families by the diffusers pipeline class that they adapt."""
+"""Generators by the diffusers pipeline class that they adapt, and how one is opened."""
 
 from __future__ import annotations
 
+from euphonium.config import ModelConfig
+from euphonium.errors import ConfigError
 from euphonium.generators.flux import Flux
-from euphonium.generators.generator import GeneratorFamily
+from euphonium.generators.folder import PipelineFolder
+from euphonium.generators.generator import Generator
 from euphonium.generators.hunyuan_video import HunyuanVideo
 from euphonium.generators.hunyuan_video_15 import HunyuanVideo15
 from euphonium.generators.skyreels import SkyReelsImageToVideo
@@ -11,7 +14,22 @@ from euphonium.generators.stable_diffusion import StableDiffusion
 from euphonium.generators.stable_diffusion_3 import StableDiffusion3
 from euphonium.generators.wan import Wan
 
-FAMILIES: dict[str, type[GeneratorFamily]] = {
+FAMILIES: dict[str, type[Generator]] = {
     family.pipeline_class: family
     for family in (HunyuanVideo, HunyuanVideo15, SkyReelsImageToVideo, Wan, Flux, StableDiffusion3, StableDiffusion)
 }
+
+
+def open_generator(config: ModelConfig) -> Generator:
+    """Opens a pipeline by the class that its ``model_index.json`` names; a hub id is downloaded first.
+
+    Raises:
+        ConfigError: there is no pipeline, none of its family has an adapter, or it cannot take the settings.
+    """
+    pipeline = PipelineFolder.find(config)
+    name = pipeline.index()["_class_name"]
+    if name not in FAMILIES:
+        raise ConfigError(
+            f"model.path: {pipeline.path} is a {name}, for which there is no adapter; supported: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[name](pipeline, config)

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from euphonium.errors import ConfigError
-from euphonium.generators.generator import IMAGE, ImageEncoder
+from euphonium.generators.conditioning import IMAGE, ImageEncoder
 from euphonium.generators.hunyuan_video import HunyuanVideo
 
 
@@ -23,16 +24,16 @@ class SkyReelsImageToVideo(HunyuanVideo):
     pipeline_class = "HunyuanSkyreelsImageToVideoPipeline"
     takes_image = True
 
+    @override
     def load_image_encoder(self, device: torch.device) -> ImageEncoder:
-        """See :class:`GeneratorFamily`; the mode of the VAE's distribution, which the pipeline draws from."""
+        """The mode of the VAE's distribution, which the pipeline draws from."""
         from diffusers.video_processor import VideoProcessor
         from PIL import Image
 
-        vae = self.load_vae(device)
-        processor = VideoProcessor(vae_scale_factor=self.compression[1])
+        vae = self.load_working_vae(device)
+        processor = VideoProcessor(vae_scale_factor=self.compression[1], do_normalize=False)
         size = {"height": self.config.height, "width": self.config.width}
 
-        @torch.no_grad()
         def encode(files: Sequence[Path]) -> Tensor:
             pictures = []
             for file in files:
@@ -41,13 +42,11 @@ class SkyReelsImageToVideo(HunyuanVideo):
                         pictures.append(processor.preprocess(picture.convert("RGB"), **size))
                 except OSError as error:
                     raise ConfigError(f"prompts: cannot read the image {file}: {error}") from error
-            frames = torch.cat(pictures).unsqueeze(2).to(device=device, dtype=self.dtype)
-            latents: Tensor = torch.cat([vae.encode(frame).latent_dist.mode() for frame in frames.split(1)])
-            return latents * vae.config.scaling_factor
+            return torch.cat([vae.encode(picture.unsqueeze(1)) for picture in pictures])
 
         return encode
 
+    @override
     def network_input(self, x: Tensor, arguments: dict[str, Tensor]) -> Tensor:
-        """See :class:`HunyuanVideo`."""
         first = arguments.pop(IMAGE).to(x.dtype)
         return torch.cat([x, functional.pad(first, (0, 0, 0, 0, 0, x.shape[2] - 1))], dim=1)

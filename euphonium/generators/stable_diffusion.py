@@ -2,64 +2,76 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from euphonium.config import GuidanceConfig, ModelConfig, SamplerConfig
 from euphonium.dynamics import Guidance, StepTable
 from euphonium.errors import ConfigError
-from euphonium.generators.generator import Conditioning, PromptEncoder
-from euphonium.generators.images import ImageFamily
+from euphonium.generators.backbone import NetworkClass
+from euphonium.generators.conditioning import Conditioning, PromptEncoder
+from euphonium.generators.folder import ComponentConfig, PipelineFolder
+from euphonium.generators.images import ImageGenerator
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 
-class StableDiffusion(ImageFamily):
+class StableDiffusion(ImageGenerator):
     """Adapter of ``StableDiffusionPipeline``."""
 
     pipeline_class = "StableDiffusionPipeline"
     backbone = "unet"
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
-        """See :class:`GeneratorFamily`."""
-        super().__init__(folder, config)
+    def __init__(self, pipeline: PipelineFolder, config: ModelConfig) -> None:
+        """Reads the pipeline's configurations.
+
+        Raises:
+            ConfigError: settings that it cannot take, or a model that does not predict the noise.
+        """
+        super().__init__(pipeline, config)
         kind = self._schedule().get("prediction_type", "epsilon")
         if kind != "epsilon":
             raise ConfigError(
-                f"model.path: {folder} predicts {kind!r} (scheduler/scheduler_config.json); this adapter is for models "
-                "that predict the noise ('epsilon'), such as Stable Diffusion 1.4 and 1.5"
+                f"model.path: {self.folder} predicts {kind!r} (scheduler/scheduler_config.json); this adapter is for "
+                "models that predict the noise ('epsilon'), such as Stable Diffusion 1.4 and 1.5"
             )
 
-    def _schedule(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text()))
+    def _schedule(self) -> ComponentConfig:
+        return self.pipeline.component_config("scheduler", "scheduler_config.json")
 
     @cached_property
-    def _scheduler(self) -> Any:
+    def _scheduler(self) -> DDIMScheduler:
         """DDIM on the noise schedule that the model was trained with, whichever scheduler the folder names."""
         from diffusers import DDIMScheduler
 
         return DDIMScheduler.from_config(self._schedule())
 
-    def transformer_class(self) -> type[nn.Module]:
-        """See :class:`GeneratorFamily`; a U-Net."""
+    @override
+    def transformer_class(self) -> NetworkClass:
+        """A U-Net."""
         from diffusers import UNet2DConditionModel
 
         return UNet2DConditionModel
 
-    def trunk_config(self, blocks: int) -> dict[str, Any]:
-        """See :class:`GeneratorFamily`; raises, because there is no trunk."""
+    @override
+    def trunk_config(self, blocks: int) -> ComponentConfig:
+        """Raises, because there is no trunk."""
         raise ConfigError(_no_trunk(self.folder))
 
+    @override
     def token_width(self) -> int:
-        """See :class:`GeneratorFamily`; raises, because there are no tokens."""
+        """Raises, because there are no tokens."""
         raise ConfigError(_no_trunk(self.folder))
 
+    @override
     def step_table(self, sampler: SamplerConfig, iteration: int = 0) -> StepTable:
-        """See :class:`GeneratorFamily`."""
         if sampler.law != "ddim":
             raise ConfigError(
                 f"sampler.law: {sampler.law} is for models that predict the velocity; {self.pipeline_class} predicts "
@@ -69,8 +81,9 @@ class StableDiffusion(ImageFamily):
         window = sampler.window(iteration)
         return self._table(sampler.num_steps, sampler.shift, sampler.eta, guidance, window)
 
+    @override
     def ode_table(self, num_steps: int, shift: float, guidance: GuidanceConfig | None = None) -> StepTable:
-        """See :class:`GeneratorFamily`; DDIM without noise."""
+        """DDIM without noise."""
         return self._table(num_steps, shift, None, guidance.build() if guidance is not None else None, None)
 
     def _table(
@@ -98,8 +111,9 @@ class StableDiffusion(ImageFamily):
     def _timesteps(self) -> int:
         return int(self._scheduler.config.num_train_timesteps)
 
+    @override
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
-        """See :class:`GeneratorFamily`; prompts are cut to CLIP's length, 77 tokens."""
+        """Prompts are cut to CLIP's length, 77 tokens."""
         from diffusers import StableDiffusionPipeline
 
         pipeline = StableDiffusionPipeline.from_pretrained(
@@ -114,8 +128,9 @@ class StableDiffusion(ImageFamily):
 
         return encode
 
+    @override
     def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :class:`GeneratorFamily`; returns the noise."""
+        """Returns the noise."""
         output: Tensor = transformer(
             x.squeeze(2).to(self.dtype), (time * self._timesteps).round(), return_dict=False, **conditioning
         )[0]

@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from euphonium.generators.generator import Conditioning, PromptEncoder
-from euphonium.generators.images import ImageFamily
+from euphonium.generators.backbone import NetworkClass
+from euphonium.generators.conditioning import Conditioning, PromptEncoder
+from euphonium.generators.folder import ComponentConfig
+from euphonium.generators.images import ImageGenerator
 
 TIMESTEPS = 1000.0
 
 
-class StableDiffusion3(ImageFamily):
+class StableDiffusion3(ImageGenerator):
     """Adapter of ``StableDiffusion3Pipeline``."""
 
     pipeline_class = "StableDiffusion3Pipeline"
 
     @property
+    @override
     def patch_size(self) -> int:
-        """See :class:`GeneratorFamily`."""
         return int(self.transformer_config()["patch_size"])
 
-    def transformer_class(self) -> type[nn.Module]:
-        """See :class:`GeneratorFamily`."""
+    @override
+    def transformer_class(self) -> NetworkClass:
         from diffusers import SD3Transformer2DModel
 
         return SD3Transformer2DModel
 
-    def trunk_config(self, blocks: int) -> dict[str, Any]:
-        """See :class:`GeneratorFamily`; one block more, because the last of a transformer is of another shape."""
+    @override
+    def trunk_config(self, blocks: int) -> ComponentConfig:
+        """One block more, because the last of a transformer is of another shape."""
         config = super().trunk_config(blocks)
         config["num_layers"] = min(blocks + 1, int(self.transformer_config()["num_layers"]))
         return config
 
+    @override
     def build_trunk(self, blocks: int) -> nn.Module:
-        """See :class:`GeneratorFamily`."""
         trunk = super().build_trunk(blocks)
         trunk.transformer_blocks = trunk.transformer_blocks[:blocks]  # type: ignore[index]
         return trunk
 
+    @override
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
-        """See :class:`GeneratorFamily`."""
         from diffusers import StableDiffusion3Pipeline
 
         pipeline = StableDiffusion3Pipeline.from_pretrained(
@@ -61,8 +64,8 @@ class StableDiffusion3(ImageFamily):
 
         return encode
 
+    @override
     def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :class:`GeneratorFamily`."""
         output: Tensor = transformer(
             hidden_states=x.squeeze(2).to(self.dtype), timestep=time * TIMESTEPS, return_dict=False, **conditioning
         )[0]

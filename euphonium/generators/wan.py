@@ -2,66 +2,75 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from typing_extensions import override
 
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
-from euphonium.generators.generator import Conditioning, Decoder, GeneratorFamily, PromptEncoder, hold_buffers
+from euphonium.generators.backbone import NetworkClass
+from euphonium.generators.conditioning import Conditioning, PromptEncoder
+from euphonium.generators.folder import PipelineFolder
+from euphonium.generators.generator import Generator
+from euphonium.generators.vae import VideoVae
 
 TIMESTEPS = 1000.0
 
 
-class Wan(GeneratorFamily):
+class Wan(Generator):
     """Adapter of ``WanPipeline``, of its models with one transformer and one time for all tokens."""
 
     pipeline_class = "WanPipeline"
 
-    def __init__(self, folder: Path, config: ModelConfig) -> None:
-        """See :class:`GeneratorFamily`."""
-        index = json.loads((folder / "model_index.json").read_text())
+    def __init__(self, pipeline: PipelineFolder, config: ModelConfig) -> None:
+        """Reads the pipeline's configurations.
+
+        Raises:
+            ConfigError: settings that it cannot take, or a model of Wan 2.2.
+        """
+        index = pipeline.index()
         if index.get("boundary_ratio") is not None:
             raise ConfigError(
-                f"model.path: {folder} shares its steps between two transformers (Wan 2.2 A14B), of which one policy "
-                "cannot be made; use Wan 2.1"
+                f"model.path: {pipeline.path} shares its steps between two transformers (Wan 2.2 A14B), of which one "
+                "policy cannot be made; use Wan 2.1"
             )
         if index.get("expand_timesteps"):
             raise ConfigError(
-                f"model.path: {folder} tells its transformer the time of each token (Wan 2.2 TI2V), which this "
+                f"model.path: {pipeline.path} tells its transformer the time of each token (Wan 2.2 TI2V), which this "
                 "adapter does not; use Wan 2.1"
             )
-        super().__init__(folder, config)
+        super().__init__(pipeline, config)
 
     @property
+    @override
     def latent_channels(self) -> int:
-        """See :class:`GeneratorFamily`."""
-        return int(self.component_config("vae")["z_dim"])
+        return int(self.pipeline.component_config("vae")["z_dim"])
 
     @property
+    @override
     def compression(self) -> tuple[int, int]:
-        """See :class:`GeneratorFamily`."""
-        vae = self.component_config("vae")
+        vae = self.pipeline.component_config("vae")
         return int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8))
 
     @property
+    @override
     def patch_size(self) -> int:
-        """See :class:`GeneratorFamily`."""
         return int(self.transformer_config()["patch_size"][1])
 
-    def transformer_class(self) -> type[nn.Module]:
-        """See :class:`GeneratorFamily`."""
+    @override
+    def transformer_class(self) -> NetworkClass:
         from diffusers import WanTransformer3DModel
 
         return WanTransformer3DModel
 
+    @override
     def with_exact_buffers(self, transformer: nn.Module) -> nn.Module:
-        """See :class:`GeneratorFamily`; the tables of the rotary embedding are buffers here."""
+        """The tables of the rotary embedding are buffers here."""
         config = self.transformer_config()
         rope = transformer.get_submodule("rope")
         angles = rotary_angles(int(config["attention_head_dim"]), int(config["rope_max_seq_len"]))
@@ -70,8 +79,8 @@ class Wan(GeneratorFamily):
         hold_buffers(rope)
         return transformer
 
+    @override
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
-        """See :class:`GeneratorFamily`."""
         from diffusers import WanPipeline
 
         pipeline = WanPipeline.from_pretrained(self.folder, transformer=None, vae=None, dtype=self.dtype)
@@ -88,31 +97,48 @@ class Wan(GeneratorFamily):
 
         return encode
 
-    def load_decoder(self, device: torch.device) -> Decoder:
-        """See :class:`GeneratorFamily`; the VAE was made to run in float32."""
+    @override
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
+        """Always in float32, which this VAE was made to run in."""
         from diffusers import AutoencoderKLWan
 
-        vae = AutoencoderKLWan.from_pretrained(self.folder / "vae", dtype=torch.float32)
-        vae = self.with_decoding(vae.to(device).eval())
-        mean, std = (
-            torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        return WanVae.load(AutoencoderKLWan, self.folder, device, torch.float32)
 
-        @torch.no_grad()
-        def decode(latents: Tensor) -> Tensor:
-            scaled = latents.to(device=device, dtype=torch.float32) * std + mean
-            video: Tensor = vae.decode(scaled, return_dict=False)[0]
-            return (video / 2 + 0.5).clamp(0, 1).transpose(1, 2)
-
-        return decode
-
+    @override
     def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :class:`GeneratorFamily`."""
         output: Tensor = transformer(
             hidden_states=x.to(self.dtype), timestep=time * TIMESTEPS, return_dict=False, **conditioning
         )[0]
         return output.float()
+
+
+class WanVae(VideoVae):
+    """Its latents are ``(z - mean) / std`` of the network's ``z``, by channel."""
+
+    @override
+    def scaled(self, latents: Tensor) -> Tensor:
+        return (latents - self._by_channel("latents_mean")) / self._by_channel("latents_std")
+
+    @override
+    def unscaled(self, latents: Tensor) -> Tensor:
+        return latents * self._by_channel("latents_std") + self._by_channel("latents_mean")
+
+    def _by_channel(self, name: str) -> Tensor:
+        return torch.tensor(getattr(self.network.config, name), device=self.device).view(1, -1, 1, 1, 1)
+
+
+def hold_buffers(module: nn.Module) -> None:
+    """Makes a module's own buffers keep their type in later casts; they still move between devices."""
+
+    class Holding(type(module)):  # type: ignore[misc]  # a base that is known when it runs
+        def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+            exact = dict(self.named_buffers(recurse=False))
+            super()._apply(fn, recurse)
+            for name, buffer in exact.items():
+                setattr(self, name, buffer.to(getattr(self, name).device))
+            return self
+
+    module.__class__ = Holding
 
 
 def rotary_angles(width: int, length: int) -> NDArray[np.float64]:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
-from euphonium.generators.generator import Conditioning, GeneratorFamily, expand, open_generator, positive
+from euphonium.generators.conditioning import Conditioning, expand, positive
+from euphonium.generators.generator import Generator
+from euphonium.generators.registry import open_generator
 
 CONFIG_FILE = "prm.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -49,7 +51,7 @@ class QueryHead(nn.Module):
 class ProcessRewardModel(nn.Module):
     """``r(x_sigma, sigma, c)`` for the generators of one family."""
 
-    def __init__(self, family: GeneratorFamily, blocks: int, head: dict[str, Any] | None = None) -> None:
+    def __init__(self, family: Generator, blocks: int, head: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.family = family
         self.blocks = blocks
@@ -58,9 +60,7 @@ class ProcessRewardModel(nn.Module):
         self.head = QueryHead(family.token_width(), **self.head_options)
 
     @classmethod
-    def from_generator(
-        cls, family: GeneratorFamily, blocks: int, head: dict[str, Any] | None = None
-    ) -> ProcessRewardModel:
+    def from_generator(cls, family: Generator, blocks: int, head: dict[str, Any] | None = None) -> ProcessRewardModel:
         """A model whose trunk starts from the generator's own first blocks."""
         model = cls(family, blocks, head)
         wanted = model.trunk.state_dict().keys()

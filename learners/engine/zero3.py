@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from euphonium.config import LearnerPoolConfig, LoraConfig, OptimizerConfig
 from euphonium.errors import TrainingError
-from euphonium.generators.generator import GeneratorFamily
+from euphonium.generators.generator import Generator
 from euphonium.generators.lora import ADAPTER, adapter_parameters, add_adapter, initial_adapter
 from euphonium.wire.weights.manifest import split_into_buckets
 
@@ -90,7 +90,7 @@ class ZeroPolicy:
 
     def __init__(
         self,
-        family: GeneratorFamily,
+        family: Generator,
         pool: LearnerPoolConfig,
         optimizer: OptimizerConfig,
         lora: LoraConfig | None = None,
@@ -222,7 +222,7 @@ def shard(parameter: nn.Parameter) -> Tensor:
     return piece.detach()
 
 
-def load_partitioned(module: nn.Module, family: GeneratorFamily) -> None:
+def load_partitioned(module: nn.Module, family: Generator) -> None:
     """Fills a partitioned transformer from the family's files; every rank reads all and keeps its own pieces.
 
     Raises:

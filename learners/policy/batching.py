@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from euphonium.generators.generator import expand
+from euphonium.generators.conditioning import expand
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.records import Array, GroupPayload, TrainingGroup
 from learners.policy.objective import Transitions

@@ -15,7 +15,8 @@ from torch import Tensor
 from euphonium.config import RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import TrainingError
-from euphonium.generators.generator import Conditioning, open_generator
+from euphonium.generators.conditioning import Conditioning
+from euphonium.generators.registry import open_generator
 from euphonium.wire.records import GroupPayload, TrainingGroup
 from learners.engine.zero3 import ZeroPolicy
 from learners.policy.batching import MicroBatch, load_rows, plan_updates

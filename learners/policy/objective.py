@@ -15,7 +15,7 @@ from torch import Tensor
 from euphonium.config import ObjectiveConfig
 from euphonium.dynamics import StepTable
 from euphonium.dynamics.kl import k3_estimate, log_ratio_estimate
-from euphonium.generators.generator import Conditioning
+from euphonium.generators.conditioning import Conditioning
 
 Velocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
 

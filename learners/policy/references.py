@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from euphonium.config import LearnerPoolConfig
-from euphonium.generators.generator import Conditioning, GeneratorFamily
+from euphonium.generators.conditioning import Conditioning
+from euphonium.generators.generator import Generator
 from euphonium.generators.lora import ADAPTER
 from learners.engine.zero3 import ZeroPolicy, gather_by_block, shard
 
@@ -44,7 +45,7 @@ class Reference(Protocol):
 class FrozenCopy:
     """A reference of its own under ZeRO-3, for policies that are trained whole."""
 
-    def __init__(self, family: GeneratorFamily, pool: LearnerPoolConfig, policy: ZeroPolicy) -> None:
+    def __init__(self, family: Generator, pool: LearnerPoolConfig, policy: ZeroPolicy) -> None:
         import deepspeed
 
         offload = {"offload_param": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
@@ -95,7 +96,7 @@ class FrozenCopy:
 class AdapterReference:
     """A reference that is another adapter of the policy's own module."""
 
-    def __init__(self, family: GeneratorFamily, policy: ZeroPolicy, adapter: str | None) -> None:
+    def __init__(self, family: Generator, policy: ZeroPolicy, adapter: str | None) -> None:
         """Args as described in the class.
 
         Args:

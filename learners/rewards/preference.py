@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from euphonium.config import PrmOptimizerConfig
+from euphonium.dynamics import noised
 from euphonium.errors import ConfigError
-from euphonium.generators.generator import Conditioning
+from euphonium.generators.conditioning import Conditioning
 from learners.engine.reward_engine import RewardEngine
 from learners.rewards.preference_files import Pairs
 
@@ -115,7 +116,7 @@ def paired_rewards(
     device = sigma.device
     clean = torch.cat([data.latents[pairs[:, 0]], data.latents[pairs[:, 1]]]).to(device)
     sigmas, noises = sigma.repeat(2), noise.repeat(2, *[1] * (noise.dim() - 1))
-    noisy = torch.lerp(clean, noises, sigmas.view(-1, *[1] * (clean.dim() - 1)))
+    noisy = noised(clean, noises, sigmas)
     prompts = torch.from_numpy(data.prompt[pairs[:, 0]]).repeat(2)
     rewards: Tensor = model(noisy, sigmas, {name: t[prompts].to(device) for name, t in data.conditioning.items()})
     winners, losers = rewards.chunk(2)

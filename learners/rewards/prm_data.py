@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from euphonium.generators.generator import Conditioning
+from euphonium.generators.conditioning import Conditioning
 from learners.rewards.preference import LatentFiles, Latents, Preferences
 from learners.rewards.preference_files import Pairs, ranked_pairs
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from euphonium.config import PrmConfig
-from euphonium.generators.generator import open_generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from learners.engine.reward_engine import RewardEngine
 from learners.rewards.preference import PrmTask, gaps_by_noise, measured

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from euphonium.config import PrmRefreshConfig, RunConfig
 from euphonium.errors import TrainingError
-from euphonium.generators.generator import Conditioning, stack_conditionings
+from euphonium.generators.conditioning import Conditioning, stack_conditionings
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.records import Array

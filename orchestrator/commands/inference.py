@@ -113,7 +113,7 @@ def inference_guidance(config: RunConfig) -> GuidanceConfig:
         raise ConfigError(
             "--protocol inference_rgg: guidance by beta vanishes without noise; only guidance.scale can be kept"
         )
-    from euphonium.generators.generator import open_generator
+    from euphonium.generators.registry import open_generator
 
     table = open_generator(config.model).step_table(config.sampler)
     times = [1 - float(table.sigmas[k]) for k in table.guided_steps]

@@ -55,7 +55,8 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         ConfigError: names the field, and what to do.
     """
     from actors.sampler import select_steps
-    from euphonium.generators.generator import images_for, open_generator
+    from euphonium.generators.generator import images_for
+    from euphonium.generators.registry import open_generator
     from euphonium.rewards.registry import build_reward
     from orchestrator.evaluation import evaluation_set
     from orchestrator.groups.prompts import read_prompts

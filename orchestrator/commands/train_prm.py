@@ -20,14 +20,9 @@ from actors.rollout import encode_one
 from actors.sampler import initial_noise, sample_deterministic
 from euphonium.config import PrmConfig
 from euphonium.errors import ConfigError
-from euphonium.generators.generator import (
-    Conditioning,
-    GeneratorFamily,
-    images_for,
-    open_generator,
-    stack_conditionings,
-    weights_mark,
-)
+from euphonium.generators.conditioning import Conditioning, stack_conditionings
+from euphonium.generators.generator import Generator, images_for
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.total import total_weight, weighted_total
 from euphonium.wire.records import Array
 from learners.rewards.preference import TENTHS, read_latent
@@ -251,9 +246,9 @@ def _samples(
     return np.concatenate(latents), np.concatenate(scores) / total_weight(config.outcome)
 
 
-def _mark(config: PrmConfig, family: GeneratorFamily, what: list[Any]) -> str:
+def _mark(config: PrmConfig, family: Generator, what: list[Any]) -> str:
     """Mark of prepared samples: the generator, and what was asked of it."""
-    generator = [family.fingerprint(), weights_mark(family.transformer_files()[0].parent)]
+    generator = [family.fingerprint(), family.pipeline.mark(family.backbone)]
     values = [config.model.model_dump(mode="json"), config.seed, generator, what]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 

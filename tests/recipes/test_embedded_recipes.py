@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from euphonium.config import ModelConfig, load_config
-from euphonium.generators.generator import open_generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.records import TrainingGroup
 from learners.policy.batching import load_rows, plan_updates

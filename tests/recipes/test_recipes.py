@@ -10,7 +10,7 @@ import yaml
 
 from euphonium.config import PrmConfig, RunConfig, dump_config, load_config
 from euphonium.errors import ConfigError
-from euphonium.generators.generator import open_generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.base import OutcomeReward
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.rewards.registry import build_reward, find_reward

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from euphonium.config import RunConfig
 from euphonium.errors import ConfigError, NonFiniteRewardError, RewardError
-from euphonium.generators.generator import GeneratorFamily, open_generator
+from euphonium.generators.folder import PipelineFolder
+from euphonium.generators.hunyuan_video import HunyuanVideo
+from euphonium.generators.registry import open_generator
+from euphonium.generators.vae import VideoVae
 from reward_servers.batching import isolated
 from reward_servers.orm import WHAT, OrmActor, OrmRequest, OrmScorer
 
@@ -153,13 +156,13 @@ def test_decoding_in_tiles_and_slices_is_turned_on_in_the_vae(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vaes: list[Any] = []
-    whole = GeneratorFamily.with_decoding
+    whole = VideoVae.saving_memory
 
-    def noting(family: GeneratorFamily, vae: Any) -> Any:
-        vaes.append(whole(family, vae))
+    def noting(vae: VideoVae, **options: bool) -> VideoVae:
+        vaes.append(whole(vae, **options).network)
         return vae
 
-    monkeypatch.setattr(GeneratorFamily, "with_decoding", noting)
+    monkeypatch.setattr(VideoVae, "saving_memory", noting)
     plain = scorer_of(make_config()).videos(latents())
     saving = scorer_of(make_config("model.vae_tiling=true", "model.vae_slicing=true")).videos(latents())
     assert [(vae.use_tiling, vae.use_slicing) for vae in vaes] == [(False, False), (True, True)]
@@ -167,10 +170,18 @@ def test_decoding_in_tiles_and_slices_is_turned_on_in_the_vae(
     assert np.abs(plain.astype(int) - saving.astype(int)).max() <= 1
 
 
+class WithoutTiles(HunyuanVideo):
+    """A generator whose VAE has no memory savers."""
+
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
+        return VideoVae(object(), device, dtype)
+
+
 def test_a_vae_that_cannot_decode_in_tiles_is_an_error_that_names_the_field(make_config: MakeConfig) -> None:
-    family = open_generator(make_config("model.vae_tiling=true").model)
+    config = make_config("model.vae_tiling=true").model
+    generator = WithoutTiles(PipelineFolder.find(config), config)
     with pytest.raises(ConfigError, match=r"model\.vae_tiling: object cannot do that"):
-        family.with_decoding(object())
+        generator.load_decoder(CPU)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from actors.rollout import encode_one
 from euphonium.config import LearnerPoolConfig, ModelConfig, OptimizerConfig
-from euphonium.generators.generator import Conditioning, GeneratorFamily, open_generator
+from euphonium.generators.conditioning import Conditioning
+from euphonium.generators.generator import Generator
 from euphonium.generators.lora import adapter_parameters, add_adapter, initial_adapter, load_adapter
+from euphonium.generators.registry import open_generator
 from learners.engine.zero3 import ZeroPolicy, quiet_deepspeed
 
 PROMPT = "a red car"
@@ -20,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def plain_grad_norm(
-    family: GeneratorFamily, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning
+    family: Generator, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning
 ) -> float:
     """Norm of the toy loss's gradient by plain autograd, on an unpartitioned transformer."""
     trained = dict(transformer.named_parameters())

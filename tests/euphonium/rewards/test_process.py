@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from euphonium.config import ModelConfig, RunConfig
 from euphonium.errors import ConfigError
-from euphonium.generators.generator import open_generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 
 

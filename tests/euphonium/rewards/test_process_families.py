@@ -17,7 +17,9 @@ from torch import Tensor
 from actors.rollout import encode_one
 from euphonium.config import ModelConfig, PrmConfig
 from euphonium.errors import ConfigError
-from euphonium.generators.generator import GeneratorFamily, open_generator, stack_conditionings
+from euphonium.generators.conditioning import stack_conditionings
+from euphonium.generators.generator import Generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from learners.engine.reward_engine import LocalEngine
 from learners.rewards.preference import gaps_by_noise
@@ -47,7 +49,7 @@ class Trained:
         engine: around the model.
     """
 
-    family: GeneratorFamily
+    family: Generator
     config: PrmConfig
     before: np.ndarray
     records: list[dict[str, Any]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from actors.rollout import RolloutWorker
 from euphonium.config import RunConfig
 from euphonium.errors import TrainingError
-from euphonium.generators.generator import expand
+from euphonium.generators.conditioning import expand
 from learners.engine.zero3 import gather_by_block
 
 UPDATES, ITERATIONS, GROUPS = 2, 2, 3

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from euphonium.config import ModelConfig, RunConfig
 from euphonium.errors import CheckpointError, ConfigError, TrainingError
-from euphonium.generators.generator import open_generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from learners.engine.reward_engine import LocalEngine, RewardEngine
 from learners.rewards.preference import (

@@ -10,7 +10,7 @@ import torch
 
 from euphonium.config import ModelConfig, PrmRefreshConfig, RunConfig
 from euphonium.errors import ConfigError, TrainingError
-from euphonium.generators.generator import open_generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from learners.rewards.refresh import PrmRefresh
 from reward_servers.prm import PrmScorer

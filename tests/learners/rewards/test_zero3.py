@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from euphonium.config import RunConfig, dump_config
-from euphonium.generators.generator import open_generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from learners.engine.reward_engine import KINDS, LocalEngine
 from learners.rewards.outcome import OrmTraining

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from euphonium.config import LearnerPoolConfig, OrmConfig, load_config
-from euphonium.generators.generator import open_generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from learners.engine.reward_engine import KINDS, ZeroEngine
 from learners.engine.zero3 import quiet_deepspeed, shard

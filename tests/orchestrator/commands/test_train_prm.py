@@ -16,7 +16,7 @@ from euphonium.embedded.sprites import split_scenes
 from euphonium.embedded.sprites.render import render
 from euphonium.errors import CheckpointError, ConfigError
 from euphonium.generators.encoding import fitted, load_encoder
-from euphonium.generators.generator import open_generator
+from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from orchestrator.commands.train_prm import accuracy_chart, accuracy_table, train_prm
 

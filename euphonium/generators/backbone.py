@@ -1,0 +1,153 @@
+"""The network of a pipeline that is trained: built empty, loaded, cut to a trunk, written back.
+
+The base of :class:`euphonium.generators.generator.Generator`, which says what the network is fed with and what its
+output means. Learners build the network, rollout actors load it, and process reward models grow on its first blocks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from euphonium.config import ModelConfig
+from euphonium.errors import ConfigError
+from euphonium.generators.folder import ComponentConfig, PipelineFolder
+
+
+class NetworkClass(Protocol):
+    """A class of diffusers' networks."""
+
+    def from_config(self, config: ComponentConfig) -> nn.Module:
+        """A network with fresh weights."""
+        ...
+
+    def from_pretrained(self, folder: Path, *, dtype: torch.dtype, use_safetensors: bool) -> nn.Module:
+        """A network with the weights of a component's folder."""
+        ...
+
+
+class Backbone(ABC):
+    """The trained network of one pipeline.
+
+    Attributes:
+        pipeline: the diffusers pipeline on disk.
+        folder: its path.
+        config: shape and type of what it generates.
+        dtype: that it computes in.
+    """
+
+    # The pipeline's component that is trained.
+    backbone: ClassVar[str] = "transformer"
+    # Fields of its configuration that count its blocks, in the order in which a sample passes them.
+    block_fields: ClassVar[tuple[str, ...]] = ("num_layers",)
+
+    def __init__(self, pipeline: PipelineFolder, config: ModelConfig) -> None:
+        self.pipeline = pipeline
+        self.folder = pipeline.path
+        self.config = config
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+
+    @abstractmethod
+    def transformer_class(self) -> NetworkClass:
+        """The diffusers class of the transformer."""
+
+    def transformer_config(self) -> ComponentConfig:
+        """Configuration of the transformer, as its class takes it."""
+        return self.pipeline.component_config(self.backbone)
+
+    def transformer_files(self) -> list[Path]:
+        """The safetensors files that hold the transformer's weights."""
+        return self.pipeline.weight_files(self.backbone)
+
+    def export(self, state: Mapping[str, Tensor], target: Path) -> None:
+        """Writes a complete diffusers pipeline with other transformer weights, see :meth:`PipelineFolder.export`.
+
+        Args:
+            state: full state of the transformer.
+            target: new folder.
+        """
+        self.pipeline.export(self.backbone, state, target)
+
+    def build_transformer(self, config: ComponentConfig | None = None) -> nn.Module:
+        """A transformer with fresh weights, of the generator's configuration or of another one.
+
+        Buffers that belong to the weights are read from disk: learners, which fill in parameters only, must compute
+        with the same ones as rollout actors.
+        """
+        built = self.transformer_class().from_config(self.transformer_config() if config is None else config)
+        self._fill_buffers(built)
+        return nn.Module.to(self.with_exact_buffers(built), dtype=self.dtype)
+
+    def load_transformer(self, device: torch.device) -> nn.Module:
+        """The transformer with the weights on disk, in evaluation mode."""
+        loaded = self.transformer_class().from_pretrained(
+            self.folder / self.backbone, dtype=self.dtype, use_safetensors=True
+        )
+        # diffusers keeps some weights in float32 (and its own method warns of rounding them), but ZeRO-3 has one type
+        # for all: what rollout actors compute with must be what learners train.
+        return nn.Module.to(self.with_exact_buffers(loaded), device=device, dtype=self.dtype).eval()
+
+    def with_exact_buffers(self, transformer: nn.Module) -> nn.Module:
+        """Protects buffers that must not be rounded, which most families do not have, from casts of the weights.
+
+        Learners build transformers under ``zero.Init``, which rounds whatever a constructor computes.
+        """
+        return transformer
+
+    def build_trunk(self, blocks: int) -> nn.Module:
+        """A transformer of this family with only its first ``blocks`` blocks, and fresh weights.
+
+        Raises:
+            ConfigError: it has fewer blocks, or none that a trunk could be cut from.
+        """
+        return self.build_transformer(self.trunk_config(blocks))
+
+    def trunk_config(self, blocks: int) -> ComponentConfig:
+        """Configuration of the transformer that :meth:`build_trunk` builds, with its errors."""
+        config = self.transformer_config()
+        counts = [int(config[field]) for field in self.block_fields]
+        if not 1 <= blocks <= sum(counts):
+            raise ConfigError(f"a trunk of {blocks} blocks cannot be cut from {self.folder}, which has {sum(counts)}")
+        for field, count in zip(self.block_fields, counts, strict=True):
+            config[field] = min(blocks, count)
+            blocks -= config[field]
+        return config
+
+    def token_width(self) -> int:
+        """Width of the transformer's tokens.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        config = self.transformer_config()
+        return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+    def output_norm(self, transformer: nn.Module) -> nn.Module:
+        """The module whose input is the output of the last block, tokens of the sample only."""
+        return transformer.get_submodule("norm_out")
+
+    def _check_guidance(self) -> None:
+        takes_guidance = bool(self.transformer_config().get("guidance_embeds", False))
+        if takes_guidance and self.config.embedded_guidance is None:
+            raise ConfigError(
+                f"model.embedded_guidance: {self.folder} is guidance-distilled and needs the scale as an input"
+            )
+        if not takes_guidance and self.config.embedded_guidance is not None:
+            raise ConfigError(
+                f"model.embedded_guidance: {self.folder} takes no guidance scale as an input; leave it out, and set "
+                "model.cfg_scale for classifier-free guidance"
+            )
+
+    def _fill_buffers(self, transformer: nn.Module) -> None:
+        from safetensors import safe_open
+
+        buffers = dict(transformer.named_buffers())
+        for file in self.transformer_files() if buffers else ():
+            with safe_open(file, framework="pt") as stream:
+                for name in buffers.keys() & set(stream.keys()):
+                    buffers[name].copy_(stream.get_tensor(name))

@@ -1,0 +1,103 @@
+"""What a network reads besides state and time: encoded prompts and, for image-to-video, encoded first frames.
+
+A conditioning is a dictionary of tensors that begin with the batch. Prompt encoders make one, the functions here
+complete it, take it apart and batch it; only a generator's ``network`` knows what the single names mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Batch-first tensors that a transformer takes besides state and time; the names are its keyword arguments.
+Conditioning = dict[str, Tensor]
+PromptEncoder = Callable[[Sequence[str]], Conditioning]
+# Latents of the pictures in some files, ``[batch, channels, 1, height, width]``.
+ImageEncoder = Callable[[Sequence[Path]], Tensor]
+
+# Entry of a conditioning that holds the latents of its first frame.
+IMAGE = "image_latents"
+# Marks the negative prompt's entries of a conditioning.
+NEGATIVE = "negative."
+
+
+def positive(conditioning: Conditioning) -> Conditioning:
+    """A conditioning without the negative prompt's entries."""
+    return {name: tensor for name, tensor in conditioning.items() if not name.startswith(NEGATIVE)}
+
+
+def negative(conditioning: Conditioning) -> Conditioning:
+    """The negative prompt's entries of a conditioning, by the names that the network knows."""
+    return {n.removeprefix(NEGATIVE): tensor for n, tensor in conditioning.items() if n.startswith(NEGATIVE)}
+
+
+def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: ``u + scale (c - u)`` of a network's two outputs, of any shape."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def with_negative_prompt(encode: PromptEncoder, prompt: str) -> PromptEncoder:
+    """An encoder whose conditionings also hold those of a negative prompt, which is encoded once, now."""
+    entries = encode([prompt])
+
+    def complete(prompts: Sequence[str]) -> Conditioning:
+        repeated = expand(entries, len(prompts))
+        return encode(prompts) | {NEGATIVE + name: tensor for name, tensor in repeated.items()}
+
+    return complete
+
+
+def with_first_frames(
+    encode: PromptEncoder, encode_images: ImageEncoder, image_of: Callable[[str], Path]
+) -> PromptEncoder:
+    """An encoder whose conditionings also hold first frames, the negative prompt's the same ones.
+
+    Args:
+        encode: texts, with the negative prompt if there is one.
+        encode_images: pictures.
+        image_of: the picture of a prompt; its errors are the encoder's.
+    """
+
+    def complete(prompts: Sequence[str]) -> Conditioning:
+        whole = encode(prompts)
+        guides = len(positive(whole)) < len(whole)
+        whole[IMAGE] = encode_images([image_of(prompt) for prompt in prompts])
+        if guides:
+            whole[NEGATIVE + IMAGE] = whole[IMAGE]
+        return whole
+
+    return complete
+
+
+def expand(conditioning: Conditioning, batch: int) -> Conditioning:
+    """Repeats the conditioning of one prompt for a batch, without copying.
+
+    >>> one = {"pooled_projections": torch.tensor([[1.0, 2.0]])}
+    >>> expand(one, 3)["pooled_projections"].tolist()
+    [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]
+    """
+    return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in conditioning.items()}
+
+
+def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
+    """One batch of conditionings that may differ in length: shorter ones are padded with zeros, masked out.
+
+    >>> short, long = ({"encoder_attention_mask": torch.ones(1, length)} for length in (1, 3))
+    >>> stack_conditionings([short, long])["encoder_attention_mask"].tolist()
+    [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
+    """
+    stacked: Conditioning = {}
+    for name in parts[0]:
+        tensors = [part[name] for part in parts]
+        if tensors[0].dim() > 1:
+            longest = max(t.shape[1] for t in tensors)
+            tensors = [
+                t if t.shape[1] == longest
+                else torch.cat([t, t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:])], dim=1)
+                for t in tensors
+            ]  # fmt: skip
+        stacked[name] = torch.cat(tensors)
+    return stacked

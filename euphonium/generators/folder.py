@@ -1,0 +1,125 @@
+"""A diffusers pipeline on disk: finding it, reading its configurations, marking its weights, writing a copy of it.
+
+Nothing here builds a network or knows what one of them means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from euphonium.config import ModelConfig
+from euphonium.errors import ConfigError
+
+# A JSON object of a pipeline's folder, of which each class of diffusers has its own fields.
+ComponentConfig = dict[str, Any]
+
+# What the weights of a component are called; the hub keeps other precisions and copies beside them.
+_WEIGHT_FILE = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors")
+_MARK_SPAN = 1 << 20
+
+
+class PipelineFolder:
+    """A diffusers pipeline's folder; components go by the names of their folders in it, such as ``vae``.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def find(cls, config: ModelConfig) -> PipelineFolder:
+        """The folder that ``model.path`` names, downloaded from the hub if it is a hub id.
+
+        Raises:
+            ConfigError: neither folder nor hub id, a download that failed, or a folder without a pipeline.
+        """
+        path = Path(config.path)
+        found = cls(path if path.exists() else _downloaded(config))
+        if not (found.path / "model_index.json").is_file():
+            raise ConfigError(f"model.path: {found.path} holds no diffusers pipeline (model_index.json is missing)")
+        return found
+
+    def index(self) -> ComponentConfig:
+        """What ``model_index.json`` says: the pipeline's class, and the class of each component."""
+        return dict(json.loads((self.path / "model_index.json").read_text()))
+
+    def component_config(self, component: str, file: str = "config.json") -> ComponentConfig:
+        """Configuration of a component, in the file of that name."""
+        return dict(json.loads((self.path / component / file).read_text()))
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The safetensors files of a component, without the copies in other precisions that the hub may hold."""
+        files = (self.path / component).glob("*.safetensors")
+        return sorted(file for file in files if _WEIGHT_FILE.fullmatch(file.name))
+
+    def mark(self, component: str) -> str:
+        """Hash that tells two components apart without reading all of their gigabytes.
+
+        Covers the configuration, and the size and the first and last MiB of every weight file.
+        """
+        digest = hashlib.sha256((self.path / component / "config.json").read_bytes())
+        for file in self.weight_files(component):
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(_MARK_SPAN))
+                stream.seek(max(0, size - _MARK_SPAN))
+                digest.update(stream.read(_MARK_SPAN))
+        return digest.hexdigest()[:16]
+
+    def export(self, component: str, state: Mapping[str, Tensor], target: Path) -> None:
+        """Writes a complete pipeline in which one component has other weights.
+
+        Args:
+            component: to replace.
+            state: its full state.
+            target: new folder; everything but the component's weights is copied from here. Files in the root that
+                hold a whole model once more are left out: they would be the old one.
+        """
+        from safetensors.torch import save_file
+
+        components = {name for name in self.index() if not name.startswith("_")}
+
+        def others(folder: str, names: list[str]) -> list[str]:
+            if Path(folder) == self.path / component:
+                return [name for name in names if name != "config.json"]
+            if Path(folder) == self.path:
+                # Repositories may hold the same weights once more, as one file beside the components.
+                return [n for n in names if n not in components and Path(n).suffix in (".safetensors", ".ckpt", ".bin")]
+            return []
+
+        shutil.copytree(self.path, target, dirs_exist_ok=True, ignore=others)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(tensors, target / component / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+def _downloaded(config: ModelConfig) -> Path:
+    if config.path.count("/") != 1 or config.path.startswith((".", "/")):
+        raise ConfigError(f"model.path: {config.path} is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                config.path,
+                revision=config.revision,
+                # The components only: many repositories hold the same weights in other formats too.
+                allow_patterns=["model_index.json", "*/*"],
+                ignore_patterns=["*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.h5", "*.fp16.*", "*.non_ema.*"],
+            )
+        )
+    except Exception as error:
+        raise ConfigError(
+            f"model.path: {config.path} is no folder here and could not be downloaded ({error}); "
+            "give a local folder, or check name, network and HF_TOKEN"
+        ) from error

@@ -1,0 +1,93 @@
+"""The families' tiny pipelines, and what the tests ask of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from actors.rollout import encode_one
+from euphonium.config import ModelConfig
+from euphonium.generators.conditioning import stack_conditionings
+from euphonium.generators.generator import Generator
+from euphonium.generators.registry import open_generator
+from tests.euphonium.generators.tiny_pipelines import Folders
+
+CPU = torch.device("cpu")
+STEPS = 3
+PROMPTS = ["a red car", 'a sign "no"']
+NEGATIVE_PROMPT = "blurry"
+LIMIT = 24
+# What FLUX's scheduler makes of 24 tokens: its shift is the exponential of a line through (4, 0.5) and (64, 1.15).
+FLUX_SHIFT = math.exp(0.5 + (24 - 4) * (1.15 - 0.5) / (64 - 4))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline, what it is asked for, and the names of its own arguments for guidance."""
+
+    pipeline_class: str
+    shift: float
+    size: tuple[int, int, int] = (1, 16, 24)
+    embedded_guidance: float | None = None
+    cfg_scale: float | None = None
+
+    def config(self, folder: Path, **changes: Any) -> ModelConfig:
+        frames, height, width = self.size
+        fields: dict[str, Any] = {
+            "path": str(folder), "frames": frames, "height": height, "width": width, "max_prompt_tokens": LIMIT,
+            "embedded_guidance": self.embedded_guidance, "cfg_scale": self.cfg_scale,
+            "negative_prompt": NEGATIVE_PROMPT if self.cfg_scale else "",
+        }  # fmt: skip
+        return ModelConfig(**(fields | changes))
+
+
+CASES = {
+    "flux": Case("FluxPipeline", FLUX_SHIFT, embedded_guidance=3.5),
+    "flux with true CFG": Case("FluxPipeline", FLUX_SHIFT, embedded_guidance=3.5, cfg_scale=2.0),
+    "sd3": Case("StableDiffusion3Pipeline", 3.0, cfg_scale=4.5),
+    "sd3 without CFG": Case("StableDiffusion3Pipeline", 3.0),
+    "wan": Case("WanPipeline", 5.0, size=(5, 16, 32), cfg_scale=5.0),
+    "sd1": Case("StableDiffusionPipeline", 1.0, cfg_scale=7.5),
+    "hunyuan": Case("HunyuanVideoPipeline", 7.0, size=(5, 32, 48), embedded_guidance=6.0),
+    "hunyuan with true CFG": Case("HunyuanVideoPipeline", 7.0, size=(5, 32, 48), embedded_guidance=6.0, cfg_scale=2.0),
+    "hunyuan 1.5": Case("HunyuanVideo15Pipeline", 5.0, size=(5, 16, 24), cfg_scale=6.0),
+    "skyreels": Case(
+        "HunyuanSkyreelsImageToVideoPipeline", 7.0, size=(5, 32, 48), embedded_guidance=1.0, cfg_scale=6.0
+    ),
+}
+TRANSFORMERS = ["flux", "sd3", "wan", "hunyuan", "hunyuan 1.5", "skyreels"]
+one_a_family = pytest.mark.parametrize("name", [*TRANSFORMERS, "sd1"])
+one_a_transformer = pytest.mark.parametrize("name", TRANSFORMERS)
+
+
+def family_of(name: str, folders: Folders, **changes: Any) -> Generator:
+    case = CASES[name]
+    return open_generator(case.config(folders(case.pipeline_class), **changes))
+
+
+def noise(family: Generator, batch: int = len(PROMPTS)) -> Tensor:
+    return torch.randn(batch, *family.latent_shape, generator=torch.Generator().manual_seed(0))
+
+
+def pictures(family: Generator) -> dict[str, Path]:
+    """First frames of the prompts, of another size than the videos, beside the pipeline's folder."""
+    files = {prompt: family.folder.parent / f"{i}.png" for i, prompt in enumerate(PROMPTS)}
+    for i, file in enumerate(files.values()):
+        pixels = np.zeros((40, 40, 3), dtype=np.uint8)
+        pixels[: 10 + 20 * i, :, i] = 255
+        Image.fromarray(pixels).save(file)
+    return files
+
+
+def conditioning_of(family: Generator, prompts: Sequence[str] = PROMPTS) -> dict[str, Tensor]:
+    encode = family.prompt_encoder(CPU, pictures(family) if family.takes_image else None)
+    return stack_conditionings([encode_one(encode, prompt) for prompt in prompts])

@@ -1,0 +1,26 @@
+"""Adapters on every family's transformer."""
+
+from __future__ import annotations
+
+import torch
+
+from euphonium.config import LoraConfig
+from euphonium.generators.lora import adapter_parameters, add_adapter
+from tests.euphonium.generators.cases import CPU, conditioning_of, family_of, noise, one_a_family
+from tests.euphonium.generators.tiny_pipelines import Folders
+
+
+@one_a_family
+def test_default_lora_targets_reach_attention(name: str, folders: Folders) -> None:
+    family = family_of(name, folders)
+    transformer = family.load_transformer(CPU)
+    add_adapter(transformer, LoraConfig(rank=2))
+    trained = adapter_parameters(transformer)
+    for target in LoraConfig().targets:
+        assert any(f".{target}.lora_A." in key for key in trained), target
+    for key in (k for k in trained if ".lora_B." in k):
+        torch.nn.init.normal_(trained[key])
+    conditioning = {key: tensor[:1] for key, tensor in conditioning_of(family).items()}
+    x, time = noise(family, 1), torch.tensor([0.5])
+    family.velocity(transformer, x, time, conditioning).square().mean().backward()
+    assert all(float(p.grad.abs().max()) > 0 for k, p in trained.items() if "to_v" in k)
