@@ -125,12 +125,12 @@ def metrics_page() -> str:
 
 def migration_page() -> str:
     """``docs/migration.md``."""
-    from euphonium.config.foreign import PROJECTS
+    from euphonium.config.foreign import projects
 
     parts = [
         "# Coming from another project",
         "",
-        "Made from `euphonium/config/foreign.py` by `python -m orchestrator.commands.reference`; do not edit.",
+        "Made from `euphonium/config/foreign.yaml` by `python -m orchestrator.commands.reference`; do not edit.",
         "",
         "What a setting of another project is called here. The fields are described in",
         "[configuration.md](configuration.md), the methods and how they differ in [methods.md](methods.md).",
@@ -139,7 +139,7 @@ def migration_page() -> str:
         "is called here, and `euphonium validate` reports variables of Euphonium's script that are set in the",
         "environment, where they have no effect.",
     ]
-    for project in PROJECTS:
+    for project in projects().values():
         parts += [
             "",
             f"## {project.title}",
