@@ -16,15 +16,16 @@ def path_of(item: ErrorDetails) -> Path:
     return tuple(p for p in item["loc"] if not (isinstance(p, str) and p.startswith(("function-", "is-inst", "[key]"))))
 
 
-def explain(model: type[BaseModel], item: ErrorDetails) -> str:
+def explain(model: type[BaseModel], item: ErrorDetails, root: str = "the recipe") -> str:
     """One mistake: the key, what is wrong with it, and the nearest known key for an unknown one.
 
     Args:
         model: root of the tree that was read.
         item: of ``ValidationError.errors()``.
+        root: what the values as a whole are called.
     """
     path = path_of(item)
-    key = ".".join(map(str, path)) or "the recipe"
+    key = ".".join(map(str, path)) or root
     if item["type"] == "extra_forbidden":
         known = fields_at(model, path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)

@@ -48,12 +48,12 @@ class AdvantageRule:
     """
 
     weights: Mapping[str, float]
-    process_weight: float = 0.0
-    scope: Literal["group", "global"] = "group"
-    ddof: int = 1
-    eps: float = 1e-8
-    clip: float = 5.0
-    combine: Literal["advantages", "losses"] = "advantages"
+    process_weight: float
+    scope: Literal["group", "global"]
+    ddof: int
+    eps: float
+    clip: float
+    combine: Literal["advantages", "losses"]
     thresholds: Mapping[str, float] = field(default_factory=dict)
     best_of: int | None = None
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,7 +23,7 @@ from torch.nn import functional
 from euphonium.config import BackboneConfig
 from euphonium.errors import ConfigError
 from euphonium.rewards.frames import check_videos
-from euphonium.rewards.pretrained import device_of
+from euphonium.rewards.pretrained import NetworkOptions, device_of
 
 CONFIG_FILE = "config.json"
 HEAD_FILE = "head.safetensors"
@@ -237,23 +238,23 @@ class OutcomeModel(nn.Module):
 class TrainedOutcomeReward:
     """A trained outcome reward model as a reward; unbounded, and only differences mean something."""
 
-    def __init__(self, path: str, batch: int = 4, device: str | None = None) -> None:
-        """Loads the model.
+    class Options(NetworkOptions):
+        """Which model."""
 
-        Args:
-            path: folder that ``euphonium train-orm`` wrote.
-            batch: videos in one forward pass.
-            device: such as ``cuda:0``; the GPU, if there is one, unless given.
+        path: str
+        """Folder that ``euphonium train-orm`` wrote."""
+        batch: PositiveInt = 4
+        """Videos in one forward pass."""
+
+    def __init__(self, options: Options) -> None:
+        """Loads the model.
 
         Raises:
             ConfigError: the folder holds no such model.
-            ValueError: an option out of range.
         """
-        if batch < 1:
-            raise ValueError("batch must be at least 1")
-        self.device = device_of(device)
-        self.model = OutcomeModel.load(Path(path)).to(self.device)
-        self.batch = batch
+        self.device = device_of(options.device)
+        self.model = OutcomeModel.load(Path(options.path)).to(self.device)
+        self.batch = options.batch
 
     @torch.inference_mode()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -162,12 +162,14 @@ def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the clips.")] = Path("generated"),
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-    steps: Annotated[int, typer.Option(help="ODE steps.")] = 30,
+    steps: Annotated[int | None, typer.Option(help="ODE steps; default: that of evaluation.num_steps.")] = None,
     protocol: ProtocolOption = None,
 ) -> None:
     """Draw clips from a trained model and save them as GIFs with a contact sheet."""
+    from euphonium.config import EvaluationConfig
     from orchestrator.commands.inference import generate_clips
 
+    steps = EvaluationConfig().num_steps if steps is None else steps
     for path in generate_clips(model, prompt, output, seed=seed, steps=steps, protocol=protocol):
         say(str(path))
 

@@ -1,18 +1,18 @@
 """docs/rewards.md: complete, and its example runs."""
 
 import importlib
-import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from pydantic.fields import FieldInfo
 
 from euphonium.config import OutcomeRewardConfig, RunConfig, WatchConfig
 from euphonium.errors import ConfigError
 from euphonium.rewards.base import OutcomeReward
-from euphonium.rewards.registry import BUILT_IN, build_reward
+from euphonium.rewards.registry import BUILT_IN, build_reward, options_of
 from orchestrator.commands.reference import fields
 from orchestrator.report.metrics import METRICS, find_metric
 
@@ -34,10 +34,10 @@ def reward_class(name: str) -> type:
     return found
 
 
-def own_options(name: str) -> dict[str, inspect.Parameter]:
-    parameters = list(inspect.signature(reward_class(name).__init__).parameters.values())[1:]
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {parameter.name: parameter for parameter in parameters if parameter.kind in named}
+def own_options(name: str) -> dict[str, FieldInfo]:
+    options = options_of(reward_class(name))
+    assert options is not None
+    return options.model_fields
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -85,13 +85,16 @@ def test_every_option_is_documented_with_its_default(name: str) -> None:
     section = next(part for part in PAGE.split("\n### ") if f"`{name}`" in part.splitlines()[0])
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section.split("\n## ")[0], flags=re.MULTILINE))
     options = own_options(name)
-    assert set(rows) == set(options)
-    for option, parameter in options.items():
-        if parameter.default is inspect.Parameter.empty:
+    # A section may begin with all options of another reward.
+    other = re.search(r"^The options of `(\w+)`, and:$", section, flags=re.MULTILINE)
+    assert set(rows) | set(own_options(other[1]) if other else {}) == set(options)
+    for option in rows:
+        field = options[option]
+        if field.is_required():
             assert rows[option] == "required"
-        elif parameter.default is not None and parameter.default != "":
+        elif field.default is not None and field.default != "":
             said = yaml.safe_load(rows[option])
-            assert said == parameter.default, option
+            assert said == field.default, option
         else:
             assert rows[option] != "required"
 
