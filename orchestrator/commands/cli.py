@@ -238,16 +238,19 @@ def export(
 
 @app.command()
 def options(
-    prefix: Annotated[str, typer.Argument(help="Show only fields that begin with this, for example sampler.")] = "",
+    prefix: Annotated[
+        str, typer.Argument(help="Show only fields that begin with this (sampler), or options of a reward (ocr).")
+    ] = "",
     prm: Annotated[bool, typer.Option("--prm", help="Fields of train-prm recipes instead.")] = False,
     orm: Annotated[bool, typer.Option("--orm", help="Fields of train-orm recipes instead.")] = False,
 ) -> None:
-    """List every field of a recipe: type, default, meaning."""
+    """List every field of a recipe and every option of a reward: type, default, meaning."""
     from euphonium.config import OrmConfig, PrmConfig, RunConfig
-    from orchestrator.commands.reference import fields
+    from orchestrator.commands.reference import fields_with_reward_options
 
     tree = PrmConfig if prm else OrmConfig if orm else RunConfig
-    shown = [field for field in fields(tree) if field.path.startswith(prefix)]
+    listed = fields_with_reward_options(tree)
+    shown = [field for field in listed if field.path.startswith(prefix) or f"[type={prefix}]" in field.path]
     if not shown:
         raise ConfigError(f"no field begins with {prefix!r}; `euphonium options` lists all")
     for field in shown:

@@ -101,7 +101,8 @@ def test_every_option_is_documented_with_its_default(name: str) -> None:
 
 def test_the_example_reward_runs_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = next(block for block in blocks("python") if block.startswith("# my_rewards.py"))
-    (tmp_path / "my_rewards.py").write_text(code)
+    declared = next(block for block in blocks("python") if "class Options(Node)" in block)
+    (tmp_path / "my_rewards.py").write_text(f"{code}\n{declared}")
     monkeypatch.syspath_prepend(tmp_path)
     recipe = next(block for block in blocks("yaml") if "my_rewards" in block)
     spec = OutcomeRewardConfig(**yaml.safe_load(recipe)["rewards"]["outcome"][0])
@@ -118,6 +119,10 @@ def test_the_example_reward_runs_as_documented(tmp_path: Path, monkeypatch: pyte
         reward.score(videos[:1], ["a car"])
     with pytest.raises(ConfigError, match=r"cannot construct 'my_rewards:ColourReward'.*tolerance must be positive"):
         build_reward(spec.model_copy(update={"options": {"tolerance": 0}}))
+    strict = OutcomeRewardConfig(name="strict", type="my_rewards:StrictColourReward", options={"tolerance": 0.4})
+    assert torch.equal(build_reward(strict).score(videos, ["a red car"] * 3), scores)
+    with pytest.raises(ConfigError, match=r"\(strict\).options: unknown key 'tolerence'; did you mean 'tolerance'\?"):
+        build_reward(strict.model_copy(update={"options": {"tolerence": 0.4}}))
     body = [line for line in code.splitlines() if line and not line.startswith(("#", "import", "from"))]
     assert len(body) <= 30
 
