@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -23,7 +23,7 @@ class _Source:
     """A plain tree of values, and where in which file each of them stands."""
 
     def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
+        self.values: dict[str, object] = {}
         self.places: dict[_Path, str] = {}
 
     def place(self, path: _Path) -> str:
@@ -58,7 +58,7 @@ class _Source:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{_shown(file)}: a recipe is a mapping of keys to values")
         places: dict[_Path, str] = {}
-        values = _construct(node, file, (), places)
+        values = _mapping(node, file, (), places)
         base = values.pop("extends", None)
         if base is not None:
             where = f"{places[('extends',)]}: extends: "
@@ -81,21 +81,19 @@ class _Source:
         if isinstance(value, str):
             value = _as_number(value)
         path: _Path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        target: Any = self.values
+        target: object = self.values
         for depth, part in enumerate(path[:-1], start=1):
             target = _entered(target, part)
             if target is None:
                 raise ConfigError(f"override {text!r}: there is no {'.'.join(map(str, path[:depth]))}")
-        last = path[-1]
-        if isinstance(target, list) and not (isinstance(last, int) and last < len(target)):
+        if not _put(target, path[-1], value):
             raise ConfigError(f"override {text!r}: {key} is not an entry of the list")
-        target[last] = value
         self.places = {p: w for p, w in self.places.items() if p[: len(path)] != path}
         for length in range(1, len(path) + 1):
             self.places.setdefault(path[:length], f"override {text!r}")
 
 
-def _entered(target: Any, part: str | int) -> Any:
+def _entered(target: object, part: str | int) -> object:
     """What stands under one part of an override's key, an empty section where there was none; None if nothing can."""
     if isinstance(target, list):
         return target[part] if isinstance(part, int) and part < len(target) else None
@@ -106,10 +104,21 @@ def _entered(target: Any, part: str | int) -> Any:
     return target[part]
 
 
+def _put(target: object, part: str | int, value: object) -> bool:
+    """Sets what stands under the last part of an override's key; whether it could be set."""
+    if isinstance(target, dict):
+        target[part] = value
+        return True
+    if isinstance(target, list) and isinstance(part, int) and part < len(target):
+        target[part] = value
+        return True
+    return False
+
+
 def load_config(
     recipe: Path | str,
     overrides: Sequence[str] = (),
-    model: type[_C] = RunConfig,  # type: ignore[assignment]
+    model: type[_C] = RunConfig,  # type: ignore[assignment]  # mypy knows no default of a type variable
 ) -> _C:
     """Reads and checks a recipe.
 
@@ -152,17 +161,23 @@ def _explain(model: type[BaseModel], source: _Source, item: ErrorDetails) -> str
     return f"{place}: {explain(model, item)}" + (f"; {similar}" if similar else "")
 
 
-def _construct(node: yaml.Node, file: Path, path: _Path, places: dict[_Path, str]) -> Any:
+def _mapping(node: yaml.MappingNode, file: Path, path: _Path, places: dict[_Path, str]) -> dict[str, object]:
+    """The values of a mapping by their keys; notes the place of every key."""
     places[path] = f"{_shown(file)}:{node.start_mark.line + 1}"
+    result: dict[str, object] = {}
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        if key in result:
+            raise ConfigError(f"{_shown(file)}:{key_node.start_mark.line + 1}: the key {key!r} is given twice")
+        result[key] = _construct(value_node, file, (*path, key), places)
+        places[(*path, key)] = f"{_shown(file)}:{key_node.start_mark.line + 1}"
+    return result
+
+
+def _construct(node: yaml.Node, file: Path, path: _Path, places: dict[_Path, str]) -> object:
     if isinstance(node, yaml.MappingNode):
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            if key in result:
-                raise ConfigError(f"{_shown(file)}:{key_node.start_mark.line + 1}: the key {key!r} is given twice")
-            result[key] = _construct(value_node, file, (*path, key), places)
-            places[(*path, key)] = f"{_shown(file)}:{key_node.start_mark.line + 1}"
-        return result
+        return _mapping(node, file, path, places)
+    places[path] = f"{_shown(file)}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.SequenceNode):
         return [_construct(item, file, (*path, i), places) for i, item in enumerate(node.value)]
     loader = yaml.SafeLoader("")
@@ -183,10 +198,11 @@ def _as_number(text: str) -> str | float:
     return text
 
 
-def _merge(base: dict[str, Any], upper: Mapping[str, Any]) -> None:
+def _merge(base: dict[str, object], upper: Mapping[str, object]) -> None:
     for key, value in upper.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
+        held = base.get(key)
+        if isinstance(value, dict) and isinstance(held, dict):
+            _merge(held, value)
         else:
             base[key] = value
 

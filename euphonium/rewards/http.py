@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from http.client import HTTPException, HTTPMessage
-from typing import IO, Any, Literal
+from typing import IO, Literal
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -108,11 +108,12 @@ class HttpReward:
 
     def _scores(self, content_type: str, body: bytes) -> Tensor:
         """Scores in an answer, float32, of any shape."""
+        found: Tensor | list[float] | None
         if content_type == SAFETENSORS:
-            held = load(body)
-            found: Any = held.get(self.key)
-            if found is not None and not found.is_floating_point():
-                raise ValueError(f"{self.key!r} is {found.dtype}, not floating point")
+            tensor = load(body).get(self.key)
+            if tensor is not None and not tensor.is_floating_point():
+                raise ValueError(f"{self.key!r} is {tensor.dtype}, not floating point")
+            found = tensor
         elif content_type == "application/json":
             answer = json.loads(body)
             found = answer.get(self.key) if isinstance(answer, dict) else None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import PositiveInt
@@ -24,6 +24,9 @@ from euphonium.config import BackboneConfig
 from euphonium.errors import ConfigError
 from euphonium.rewards.frames import check_videos
 from euphonium.rewards.pretrained import NetworkOptions, device_of
+
+if TYPE_CHECKING:
+    from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
 
 CONFIG_FILE = "config.json"
 HEAD_FILE = "head.safetensors"
@@ -67,7 +70,13 @@ class VideoFormat:
 class OutcomeModel(nn.Module):
     """Backbone and head; rewards are unbounded, higher is better."""
 
-    def __init__(self, backbone: Any, tokenizer: Any, video: VideoFormat, dtype: str) -> None:
+    def __init__(
+        self,
+        backbone: InternVLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        video: VideoFormat,
+        dtype: str,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
@@ -87,7 +96,7 @@ class OutcomeModel(nn.Module):
         """
         from transformers import AutoConfig, AutoTokenizer, InternVLForConditionalGeneration
 
-        source: dict[str, Any] = {"pretrained_model_name_or_path": config.path, "revision": config.revision}
+        source: dict[str, str | None] = {"pretrained_model_name_or_path": config.path, "revision": config.revision}
         try:
             kind = AutoConfig.from_pretrained(**source).model_type
             if kind != "internvl":
@@ -131,7 +140,7 @@ class OutcomeModel(nn.Module):
         rewards: Tensor = self.head(last.float())
         return rewards.squeeze(1)
 
-    def _computing(self, device: torch.device) -> AbstractContextManager[Any]:
+    def _computing(self, device: torch.device) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.dtype)
@@ -194,7 +203,7 @@ class OutcomeModel(nn.Module):
             tokens += [] if end is None else [end]
         return tokens + encoded(self.format.question) + words + encoded(self.format.ending)
 
-    def save(self, folder: Path, **notes: Any) -> None:
+    def save(self, folder: Path, **notes: object) -> None:
         """Writes the model as a folder; ``notes`` go into its ``config.json``."""
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone.save_pretrained(folder / BACKBONE_FOLDER)
