@@ -29,7 +29,7 @@ def explain(model: type[BaseModel], item: ErrorDetails, root: str = "the recipe"
     if item["type"] == "extra_forbidden":
         known = fields_at(model, path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-        advice = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        advice = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known) or 'none'}"
         return f"unknown key {key!r}; {advice}"
     if item["type"] == "missing":
         return f"{key!r} is missing"

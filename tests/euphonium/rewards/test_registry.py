@@ -101,7 +101,7 @@ def test_mistakes_in_declared_options_are_named(options: dict, message: str) -> 
 
 
 def test_a_reward_without_options_refuses_any() -> None:
-    with pytest.raises(ConfigError, match=r"rewards.outcome \(mine\).options: unknown key 'frames'"):
+    with pytest.raises(ConfigError, match=r"rewards.outcome \(mine\).options: unknown key 'frames'; known here: none$"):
         build_reward(entry("sprite_icon", frames=3))
 
 
