@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from euphonium.config import OutcomeRewardConfig, RewardPoolConfig, RunConfig
+from euphonium.config import OutcomeRewardConfig, RunConfig
 from euphonium.errors import NonFiniteRewardError, RewardError
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import open_generator
-from euphonium.rewards.registry import build_reward
+from euphonium.rewards.registry import build_rewards
+from euphonium.rewards.shared import Batch
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
 from euphonium.wire.records import Array, OrmAnswer, Readiness, Videos
@@ -58,11 +59,22 @@ class OrmScorer:
         rewards: Sequence[OutcomeRewardConfig],
         family: Generator,
         device: torch.device,
-        pool: RewardPoolConfig | None = None,
+        max_batch: int,
     ) -> None:
+        """Loads decoder and rewards.
+
+        Args:
+            rewards: of the recipe.
+            family: the generator whose latents are decoded.
+            device: of the decoder.
+            max_batch: samples that are decoded and scored at a time.
+
+        Raises:
+            ConfigError: a reward that cannot be made; names it.
+        """
         self.decode = family.load_decoder(device)
-        self.rewards = {spec.name: build_reward(spec) for spec in rewards}
-        self.max_batch = (pool or RewardPoolConfig()).max_batch
+        self.rewards = build_rewards(rewards)
+        self.max_batch = max_batch
 
     def videos(self, latents: Array) -> Videos:
         """Decodes latents ``[batch, *latent]`` to uint8 ``[batch, frames, height, width, 3]``."""
@@ -105,9 +117,10 @@ class OrmScorer:
         for begin in range(0, len(latents), self.max_batch):
             part = slice(begin, begin + self.max_batch)
             videos = self.decode(as_tensor(latents[part]))
+            batch = Batch(videos, prompts[part])
             for name, reward in self.rewards.items():
                 try:
-                    scores = reward.score(videos, prompts[part]).float().cpu()
+                    scores = batch.score(reward).float().cpu()
                 except Exception as error:
                     raise RewardError(
                         f"outcome reward {name!r} failed: {type(error).__name__}: {error}", [name]
@@ -147,7 +160,7 @@ class OrmActor:
         torch.set_num_threads(pool.threads)
         self.index = index
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.scorer = OrmScorer(config.rewards.outcome, open_generator(config.model), self.device, pool)
+        self.scorer = OrmScorer(config.rewards.outcome, open_generator(config.model), self.device, pool.max_batch)
         self.batcher: MicroBatcher[OrmRequest, OrmAnswer] = MicroBatcher(self.scorer.score_requests, WHAT, pool)
 
     def __repr__(self) -> str:

@@ -1,6 +1,5 @@
 """Recipes in docs/reward_training.md are recipes."""
 
-import inspect
 import json
 import re
 from pathlib import Path
@@ -30,7 +29,7 @@ def test_rewards_on_the_page_are_valid() -> None:
     assert process.refresh is not None
     outcome = OutcomeRewardConfig.model_validate(parts[1]["outcome"][0])
     assert outcome.type in BUILT_IN
-    inspect.signature(TrainedOutcomeReward).bind(**outcome.options)
+    TrainedOutcomeReward.Options.model_validate(outcome.options)
 
 
 def test_preferences_on_the_page_are_valid(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from euphonium.config.base import Node
 from euphonium.config.loading import dump_config, load_config
-from euphonium.config.orm import BackboneConfig, OrmConfig, OrmOptimizerConfig
 from euphonium.config.pools import LearnerPoolConfig, PoolConfig, PoolsConfig, RewardPoolConfig
-from euphonium.config.prm import (
+from euphonium.config.reward_training import (
+    BackboneConfig,
+    OrmConfig,
+    OrmOptimizerConfig,
     PairsConfig,
     PreferencesConfig,
     PrmConfig,
-    PrmOptimizerConfig,
     RewardOptimizerConfig,
     RewardTrainingConfig,
 )
@@ -67,7 +68,6 @@ __all__ = [
     "PoolsConfig",
     "PreferencesConfig",
     "PrmConfig",
-    "PrmOptimizerConfig",
     "PrmRefreshConfig",
     "ProcessRewardConfig",
     "PromptsConfig",

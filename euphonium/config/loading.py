@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from euphonium.config import foreign as foreign_names
+from euphonium.config.explain import explain, path_of
 from euphonium.config.run import RunConfig
 from euphonium.errors import ConfigError
 
@@ -22,7 +23,7 @@ class _Source:
     """A plain tree of values, and where in which file each of them stands."""
 
     def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
+        self.values: dict[str, object] = {}
         self.places: dict[_Path, str] = {}
 
     def place(self, path: _Path) -> str:
@@ -57,7 +58,7 @@ class _Source:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{_shown(file)}: a recipe is a mapping of keys to values")
         places: dict[_Path, str] = {}
-        values = _construct(node, file, (), places)
+        values = _mapping(node, file, (), places)
         base = values.pop("extends", None)
         if base is not None:
             where = f"{places[('extends',)]}: extends: "
@@ -80,29 +81,44 @@ class _Source:
         if isinstance(value, str):
             value = _as_number(value)
         path: _Path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        target: Any = self.values
-        for i, part in enumerate(path[:-1]):
-            if isinstance(target, list) and isinstance(part, int) and part < len(target):
-                target = target[part]
-            elif isinstance(target, dict):
-                if not isinstance(target.get(part), dict | list):
-                    target[part] = {}
-                target = target[part]
-            else:
-                raise ConfigError(f"override {text!r}: there is no {'.'.join(map(str, path[: i + 1]))}")
-        last = path[-1]
-        if isinstance(target, list) and not (isinstance(last, int) and last < len(target)):
+        target: object = self.values
+        for depth, part in enumerate(path[:-1], start=1):
+            target = _entered(target, part)
+            if target is None:
+                raise ConfigError(f"override {text!r}: there is no {'.'.join(map(str, path[:depth]))}")
+        if not _put(target, path[-1], value):
             raise ConfigError(f"override {text!r}: {key} is not an entry of the list")
-        target[last] = value
         self.places = {p: w for p, w in self.places.items() if p[: len(path)] != path}
         for length in range(1, len(path) + 1):
             self.places.setdefault(path[:length], f"override {text!r}")
 
 
+def _entered(target: object, part: str | int) -> object:
+    """What stands under one part of an override's key, an empty section where there was none; None if nothing can."""
+    if isinstance(target, list):
+        return target[part] if isinstance(part, int) and part < len(target) else None
+    if not isinstance(target, dict):
+        return None
+    if not isinstance(target.get(part), dict | list):
+        target[part] = {}
+    return target[part]
+
+
+def _put(target: object, part: str | int, value: object) -> bool:
+    """Sets what stands under the last part of an override's key; whether it could be set."""
+    if isinstance(target, dict):
+        target[part] = value
+        return True
+    if isinstance(target, list) and isinstance(part, int) and part < len(target):
+        target[part] = value
+        return True
+    return False
+
+
 def load_config(
     recipe: Path | str,
     overrides: Sequence[str] = (),
-    model: type[_C] = RunConfig,  # type: ignore[assignment]
+    model: type[_C] = RunConfig,  # type: ignore[assignment]  # mypy knows no default of a type variable
 ) -> _C:
     """Reads and checks a recipe.
 
@@ -122,7 +138,7 @@ def load_config(
     try:
         return model.model_validate(source.values)
     except ValidationError as error:
-        lines = [_explain(model, source, dict(item)) for item in error.errors()]
+        lines = [_explain(model, source, item) for item in error.errors()]
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
         raise ConfigError(f"{count} in {recipe}:\n  " + "\n  ".join(lines)) from None
 
@@ -132,53 +148,36 @@ def dump_config(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _explain(model: type[BaseModel], source: _Source, item: Mapping[str, Any]) -> str:
-    path: _Path = tuple(p for p in item["loc"] if not (isinstance(p, str) and p.startswith(("function-", "is-inst"))))
-    key = ".".join(map(str, path)) or "the recipe"
+def _explain(model: type[BaseModel], source: _Source, item: ErrorDetails) -> str:
+    """One mistake with its place; a setting of another project is answered with its name here."""
+    path = path_of(item)
     place = source.place(path)
-    if item["type"] == "extra_forbidden":
-        foreign = foreign_names.advice(path, item["input"]) if model is RunConfig else []
-        if foreign:
-            return f"{place}: unknown key {key!r}; {'; '.join(foreign)}"
-        known = _fields_at(model, path[:-1])
-        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-        advice = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        elsewhere = foreign_names.similar(str(path[-1])) if model is RunConfig else None
-        return f"{place}: unknown key {key!r}; {advice}" + (f"; {elsewhere}" if elsewhere else "")
-    if item["type"] == "missing":
-        return f"{place}: {key!r} is missing"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    given = "" if isinstance(item["input"], dict | list | BaseModel) else f", got {item['input']!r}"
-    return f"{place}: {key}: {message[0].lower() + message[1:]}{given}"
+    if item["type"] != "extra_forbidden" or model is not RunConfig:
+        return f"{place}: {explain(model, item)}"
+    key = ".".join(map(str, path))
+    if known_elsewhere := foreign_names.advice(path, item["input"]):
+        return f"{place}: unknown key {key!r}; {'; '.join(known_elsewhere)}"
+    similar = foreign_names.similar(str(path[-1]))
+    return f"{place}: {explain(model, item)}" + (f"; {similar}" if similar else "")
 
 
-def _fields_at(model: type[BaseModel], path: _Path) -> list[str]:
-    """Names of the fields of the node at ``path``."""
-    node: type[BaseModel] = model
-    for part in path:
-        if isinstance(part, int) or part not in node.model_fields:
-            continue
-        candidates = [node.model_fields[part].annotation]
-        while candidates:
-            kind = candidates.pop()
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                node = kind
-                break
-            candidates += get_args(kind)
-    return list(node.model_fields)
-
-
-def _construct(node: yaml.Node, file: Path, path: _Path, places: dict[_Path, str]) -> Any:
+def _mapping(node: yaml.MappingNode, file: Path, path: _Path, places: dict[_Path, str]) -> dict[str, object]:
+    """The values of a mapping by their keys; notes the place of every key."""
     places[path] = f"{_shown(file)}:{node.start_mark.line + 1}"
+    result: dict[str, object] = {}
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        if key in result:
+            raise ConfigError(f"{_shown(file)}:{key_node.start_mark.line + 1}: the key {key!r} is given twice")
+        result[key] = _construct(value_node, file, (*path, key), places)
+        places[(*path, key)] = f"{_shown(file)}:{key_node.start_mark.line + 1}"
+    return result
+
+
+def _construct(node: yaml.Node, file: Path, path: _Path, places: dict[_Path, str]) -> object:
     if isinstance(node, yaml.MappingNode):
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            if key in result:
-                raise ConfigError(f"{_shown(file)}:{key_node.start_mark.line + 1}: the key {key!r} is given twice")
-            result[key] = _construct(value_node, file, (*path, key), places)
-            places[(*path, key)] = f"{_shown(file)}:{key_node.start_mark.line + 1}"
-        return result
+        return _mapping(node, file, path, places)
+    places[path] = f"{_shown(file)}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.SequenceNode):
         return [_construct(item, file, (*path, i), places) for i, item in enumerate(node.value)]
     loader = yaml.SafeLoader("")
@@ -199,10 +198,11 @@ def _as_number(text: str) -> str | float:
     return text
 
 
-def _merge(base: dict[str, Any], upper: Mapping[str, Any]) -> None:
+def _merge(base: dict[str, object], upper: Mapping[str, object]) -> None:
     for key, value in upper.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
+        held = base.get(key)
+        if isinstance(value, dict) and isinstance(held, dict):
+            _merge(held, value)
         else:
             base[key] = value
 

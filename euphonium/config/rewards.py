@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -22,8 +22,8 @@ class OutcomeRewardConfig(Node):
     """Weight of its normalised advantage; 0 reports it without training on it."""
     threshold: float | None = None
     """Train on 1 above this value and 0 elsewhere, instead of on the value (binary rewards)."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the reward's constructor."""
+    options: dict[str, object] = Field(default_factory=dict)
+    """Options of the reward: those of a built-in one are listed below, those of your own are its own."""
     on_failure: OnFailure = "drop_group"
     """What happens when this reward cannot be had for a group, after all attempts: leave the group out and count it,
     or stop the run with an error."""

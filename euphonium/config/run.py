@@ -47,34 +47,11 @@ class RunConfig(Node):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        guidance, process = self.sampler.guidance, self.rewards.process
-        if guidance is not None and guidance.source == "prm" and process is None:
-            raise ValueError("sampler.guidance needs a process reward model: set rewards.process.path")
-        if process is not None and process.steps == "guided" and guidance is None:
-            raise ValueError("rewards.process.steps: guided needs sampler.guidance")
-        if self.objective.updates_per_iteration > self.rollout.prompts_per_iteration:
-            raise ValueError(
-                f"objective.updates_per_iteration ({self.objective.updates_per_iteration}) exceeds "
-                f"rollout.prompts_per_iteration ({self.rollout.prompts_per_iteration}): an update would have no group"
-            )
-        trained = []
-        if self.advantage.mode != "process":
-            trained += [reward.weight for reward in self.rewards.outcome]
-        if self.advantage.mode != "outcome" and process is not None:
-            trained.append(process.weight)
-        if not any(trained):
-            raise ValueError("all rewards that advantage.mode lets in have weight 0: nothing to learn from")
-        if self.rollout.max_staleness > 0 and (
-            self.objective.old_log_probs == "replay" or self.objective.needs_previous_policy
-        ):
-            raise ValueError(
-                "rollout.max_staleness above 0 trains on groups of earlier policies, which the learner no longer has: "
-                "it goes with objective.old_log_probs: rollout, without objective.ratio_normalisation, and without "
-                "objective.kl.previous: gaussian"
-            )
-        best_of = self.advantage.best_of
-        if best_of is not None and 2 * best_of > self.rollout.group_size:
-            raise ValueError(f"advantage.best_of takes {2 * best_of} of {self.rollout.group_size} samples of a group")
+        _guidance_has_its_process_reward(self.sampler, self.rewards)
+        _every_update_has_a_group(self.objective, self.rollout)
+        _some_reward_is_trained(self.advantage, self.rewards)
+        _learner_still_has_the_old_policy(self.objective, self.rollout)
+        _best_of_fits_the_group(self.advantage, self.rollout)
         return self
 
     def advantage_rule(self) -> AdvantageRule:
@@ -99,3 +76,42 @@ class RunConfig(Node):
     def run_dir(self) -> Path:
         """Folder of this run."""
         return self.output_dir / self.name
+
+
+def _guidance_has_its_process_reward(sampler: SamplerConfig, rewards: RewardsConfig) -> None:
+    guidance, process = sampler.guidance, rewards.process
+    if guidance is not None and guidance.source == "prm" and process is None:
+        raise ValueError("sampler.guidance needs a process reward model: set rewards.process.path")
+    if process is not None and process.steps == "guided" and guidance is None:
+        raise ValueError("rewards.process.steps: guided needs sampler.guidance")
+
+
+def _every_update_has_a_group(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
+    if objective.updates_per_iteration > rollout.prompts_per_iteration:
+        raise ValueError(
+            f"objective.updates_per_iteration ({objective.updates_per_iteration}) exceeds "
+            f"rollout.prompts_per_iteration ({rollout.prompts_per_iteration}): an update would have no group"
+        )
+
+
+def _some_reward_is_trained(advantage: AdvantageConfig, rewards: RewardsConfig) -> None:
+    weights = [] if advantage.mode == "process" else [reward.weight for reward in rewards.outcome]
+    if advantage.mode != "outcome" and rewards.process is not None:
+        weights.append(rewards.process.weight)
+    if not any(weights):
+        raise ValueError("all rewards that advantage.mode lets in have weight 0: nothing to learn from")
+
+
+def _learner_still_has_the_old_policy(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
+    if rollout.max_staleness > 0 and (objective.old_log_probs == "replay" or objective.needs_previous_policy):
+        raise ValueError(
+            "rollout.max_staleness above 0 trains on groups of earlier policies, which the learner no longer has: "
+            "it goes with objective.old_log_probs: rollout, without objective.ratio_normalisation, and without "
+            "objective.kl.previous: gaussian"
+        )
+
+
+def _best_of_fits_the_group(advantage: AdvantageConfig, rollout: RolloutConfig) -> None:
+    best_of = advantage.best_of
+    if best_of is not None and 2 * best_of > rollout.group_size:
+        raise ValueError(f"advantage.best_of takes {2 * best_of} of {rollout.group_size} samples of a group")

@@ -48,12 +48,12 @@ class AdvantageRule:
     """
 
     weights: Mapping[str, float]
-    process_weight: float = 0.0
-    scope: Literal["group", "global"] = "group"
-    ddof: int = 1
-    eps: float = 1e-8
-    clip: float = 5.0
-    combine: Literal["advantages", "losses"] = "advantages"
+    process_weight: float
+    scope: Literal["group", "global"]
+    ddof: int
+    eps: float
+    clip: float
+    combine: Literal["advantages", "losses"]
     thresholds: Mapping[str, float] = field(default_factory=dict)
     best_of: int | None = None
 
@@ -110,7 +110,11 @@ def group_advantages(groups: Sequence[GroupRewards], rule: AdvantageRule) -> lis
 
     Example:
         >>> rewards = GroupRewards({"motion": torch.tensor([0.0, 1.0, 2.0])})
-        >>> (advantages,) = group_advantages([rewards], AdvantageRule(weights={"motion": 1.0}))
+        >>> rule = AdvantageRule(
+        ...     weights={"motion": 1.0}, process_weight=0.0, scope="group", ddof=1, eps=0.0, clip=5.0,
+        ...     combine="advantages",
+        ... )
+        >>> (advantages,) = group_advantages([rewards], rule)
         >>> advantages.values.shape  # [components, group, num_steps]
         torch.Size([1, 3, 1])
         >>> advantages.values.flatten().tolist()

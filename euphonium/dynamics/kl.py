@@ -44,8 +44,8 @@ class KlController:
     maximum: float
     warmup_updates: int
     target: float
-    history: int = 10
-    direction: Literal["published", "usual"] = "published"
+    history: int
+    direction: Literal["published", "usual"]
     updates: int = 0
     weight: float = field(default=-1.0)
     observed: deque[float] = field(default_factory=deque)

@@ -14,10 +14,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from euphonium.embedded.sprites import BACKGROUNDS, DIRECTIONS, ICONS, parse_caption
 from euphonium.embedded.sprites.render import icon_sprites
 from euphonium.embedded.sprites.world import SIZE
+from euphonium.rewards.shared import Analyser, SharedReward
 
 # Every second frame is fitted: the icon does not change within a clip, and fitting is what costs.
 FIT_STRIDE = 2
@@ -130,61 +132,61 @@ def analyse(videos: Tensor) -> Analysis:
     )
 
 
-class _Memo:
-    """The analysis of the latest batch: the four rewards of a server score the same tensor one after another."""
+class SpriteAnalyser(Analyser[Analysis]):
+    """:func:`analyse`, once for the rewards that read it; the prompts do not matter to it."""
 
-    def __init__(self) -> None:
-        self._key: tuple[int, int] | None = None
-        self._value: tuple[Tensor, Analysis] | None = None
-
-    def __call__(self, videos: Tensor) -> Analysis:
-        key = (id(videos), videos._version)
-        if self._value is None or self._key != key:
-            self._key, self._value = key, (videos, analyse(videos))
-        return self._value[1]
+    @override
+    def analyse(self, videos: Tensor, prompts: Sequence[str]) -> Analysis:
+        return analyse(videos)
 
 
-_analysis = _Memo()
+class IconReward(SharedReward[Analysis]):
+    """Probability, in [0, 1], that the icon is the one that the prompt names."""
 
+    analyser_class = SpriteAnalyser
 
-class IconReward:
-    """Probability that the icon is the one that the prompt names."""
-
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See :class:`euphonium.rewards.base.OutcomeReward`; in [0, 1]."""
+    @override
+    def read(self, analysis: Analysis, prompts: Sequence[str]) -> Tensor:
         names = list(ICONS)
         wanted = torch.tensor([names.index(parse_caption(prompt).icon) for prompt in prompts])
-        return _analysis(videos).identity.gather(1, wanted[:, None]).squeeze(1)
+        return analysis.identity.gather(1, wanted[:, None]).squeeze(1)
 
 
-class MotionReward:
-    """Speed in the direction that the prompt names, less for drifting sideways."""
+class MotionReward(SharedReward[Analysis]):
+    """Speed in the direction that the prompt names, less for drifting sideways; in [0, 1]."""
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See :class:`euphonium.rewards.base.OutcomeReward`; in [0, 1]."""
-        direction = torch.tensor(
-            [DIRECTIONS[parse_caption(prompt).direction] for prompt in prompts], dtype=videos.dtype
-        )
-        velocity = _analysis(videos).velocity
+    analyser_class = SpriteAnalyser
+
+    @override
+    def read(self, analysis: Analysis, prompts: Sequence[str]) -> Tensor:
+        velocity = analysis.velocity
+        directions = [DIRECTIONS[parse_caption(prompt).direction] for prompt in prompts]
+        direction = torch.tensor(directions, dtype=velocity.dtype)
         along = (velocity * direction).sum(dim=1) / FULL_SPEED
         across = (velocity * direction.flip(1)).sum(dim=1).abs() / FULL_SPEED
         return along.clamp(0, 1) * (1 - across).clamp(0, 1)
 
 
-class BackgroundReward:
-    """Closeness of the border's colour to the one that the prompt names, times its uniformity."""
+class BackgroundReward(SharedReward[Analysis]):
+    """Closeness of the border's colour to the one that the prompt names, times its uniformity; in [0, 1]."""
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See :class:`euphonium.rewards.base.OutcomeReward`; in [0, 1]."""
+    analyser_class = SpriteAnalyser
+
+    @override
+    def read(self, analysis: Analysis, prompts: Sequence[str]) -> Tensor:
         wanted = torch.tensor([BACKGROUNDS[parse_caption(prompt).background] for prompt in prompts])
-        analysis = _analysis(videos)
         distance = (analysis.background - wanted).square().sum(dim=1)
         return torch.exp(-distance / (2 * BACKGROUND_TOLERANCE**2)) * analysis.uniformity
 
 
-class QualityReward:
-    """Share of the foreground that a single clean icon explains: low for blur, ghosts, debris and noise."""
+class QualityReward(SharedReward[Analysis]):
+    """Share of the foreground that a single clean icon explains, in [0, 1]: low for blur, ghosts, debris and noise.
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See :class:`euphonium.rewards.base.OutcomeReward`; in [0, 1]; the prompts do not matter."""
-        return _analysis(videos).explained
+    The prompts do not matter.
+    """
+
+    analyser_class = SpriteAnalyser
+
+    @override
+    def read(self, analysis: Analysis, prompts: Sequence[str]) -> Tensor:
+        return analysis.explained

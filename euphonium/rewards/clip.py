@@ -9,15 +9,31 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor, nn
+from pydantic import PositiveInt
+from torch import Tensor
 from torch.nn import functional
+from typing_extensions import override
 
 from euphonium.errors import ConfigError
 from euphonium.rewards.frames import check_videos, cropped, normalised, quantised, resized, spread
-from euphonium.rewards.pretrained import device_of, dtype_of, fill, hub_file, loading, pinned, read_weights
+from euphonium.rewards.pretrained import (
+    Dtype,
+    PretrainedOptions,
+    device_of,
+    dtype_of,
+    fill,
+    hub_file,
+    loading,
+    pinned,
+    read_weights,
+)
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 # Tokens that CLIP's text tower has positions for.
 TEXT_TOKENS = 77
@@ -26,7 +42,7 @@ TEXT_TOKENS = 77
 class FramePreparation:
     """What CLIP's image processor does to a picture, as its ``preprocessor_config.json`` says, in torch."""
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: CLIPImageProcessorPil) -> None:
         size = processor.size
         if not processor.do_resize or not processor.do_normalize or not processor.do_rescale:
             raise ValueError("a preprocessor that does not resize, rescale and normalise")
@@ -57,7 +73,7 @@ class FramePreparation:
 class LetterboxPreparation(FramePreparation):
     """Longer side to the network's size, black bars at the shorter one: what HPS v2 was trained on."""
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: CLIPImageProcessorPil) -> None:
         super().__init__(processor)
         self.side = self.crop[0] if self.crop else self.shortest or (self.exact or (0, 0))[0]
 
@@ -122,74 +138,50 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 class _ClipReward(ABC):
     """Network, tokenizer and preparation of a frame; subclasses say what is read off the features."""
 
-    name: ClassVar[str]
+    class Options(PretrainedOptions):
+        """Which network, and how many frames it sees."""
+
+        weights: str
+        """Folder of a CLIP in transformers' layout, with tokenizer and preprocessor, or a hub id with ``revision``."""
+        frames: PositiveInt = 8
+        """Frames of a video that are scored, evenly spread, and averaged."""
+        batch: PositiveInt = 32
+        """Frames in one forward pass."""
+        dtype: Dtype = "float32"
+        """Type of the network's weights."""
+        trust_remote_code: bool = False
+        """Let Python code that comes with the weights run; no published CLIP needs it."""
+        checkpoint: str | None = None
+        """File with OpenCLIP weights that replace those of ``weights``; a path, or owner/name:file."""
+        checkpoint_revision: str | None = None
+        """Commit of the hub repository in ``checkpoint``."""
+
     preparation: ClassVar[type[FramePreparation]] = FramePreparation
 
-    def __init__(
-        self,
-        weights: str,
-        revision: str | None = None,
-        frames: int = 8,
-        batch: int = 32,
-        dtype: str = "float32",
-        device: str | None = None,
-        trust_remote_code: bool = False,
-        checkpoint: str | None = None,
-        checkpoint_revision: str | None = None,
-    ) -> None:
+    def __init__(self, options: Options) -> None:
         """Loads the network.
-
-        Args:
-            weights: folder in transformers' layout, or a hub id.
-            revision: commit of the hub id.
-            frames: frames of a video that are scored, evenly spread.
-            batch: frames in one forward pass.
-            dtype: float32, bfloat16 or float16.
-            device: such as ``cuda:0``; the GPU, if there is one, unless given.
-            trust_remote_code: let the folder's or repository's own Python code run; needed by no CLIP of the table.
-            checkpoint: file with OpenCLIP weights that replace those of ``weights``; a path, or owner/name:file.
-            checkpoint_revision: commit of the hub repository in ``checkpoint``.
 
         Raises:
             ConfigError: weights that are missing, not pinned or of another architecture; names the option.
-            ValueError: an option out of range.
         """
-        if frames < 1 or batch < 1:
-            raise ValueError("frames and batch must be at least 1")
-        self.frames = frames
-        self.batch = batch
-        self.device = device_of(device)
-        source = pinned(weights, revision)
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
+        self.options = options
+        self.device = device_of(options.device)
+        source = pinned(options.weights, options.revision)
+        from transformers import AutoTokenizer
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        with loading("weights", weights):
+        with loading("weights", options.weights):
             self._prepare = type(self).preparation(CLIPImageProcessorPil.from_pretrained(**source))
-            self._tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
-            if checkpoint is None:
-                network = AutoModel.from_pretrained(
-                    **source, trust_remote_code=trust_remote_code, dtype=dtype_of(dtype)
-                )
-            else:
-                config = AutoConfig.from_pretrained(**source, trust_remote_code=trust_remote_code)
-                network = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-        if not hasattr(network, "get_image_features") or not hasattr(network, "get_text_features"):
-            raise ConfigError(f"option weights: {weights!r} is {type(network).__name__}, not a CLIP with two towers")
-        if checkpoint is not None:
-            file = hub_file(checkpoint, checkpoint_revision, "checkpoint")
-            state = from_open_clip(read_weights(file, "checkpoint"))
-            fill(
-                network, {name: tensor.to(dtype_of(dtype)) for name, tensor in state.items()}, "checkpoint", checkpoint
-            )
-        self.network: nn.Module = network.to(self.device).eval().requires_grad_(False)
+            self._tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=options.trust_remote_code)
+        self.network = _network(options).to(self.device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def image_features(self, images: Tensor) -> Tensor:
         """Unit vectors, float32 ``[count, width]``, of pictures ``[count, 3, h, w]`` in [0, 1]."""
         parts = []
-        for part in images.split(self.batch):
+        for part in images.split(self.options.batch):
             pixels = self._prepare(part.to(self.device)).to(next(self.network.parameters()).dtype)
-            found = self.network.get_image_features(pixel_values=pixels)  # type: ignore[operator]
+            found = self.network.get_image_features(pixel_values=pixels)
             parts.append(functional.normalize(found.pooler_output.float(), dim=1))
         return torch.cat(parts)
 
@@ -200,7 +192,7 @@ class _ClipReward(ABC):
             list(prompts), padding=True, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
         )
         inputs = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
-        found = self.network.get_text_features(**inputs)  # type: ignore[operator]
+        found = self.network.get_text_features(**inputs)
         return functional.normalize(found.pooler_output.float(), dim=1)
 
     def _width(self) -> int:
@@ -215,7 +207,7 @@ class _ClipReward(ABC):
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
         """See :class:`euphonium.rewards.base.OutcomeReward`; the mean over the chosen frames."""
         check_videos(videos, prompts)
-        chosen = videos[:, spread(videos.shape[1], self.frames)]
+        chosen = videos[:, spread(videos.shape[1], self.options.frames)]
         features = self.image_features(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])
         return self._read(features, prompts).mean(dim=1).float().cpu()
 
@@ -226,8 +218,7 @@ class _ClipReward(ABC):
 class ClipScore(_ClipReward):
     """Cosine between picture and prompt (Radford et al., 2021), in [-1, 1]; good pictures have about 0.3."""
 
-    name = "clip_score"
-
+    @override
     def _read(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._cosine(features, prompts)
 
@@ -238,18 +229,17 @@ class PickScore(_ClipReward):
     The scale is at most 100, so the range is [-100, 100].
     """
 
-    name = "pickscore"
-
+    @override
     def _read(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._cosine(features, prompts) * self.network.logit_scale.exp().float()  # type: ignore[operator]
+        return self._cosine(features, prompts) * self.network.logit_scale.exp().float()
 
 
 class HpsV21(_ClipReward):
     """Human Preference Score v2.1 (Wu et al., 2023): a cosine, in [-1, 1]; about 0.2 to 0.38."""
 
-    name = "hps_v21"
     preparation = LetterboxPreparation
 
+    @override
     def _read(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._cosine(features, prompts)
 
@@ -261,35 +251,58 @@ class AestheticReward(_ClipReward):
     between (the "linear MSE" heads of v2). Its output is not clipped, so it can leave the scale a little.
     """
 
-    name = "aesthetic"
+    class Options(_ClipReward.Options):
+        """The options of every CLIP reward, and the head."""
 
-    def __init__(self, weights: str, head: str, head_revision: str | None = None, **options: Any) -> None:
+        weights: str
+        """The CLIP that the head was trained on (ViT-L/14 for the published ones): a folder, or a hub id."""
+        head: str
+        """File of the head, ``.safetensors`` or ``.pth``: a path, or owner/name:file."""
+        head_revision: str | None = None
+        """Commit of the hub repository in ``head``."""
+
+    def __init__(self, options: Options) -> None:
         """Loads features and head.
-
-        Args:
-            weights: the CLIP that the head was trained on (ViT-L/14 for the published ones).
-            head: ``.safetensors`` or ``.pth`` file of the head; a path, or owner/name:file.
-            head_revision: commit of the hub repository in ``head``.
-            **options: see :class:`ClipScore`.
 
         Raises:
             ConfigError: the head cannot be read or does not fit the features.
         """
-        state = read_weights(hub_file(head, head_revision, "head"), "head")
-        self.head_layers = _linear_chain(state, head)
-        super().__init__(weights, **options)
-        width = self._width()
-        if self.head_layers[0][0].shape[1] != width:
+        state = read_weights(hub_file(options.head, options.head_revision, "head"), "head")
+        self.head_layers = _linear_chain(state, options.head)
+        super().__init__(options)
+        width, taken = self._width(), self.head_layers[0][0].shape[1]
+        if taken != width:
             raise ConfigError(
-                f"option head: {head!r} takes {self.head_layers[0][0].shape[1]} features, the CLIP of {weights!r} "
-                f"gives {width}"
+                f"option head: {options.head!r} takes {taken} features, the CLIP of {options.weights!r} gives {width}"
             )
         self.head_layers = [(w.float().to(self.device), b.float().to(self.device)) for w, b in self.head_layers]
 
+    @override
     def _read(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         for weight, bias in self.head_layers:
             features = functional.linear(features, weight, bias)
         return features.squeeze(-1)
+
+
+def _network(options: _ClipReward.Options) -> CLIPModel:
+    """The network on the CPU, with the weights that count."""
+    from transformers import AutoConfig, AutoModel
+
+    source, trusted = pinned(options.weights, options.revision), {"trust_remote_code": options.trust_remote_code}
+    dtype = dtype_of(options.dtype)
+    with loading("weights", options.weights):
+        if options.checkpoint is None:
+            network = AutoModel.from_pretrained(**source, **trusted, dtype=dtype)
+        else:
+            network = AutoModel.from_config(AutoConfig.from_pretrained(**source, **trusted), **trusted)
+    if not hasattr(network, "get_image_features") or not hasattr(network, "get_text_features"):
+        kind = type(network).__name__
+        raise ConfigError(f"option weights: {options.weights!r} is {kind}, not a CLIP with two towers")
+    if options.checkpoint is not None:
+        file = hub_file(options.checkpoint, options.checkpoint_revision, "checkpoint")
+        state = from_open_clip(read_weights(file, "checkpoint"))
+        fill(network, {name: part.to(dtype) for name, part in state.items()}, "checkpoint", options.checkpoint)
+    return network
 
 
 def _linear_chain(state: dict[str, Tensor], source: str) -> list[tuple[Tensor, Tensor]]:

@@ -7,9 +7,10 @@ up to rounding, without the detour and on any device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -42,9 +43,10 @@ def quantised(videos: Tensor) -> Tensor:
     return videos.float().clamp(0, 1).mul(255).round()
 
 
-def as_bytes(video: Tensor) -> Any:
+def as_bytes(video: Tensor) -> NDArray[np.uint8]:
     """``[frames, 3, height, width]`` in [0, 1] as a contiguous numpy uint8 array ``[frames, height, width, 3]``."""
-    return quantised(video).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    pictures: NDArray[np.uint8] = quantised(video).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return pictures
 
 
 def resized(images: Tensor, height: int, width: int, levels: bool = True) -> Tensor:

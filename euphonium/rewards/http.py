@@ -7,15 +7,17 @@ import os
 import time
 from collections.abc import Sequence
 from http.client import HTTPException, HTTPMessage
-from typing import IO, Any, Literal
+from typing import IO, Literal
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
+from pydantic import PositiveFloat
 from safetensors.torch import load, save
 from torch import Tensor
 
+from euphonium.config import Node
 from euphonium.errors import ConfigError, RewardError
 from euphonium.rewards.frames import check_videos, quantised
 
@@ -44,38 +46,33 @@ class HttpReward:
     ``application/octet-stream``).
     """
 
-    def __init__(
-        self,
-        url: str,
-        timeout_s: float = 30.0,
-        dtype: Literal["uint8", "float32"] = "uint8",
-        key: str = "scores",
-        token_env: str | None = None,
-    ) -> None:
-        """Checks the address; no request is made before the first batch.
+    class Options(Node):
+        """The scorer, and what is sent to it."""
 
-        Args:
-            url: where to post.
-            timeout_s: longest time that one batch may take, from the connection to the last byte.
-            dtype: type of the videos in the request.
-            key: name of the scores in the answer.
-            token_env: environment variable with a bearer token, so that no recipe holds one.
+        url: str
+        """Where to post: an ``http://`` or ``https://`` address."""
+        timeout_s: PositiveFloat = 30.0
+        """Longest time that one batch may take, from the connection to the last byte."""
+        dtype: Literal["uint8", "float32"] = "uint8"
+        """Type of the videos in the request: levels, or values in [0, 1] as they are."""
+        key: str = "scores"
+        """Name of the scores in the answer."""
+        token_env: str | None = None
+        """Environment variable with a bearer token, so that no recipe holds one."""
+
+    def __init__(self, options: Options) -> None:
+        """Checks the address; no request is made before the first batch.
 
         Raises:
             ConfigError: not an http(s) address, or the variable is not set.
-            ValueError: an option out of range.
         """
-        parts = urlsplit(url)
+        parts, token_env = urlsplit(options.url), options.token_env
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"option url: {url!r} is no http:// or https:// address")
-        if dtype not in ("uint8", "float32"):
-            raise ValueError(f"dtype must be uint8 or float32, not {dtype!r}")
-        if timeout_s <= 0:
-            raise ValueError("timeout_s must be positive")
-        self.url = url
-        self.timeout_s = timeout_s
-        self.dtype = dtype
-        self.key = key
+            raise ConfigError(f"option url: {options.url!r} is no http:// or https:// address")
+        self.url = options.url
+        self.timeout_s = options.timeout_s
+        self.dtype = options.dtype
+        self.key = options.key
         self._headers = {"Content-Type": SAFETENSORS, "Accept": f"application/json, {SAFETENSORS}"}
         if token_env is not None:
             token = os.environ.get(token_env)
@@ -111,11 +108,12 @@ class HttpReward:
 
     def _scores(self, content_type: str, body: bytes) -> Tensor:
         """Scores in an answer, float32, of any shape."""
+        found: Tensor | list[float] | None
         if content_type == SAFETENSORS:
-            held = load(body)
-            found: Any = held.get(self.key)
-            if found is not None and not found.is_floating_point():
-                raise ValueError(f"{self.key!r} is {found.dtype}, not floating point")
+            tensor = load(body).get(self.key)
+            if tensor is not None and not tensor.is_floating_point():
+                raise ValueError(f"{self.key!r} is {tensor.dtype}, not floating point")
+            found = tensor
         elif content_type == "application/json":
             answer = json.loads(body)
             found = answer.get(self.key) if isinstance(answer, dict) else None

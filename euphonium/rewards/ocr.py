@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from euphonium.config import Node
 from euphonium.rewards.frames import as_bytes, check_videos, spread
 from euphonium.rewards.pretrained import library
 
@@ -62,54 +66,46 @@ def accuracy(read: str, wanted: str, anywhere: bool = False) -> float:
 class OcrReward:
     """Normalised edit-distance accuracy of the text in the picture against the text quoted in the prompt."""
 
-    def __init__(
-        self,
-        frames: int = 4,
-        reduce: Literal["mean", "max"] = "mean",
-        extra_text: Literal["counted", "free"] = "counted",
-        case_sensitive: bool = False,
-        min_confidence: float = 0.5,
-        side: int = 736,
-        threads: int = 1,
-    ) -> None:
-        """Loads the two networks that the package brings along.
+    class Options(Node):
+        """What is read, and how it is compared."""
 
-        Args:
-            frames: frames of a video that are read, evenly spread.
-            reduce: mean over those frames, or the best of them.
-            extra_text: whether other text in the picture counts as errors, or is free.
-            case_sensitive: tell capital and small letters apart.
-            min_confidence: lines that the network is less sure of are not read.
-            side: larger pictures are scaled down to this longer side before text is searched; smaller ones are
-                searched as they are.
-            threads: CPU threads.
+        frames: PositiveInt = 4
+        """Frames of a video that are read, evenly spread."""
+        reduce: Literal["mean", "max"] = "mean"
+        """Mean over those frames, or the best of them."""
+        extra_text: Literal["counted", "free"] = "counted"
+        """Whether other text in the picture counts as errors, or is free."""
+        case_sensitive: bool = False
+        """Tell capital and small letters apart."""
+        min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
+        """Lines that the network is less sure of are not read."""
+        side: Annotated[int, Field(ge=32)] = 736
+        """Larger pictures are scaled down to this longer side before text is searched; smaller ones are searched as
+        they are."""
+        threads: PositiveInt = 1
+        """CPU threads."""
+
+    def __init__(self, options: Options) -> None:
+        """Loads the two networks that the package brings along.
 
         Raises:
             ConfigError: RapidOCR or onnxruntime is not installed.
-            ValueError: an option out of range.
         """
-        if reduce not in ("mean", "max") or extra_text not in ("counted", "free"):
-            raise ValueError("reduce must be mean or max, and extra_text counted or free")
-        if frames < 1 or side < 32 or not 0 <= min_confidence <= 1:
-            raise ValueError("frames must be at least 1, side at least 32, and min_confidence in [0, 1]")
+        self.options = options
         library("onnxruntime", "ocr")
         self._engine = library("rapidocr", "ocr").RapidOCR(
             params={
                 "Global.use_cls": False,
                 "Global.log_level": "error",
-                "Global.text_score": min_confidence,
+                "Global.text_score": options.min_confidence,
                 "Det.limit_type": "max",
-                "Det.limit_side_len": side,
-                "EngineConfig.onnxruntime.intra_op_num_threads": threads,
+                "Det.limit_side_len": options.side,
+                "EngineConfig.onnxruntime.intra_op_num_threads": options.threads,
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             }
         )
-        self.frames = frames
-        self.reduce = reduce
-        self.anywhere = extra_text == "free"
-        self.case_sensitive = case_sensitive
 
-    def read(self, picture: Any) -> str:
+    def read(self, picture: NDArray[np.uint8]) -> str:
         """Text of an RGB picture, uint8 ``[height, width, 3]``, line by line."""
         found = self._engine(picture[..., ::-1].copy())
         return " ".join(found.txts or ())
@@ -121,13 +117,14 @@ class OcrReward:
             ValueError: a prompt without quoted text.
         """
         check_videos(videos, prompts)
-        chosen = spread(videos.shape[1], self.frames)
+        options = self.options
+        chosen, anywhere = spread(videos.shape[1], options.frames), options.extra_text == "free"
         scores = []
         for video, prompt in zip(videos, prompts, strict=True):
-            wanted = plain(quoted_text(prompt), self.case_sensitive)
+            wanted = plain(quoted_text(prompt), options.case_sensitive)
             each = [
-                accuracy(plain(self.read(picture), self.case_sensitive), wanted, self.anywhere)
+                accuracy(plain(self.read(picture), options.case_sensitive), wanted, anywhere)
                 for picture in as_bytes(video[chosen])
             ]
-            scores.append(max(each) if self.reduce == "max" else sum(each) / len(each))
+            scores.append(max(each) if options.reduce == "max" else sum(each) / len(each))
         return torch.tensor(scores, dtype=torch.float32)

@@ -6,11 +6,15 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from euphonium.config import Node
 from euphonium.rewards.frames import as_bytes, check_videos
 from euphonium.rewards.pretrained import library
 
@@ -37,47 +41,45 @@ class OpticalFlowReward:
     still is smooth. A still clip is smooth; ``least_speed`` keeps it from being rewarded.
     """
 
-    def __init__(
-        self,
-        method: Literal["dis", "farneback"] = "dis",
-        side: int = 128,
-        tolerance: float = 0.01,
-        least_speed: float = 0.0,
-        threads: int = 1,
-    ) -> None:
-        """Prepares the flow algorithm.
+    class Options(Node):
+        """How motion is measured, and how much of it is wanted."""
 
-        Args:
-            method: dense inverse search, or Farneback's polynomial expansion (two to three times slower).
-            side: frames are scaled so that their shorter side has this many pixels.
-            tolerance: acceleration at which the reward is 1/e, as a share of the shorter side.
-            least_speed: mean speed below which the reward falls off, as a share of the shorter side a frame.
-            threads: CPU threads of OpenCV, for the whole process.
+        method: Literal["dis", "farneback"] = "dis"
+        """Dense inverse search, or Farneback's polynomial expansion (two to three times slower)."""
+        side: Annotated[int, Field(ge=32)] = 128
+        """Frames are scaled so that their shorter side has this many pixels."""
+        tolerance: PositiveFloat = 0.01
+        """Acceleration at which the reward is 1/e, as a share of the shorter side."""
+        least_speed: Annotated[float, Field(ge=0)] = 0.0
+        """Mean speed below which the reward falls off, as a share of the shorter side a frame; 0 asks for no motion."""
+        threads: PositiveInt = 1
+        """CPU threads of OpenCV, for the whole process."""
+
+    def __init__(self, options: Options) -> None:
+        """Prepares the flow algorithm.
 
         Raises:
             ConfigError: OpenCV is not installed.
-            ValueError: an option out of range.
         """
         self._cv2 = library("cv2", "optical_flow")
-        if method not in ("dis", "farneback"):
-            raise ValueError(f"method must be dis or farneback, not {method!r}")
-        if side < 32 or tolerance <= 0 or least_speed < 0:
-            raise ValueError("side must be at least 32, tolerance positive, and least_speed not negative")
-        self._cv2.setNumThreads(threads)
+        self._cv2.setNumThreads(options.threads)
         self._dis = None
-        if method == "dis":
+        if options.method == "dis":
             self._dis = self._cv2.DISOpticalFlow_create(self._cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        self.side = side
-        self.tolerance = tolerance
-        self.least_speed = least_speed
+        self.side = options.side
+        self.tolerance = options.tolerance
+        self.least_speed = options.least_speed
 
-    def _flow(self, before: Any, after: Any) -> Any:
+    def _flow(self, before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Displacement (x, y) in pixels of every pixel of ``before``: float32 ``[height, width, 2]``."""
+        flow: NDArray[np.float32]
         if self._dis is not None:
-            return self._dis.calc(before, after, None)
-        return self._cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 5, 21, 3, 7, 1.5, 0)
+            flow = self._dis.calc(before, after, None)
+        else:
+            flow = self._cv2.calcOpticalFlowFarneback(before, after, None, 0.5, 5, 21, 3, 7, 1.5, 0)
+        return flow
 
-    def _grey(self, video: Tensor) -> list[Any]:
+    def _grey(self, video: Tensor) -> list[NDArray[np.uint8]]:
         """Frames as 8-bit grey pictures of the working size."""
         cv2 = self._cv2
         height, width = video.shape[-2:]

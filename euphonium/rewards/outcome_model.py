@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from pydantic import PositiveInt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,7 +23,10 @@ from torch.nn import functional
 from euphonium.config import BackboneConfig
 from euphonium.errors import ConfigError
 from euphonium.rewards.frames import check_videos
-from euphonium.rewards.pretrained import device_of
+from euphonium.rewards.pretrained import NetworkOptions, device_of
+
+if TYPE_CHECKING:
+    from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
 
 CONFIG_FILE = "config.json"
 HEAD_FILE = "head.safetensors"
@@ -66,7 +70,13 @@ class VideoFormat:
 class OutcomeModel(nn.Module):
     """Backbone and head; rewards are unbounded, higher is better."""
 
-    def __init__(self, backbone: Any, tokenizer: Any, video: VideoFormat, dtype: str) -> None:
+    def __init__(
+        self,
+        backbone: InternVLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        video: VideoFormat,
+        dtype: str,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
@@ -86,7 +96,7 @@ class OutcomeModel(nn.Module):
         """
         from transformers import AutoConfig, AutoTokenizer, InternVLForConditionalGeneration
 
-        source: dict[str, Any] = {"pretrained_model_name_or_path": config.path, "revision": config.revision}
+        source: dict[str, str | None] = {"pretrained_model_name_or_path": config.path, "revision": config.revision}
         try:
             kind = AutoConfig.from_pretrained(**source).model_type
             if kind != "internvl":
@@ -130,7 +140,7 @@ class OutcomeModel(nn.Module):
         rewards: Tensor = self.head(last.float())
         return rewards.squeeze(1)
 
-    def _computing(self, device: torch.device) -> AbstractContextManager[Any]:
+    def _computing(self, device: torch.device) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.dtype)
@@ -193,7 +203,7 @@ class OutcomeModel(nn.Module):
             tokens += [] if end is None else [end]
         return tokens + encoded(self.format.question) + words + encoded(self.format.ending)
 
-    def save(self, folder: Path, **notes: Any) -> None:
+    def save(self, folder: Path, **notes: object) -> None:
         """Writes the model as a folder; ``notes`` go into its ``config.json``."""
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone.save_pretrained(folder / BACKBONE_FOLDER)
@@ -237,23 +247,23 @@ class OutcomeModel(nn.Module):
 class TrainedOutcomeReward:
     """A trained outcome reward model as a reward; unbounded, and only differences mean something."""
 
-    def __init__(self, path: str, batch: int = 4, device: str | None = None) -> None:
-        """Loads the model.
+    class Options(NetworkOptions):
+        """Which model."""
 
-        Args:
-            path: folder that ``euphonium train-orm`` wrote.
-            batch: videos in one forward pass.
-            device: such as ``cuda:0``; the GPU, if there is one, unless given.
+        path: str
+        """Folder that ``euphonium train-orm`` wrote."""
+        batch: PositiveInt = 4
+        """Videos in one forward pass."""
+
+    def __init__(self, options: Options) -> None:
+        """Loads the model.
 
         Raises:
             ConfigError: the folder holds no such model.
-            ValueError: an option out of range.
         """
-        if batch < 1:
-            raise ValueError("batch must be at least 1")
-        self.device = device_of(device)
-        self.model = OutcomeModel.load(Path(path)).to(self.device)
-        self.batch = batch
+        self.device = device_of(options.device)
+        self.model = OutcomeModel.load(Path(options.path)).to(self.device)
+        self.batch = options.batch
 
     @torch.inference_mode()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -7,19 +7,44 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Literal
 
 import torch
+from pydantic import PositiveInt
 from safetensors.torch import load_file
 from torch import Tensor
 
+from euphonium.config import Node
 from euphonium.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def library(name: str, reward: str) -> Any:
+class NetworkOptions(Node):
+    """Options of every reward with a network."""
+
+    batch: PositiveInt = 1
+    """Videos in one forward pass."""
+    device: str | None = None
+    """Where the network runs, such as ``cuda:0``; null takes the GPU if there is one."""
+
+
+class PretrainedOptions(NetworkOptions):
+    """Options of rewards with published weights."""
+
+    weights: str
+    """Folder with the weights, or a hub id together with ``revision``."""
+    revision: str | None = None
+    """Commit of the hub id in ``weights``."""
+    dtype: Dtype = "bfloat16"
+    """Type of the network's weights."""
+
+
+def library(name: str, reward: str) -> ModuleType:
     """Imports an optional library.
 
     Raises:
@@ -38,19 +63,12 @@ def device_of(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """The torch type of a name in a recipe.
-
-    Raises:
-        ConfigError: another name than the three.
-    """
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ConfigError(f"option dtype: unknown type {name!r}; use one of {', '.join(known)}")
-    return known[name]
+def dtype_of(name: Dtype) -> torch.dtype:
+    """The torch type of a name in a recipe."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def pinned(weights: str, revision: str | None, option: str = "weights") -> dict[str, Any]:
+def pinned(weights: str, revision: str | None, option: str = "weights") -> dict[str, str | bool]:
     """Keyword arguments of ``from_pretrained`` for a folder, or for a hub id with its commit.
 
     Raises:

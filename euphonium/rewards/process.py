@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -51,7 +50,7 @@ class QueryHead(nn.Module):
 class ProcessRewardModel(nn.Module):
     """``r(x_sigma, sigma, c)`` for the generators of one family."""
 
-    def __init__(self, family: Generator, blocks: int, head: dict[str, Any] | None = None) -> None:
+    def __init__(self, family: Generator, blocks: int, head: dict[str, int] | None = None) -> None:
         super().__init__()
         self.family = family
         self.blocks = blocks
@@ -60,7 +59,7 @@ class ProcessRewardModel(nn.Module):
         self.head = QueryHead(family.token_width(), **self.head_options)
 
     @classmethod
-    def from_generator(cls, family: Generator, blocks: int, head: dict[str, Any] | None = None) -> ProcessRewardModel:
+    def from_generator(cls, family: Generator, blocks: int, head: dict[str, int] | None = None) -> ProcessRewardModel:
         """A model whose trunk starts from the generator's own first blocks."""
         model = cls(family, blocks, head)
         wanted = model.trunk.state_dict().keys()
@@ -90,7 +89,7 @@ class ProcessRewardModel(nn.Module):
             self.trunk.enable_gradient_checkpointing()  # type: ignore[operator]
         return self
 
-    def _computing(self, device: torch.device) -> AbstractContextManager[Any]:
+    def _computing(self, device: torch.device) -> AbstractContextManager[object]:
         """Where float32 weights of a bfloat16 generator are in training, the arithmetic stays the generator's."""
         weight = next(self.trunk.parameters())
         if weight.dtype == self.family.dtype:
@@ -115,7 +114,7 @@ class ProcessRewardModel(nn.Module):
             (gradient,) = torch.autograd.grad(rewards.sum(), x)
         return rewards.detach(), gradient
 
-    def save(self, folder: Path, dtype: torch.dtype = torch.float32, **notes: Any) -> None:
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32, **notes: object) -> None:
         """Writes weights (safetensors) and description.
 
         Args:
@@ -174,7 +173,7 @@ class LocalRewards:
     """A process reward model in this process, for one prompt: a source of rewards and guidance without a server."""
 
     def __init__(self, model: ProcessRewardModel, conditioning: Conditioning, sigmas: Tensor) -> None:
-        """Args as described in the class.
+        """Fixes what stays the same over a walk.
 
         Args:
             model: to ask.

@@ -1,15 +1,23 @@
-"""Outcome rewards by name: the built-in ones, and any ``package.module:Class``."""
+"""Outcome rewards by name: the built-in ones, and any ``package.module:Class``.
+
+A class with a nested ``Options(Node)`` is constructed with one of these, made from the recipe's ``options`` and checked
+like the rest of the recipe; a class without gets them as keyword arguments.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeGuard
 
-from euphonium.config import OutcomeRewardConfig
+from pydantic import ValidationError
+
+from euphonium.config import Node, OutcomeRewardConfig
+from euphonium.config.explain import explain
 from euphonium.errors import ConfigError
 from euphonium.rewards.base import OutcomeReward
+from euphonium.rewards.shared import Analyser, SharedReward
 
 # Import paths, not classes: a server imports only the libraries of the rewards that it serves.
 BUILT_IN: dict[str, str] = {
@@ -30,8 +38,12 @@ BUILT_IN: dict[str, str] = {
 }
 
 
-def find_reward(config: OutcomeRewardConfig) -> Callable[..., Any]:
-    """What makes a reward of its options: the class that ``type`` names.
+# Analysers of a recipe by class and options.
+Analysers = dict[tuple[type[Analyser[object]], Node], Analyser[object]]
+
+
+def find_reward(config: OutcomeRewardConfig) -> Callable[..., object]:
+    """What makes a reward: the class that ``type`` names.
 
     Raises:
         ConfigError: an unknown name, or a class that cannot be imported.
@@ -41,29 +53,74 @@ def find_reward(config: OutcomeRewardConfig) -> Callable[..., Any]:
     field = f"rewards.outcome ({config.name}).type"
     if not separator:
         near = difflib.get_close_matches(config.type, BUILT_IN, n=1)
-        advice = f"did you mean {near[0]!r}?" if near else f"built-in are {', '.join(BUILT_IN)}"
+        advice = f"did you mean {near[0]!r}?" if near else f"built-in are {', '.join(BUILT_IN)}."
         raise ConfigError(f"{field}: unknown reward {config.type!r}; {advice} Your own go by package.module:Class")
     try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module_name), class_name)
+        found: Callable[..., object] = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{field}: cannot import {path!r}: {error}") from error
     return found
 
 
+def options_of(made_by: Callable[..., object]) -> type[Node] | None:
+    """The options that a reward's class declares; None for a class that takes keyword arguments."""
+    options = getattr(made_by, "Options", None)
+    return options if isinstance(options, type) and issubclass(options, Node) else None
+
+
 def build_reward(config: OutcomeRewardConfig) -> OutcomeReward:
-    """Constructs a reward.
+    """Constructs a single reward.
 
     Raises:
-        ConfigError: see :func:`find_reward`; or options that the class does not take, or that it cannot be made with.
+        ConfigError: as :func:`build_rewards`.
     """
+    return _build(config, {})
+
+
+def build_rewards(configs: Sequence[OutcomeRewardConfig]) -> dict[str, OutcomeReward]:
+    """Constructs all rewards of a recipe, by name; those that read the same analysis get the same analyser.
+
+    Raises:
+        ConfigError: a class that cannot be found or is no reward, or options that it does not take or cannot be made
+            with; names the reward and the option.
+    """
+    analysers: Analysers = {}
+    return {config.name: _build(config, analysers) for config in configs}
+
+
+def _build(config: OutcomeRewardConfig, analysers: Analysers) -> OutcomeReward:
     made_by = find_reward(config)
-    path, field = BUILT_IN.get(config.type, config.type), f"rewards.outcome ({config.name}).type"
+    path, field = BUILT_IN.get(config.type, config.type), f"rewards.outcome ({config.name})"
     try:
-        made = made_by(**config.options)
+        made = _made(made_by, config.options, analysers)
     except ConfigError as error:
-        raise ConfigError(f"rewards.outcome ({config.name}).options: {error}") from error
+        raise ConfigError(f"{field}.options: {error}") from error
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{field}: cannot construct {path!r} with options {config.options}: {error}") from error
+        raise ConfigError(f"{field}.type: cannot construct {path!r} with options {config.options}: {error}") from error
     if not isinstance(made, OutcomeReward):
-        raise ConfigError(f"{field}: {path!r} has no method score(videos, prompts)")
+        raise ConfigError(f"{field}.type: {path!r} has no method score(videos, prompts)")
     return made
+
+
+def _made(made_by: Callable[..., object], given: Mapping[str, object], analysers: Analysers) -> object:
+    kind = options_of(made_by)
+    if kind is None:
+        return made_by(**given)
+    try:
+        options = kind.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError("; ".join(explain(kind, item, "options") for item in error.errors())) from None
+    analyser_class = made_by.analyser_class if _shares(made_by) else None
+    return made_by(options, _analyser(analyser_class, options, analysers)) if analyser_class else made_by(options)
+
+
+def _shares(made_by: Callable[..., object]) -> TypeGuard[type[SharedReward[object]]]:
+    return isinstance(made_by, type) and issubclass(made_by, SharedReward)
+
+
+def _analyser(kind: type[Analyser[object]], options: Node, analysers: Analysers) -> Analyser[object]:
+    """The analyser for a reward's options, made where no other reward has needed it yet."""
+    own = kind.Options.model_validate({name: getattr(options, name) for name in kind.Options.model_fields})
+    if (kind, own) not in analysers:
+        analysers[kind, own] = kind(own)
+    return analysers[kind, own]

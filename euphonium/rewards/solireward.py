@@ -11,14 +11,18 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from euphonium.errors import ConfigError
 from euphonium.rewards.frames import check_videos, cropped, normalised, quantised, resized
-from euphonium.rewards.pretrained import device_of, dtype_of, fill, loading, pinned, read_weights
+from euphonium.rewards.pretrained import PretrainedOptions, device_of, dtype_of, fill, loading, pinned, read_weights
+
+if TYPE_CHECKING:
+    from transformers import InternVLConfig, InternVLModel, Qwen2Tokenizer
 
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BEGIN, CONTEXT, END = "<img>", "<IMG_CONTEXT>", "</img>"
@@ -103,7 +107,7 @@ def from_internvl_chat(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def transformers_config(chat: Mapping[str, Any], image_token: int) -> Any:
+def transformers_config(chat: Mapping[str, Any], image_token: int) -> InternVLConfig:
     """Transformers' configuration of what InternVL's own ``config.json`` describes.
 
     Raises:
@@ -219,79 +223,46 @@ class RewardHead(nn.Module):
 class SoliReward:
     """The head's number; unbounded, higher is better. Trained to rank, so only differences mean something."""
 
-    def __init__(
-        self,
-        weights: str,
-        system_prompt: str,
-        user_prompt: str,
-        revision: str | None = None,
-        subfolder: str = "",
-        frames: int | None = None,
-        max_tiles: int | None = None,
-        batch: int = 1,
-        dtype: str = "bfloat16",
-        device: str | None = None,
-    ) -> None:
-        """Loads the network; the checkpoint's ``training_config.json`` says which head, frames and tiles it has.
+    class Options(PretrainedOptions):
+        """The checkpoint, and the texts that it was trained with."""
 
-        Args:
-            weights: folder or hub id with the checkpoint (Yukino271828/SoliReward).
-            system_prompt: instruction that the checkpoint was trained with.
-            user_prompt: what comes before the frames; ``{prompt}`` in it stands for the video's prompt.
-            revision: commit of the hub id.
-            subfolder: where the checkpoint lies within ``weights``.
-            frames: frames that are looked at; the checkpoint's own unless given.
-            max_tiles: tiles that a frame is cut into at most; the checkpoint's own unless given.
-            batch: videos in one forward pass.
-            dtype: of the backbone: float32, bfloat16 (as published) or float16; the head is always float32.
-            device: such as ``cuda:0``; the GPU, if there is one, unless given.
+        weights: str
+        """Folder or hub id with the checkpoint (Yukino271828/SoliReward)."""
+        subfolder: str = ""
+        """Where the checkpoint lies within ``weights``."""
+        system_prompt: str
+        """Instruction that the checkpoint was trained with."""
+        user_prompt: str
+        """What comes before the frames; ``{prompt}`` in it stands for the video's prompt."""
+        frames: PositiveInt | None = None
+        """Frames that are looked at; null takes the checkpoint's own."""
+        max_tiles: PositiveInt | None = None
+        """Tiles that a frame is cut into at most; null takes the checkpoint's own."""
+
+    def __init__(self, options: Options) -> None:
+        """Loads the network; the checkpoint's ``training_config.json`` says which head, frames and tiles it has.
 
         Raises:
             ConfigError: a file is missing, not pinned, or of another model; names the option.
-            ValueError: an option out of range.
         """
-        if batch < 1 or (frames is not None and frames < 1) or (max_tiles is not None and max_tiles < 1):
-            raise ValueError("batch, frames and max_tiles must be at least 1")
-        folder = _folder(weights, revision, subfolder)
+        weights = options.weights
+        folder = _folder(weights, options.revision, options.subfolder)
         with loading("weights", weights):
             chat = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             settings = json.loads(_settings_file(folder).read_text(encoding="utf-8"))
             model, images = settings["model_args"], settings["internvl_args"]
-        from transformers import InternVLModel, Qwen2Tokenizer
-
-        with loading("weights", weights):
-            self._tokenizer = Qwen2Tokenizer.from_pretrained(folder, padding_side="right")
-            image_token = self._tokenizer.convert_tokens_to_ids(CONTEXT)
-            if self._tokenizer.chat_template is None or image_token in (None, self._tokenizer.unk_token_id):
-                raise ValueError(f"its tokenizer lacks a chat template or the token {CONTEXT}")
-            config = transformers_config(chat, image_token)
-            config._attn_implementation = "sdpa"
-            backbone = InternVLModel(config)
-        head = RewardHead(
-            config.text_config.hidden_size, model["reduce_sequence"], model.get("hierarchical_query_attn_layers") or []
-        )
-        state: dict[str, Tensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            state |= read_weights(file, "weights")
-        if not state:
-            raise ConfigError(f"option weights: no .safetensors in {str(folder)!r}")
-        fill(
-            head,
-            {name: part.float() for name, part in state.items() if name.startswith(HEAD_NAMES)},
-            "weights",
-            weights,
-        )
-        rest = from_internvl_chat({name: part for name, part in state.items() if not name.startswith(HEAD_NAMES)})
-        fill(backbone, {name: part.to(dtype_of(dtype)) for name, part in rest.items()}, "weights", weights)
-        self.device = device_of(device)
-        self.backbone: Any = backbone.to(self.device).eval().requires_grad_(False)
+        self._tokenizer, backbone = _tokenizer_and_backbone(folder, chat, weights)
+        layers = model.get("hierarchical_query_attn_layers") or []
+        head = RewardHead(backbone.config.text_config.hidden_size, model["reduce_sequence"], layers)
+        _fill(backbone, head, folder, options)
+        self.device = device_of(options.device)
+        self.backbone = backbone.to(self.device).eval().requires_grad_(False)
         self.head = head.to(self.device).eval().requires_grad_(False)
-        self.system_prompt, self.user_prompt = system_prompt, user_prompt
-        self.frames = frames or int(images["num_segments"])
-        self.max_tiles = max_tiles or int(images["max_num"])
+        self.options = options
+        self.frames = options.frames or int(images["num_segments"])
+        self.max_tiles = options.max_tiles or int(images["max_num"])
         self.tile = int(images["input_size"])
         self.crop = bool(images.get("center_crop_video", False))
-        self.batch = batch
 
     def text(self, prompt: str, frames: int, tiles: int) -> str:
         """The conversation that the network reads.
@@ -304,8 +275,8 @@ class SoliReward:
         picture = BEGIN + CONTEXT * (self.backbone.config.image_seq_length * tiles) + END
         shown = "".join(f"Frame{number}: {picture}\n" for number in range(1, frames + 1))
         messages = [
-            {"role": "system", "content": self.system_prompt},
-            {"role": "user", "content": self.user_prompt.replace("{prompt}", prompt) + shown},
+            {"role": "system", "content": self.options.system_prompt},
+            {"role": "user", "content": self.options.user_prompt.replace("{prompt}", prompt) + shown},
         ]
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
@@ -322,10 +293,10 @@ class SoliReward:
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
         """See :class:`euphonium.rewards.base.OutcomeReward`; unbounded."""
         check_videos(videos, prompts)
-        parts = []
-        for begin in range(0, len(videos), self.batch):
-            pixels = torch.stack([self.pixels(video.to(self.device)) for video in videos[begin : begin + self.batch]])
-            texts = [self.text(prompt, *pixels.shape[1:3]) for prompt in prompts[begin : begin + self.batch]]
+        parts, batch = [], self.options.batch
+        for begin in range(0, len(videos), batch):
+            pixels = torch.stack([self.pixels(video.to(self.device)) for video in videos[begin : begin + batch]])
+            texts = [self.text(prompt, *pixels.shape[1:3]) for prompt in prompts[begin : begin + batch]]
             tokens = self._tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False).to(self.device)
             found = self.backbone(
                 input_ids=tokens["input_ids"],
@@ -352,6 +323,36 @@ def _folder(weights: str, revision: str | None, subfolder: str) -> Path:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"option weights: no config.json in {str(folder)!r}; see the option subfolder")
     return folder
+
+
+def _tokenizer_and_backbone(
+    folder: Path, chat: Mapping[str, Any], weights: str
+) -> tuple[Qwen2Tokenizer, InternVLModel]:
+    """The checkpoint's tokenizer, and the network that its ``config.json`` describes, still without its weights."""
+    from transformers import InternVLModel, Qwen2Tokenizer
+
+    with loading("weights", weights):
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder, padding_side="right")
+        image_token = tokenizer.convert_tokens_to_ids(CONTEXT)
+        if tokenizer.chat_template is None or image_token in (None, tokenizer.unk_token_id):
+            raise ValueError(f"its tokenizer lacks a chat template or the token {CONTEXT}")
+        config = transformers_config(chat, image_token)
+        config._attn_implementation = "sdpa"
+        return tokenizer, InternVLModel(config)
+
+
+def _fill(backbone: nn.Module, head: RewardHead, folder: Path, options: SoliReward.Options) -> None:
+    """Puts the checkpoint's weights into both parts of the network; the head's stay float32."""
+    state: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        state |= read_weights(file, "weights")
+    if not state:
+        raise ConfigError(f"option weights: no .safetensors in {str(folder)!r}")
+    heads = {name: part.float() for name, part in state.items() if name.startswith(HEAD_NAMES)}
+    fill(head, heads, "weights", options.weights)
+    rest = from_internvl_chat({name: part for name, part in state.items() if name not in heads})
+    dtype = dtype_of(options.dtype)
+    fill(backbone, {name: part.to(dtype) for name, part in rest.items()}, "weights", options.weights)
 
 
 def _settings_file(folder: Path) -> Path:

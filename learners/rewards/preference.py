@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from euphonium.config import PrmOptimizerConfig
+from euphonium.config import RewardOptimizerConfig
 from euphonium.dynamics import noised
 from euphonium.errors import ConfigError
 from euphonium.generators.conditioning import Conditioning
@@ -157,7 +157,12 @@ class PrmTask:
     """A process reward model's preferences, as :class:`learners.rewards.training.Task`."""
 
     def __init__(
-        self, train: Preferences, held_out: Preferences, settings: PrmOptimizerConfig, seed: int, device: torch.device
+        self,
+        train: Preferences,
+        held_out: Preferences,
+        settings: RewardOptimizerConfig,
+        seed: int,
+        device: torch.device,
     ) -> None:
         for part, data in (("training", train), ("held-out", held_out)):
             if not len(data.pairs):

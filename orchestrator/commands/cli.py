@@ -172,12 +172,14 @@ def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the clips.")] = Path("generated"),
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-    steps: Annotated[int, typer.Option(help="ODE steps.")] = 30,
+    steps: Annotated[int | None, typer.Option(help="ODE steps; default: that of evaluation.num_steps.")] = None,
     protocol: ProtocolOption = None,
 ) -> None:
     """Draw clips from a trained model and save them as GIFs with a contact sheet."""
+    from euphonium.config import EvaluationConfig
     from orchestrator.commands.inference import generate_clips
 
+    steps = EvaluationConfig().num_steps if steps is None else steps
     for path in generate_clips(model, prompt, output, seed=seed, steps=steps, protocol=protocol):
         say(str(path))
 
@@ -246,16 +248,19 @@ def export(
 
 @app.command()
 def options(
-    prefix: Annotated[str, typer.Argument(help="Show only fields that begin with this, for example sampler.")] = "",
+    prefix: Annotated[
+        str, typer.Argument(help="Show only fields that begin with this (sampler), or options of a reward (ocr).")
+    ] = "",
     prm: Annotated[bool, typer.Option("--prm", help="Fields of train-prm recipes instead.")] = False,
     orm: Annotated[bool, typer.Option("--orm", help="Fields of train-orm recipes instead.")] = False,
 ) -> None:
-    """List every field of a recipe: type, default, meaning."""
+    """List every field of a recipe and every option of a reward: type, default, meaning."""
     from euphonium.config import OrmConfig, PrmConfig, RunConfig
-    from orchestrator.commands.reference import fields
+    from orchestrator.commands.reference import fields_with_reward_options
 
     tree = PrmConfig if prm else OrmConfig if orm else RunConfig
-    shown = [field for field in fields(tree) if field.path.startswith(prefix)]
+    listed = fields_with_reward_options(tree)
+    shown = [field for field in listed if field.path.startswith(prefix) or f"[type={prefix}]" in field.path]
     if not shown:
         raise ConfigError(f"no field begins with {prefix!r}; `euphonium options` lists all")
     for field in shown:

@@ -211,9 +211,10 @@ def evaluate_model(
     config = config.model_copy(update={"evaluation": evaluation})
     policy = open_policy(checkpoint, config, base=base, protocol=protocol)
     prompts, seeds = evaluation_set(config)
-    scorer = OrmScorer(config.rewards.outcome, policy.worker.family, policy.worker.device)
+    worker, rewards = policy.worker, config.rewards.outcome
+    scorer = OrmScorer(rewards, worker.family, worker.device, config.pools.orm.max_batch)
     scores = scorer.score(policy.sample(prompts, seeds), prompts)
-    scores["total"] = weighted_total(scores, config.rewards.outcome) / total_weight(config.rewards.outcome)
+    scores["total"] = weighted_total(scores, rewards) / total_weight(rewards)
     return {
         "model": str(config.model.path) if base else str(checkpoint.folder),
         "protocol": protocol or "without reward gradient",

@@ -57,7 +57,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     from actors.sampler import select_steps
     from euphonium.generators.generator import images_for
     from euphonium.generators.registry import open_generator
-    from euphonium.rewards.registry import build_reward
+    from euphonium.rewards.registry import build_rewards
     from orchestrator.evaluation import evaluation_set
     from orchestrator.groups.prompts import read_prompts
 
@@ -66,8 +66,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     prompts = read_prompts(config.prompts.train, "prompts.train")
     evaluation_set(config)
     images_for(family, config.prompts)
-    for reward in config.rewards.outcome:
-        build_reward(reward)
+    build_rewards(config.rewards.outcome)
     if config.rewards.process is not None:
         from euphonium.rewards.process import ProcessRewardModel
 

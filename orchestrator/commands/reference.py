@@ -1,4 +1,4 @@
-"""Reference pages made from the declarations: every field of a recipe, every metric.
+"""Reference pages made from the declarations: every field of a recipe, every option of a reward, every metric.
 
 ``python -m orchestrator.commands.reference`` writes ``docs/configuration.md``, ``docs/metrics.md`` and
 ``docs/migration.md``; a test keeps them true.
@@ -7,21 +7,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a recipe, as a user sees it."""
+    """One field of a recipe, as a user sees it.
+
+    Attributes:
+        path: from the recipe's root.
+        kind: what values it takes.
+        default: as JSON, or ``required``.
+        description: in a sentence or two.
+    """
 
     path: str
     kind: str
@@ -34,20 +40,41 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[Field]:
     for name, info in model.model_fields.items():
         path = f"{prefix}{name}"
         nested, is_list, optional = _nested(info.annotation)
+        value = None if info.is_required() else info.get_default(call_default_factory=True, validated_data={})
+        default = "required" if info.is_required() else json.dumps(value, default=str)
+        description = " ".join((info.description or "").split())
         if nested is None:
-            default = "required" if info.default is PydanticUndefined and info.default_factory is None else ""
-            if not default:
-                value = info.get_default(call_default_factory=True, validated_data={})
-                default = json.dumps(value, default=str)
-            yield Field(path, _kind(info.annotation), default, " ".join((info.description or "").split()))
+            yield Field(path, _kind(info.annotation), default, description)
             continue
         if optional or is_list:
-            default = "required" if info.is_required() else json.dumps(info.default, default=str)
-            yield Field(path, "list" if is_list else "section", default, " ".join((info.description or "").split()))
+            yield Field(path, "list" if is_list else "section", default, description)
         yield from fields(nested, f"{path}{'[]' if is_list else ''}.")
 
 
-def _nested(annotation: Any) -> tuple[type[BaseModel] | None, bool, bool]:
+def reward_options() -> dict[str, list[Field]]:
+    """Options of every built-in reward that has any, by the reward's ``type``."""
+    from euphonium.config import OutcomeRewardConfig
+    from euphonium.rewards.registry import BUILT_IN, find_reward, options_of
+
+    found = {}
+    for kind in BUILT_IN:
+        options = options_of(find_reward(OutcomeRewardConfig(name=kind, type=kind)))
+        if options is not None and options.model_fields:
+            found[kind] = list(fields(options))
+    return found
+
+
+def fields_with_reward_options(model: type[BaseModel]) -> Iterator[Field]:
+    """:func:`fields`, and after each ``options`` of outcome rewards those of every type: ``outcome[type=ocr]...``."""
+    for field in fields(model):
+        yield field
+        if field.path.endswith("outcome[].options"):
+            for kind, options in reward_options().items():
+                place = field.path.replace("outcome[]", f"outcome[type={kind}]")
+                yield from (replace(option, path=f"{place}.{option.path}") for option in options)
+
+
+def _nested(annotation: object) -> tuple[type[BaseModel] | None, bool, bool]:
     """The model inside an annotation, whether it is in a list, and whether it may be null."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False, False
@@ -60,7 +87,7 @@ def _nested(annotation: Any) -> tuple[type[BaseModel] | None, bool, bool]:
     return None, False, False
 
 
-def _kind(annotation: Any) -> str:
+def _kind(annotation: object) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " or ".join(map(str, arguments))
@@ -70,12 +97,29 @@ def _kind(annotation: Any) -> str:
         return "null"
     if origin is not None and hasattr(annotation, "__metadata__"):
         return _kind(arguments[0])
+    if origin is tuple and arguments[1:] == (Ellipsis,):
+        return f"list of {_kind(arguments[0])}"
     if origin in (list, tuple):
         return f"[{', '.join(_kind(a) for a in arguments)}]"
     if origin is dict:
         return "mapping"
     names = {str: "text", float: "number", int: "integer", bool: "true or false", Path: "path"}
-    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    if isinstance(annotation, type):
+        return names.get(annotation, annotation.__name__)
+    return str(annotation)
+
+
+def _table(rows: Iterable[Field]) -> list[str]:
+    """Rows of fields as a table of Markdown."""
+    return [
+        "| field | type | default | meaning |",
+        "|---|---|---|---|",
+        *(
+            f"| `{f.path}` | {f.kind} | {'required' if f.default == 'required' else f'`{f.default}`'} "
+            f"| {f.description.replace('|', chr(92) + '|')} |"
+            for f in rows
+        ),
+    ]
 
 
 def configuration_page() -> str:
@@ -85,20 +129,29 @@ def configuration_page() -> str:
     parts = [
         "# Configuration",
         "",
-        "Made from `euphonium/config/run.py` by `python -m orchestrator.commands.reference`; do not edit.",
+        "Made from `euphonium/config/` and the options of the rewards by `python -m orchestrator.commands.reference`;",
+        "do not edit.",
         "",
         "A recipe is a YAML file with these fields. `extends: other.yaml` builds on another recipe, and every field",
         "can be set on the command line: `euphonium train RECIPE pools.rollout.num_actors=4 rollout.group_size=8`.",
-        "Entries of lists go by number: `rewards.outcome.0.weight=2`.",
+        "Entries of lists go by number: `rewards.outcome.0.weight=2`. `options` of outcome rewards are listed",
+        "[at the end](#options-of-outcome-rewards).",
     ]
     trees: dict[str, type[BaseModel]] = {"train": RunConfig, "train-prm": PrmConfig, "train-orm": OrmConfig}
     for command, model in trees.items():
-        parts += ["", f"## `euphonium {command}`", "", "| field | type | default | meaning |", "|---|---|---|---|"]
-        parts += [
-            f"| `{f.path}` | {f.kind} | {'required' if f.default == 'required' else f'`{f.default}`'} "
-            f"| {f.description.replace('|', chr(92) + '|')} |"
-            for f in fields(model)
-        ]
+        parts += ["", f"## `euphonium {command}`", "", *_table(fields(model))]
+    parts += [
+        "",
+        "## Options of outcome rewards",
+        "",
+        "What `rewards.outcome[].options` (of `euphonium train-prm`: `outcome[].options`) may hold, by `type`; types",
+        "that are not here have no options. What the rewards do is in [rewards.md](rewards.md).",
+    ]
+    kinds: dict[tuple[Field, ...], list[str]] = {}
+    for kind, options in reward_options().items():
+        kinds.setdefault(tuple(options), []).append(f"`{kind}`")
+    for same, names in kinds.items():
+        parts += ["", f"### {', '.join(names)}", "", *_table(same)]
     return "\n".join(parts) + "\n"
 
 
@@ -125,12 +178,12 @@ def metrics_page() -> str:
 
 def migration_page() -> str:
     """``docs/migration.md``."""
-    from euphonium.config.foreign import PROJECTS
+    from euphonium.config.foreign import projects
 
     parts = [
         "# Coming from another project",
         "",
-        "Made from `euphonium/config/foreign.py` by `python -m orchestrator.commands.reference`; do not edit.",
+        "Made from `euphonium/config/foreign.yaml` by `python -m orchestrator.commands.reference`; do not edit.",
         "",
         "What a setting of another project is called here. The fields are described in",
         "[configuration.md](configuration.md), the methods and how they differ in [methods.md](methods.md).",
@@ -139,7 +192,7 @@ def migration_page() -> str:
         "is called here, and `euphonium validate` reports variables of Euphonium's script that are set in the",
         "environment, where they have no effect.",
     ]
-    for project in PROJECTS:
+    for project in projects().values():
         parts += [
             "",
             f"## {project.title}",

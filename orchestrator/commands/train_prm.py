@@ -18,7 +18,7 @@ import torch
 
 from actors.rollout import encode_one
 from actors.sampler import initial_noise, sample_deterministic
-from euphonium.config import PrmConfig
+from euphonium.config import PrmConfig, RewardPoolConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.conditioning import Conditioning, stack_conditionings
 from euphonium.generators.generator import Generator, images_for
@@ -225,7 +225,7 @@ def _samples(
     """Draws and scores some batches: latents ``[samples, *latent]`` and scores ``[samples]``."""
     family, device = open_generator(config.model), _device()
     transformer = family.load_transformer(device).requires_grad_(False)
-    scorer = OrmScorer(config.outcome, family, device)
+    scorer = OrmScorer(config.outcome, family, device, RewardPoolConfig().max_batch)
     table = family.ode_table(config.pairs.num_steps, config.pairs.shift)
     latents: list[Array] = []
     scores = []

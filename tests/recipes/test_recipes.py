@@ -1,6 +1,5 @@
 """Every recipe that is shipped: it can be read, its arithmetic works, and its numbers are those that it cites."""
 
-import inspect
 import math
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from euphonium.errors import ConfigError
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.base import OutcomeReward
 from euphonium.rewards.process import ProcessRewardModel
-from euphonium.rewards.registry import build_reward, find_reward
+from euphonium.rewards.registry import build_reward, find_reward, options_of
 
 ROOT = Path("recipes")
 # A base holds what recipes share and is no recipe: it may lack required fields.
@@ -46,14 +45,13 @@ def test_outcome_rewards_are_there_and_take_their_options(path: Path) -> None:
     rewards = load_config(path, [], PrmConfig).outcome if path in PRM else load(path).rewards.outcome
     assert rewards
     for reward in rewards:
-        parameters = list(inspect.signature(find_reward(reward)).parameters.values())
-        # The rest of a reward's options may be those of its base class.
-        open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        assert open_ended or set(reward.options) <= {parameter.name for parameter in parameters}
-        required = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+        options = options_of(find_reward(reward))
+        assert options is not None
+        assert set(reward.options) <= set(options.model_fields)
+        required = {name for name, field in options.model_fields.items() if field.is_required()}
         # What a recipe cannot ship it asks for.
         text = "".join(file.read_text() for file in {path, path.with_name("base.yaml")} if file.is_file())
-        assert all(name in text for name in required - set(reward.options) if name != "options"), reward.name
+        assert all(name in text for name in required - set(reward.options)), reward.name
         if path.parent.name == "embedded":
             assert isinstance(build_reward(reward), OutcomeReward)
 

@@ -38,7 +38,7 @@ class BrokenReward:
 
 
 def scorer_of(config: RunConfig) -> OrmScorer:
-    return OrmScorer(config.rewards.outcome, open_generator(config.model), CPU)
+    return OrmScorer(config.rewards.outcome, open_generator(config.model), CPU, config.pools.orm.max_batch)
 
 
 def custom(make_config: MakeConfig, how: str) -> RunConfig:

@@ -12,10 +12,17 @@ def rewards(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape or (6,), generator=torch.Generator().manual_seed(seed))
 
 
+def rule_of(weights: dict[str, float], **settings: object) -> AdvantageRule:
+    usual = {
+        "process_weight": 0.0, "scope": "group", "ddof": 1, "eps": 1e-8, "clip": 5.0, "combine": "advantages",
+    }  # fmt: skip
+    return AdvantageRule(weights=weights, **(usual | settings))  # type: ignore[arg-type]
+
+
 def one(outcome: dict[str, Tensor], process: Tensor | None = None, **options: object) -> Tensor:
     """Values of a single group."""
     weights = options.pop("weights", dict.fromkeys(outcome, 1.0))
-    rule = AdvantageRule(weights=weights, process_weight=0.0 if process is None else 1.0, **options)  # type: ignore[arg-type]
+    rule = rule_of(weights, process_weight=0.0 if process is None else 1.0, **options)
     return group_advantages([GroupRewards(outcome, process)], rule)[0].values
 
 
@@ -56,7 +63,7 @@ def test_permuting_samples_permutes_advantages(seed: int, order: list[int]) -> N
 
 def test_a_group_without_spread_gets_zero_and_is_named() -> None:
     flat = torch.full((5,), 0.3)
-    rule = AdvantageRule(weights={"flat": 1.0, "live": 1.0})
+    rule = rule_of({"flat": 1.0, "live": 1.0})
     result = group_advantages([GroupRewards({"flat": flat, "live": rewards(0, 5)})], rule)[0]
     assert result.flat == {"flat"}
     assert torch.equal(one({"flat": flat}), torch.zeros(1, 5, 1))
@@ -83,7 +90,7 @@ def test_global_scope_divides_by_the_spread_over_all_groups() -> None:
     groups = [GroupRewards({"a": torch.tensor([1.0, 2.0])}), GroupRewards({"a": torch.tensor([3.0, 5.0])})]
 
     def values(scope: str) -> Tensor:
-        rule = AdvantageRule(weights={"a": 1.0}, scope=scope, ddof=0, eps=1e-4)  # type: ignore[arg-type]
+        rule = rule_of({"a": 1.0}, scope=scope, ddof=0, eps=1e-4)
         return torch.cat([g.values.flatten() for g in group_advantages(groups, rule)])
 
     torch.testing.assert_close(values("global"), torch.tensor([-0.338, 0.338, -0.676, 0.676]), atol=5e-4, rtol=0)
@@ -100,13 +107,13 @@ def test_best_of_keeps_the_best_and_the_worst_of_each_group() -> None:
         GroupRewards({"a": torch.tensor([3.0, 9.0, 1.0, 5.0, 7.0, 2.0])}),
         GroupRewards({"a": torch.tensor([0.6, 0.1, 0.2, 0.5, 0.4, 0.3])}),
     ]
-    rule = AdvantageRule(weights={"a": 1.0}, best_of=2)
+    rule = rule_of({"a": 1.0}, best_of=2)
     first, second = group_advantages(groups, rule)
     assert first.samples == (1, 2, 4, 5)
     assert second.samples == (0, 1, 2, 3)
     # Advantages are those over the whole group.
     torch.testing.assert_close(first.values[0, :, 0], standardised(groups[0].outcome["a"]))
-    everything = group_advantages(groups, AdvantageRule(weights={"a": 1.0}, best_of=3))
+    everything = group_advantages(groups, rule_of({"a": 1.0}, best_of=3))
     assert everything[0].samples == tuple(range(6))
 
 

@@ -5,8 +5,10 @@ from euphonium.dynamics.kl import KlController, k3_estimate, log_ratio_estimate
 
 
 def controller(**options: object) -> KlController:
-    settings = {"minimum": 1e-7, "maximum": 1e-5, "warmup_updates": 4, "target": 1.0, "history": 2} | options
-    return KlController(**settings)  # type: ignore[arg-type]
+    settings = {
+        "minimum": 1e-7, "maximum": 1e-5, "warmup_updates": 4, "target": 1.0, "history": 2, "direction": "published",
+    }  # fmt: skip
+    return KlController(**(settings | options))  # type: ignore[arg-type]
 
 
 def test_estimates_agree_with_the_divergence_of_two_gaussians() -> None:

@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from euphonium.embedded.rewards import BackgroundReward, IconReward, MotionReward, QualityReward
+from euphonium.config import OutcomeRewardConfig
 from euphonium.embedded.sprites import BACKGROUNDS, DIRECTIONS, ICONS, Scene, all_scenes, parse_caption, split_scenes
 from euphonium.embedded.sprites.render import render
+from euphonium.rewards.registry import build_rewards
 
-REWARDS = {
-    "icon": IconReward(), "motion": MotionReward(), "background": BackgroundReward(), "quality": QualityReward(),
-}  # fmt: skip
+REWARDS = build_rewards(
+    [OutcomeRewardConfig(name=name, type=f"sprite_{name}") for name in ("icon", "motion", "background", "quality")]
+)
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,18 @@
 """docs/rewards.md: complete, and its example runs."""
 
 import importlib
-import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from pydantic.fields import FieldInfo
 
 from euphonium.config import OutcomeRewardConfig, RunConfig, WatchConfig
 from euphonium.errors import ConfigError
 from euphonium.rewards.base import OutcomeReward
-from euphonium.rewards.registry import BUILT_IN, build_reward
+from euphonium.rewards.registry import BUILT_IN, build_reward, options_of
 from orchestrator.commands.reference import fields
 from orchestrator.report.metrics import METRICS, find_metric
 
@@ -34,10 +34,10 @@ def reward_class(name: str) -> type:
     return found
 
 
-def own_options(name: str) -> dict[str, inspect.Parameter]:
-    parameters = list(inspect.signature(reward_class(name).__init__).parameters.values())[1:]
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {parameter.name: parameter for parameter in parameters if parameter.kind in named}
+def own_options(name: str) -> dict[str, FieldInfo]:
+    options = options_of(reward_class(name))
+    assert options is not None
+    return options.model_fields
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -85,20 +85,24 @@ def test_every_option_is_documented_with_its_default(name: str) -> None:
     section = next(part for part in PAGE.split("\n### ") if f"`{name}`" in part.splitlines()[0])
     rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", section.split("\n## ")[0], flags=re.MULTILINE))
     options = own_options(name)
-    assert set(rows) == set(options)
-    for option, parameter in options.items():
-        if parameter.default is inspect.Parameter.empty:
+    # A section may begin with all options of another reward.
+    other = re.search(r"^The options of `(\w+)`, and:$", section, flags=re.MULTILINE)
+    assert set(rows) | set(own_options(other[1]) if other else {}) == set(options)
+    for option in rows:
+        field = options[option]
+        if field.is_required():
             assert rows[option] == "required"
-        elif parameter.default is not None and parameter.default != "":
+        elif field.default is not None and field.default != "":
             said = yaml.safe_load(rows[option])
-            assert said == parameter.default, option
+            assert said == field.default, option
         else:
             assert rows[option] != "required"
 
 
 def test_the_example_reward_runs_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = next(block for block in blocks("python") if block.startswith("# my_rewards.py"))
-    (tmp_path / "my_rewards.py").write_text(code)
+    declared = next(block for block in blocks("python") if "class Options(Node)" in block)
+    (tmp_path / "my_rewards.py").write_text(f"{code}\n{declared}")
     monkeypatch.syspath_prepend(tmp_path)
     recipe = next(block for block in blocks("yaml") if "my_rewards" in block)
     spec = OutcomeRewardConfig(**yaml.safe_load(recipe)["rewards"]["outcome"][0])
@@ -115,6 +119,10 @@ def test_the_example_reward_runs_as_documented(tmp_path: Path, monkeypatch: pyte
         reward.score(videos[:1], ["a car"])
     with pytest.raises(ConfigError, match=r"cannot construct 'my_rewards:ColourReward'.*tolerance must be positive"):
         build_reward(spec.model_copy(update={"options": {"tolerance": 0}}))
+    strict = OutcomeRewardConfig(name="strict", type="my_rewards:StrictColourReward", options={"tolerance": 0.4})
+    assert torch.equal(build_reward(strict).score(videos, ["a red car"] * 3), scores)
+    with pytest.raises(ConfigError, match=r"\(strict\).options: unknown key 'tolerence'; did you mean 'tolerance'\?"):
+        build_reward(strict.model_copy(update={"options": {"tolerence": 0.4}}))
     body = [line for line in code.splitlines() if line and not line.startswith(("#", "import", "from"))]
     assert len(body) <= 30
 

@@ -73,6 +73,10 @@ def serve() -> Iterator[Callable[[Answer], Server]]:
         server.stop()
 
 
+def reward_at(url: str, **options: object) -> HttpReward:
+    return HttpReward(HttpReward.Options(url=url, **options))  # type: ignore[arg-type]
+
+
 def brightness_as_json(headers: dict[str, str], body: bytes) -> tuple[int, str, bytes]:
     videos = load(body)["videos"].float() / 255
     return 200, JSON, json.dumps({"scores": videos.mean(dim=(1, 2, 3, 4)).tolist(), "model": "mean"}).encode()
@@ -92,7 +96,7 @@ def test_a_scorer_is_asked_and_heard(
     serve: Callable[[Answer], Server], answer: Answer, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     server = serve(answer)
-    scores = HttpReward(server.url).score(VIDEOS, PROMPTS)
+    scores = reward_at(server.url).score(VIDEOS, PROMPTS)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, torch.tensor([0.0, 0.2, 1.0]), atol=1e-6, rtol=0)
     headers, body = server.requests[0]
@@ -108,18 +112,18 @@ def test_a_scorer_is_asked_and_heard(
 def test_floats_travel_unrounded_on_request(serve: Callable[[Answer], Server]) -> None:
     server = serve(lambda headers, body: (200, TENSORS, save({"scores": load(body)["videos"].mean(dim=(1, 2, 3, 4))})))
     videos = torch.rand(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    scores = HttpReward(server.url, dtype="float32").score(videos, ["", ""])
+    scores = reward_at(server.url, dtype="float32").score(videos, ["", ""])
     torch.testing.assert_close(scores, videos.mean(dim=(1, 2, 3, 4)))
 
 
 def test_a_token_comes_from_the_environment(serve: Callable[[Answer], Server], monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve(brightness_as_json)
     monkeypatch.setenv("SCORER_TOKEN", "opensesame")
-    HttpReward(server.url, token_env="SCORER_TOKEN").score(VIDEOS, PROMPTS)
+    reward_at(server.url, token_env="SCORER_TOKEN").score(VIDEOS, PROMPTS)
     assert server.requests[0][0]["authorization"] == "Bearer opensesame"
     monkeypatch.delenv("SCORER_TOKEN")
     with pytest.raises(ConfigError, match="variable 'SCORER_TOKEN' is not set"):
-        HttpReward(server.url, token_env="SCORER_TOKEN")
+        reward_at(server.url, token_env="SCORER_TOKEN")
 
 
 @pytest.mark.parametrize(
@@ -150,14 +154,14 @@ def test_an_answer_that_is_no_scores_is_an_error(
 ) -> None:
     server = serve(lambda headers, sent: (200, kind, body))
     with pytest.raises(RewardError, match=message):
-        HttpReward(server.url).score(VIDEOS, PROMPTS)
+        reward_at(server.url).score(VIDEOS, PROMPTS)
 
 
 @pytest.mark.parametrize("status", [302, 404, 500])
 def test_error_statuses_and_redirects_are_errors(serve: Callable[[Answer], Server], status: int) -> None:
     server = serve(lambda headers, body: (status, "text/plain", b"out of memory"))
     with pytest.raises(RewardError, match=rf"HTTP {status}: out of memory"):
-        HttpReward(server.url).score(VIDEOS, PROMPTS)
+        reward_at(server.url).score(VIDEOS, PROMPTS)
 
 
 def test_a_slow_scorer_is_given_up(serve: Callable[[Answer], Server]) -> None:
@@ -170,7 +174,7 @@ def test_a_slow_scorer_is_given_up(serve: Callable[[Answer], Server]) -> None:
     server = serve(late)
     began = time.monotonic()
     with pytest.raises(RewardError, match=r"did not answer within 0.3 s"):
-        HttpReward(server.url, timeout_s=0.3).score(VIDEOS, PROMPTS)
+        reward_at(server.url, timeout_s=0.3).score(VIDEOS, PROMPTS)
     assert time.monotonic() - began < 5
     release.set()
 
@@ -195,7 +199,7 @@ def test_an_answer_that_drips_is_given_up() -> None:
 
     thread = threading.Thread(target=drip, daemon=True)
     thread.start()
-    reward = HttpReward(f"http://127.0.0.1:{listener.getsockname()[1]}/", timeout_s=0.4)
+    reward = reward_at(f"http://127.0.0.1:{listener.getsockname()[1]}/", timeout_s=0.4)
     began = time.monotonic()
     with pytest.raises(RewardError, match=r"within 0.4 s"):
         reward.score(VIDEOS, PROMPTS)
@@ -209,7 +213,7 @@ def test_nobody_listening_is_an_error(serve: Callable[[Answer], Server]) -> None
     server = Server(brightness_as_json)
     server.stop()
     with pytest.raises(RewardError, match="cannot reach"):
-        HttpReward(server.url, timeout_s=2).score(VIDEOS, PROMPTS)
+        reward_at(server.url, timeout_s=2).score(VIDEOS, PROMPTS)
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/x", "localhost:80", "http://"])
@@ -218,7 +222,16 @@ def test_only_http_addresses_are_taken(url: str) -> None:
         build_reward(OutcomeRewardConfig(name="judge", type="http", options={"url": url}))
 
 
-@pytest.mark.parametrize("options", [{}, {"url": "http://h/", "timeout_s": 0}, {"url": "http://h/", "dtype": "int8"}])
-def test_bad_options_are_refused(options: dict) -> None:
-    with pytest.raises(ConfigError, match="cannot construct"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "'url' is missing"),
+        ({"url": "http://h/", "timeout_s": 0}, "timeout_s: input should be greater than 0, got 0"),
+        ({"url": "http://h/", "dtype": "int8"}, "dtype: input should be 'uint8' or 'float32', got 'int8'"),
+        ({"url": "http://h/", "timeout": 3}, "unknown key 'timeout'; did you mean 'timeout_s'?"),
+    ],
+)
+def test_bad_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
         build_reward(OutcomeRewardConfig(name="judge", type="http", options=options))
+    assert str(caught.value) == f"rewards.outcome (judge).options: {message}"

@@ -27,7 +27,7 @@ def picture(text: str, size: int = 28, colours: tuple[str, str] = ("black", "whi
 
 @pytest.fixture(scope="module")
 def reward() -> OcrReward:
-    return OcrReward()
+    return OcrReward(OcrReward.Options())
 
 
 def test_strings_are_ordered_by_how_much_of_the_text_is_right(reward: OcrReward) -> None:
@@ -49,22 +49,24 @@ def test_rendered_truth_is_read(reward: OcrReward, text: str, size: int, colours
 
 def test_frames_are_averaged_or_the_best_one_counts() -> None:
     video = torch.stack([picture("Hello World"), picture(""), picture(""), picture("Hello World")])[None]
-    assert float(OcrReward(frames=4).score(video, [PROMPT])) == pytest.approx(0.5)
-    assert float(OcrReward(frames=4, reduce="max").score(video, [PROMPT])) == 1
-    assert float(OcrReward(frames=2).score(video, [PROMPT])) == 1  # the first and the last
+    assert float(OcrReward(OcrReward.Options(frames=4)).score(video, [PROMPT])) == pytest.approx(0.5)
+    assert float(OcrReward(OcrReward.Options(frames=4, reduce="max")).score(video, [PROMPT])) == 1
+    assert float(OcrReward(OcrReward.Options(frames=2)).score(video, [PROMPT])) == 1  # the first and the last
 
 
 def test_other_text_in_the_picture_is_counted_unless_it_is_free() -> None:
     image = torch.cat([picture("Hello World"), picture("Tomato")], dim=1)[None, None]
-    counted, free = (float(OcrReward(extra_text=how).score(image, [PROMPT])) for how in ("counted", "free"))
+    counted, free = (
+        float(OcrReward(OcrReward.Options(extra_text=how)).score(image, [PROMPT])) for how in ("counted", "free")
+    )
     assert counted == pytest.approx(1 - 6 / 10)
     assert free == 1
 
 
 def test_case_matters_on_request() -> None:
     image = picture("HELLO WORLD")[None, None]
-    assert float(OcrReward().score(image, [PROMPT])) == 1
-    assert float(OcrReward(case_sensitive=True).score(image, [PROMPT])) < 0.5
+    assert float(OcrReward(OcrReward.Options()).score(image, [PROMPT])) == 1
+    assert float(OcrReward(OcrReward.Options(case_sensitive=True)).score(image, [PROMPT])) < 0.5
 
 
 def test_a_prompt_without_quoted_text_is_refused(reward: OcrReward) -> None:

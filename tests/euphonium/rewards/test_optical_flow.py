@@ -38,9 +38,13 @@ def jittered(amount: float) -> list[tuple[float, float]]:
     return [(x + float(dx), y + float(dy)) for (x, y), (dx, dy) in zip(STEADY, noise, strict=True)]
 
 
+def reward_with(**options: object) -> OpticalFlowReward:
+    return OpticalFlowReward(OpticalFlowReward.Options(**options))  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module", params=["dis", "farneback"])
 def reward(request: pytest.FixtureRequest) -> OpticalFlowReward:
-    return OpticalFlowReward(method=request.param, side=SIZE)
+    return reward_with(method=request.param, side=SIZE)
 
 
 def test_a_known_shift_is_measured(reward: OpticalFlowReward) -> None:
@@ -89,14 +93,14 @@ def test_a_cut_and_flicker_score_below_the_same_clip_without(reward: OpticalFlow
 
 def test_a_still_clip_is_smooth_unless_motion_is_asked_for() -> None:
     still, moving = clip([(0.0, 0.0)] * 8), clip(STEADY)
-    assert float(OpticalFlowReward().score(still[None], [""])) > 0.99
-    demanding = OpticalFlowReward(least_speed=0.02).score(torch.stack([still, moving]), ["", ""])
+    assert float(reward_with().score(still[None], [""])) > 0.99
+    demanding = reward_with(least_speed=0.02).score(torch.stack([still, moving]), ["", ""])
     assert float(demanding[0]) < 0.01
     assert float(demanding[1]) > 0.9
 
 
 def test_scores_do_not_depend_on_resolution_or_batch() -> None:
-    reward = OpticalFlowReward()
+    reward = reward_with()
     small = clip(jittered(0.5))
     large = functional.interpolate(small, scale_factor=2.5, mode="bicubic").clamp(0, 1)
     first, second = float(reward.score(small[None], [""])), float(reward.score(large[None], [""]))
@@ -107,7 +111,7 @@ def test_scores_do_not_depend_on_resolution_or_batch() -> None:
 
 def test_two_frames_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 3 frames, got 2"):
-        OpticalFlowReward().score(torch.rand(1, 2, 3, 64, 64), [""])
+        reward_with().score(torch.rand(1, 2, 3, 64, 64), [""])
 
 
 def test_opencv_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +120,15 @@ def test_opencv_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None
         build_reward(OutcomeRewardConfig(name="smooth", type="optical_flow"))
 
 
-@pytest.mark.parametrize("options", [{"method": "raft"}, {"side": 8}, {"tolerance": 0.0}])
-def test_bad_options_are_refused(options: dict) -> None:
-    with pytest.raises(ConfigError, match="cannot construct"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "raft"}, "method: input should be 'dis' or 'farneback', got 'raft'"),
+        ({"side": 8}, "side: input should be greater than or equal to 32, got 8"),
+        ({"tolerance": 0.0, "thread": 2}, "tolerance: input should be greater than 0, got 0.0; unknown key 'thread'"),
+    ],
+)
+def test_bad_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
         build_reward(OutcomeRewardConfig(name="smooth", type="optical_flow", options=options))
+    assert str(caught.value).startswith(f"rewards.outcome (smooth).options: {message}")

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from euphonium.config import OutcomeRewardConfig
 from euphonium.errors import ConfigError
-from euphonium.rewards.registry import build_reward
+from euphonium.rewards.registry import build_reward, build_rewards
+from euphonium.rewards.shared import Batch
 from euphonium.rewards.videoalign import VideoAlignReward, frame_size, patches, sampled_frames
+from euphonium.rewards.videoalign_checkpoint import VideoRewardNetwork
 
 HEIGHT, WIDTH = 308, 336  # a size that the reward leaves as it is
 NORM = {"VQ": (3.0, 2.0), "MQ": (1.0, 0.5), "TA": (2.5, 4.0)}
@@ -102,12 +104,16 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"weights": weights, "base": base, "template": template, "peft": peft, "tokenizer": tokenizer}
 
 
-def build(published: dict[str, Any], **options: Any) -> VideoAlignReward:
+def entry(published: dict[str, Any], name: str, **options: Any) -> OutcomeRewardConfig:
     given = {
         **{name: str(published[name]) for name in ("weights", "base", "template")},
         "video_fps": 4.0, "dtype": "float32", "device": "cpu", **options,
     }  # fmt: skip
-    made = build_reward(OutcomeRewardConfig(name="tested", type="videoalign", options=given))
+    return OutcomeRewardConfig(name=name.lower(), type="videoalign", options=given)
+
+
+def build(published: dict[str, Any], **options: Any) -> VideoAlignReward:
+    made = build_reward(entry(published, "tested", **options))
     assert isinstance(made, VideoAlignReward)
     return made
 
@@ -168,16 +174,18 @@ def test_batches_are_padded_without_changing_scores(published: dict[str, Any]) -
     assert torch.equal(one, build(published, batch=1).score(videos.clone(), PROMPTS))
 
 
-def test_aspects_of_one_process_share_the_network_and_the_forward_pass(
+def test_aspects_of_one_recipe_share_the_network_and_the_forward_pass(
     published: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rewards = [build(published, aspects={aspect: 1.0}) for aspect in NORM]
-    assert len({id(reward.loaded.network) for reward in rewards}) == 1
+    rewards = build_rewards([entry(published, aspect, aspects={aspect: 1.0}) for aspect in NORM])
     videos, passes = still_pairs(), []
-    forward = type(rewards[0].loaded.network).forward
-    monkeypatch.setattr(type(rewards[0].loaded.network), "forward", lambda *args: passes.append(1) or forward(*args))
-    parts = [reward.score(videos, PROMPTS) for reward in rewards]
+    forward = VideoRewardNetwork.forward
+    monkeypatch.setattr(VideoRewardNetwork, "forward", lambda *args: passes.append(1) or forward(*args))
+    batch = Batch(videos, PROMPTS)
+    parts = [batch.score(reward) for reward in rewards.values()]
     assert len(passes) == 2  # two videos, one at a time
+    for reward, part in zip(rewards.values(), parts, strict=True):
+        assert torch.equal(reward.score(videos, PROMPTS), part)
     torch.testing.assert_close(sum(parts), build(published).score(videos, PROMPTS))
 
 
@@ -270,10 +278,10 @@ def test_single_images_are_refused(published: dict[str, Any]) -> None:
         ({"weights": "KwaiVGI/VideoReward"}, "option revision: 'KwaiVGI/VideoReward' is a hub id and must be pinned"),
         ({"base": "Qwen/Qwen2-VL-2B-Instruct", "base_revision": "main"}, "option base_revision: .*got 'main'"),
         ({"template": "/none.txt"}, "option template: no file '/none.txt'; give prompt_template.py of https"),
-        ({"aspects": {"beauty": 1.0}}, "aspects must be some of VQ, MQ, TA"),
-        ({"aspects": {}}, "aspects must be some of VQ, MQ, TA"),
-        ({"video_fps": 0.0}, "video_fps and sample_fps must be positive"),
-        ({"dtype": "int4"}, "unknown type 'int4'"),
+        ({"aspects": {"beauty": 1.0}}, "aspects.beauty: input should be 'VQ', 'MQ' or 'TA'"),
+        ({"aspects": {}}, "aspects: dictionary should have at least 1 item"),
+        ({"video_fps": 0.0}, "video_fps: input should be greater than 0, got 0.0"),
+        ({"dtype": "int4"}, "dtype: input should be .*got 'int4'"),
     ],
 )
 def test_what_is_missing_is_named(published: dict[str, Any], options: dict, message: str) -> None:
@@ -283,7 +291,7 @@ def test_what_is_missing_is_named(published: dict[str, Any], options: dict, mess
 
 def test_the_frame_rate_must_be_given(published: dict[str, Any]) -> None:
     options = {name: str(published[name]) for name in ("weights", "base", "template")}
-    with pytest.raises(ConfigError, match="missing 1 required positional argument: 'video_fps'"):
+    with pytest.raises(ConfigError, match="'video_fps' is missing"):
         build_reward(OutcomeRewardConfig(name="tested", type="videoalign", options=options))
 
 

@@ -191,7 +191,7 @@ def test_mistakes_are_named(backbone: Path, videos: Path, tmp_path: Path, tiny_g
     spec = OutcomeRewardConfig(name="mine", type="trained", options={"path": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"rewards.outcome \(mine\).options: .* holds no outcome reward model"):
         build_reward(spec)
-    with pytest.raises(ConfigError, match="batch must be at least 1"):
+    with pytest.raises(ConfigError, match=r"\(mine\).options: batch: input should be greater than 0"):
         build_reward(spec.model_copy(update={"options": {"path": str(tmp_path), "batch": 0}}))
     model = OutcomeModel.from_backbone(BackboneConfig(path=str(backbone), frames=2))
     with pytest.raises(ValueError, match="own tokens"):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from euphonium.config import PrmOptimizerConfig
+from euphonium.config import RewardOptimizerConfig
 from learners.engine.reward_engine import RewardEngine
 from learners.rewards.preference import Preferences
 from learners.rewards.preference_files import ranked_pairs
@@ -31,12 +31,12 @@ def toy_preferences(count: int = 6, prompts: int = 4, seed: int = 0, margin: flo
     )
 
 
-def toy_settings(**changes: object) -> PrmOptimizerConfig:
+def toy_settings(**changes: object) -> RewardOptimizerConfig:
     values = {
         "updates": 6, "pairs_per_update": 8, "pairs_per_micro_batch": 3, "learning_rate": 1e-3, "ema_decay": 0.9,
         "evaluate_every": 3, "evaluation_pairs": 16, "checkpoint_every": 2, "max_grad_norm": 0.5,
     }  # fmt: skip
-    return PrmOptimizerConfig(**(values | changes))
+    return RewardOptimizerConfig(**(values | changes))
 
 
 class Mortal:

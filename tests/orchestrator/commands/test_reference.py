@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from euphonium.config import RunConfig
-from orchestrator.commands.reference import DOCS, PAGES, fields
+from euphonium.config import PrmConfig, RunConfig
+from orchestrator.commands.reference import DOCS, PAGES, fields, fields_with_reward_options, reward_options
 from orchestrator.report.metrics import METRICS, PREFIX, find_metric
 
 
@@ -19,6 +19,15 @@ def test_every_field_is_listed_with_a_description() -> None:
         assert listed[path].description, path
     assert listed["sampler.eta"].default == "required"
     assert listed["objective.clip_range"].default == "0.0001"
+
+
+def test_options_of_rewards_are_listed_with_a_description() -> None:
+    listed = {field.path: field for field in fields_with_reward_options(RunConfig)}
+    assert {field.path for field in fields(RunConfig)} <= listed.keys()
+    assert listed["rewards.outcome[type=videoalign].options.video_fps"].default == "required"
+    assert listed["rewards.outcome[type=ocr].options.side"].default == "736"
+    assert {field.path for field in fields_with_reward_options(PrmConfig)} >= {"outcome[type=http].options.url"}
+    assert all(option.description for options in reward_options().values() for option in options)
 
 
 def test_metric_names_follow_prometheus_conventions() -> None:

@@ -1,4 +1,4 @@
-"""Recipes of process reward models."""
+"""Recipes that train reward models: what both kinds share, then process and outcome reward models."""
 
 from __future__ import annotations
 
@@ -11,21 +11,6 @@ from euphonium.config.base import Decay, Name, Node, NonNegativeFloat
 from euphonium.config.pools import LearnerPoolConfig
 from euphonium.config.rewards import OutcomeRewardConfig
 from euphonium.config.sampling import ModelConfig, PromptsConfig
-
-
-class PairsConfig(Node):
-    """Preference pairs drawn from the generator itself and ranked by the outcome rewards."""
-
-    samples_per_prompt: Annotated[int, Field(ge=2)] = 24
-    """Samples of every training prompt."""
-    held_out_samples_per_prompt: Annotated[int, Field(ge=2)] = 16
-    """Samples of every held-out prompt, for the accuracy."""
-    num_steps: PositiveInt = 10
-    """ODE steps of the samples."""
-    shift: PositiveFloat = 3.0
-    """Time shift of the samples."""
-    margin: NonNegativeFloat = 0.1
-    """Pairs whose weighted outcome rewards differ by less are left out: their order is mostly noise."""
 
 
 class PreferencesConfig(Node):
@@ -68,10 +53,6 @@ class RewardOptimizerConfig(Node):
     """Updates between checkpoints, from which the same command goes on."""
 
 
-class PrmOptimizerConfig(RewardOptimizerConfig):
-    """Training of a process reward model."""
-
-
 class RewardTrainingConfig(Node):
     """What trainings of process and outcome reward models share."""
 
@@ -109,6 +90,21 @@ def shares_are_equal(optimizer: RewardOptimizerConfig, learner: LearnerPoolConfi
         )
 
 
+class PairsConfig(Node):
+    """Preference pairs drawn from the generator itself and ranked by the outcome rewards."""
+
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 24
+    """Samples of every training prompt."""
+    held_out_samples_per_prompt: Annotated[int, Field(ge=2)] = 16
+    """Samples of every held-out prompt, for the accuracy."""
+    num_steps: PositiveInt = 10
+    """ODE steps of the samples."""
+    shift: PositiveFloat = 3.0
+    """Time shift of the samples."""
+    margin: NonNegativeFloat = 0.1
+    """Pairs whose weighted outcome rewards differ by less are left out: their order is mostly noise."""
+
+
 class PrmConfig(RewardTrainingConfig):
     """Training of a process reward model from preferences (Euphonium, section 4.2)."""
 
@@ -125,7 +121,7 @@ class PrmConfig(RewardTrainingConfig):
     outcome: list[OutcomeRewardConfig] = Field(default_factory=list)
     """Outcome rewards whose weighted sum ranks the samples that are drawn."""
     pairs: PairsConfig = PairsConfig()
-    optimizer: PrmOptimizerConfig
+    optimizer: RewardOptimizerConfig
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -133,5 +129,52 @@ class PrmConfig(RewardTrainingConfig):
             raise ValueError("set preferences (pairs that exist), or prompts and outcome (samples that are drawn)")
         if self.preferences is not None and (self.prompts is not None or self.outcome):
             raise ValueError("preferences exclude prompts and outcome: a training has one source of pairs")
+        shares_are_equal(self.optimizer, self.learner)
+        return self
+
+
+class BackboneConfig(Node):
+    """The vision-language model under the scalar head, and what it sees of a video."""
+
+    path: str
+    """Folder or hub id of an InternVL model of transformers, for example ``OpenGVLab/InternVL3-1B-hf``."""
+    revision: str | None = None
+    """Commit of the hub repository; leave unset for a folder."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that the backbone computes in; its weights are trained in float32."""
+    frames: PositiveInt = 8
+    """Frames of a video that it sees, evenly spaced."""
+    max_prompt_tokens: PositiveInt = 256
+    """Prompts are cut to this many tokens."""
+    trained: Literal["all", "language", "head"] = "all"
+    """Parts that are trained: everything, all but the vision tower, or the head alone."""
+
+
+class OrmOptimizerConfig(RewardOptimizerConfig):
+    """Training of an outcome reward model."""
+
+    learning_rate: PositiveFloat = 1e-5
+    """Peak rate; rises linearly over the first twentieth, then falls to zero along a cosine."""
+    pairs_per_micro_batch: PositiveInt = 2
+    """Pairs (or labelled samples) in one forward and backward pass of one rank."""
+    ema_decay: Decay = 0.99
+    """Decay of the moving average of the weights, which is what is saved."""
+
+
+class OrmConfig(RewardTrainingConfig):
+    """Training of an outcome reward model from preferences (Euphonium, section 5.1)."""
+
+    model: BackboneConfig
+    preferences: PreferencesConfig
+    objective: Literal["bradley_terry", "bradley_terry_ties", "bce"] = "bradley_terry"
+    """Pairs; pairs with ties (Rao-Kupper); or the labels of single samples."""
+    tie_threshold: Annotated[float, Field(gt=1)] = 2.0
+    """Rao-Kupper's theta: two equally good samples are a tie with probability (theta - 1) / (theta + 1)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    optimizer: OrmOptimizerConfig
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
         shares_are_equal(self.optimizer, self.learner)
         return self
