@@ -21,7 +21,7 @@ from euphonium.wire.deadlines import get
 from euphonium.wire.records import WeightOrder
 from euphonium.wire.weights.channel import Channel, host
 from euphonium.wire.weights.manifest import BucketManifest, WeightManifest, as_bucket, checksum
-from learners.engine.zero3 import ZeroPolicy
+from learners.engine.partitioned import ZeroPolicy
 
 log = logging.getLogger(__name__)
 

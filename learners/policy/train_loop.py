@@ -24,7 +24,8 @@ from euphonium.errors import EuphoniumError, LostActorError, TrainingError
 from euphonium.generators.generator import Conditioning, open_generator
 from euphonium.wire.deadlines import get
 from euphonium.wire.records import UpdatePlan, UpdateReport
-from learners.engine.zero3 import ZeroPolicy, join_group
+from learners.engine.partitioned import ZeroPolicy
+from learners.engine.zero3 import join_group
 from learners.policy.batching import MicroBatch, TrainedGroup, load_rows, plan_updates
 from learners.policy.checkpoint import load_rank_state, save_rank_state
 from learners.policy.objective import References, evaluate_objective, replayed_log_probs
@@ -80,7 +81,7 @@ class Learner:
 
     def velocity(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity of the policy in training."""
-        return self.family.velocity(self.policy.engine, x, time, conditioning)
+        return self.family.velocity(self.policy.model, x, time, conditioning)
 
     def update(self, rows_per_group: Sequence[int], groups: Mapping[int, TrainedGroup]) -> dict[str, float]:
         """Runs all updates of an iteration.

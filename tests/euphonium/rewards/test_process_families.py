@@ -19,7 +19,7 @@ from euphonium.config import ModelConfig, PrmConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.generator import GeneratorFamily, open_generator, stack_conditionings
 from euphonium.rewards.process import ProcessRewardModel
-from learners.engine.reward_engine import LocalEngine
+from learners.engine.local import LocalEngine
 from learners.rewards.preference import gaps_by_noise
 from learners.rewards.prm_data import open_prepared, write_scored
 from learners.rewards.process import PrmTraining
