@@ -16,7 +16,6 @@ import math
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -229,7 +228,7 @@ class PrmRefreshActor:
 
     def step(self, iteration: int, folder: str | None) -> tuple[int, dict[str, float]]:
         """Refreshes if it is time, and saves if there is a folder; refreshes so far, and metrics."""
-        metrics: dict[str, Any] = self.refresh.update() if self.refresh.due(iteration) else {}
+        metrics = self.refresh.update() if self.refresh.due(iteration) else {}
         if folder is not None:
             self.refresh.save(Path(folder))
         return self.refresh.version, metrics

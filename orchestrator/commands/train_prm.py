@@ -253,7 +253,7 @@ def _samples(
     return np.concatenate(latents), np.concatenate(scores) / total_weight(config.outcome)
 
 
-def _mark(config: PrmConfig, family: GeneratorFamily, what: list[Any]) -> str:
+def _mark(config: PrmConfig, family: GeneratorFamily, what: list[object]) -> str:
     """Mark of prepared samples: the generator, and what was asked of it."""
     generator = [family.fingerprint(), weights_mark(family.transformer_files()[0].parent)]
     values = [config.model.model_dump(mode="json"), config.seed, generator, what]
