@@ -33,7 +33,7 @@ from euphonium.generators.conditioning import stack_conditionings
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.rewards.total import weighted_total
 from euphonium.wire.records import GroupTask
-from learners.engine.reward_engine import RewardEngine
+from learners.engine.engine import Engine
 from learners.rewards.preference import Preferences, gaps_by_noise, measured
 from learners.rewards.preference_files import ranked_pairs
 from orchestrator.groups.prompts import read_prompts
@@ -98,7 +98,7 @@ def as_far_apart(samples: Ranked, others: Ranked) -> Ranked:
 
 def accuracy(model: ProcessRewardModel, samples: Ranked, pairs: int) -> dict[str, Any]:
     """By tenth of sigma, and how far the pairs are apart on average."""
-    gaps = gaps_by_noise(cast(RewardEngine, Alone(model)), samples.data, samples.data.pairs, per_tenth=pairs)
+    gaps = gaps_by_noise(cast(Engine, Alone(model)), samples.data, samples.data.pairs, per_tenth=pairs)
     found = {key: np.round(value, 3).tolist() for key, value in measured(gaps).items() if key.endswith("accuracy")}
     return found | {"outcomes_apart": round(float(samples.gaps.mean()), 3)}
 

@@ -23,7 +23,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from euphonium.config import RunConfig, load_config
-from orchestrator.commands.launch import absolute_paths, prepare_run_dir
+from orchestrator.commands.launch import prepare_run_dir
+from orchestrator.commands.paths import absolute_paths
 
 COLOURS = {
     "drawing": "#0b63c5", "process reward": "#1f8a4c", "scoring": "#8d3fb0", "update": "#d1570b",

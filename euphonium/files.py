@@ -1,17 +1,27 @@
-"""Files whose contents must be known, and be on disk."""
+"""Files and folders that are whole or not there: written aside, flushed to disk, then renamed.
+
+A folder that was committed here bears a manifest with size and SHA-256 of every file in it, so that whoever reads it
+can tell first whether it is what was written. What the files mean is the callers' business.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from euphonium.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+# Files hashed at a time.
+THREADS = 4
 
 
 def sha256(path: Path) -> str:
@@ -20,11 +30,89 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def hash_and_flush(path: Path) -> str:
-    """:func:`sha256` of a file that is on disk when this returns."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return sha256(path)
+def flush(path: Path) -> None:
+    """Returns when a file's contents, or a folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Replaces a file in one step: it has its old contents or all of the new ones, whatever happens.
+
+    Args:
+        path: of the file; its folder exists.
+
+    Yields:
+        The path to write to; nothing becomes of it if an error is raised meanwhile.
+    """
+    aside = path.with_name(f"{path.name}.tmp")
+    yield aside
+    flush(aside)
+    aside.rename(path)
+    flush(path.parent)
+
+
+def commit_folder(aside: Path, target: Path, version: int) -> None:
+    """Makes a filled folder the target in one step, which replaces what was there.
+
+    Everything in it is read, to be hashed.
+
+    Args:
+        aside: the filled folder, beside the target.
+        target: its name from now on.
+        version: of the contents' format, for :func:`verify_folder`.
+    """
+    files = sorted(path for path in aside.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(THREADS) as threads:
+        digests = list(threads.map(_flushed_hash, files))
+    entries = {
+        str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, digests, strict=True)
+    }
+    manifest = aside / MANIFEST
+    manifest.write_text(json.dumps({"format": version, "files": entries}, indent=1) + "\n")
+    flush(manifest)
+    if target.exists():
+        shutil.rmtree(target)
+    for inside in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
+        flush(inside)
+    aside.rename(target)
+    flush(target.parent)
+
+
+def verify_folder(folder: Path, version: int) -> None:
+    """Checks every file of a committed folder against its manifest.
+
+    Args:
+        folder: of a checkpoint.
+        version: of the format that the caller reads.
+
+    Raises:
+        CheckpointError: something is missing, changed, or in another format.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder} is no whole checkpoint: its {MANIFEST} cannot be read ({error})") from error
+    if manifest.get("format") != version:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {manifest.get('format')}, this version reads format {version}; "
+            "resume with the version that wrote it, or start anew from its exported weights"
+        )
+    files = manifest["files"]
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{folder}: {name} is missing or has another size than the manifest says")
+    with ThreadPoolExecutor(THREADS) as threads:
+        digests = list(threads.map(lambda name: sha256(folder / name), files))
+    for (name, entry), digest in zip(files.items(), digests, strict=True):
+        if digest != entry["sha256"]:
+            raise CheckpointError(f"{folder}: {name} has other contents than the manifest says")
 
 
 @contextmanager
@@ -46,3 +134,8 @@ def writing(what: str, folder: Path) -> Iterator[None]:
             f"{what} could not be written to {folder}, which has {free:.0f} MB free: {error}. Earlier checkpoints are "
             "as they were: make room, then go on with resume=auto"
         ) from error
+
+
+def _flushed_hash(path: Path) -> str:
+    flush(path)
+    return sha256(path)

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: written aside, hashed, flushed to disk, then renamed.
+"""The checkpoints of a run: which there are, which is the newest whole one, and which are kept.
 
-A folder ``step_N`` exists only once everything in it is on disk. Its manifest lists size and SHA-256 of every file,
-and nothing is loaded before they have been verified.
+A folder ``step_N`` exists only once everything in it is on disk, and nothing is loaded before its files have been
+verified against its manifest (euphonium/files.py).
 """
 
 from __future__ import annotations
@@ -9,22 +9,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import shutil
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from euphonium.errors import CheckpointError
-from euphonium.files import hash_and_flush, sha256, writing
+from euphonium.files import commit_folder, verify_folder, writing
 
 log = logging.getLogger(__name__)
 
 FORMAT = 4
-MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
 
@@ -94,23 +91,8 @@ class CheckpointStore:
     def _commit(self, folder: Path, state: RunState, config_yaml: str) -> Checkpoint:
         (folder / STATE).write_text(json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n")
         (folder / CONFIG).write_text(config_yaml)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        with ThreadPoolExecutor(4) as threads:
-            digests = list(threads.map(hash_and_flush, files))
-        entries = {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(files, digests, strict=True)
-        }
-        manifest = folder / MANIFEST
-        manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n")
-        hash_and_flush(manifest)
         target = self.folder / f"step_{state.iteration:06d}"
-        if target.exists():
-            shutil.rmtree(target)
-        for inside in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-            _flush_folder(inside)
-        folder.rename(target)
-        _flush_folder(self.folder)
+        commit_folder(folder, target, FORMAT)
         self._being_filled.discard(folder)
         self._prune()
         return Checkpoint(target, state)
@@ -233,33 +215,7 @@ def verify(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: something is missing, changed, or in a format of another version.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder} is no whole checkpoint: its {MANIFEST} cannot be read ({error})") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder} has checkpoint format {manifest.get('format')}, this version reads format {FORMAT}; "
-            "resume with the version that wrote it, or start anew from its exported weights"
-        )
-    files = manifest["files"]
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{folder}: {name} is missing or has another size than the manifest says")
-    with ThreadPoolExecutor(4) as threads:
-        digests = list(threads.map(lambda name: sha256(folder / name), files))
-    for (name, entry), digest in zip(files.items(), digests, strict=True):
-        if digest != entry["sha256"]:
-            raise CheckpointError(f"{folder}: {name} has other contents than the manifest says")
+    verify_folder(folder, FORMAT)
     state = json.loads((folder / STATE).read_text())
     state.pop("format")
     return Checkpoint(folder, RunState(**state))
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,31 +1,26 @@
-"""The policy under DeepSpeed ZeRO-3: built partitioned, trained, read out shard by shard.
+"""The engine of a rank under DeepSpeed ZeRO-3, and how it is set up.
 
-Every rank holds one contiguous piece of every (flattened) parameter in ``parameter.ds_tensor``. Loading fills those
-pieces from the safetensors files and publication collects them on rank 0, a bucket at a time: neither ever holds a
-second copy of the model, and neither needs DeepSpeed to materialise parameters.
+Every rank holds one contiguous piece of every (flattened) parameter in ``parameter.ds_tensor``; the last rank's may end
+in padding. Reading weights out and taking them over work on these pieces: neither ever holds a second copy of the
+model, and neither needs DeepSpeed to materialise parameters.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
+from typing_extensions import override
 
-from euphonium.config import LearnerPoolConfig, LoraConfig, OptimizerConfig
-from euphonium.errors import TrainingError
-from euphonium.generators.generator import Generator
-from euphonium.generators.lora import ADAPTER, adapter_parameters, add_adapter, initial_adapter
-from euphonium.wire.weights.manifest import split_into_buckets
+from euphonium.config import LearnerPoolConfig, OptimizerConfig, RewardOptimizerConfig
+from learners.engine.engine import Engine, HeldKind, adamw
 
-# Adam's states of a parameter.
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# DeepSpeed's own configuration: JSON values.
+Options = dict[str, object]
 
 
 def quiet_deepspeed() -> None:
@@ -53,167 +48,140 @@ def join_group() -> torch.device:
     return device
 
 
-def deepspeed_config(pool: LearnerPoolConfig, optimizer: OptimizerConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's own configuration; accumulation is driven by hand, so it stays at 1 there."""
-    zero: dict[str, Any] = {
-        "stage": 3,
-        "stage3_param_persistence_threshold": pool.persistence_threshold,
+def training_options(
+    pool: LearnerPoolConfig, settings: OptimizerConfig | RewardOptimizerConfig, dtype: torch.dtype, *, whole_below: int
+) -> Options:
+    """Options of a model in training; accumulation is driven by hand, so it stays at 1 there.
+
+    Args:
+        pool: how the model is partitioned.
+        settings: of the optimisation.
+        dtype: of the weights.
+        whole_below: parameters of fewer elements are kept whole on every rank; they do not see pieces that are
+            overwritten, but for :meth:`ZeroEngine.weights_changed`.
+    """
+    zero: Options = {
+        "stage3_param_persistence_threshold": whole_below,
         "contiguous_gradients": True,
-        # DeepSpeed's own linear replaces torch's for the whole process and computes in another order: the learner
-        # must give the very numbers that rollout actors got.
-        "memory_efficient_linear": False,
         "overlap_comm": torch.cuda.is_available(),
     }
     if pool.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = _host_memory()
+    return _options(zero, dtype) | {
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def frozen_options(pool: LearnerPoolConfig, dtype: torch.dtype) -> Options:
+    """Options of a model that is not trained, and whose pieces may be overwritten at any time."""
+    zero: Options = {"stage3_param_persistence_threshold": 0}
+    if pool.offload_references:
+        zero["offload_param"] = _host_memory()
+    return _options(zero, dtype)
+
+
+def _options(zero: Options, dtype: torch.dtype) -> Options:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.max_grad_norm,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
+        # DeepSpeed's own linear replaces torch's for the whole process and computes in another order: the learner
+        # must give the very numbers that rollout actors got.
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False, **zero},
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 10**9,
     }
 
 
-class ZeroPolicy:
-    """A transformer under ZeRO-3 with its optimizer.
+def _host_memory() -> Options:
+    return {"device": "cpu", "pin_memory": torch.cuda.is_available()}
 
-    Attributes:
-        engine: DeepSpeed's engine.
-        module: the partitioned transformer.
-        parameters: its trained parameters by name, in a fixed order.
-        averages: float32 moving averages of this rank's pieces, or None.
+
+class ZeroEngine(Engine):
+    """One rank of a group; torch.distributed must be up.
+
+    Args:
+        module: partitioned already, or whole on every rank; trained where its parameters require gradients.
+        settings: of the optimisation.
+        options: of DeepSpeed.
+        averages: whether to keep moving averages.
     """
 
     def __init__(
-        self,
-        family: Generator,
-        pool: LearnerPoolConfig,
-        optimizer: OptimizerConfig,
-        lora: LoraConfig | None = None,
-        frozen_adapters: Sequence[str] = (),
+        self, module: nn.Module, settings: OptimizerConfig | RewardOptimizerConfig, options: Options, *, averages: bool
     ) -> None:
-        """Builds, loads and partitions the transformer.
-
-        Args:
-            family: of the generator.
-            pool: how it is partitioned.
-            optimizer: how it is trained.
-            lora: train adapters instead of all weights.
-            frozen_adapters: names of further adapters, for references.
-        """
+        quiet_deepspeed()
         import deepspeed
+        import torch.distributed as dist
 
-        settings = deepspeed_config(pool, optimizer, family.dtype)
-        if frozen_adapters:
-            # References are refreshed piece by piece; a small parameter that is kept whole would not see it.
-            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        # Init patches torch's constructors while it is open; a library imported under it may break on them.
-        family.transformer_class()
-        with deepspeed.zero.Init(config_dict_or_path=settings):
-            module = family.build_transformer()
-            load_partitioned(module, family)
-            if lora is not None:
-                for name in (ADAPTER, *frozen_adapters):
-                    add_adapter(module, lora, name)
-        if lora is not None:
-            _fill_adapters(module, (ADAPTER, *frozen_adapters))
-            module.set_adapter(ADAPTER)  # type: ignore[operator]
-            trained = adapter_parameters(module)
-            for name, parameter in module.named_parameters():
-                parameter.requires_grad_(name in trained)
-        if pool.gradient_checkpointing:
-            module.enable_gradient_checkpointing()  # type: ignore[operator]
-        adamw = torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad],
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        )
-        # See gather_by_block: with adapters no input of the first block needs a gradient, and guidance passes every
-        # block twice, with the prompt and without.
-        if pool.gather_blocks and lora is None and family.config.cfg_scale is None:
-            gather_by_block(module)
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=settings)
-        self.engine.train()
-        self.module: nn.Module = self.engine.module
-        self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-        self.ema_decay = optimizer.ema_decay
-        self.averages: list[Tensor] | None = None
-        if optimizer.averages:
-            self.averages = [shard(p).float().clone() for p in self.parameters.values()]
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        optimizer = adamw(trained.values(), settings)
+        self._deepspeed: Any
+        self._deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=options)
+        _register_attention(module)
+        self._deepspeed.train()
+        super().__init__(self._deepspeed, trained, optimizer, self._deepspeed.device, averages=averages)
 
-    def set_learning_rate(self, rate: float) -> None:
-        """Sets the rate of the next update."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
-
+    @override
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds gradients of one micro-batch; with ``last``, reduces and updates the weights."""
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss, scale_wrt_gas=False)
-        self.engine.step()
-        if last and self.averages is not None:
-            # One by one: all pieces at once in float32 would be a second copy of what this rank holds.
-            for average, parameter in zip(self.averages, self.parameters.values(), strict=True):
-                average.lerp_(shard(parameter).float(), 1 - self.ema_decay)
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+        self._deepspeed.step()
 
     def grad_norm(self) -> float:
         """Global norm of the latest update's gradients, before clipping."""
-        norm = self.engine.get_global_grad_norm()
+        norm = self._deepspeed.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
-    def gathered(self, bucket_bytes: int, *, average: bool = False) -> Iterator[dict[str, Tensor]]:
-        """Collects full weights on rank 0, bucket by bucket; all ranks must iterate to the end.
+    @override
+    def weights_changed(self) -> None:
+        whole = self._deepspeed.optimizer.persistent_parameters
+        if whole:
+            # Small parameters that are held whole on every rank.
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
+        else:
+            # DeepSpeed keeps what the next pass of the same kind will want first; passes without gradients never end
+            # one.
+            self._deepspeed.empty_partition_cache()
 
-        Args:
-            bucket_bytes: size of a bucket, by what its tensors take when whole.
-            average: collect the moving averages (in the weights' type) instead of the weights.
+    @override
+    def _stepped(self) -> Iterable[Tensor]:
+        # DeepSpeed has no way of its own to have moments before the first step.
+        flat: list[Tensor] = self._deepspeed.optimizer.fp32_partitioned_groups_flat
+        return flat
 
-        Yields:
-            On rank 0 the tensors of the bucket by name, on the CPU; elsewhere an empty mapping.
-        """
-        pieces = {name: shard(p) for name, p in self.parameters.items()}
-        if average and self.averages is not None:
-            pieces = dict(zip(self.parameters, self.averages, strict=True))
-        sizes = {name: p.ds_numel * p.element_size() for name, p in self.parameters.items()}
-        for names in split_into_buckets(sizes, bucket_bytes):
-            parameters = {name: self.parameters[name] for name in names}
-            yield _gather_bucket(parameters, [pieces[name].to(p.dtype) for name, p in parameters.items()])
+    @override
+    def _held(self, kind: HeldKind, parameter: nn.Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
+        if kind == "weights":
+            return shard(parameter)
+        found: Tensor
+        if kind == "master":
+            found = safe_get_local_fp32_param(parameter)
+        else:
+            found = safe_get_local_optimizer_state(parameter, kind)
+        return found.detach()
 
-def gather_by_block(module: nn.Module) -> None:
-    """Has ZeRO-3 gather, release and reduce each transformer block as one, not layer by layer.
+    @override
+    def _set_held(self, kind: HeldKind, parameter: nn.Parameter, piece: Tensor) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-    DeepSpeed's hooks then run around some tens of blocks instead of hundreds of layers, and its collectives are fewer
-    and larger; a rank holds the weights and gradients of a whole block at a time. To be called before
-    ``deepspeed.initialize``. DeepSpeed reduces a block's gradients when those of its inputs are there: every block must
-    have an input that needs a gradient, and be passed once in a forward pass.
-    """
-    from deepspeed.utils import set_z3_leaf_modules
-
-    never_split: Sequence[str] = getattr(module, "_no_split_modules", None) or ()
-    names = [name for name in never_split if name.endswith("TransformerBlock")]
-    for block in set_z3_leaf_modules(module, names, raise_if_not_found=False):
-        signature = inspect.signature(block.forward)
-        block.register_forward_pre_hook(functools.partial(_positional, signature), with_kwargs=True)
+        if kind in ("weights", "master"):
+            shard(parameter).copy_(piece)
+            safe_set_local_fp32_param(parameter, piece)
+        else:
+            safe_set_local_optimizer_state(parameter, piece, kind)
 
 
-def _positional(
-    signature: inspect.Signature, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Any]:
-    """Passes a block's inputs by position: neither DeepSpeed's hooks nor torch's see those passed by name."""
-    bound = signature.bind(*args, **kwargs)
-    if torch.is_grad_enabled() and not any(isinstance(a, Tensor) and a.requires_grad for a in bound.args):
-        raise TrainingError(
-            f"no input of a {type(block).__name__} needs a gradient, so that ZeRO-3 would lose gradients of its "
-            "weights; set pools.learner.gather_blocks to false"
-        )
-    return bound.args, bound.kwargs
+def reward_engine(model: nn.Module, settings: RewardOptimizerConfig, pool: LearnerPoolConfig) -> ZeroEngine:
+    """The engine of a float32 reward model, whole on every rank before, with moving averages."""
+    # Averages are swapped in piece by piece; a parameter that is kept whole would not see it.
+    options = training_options(pool, settings, torch.float32, whole_below=0)
+    return ZeroEngine(model, settings, options, averages=True)
 
 
 def shard(parameter: nn.Parameter) -> Tensor:
@@ -222,56 +190,11 @@ def shard(parameter: nn.Parameter) -> Tensor:
     return piece.detach()
 
 
-def load_partitioned(module: nn.Module, family: Generator) -> None:
-    """Fills a partitioned transformer from the family's files; every rank reads all and keeps its own pieces.
+def _register_attention(model: nn.Module) -> None:
+    """Has ZeRO-3 gather what an attention's forward reads of a submodule that it never calls."""
+    import deepspeed
 
-    Raises:
-        ValueError: a parameter that no file holds.
-    """
-    parameters = dict(module.named_parameters())
-    missing = set(parameters)
-    for file in family.transformer_files():
-        with safe_open(file, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
-                if name in parameters:
-                    _fill(parameters[name], stream.get_tensor(name))
-                    missing.discard(name)
-    if missing:
-        raise ValueError(f"{family.folder} lacks weights of {len(missing)} parameters, for example {min(missing)}")
-
-
-def _fill_adapters(module: nn.Module, names: Sequence[str]) -> None:
-    """Gives all adapters the same starting values, piece by piece: peft's own do not reach partitioned parameters."""
-    for adapter in names:
-        parameters = adapter_parameters(module, adapter)
-        names_of_policy = {n: n.replace(f".{adapter}.", f".{ADAPTER}.") for n in parameters}
-        values = initial_adapter({names_of_policy[n]: getattr(p, "ds_shape") for n, p in parameters.items()})  # noqa: B009
-        for name, parameter in parameters.items():
-            shard(parameter).zero_()
-            _fill(parameter, values[names_of_policy[name]])
-
-
-def _fill(parameter: nn.Parameter, whole: Tensor) -> None:
-    """Overwrites this rank's piece of a parameter with its part of the whole tensor."""
-    import torch.distributed as dist
-
-    piece = shard(parameter)
-    mine = whole.flatten()[dist.get_rank() * piece.numel() :][: piece.numel()]
-    piece[: mine.numel()].copy_(mine)
-
-
-def _gather_bucket(parameters: dict[str, nn.Parameter], pieces: list[Tensor]) -> dict[str, Tensor]:
-    import torch.distributed as dist
-
-    flat = torch.cat([piece.flatten() for piece in pieces])
-    everywhere = [torch.empty_like(flat) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
-    dist.gather(flat, everywhere, dst=0)
-    if everywhere is None:
-        return {}
-    whole, offset = {}, 0
-    for (name, parameter), piece in zip(parameters.items(), pieces, strict=True):
-        parts = [rank_flat[offset : offset + piece.numel()] for rank_flat in everywhere]
-        full = torch.cat(parts)[: parameter.ds_numel]  # type: ignore[attr-defined]
-        whole[name] = full.view(parameter.ds_shape).cpu()  # type: ignore[attr-defined]
-        offset += piece.numel()
-    return whole
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for parameter in module.out_proj.parameters():
+                deepspeed.zero.register_external_parameter(module, parameter)

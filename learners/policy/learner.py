@@ -18,7 +18,7 @@ from euphonium.errors import TrainingError
 from euphonium.generators.conditioning import Conditioning
 from euphonium.generators.registry import open_generator
 from euphonium.wire.records import GroupPayload, TrainingGroup
-from learners.engine.zero3 import ZeroPolicy
+from learners.engine.partitioned import ZeroPolicy
 from learners.policy.batching import MicroBatch, load_rows, plan_updates
 from learners.policy.objective import References, Transitions, evaluate_objective, replayed_log_probs
 from learners.policy.publication import Publisher, reduced
@@ -72,7 +72,7 @@ class Learner:
 
     def velocity(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Velocity of the policy in training."""
-        return self.family.velocity(self.policy.engine, x, time, conditioning)
+        return self.family.velocity(self.policy.model, x, time, conditioning)
 
     def groups_needed(self, groups: Sequence[TrainingGroup]) -> set[int]:
         """Positions of the groups of which this rank trains a row."""

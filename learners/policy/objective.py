@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from euphonium.config import ObjectiveConfig
+from euphonium.config import KlConfig, ObjectiveConfig
 from euphonium.dynamics import StepTable
 from euphonium.dynamics.kl import k3_estimate, log_ratio_estimate
 from euphonium.generators.conditioning import Conditioning
@@ -139,17 +139,9 @@ def evaluate_objective(
     kl_anchor, kl_previous = torch.zeros_like(ratio), torch.zeros_like(ratio)
     if config.kl is not None:
         if references.anchor is not None:
-            with torch.no_grad():
-                anchor_mean, _ = _score(table, references.anchor, rows)
-            kl_anchor = table.kl(rows.steps, mean, anchor_mean)
-        if config.kl.previous == "log_ratio":
-            kl_previous = log_ratio_estimate(log_prob, rows.log_probs)
-        elif config.kl.previous == "k3":
-            kl_previous = k3_estimate(log_prob, rows.log_probs)
-        elif config.kl.previous == "gaussian":
-            if previous_mean is None:
-                raise ValueError("the exact divergence needs the previous policy")
-            kl_previous = table.kl(rows.steps, mean, previous_mean)
+            kl_anchor = _anchor_divergence(table, references.anchor, rows, mean)
+        if config.kl.previous != "none":
+            kl_previous = _previous_divergence(config.kl, table, rows, (mean, log_prob), previous_mean)
         penalty = config.kl.anchor_weight * kl_anchor + config.kl.previous_weight * kl_previous
         # A penalty is added to a loss that is minimised; the sign of SAGE-GRPO's Eq. 43 is a slip.
         total = total + references.kl_weight * penalty
@@ -160,6 +152,27 @@ def evaluate_objective(
         kl_anchor=kl_anchor.detach(),
         kl_previous=kl_previous.detach(),
     )
+
+
+def _anchor_divergence(table: StepTable, anchor: Velocity, rows: Transitions, mean: Tensor) -> Tensor:
+    """KL of the rows' steps from those of the anchor, ``[rows]``."""
+    with torch.no_grad():
+        anchor_mean, _ = _score(table, anchor, rows)
+    return table.kl(rows.steps, mean, anchor_mean)
+
+
+def _previous_divergence(
+    kl: KlConfig, table: StepTable, rows: Transitions, score: tuple[Tensor, Tensor], previous_mean: Tensor | None
+) -> Tensor:
+    """The estimate that ``kl.previous`` names of the KL from the policy that drew the rows, ``[rows]``."""
+    mean, log_prob = score
+    if kl.previous == "log_ratio":
+        return log_ratio_estimate(log_prob, rows.log_probs)
+    if kl.previous == "k3":
+        return k3_estimate(log_prob, rows.log_probs)
+    if previous_mean is None:
+        raise ValueError("the exact divergence needs the previous policy")
+    return table.kl(rows.steps, mean, previous_mean)
 
 
 def _score(table: StepTable, velocity: Velocity, rows: Transitions) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from euphonium.wire.records import WeightKind, WeightOrder
 from euphonium.wire.roles import RolloutServer, WeightDirectory, named_actor
 from euphonium.wire.weights.channel import Channel, host
 from euphonium.wire.weights.manifest import BucketManifest, WeightManifest, as_bucket, checksum
-from learners.engine.zero3 import ZeroPolicy
+from learners.engine.partitioned import ZeroPolicy
 
 if TYPE_CHECKING:
     from ray import ObjectRef

@@ -14,12 +14,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from euphonium.config import LearnerPoolConfig
 from euphonium.generators.conditioning import Conditioning
 from euphonium.generators.generator import Generator
 from euphonium.generators.lora import ADAPTER
-from learners.engine.zero3 import ZeroPolicy, gather_by_block, shard
+from learners.engine.partitioned import ZeroPolicy, frozen_transformer
+from learners.engine.zero3 import shard
 
 
 class Reference(Protocol):
@@ -42,72 +44,60 @@ class Reference(Protocol):
         ...
 
 
-class FrozenCopy:
-    """A reference of its own under ZeRO-3, for policies that are trained whole."""
+class _Pieces(Reference):
+    """What both kinds of references share: this rank's pieces of them, under the policy's names."""
 
-    def __init__(self, family: Generator, pool: LearnerPoolConfig, policy: ZeroPolicy) -> None:
-        import deepspeed
+    _pieces: dict[str, Tensor]
 
-        offload = {"offload_param": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
-        settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "bf16": {"enabled": family.dtype == torch.bfloat16},
-            "zero_optimization": {
-                "stage": 3,
-                # Pieces are the truth here: a parameter that is kept whole would not see a refresh.
-                "stage3_param_persistence_threshold": 0,
-                "memory_efficient_linear": False,
-                **(offload if pool.offload_references else {}),
-            },
-            "steps_per_print": 10**9,
-        }
-        with deepspeed.zero.Init(config_dict_or_path=settings):
-            module = family.build_transformer()
-        module.requires_grad_(False)
-        if pool.gather_blocks:
-            gather_by_block(module)
-        self._family = family
-        self._engine, *_ = deepspeed.initialize(model=module, config=settings)
-        self._engine.eval()
-        self._pieces = {name: shard(p) for name, p in self._engine.module.named_parameters()}
-        self.refresh(policy)
-
+    @override
     def refresh(self, policy: ZeroPolicy) -> None:
-        """See :class:`Reference`."""
-        for name, parameter in policy.parameters.items():
-            self._pieces[name].copy_(shard(parameter))
+        for name in self._pieces.keys() & policy.parameters.keys():
+            self._pieces[name].copy_(shard(policy.parameters[name]))
 
-    @torch.no_grad()
-    def velocity(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :class:`Reference`."""
-        return self._family.velocity(self._engine, x, time, conditioning)
-
+    @override
     def state(self) -> dict[str, Tensor]:
-        """See :class:`Reference`."""
         return {name: piece.cpu() for name, piece in self._pieces.items()}
 
+    @override
     def restore(self, state: dict[str, Tensor]) -> None:
-        """See :class:`Reference`."""
         for name, piece in self._pieces.items():
             piece.copy_(state[name])
 
 
-class AdapterReference:
-    """A reference that is another adapter of the policy's own module."""
+class FrozenCopy(_Pieces):
+    """A reference of its own under ZeRO-3, for policies that are trained whole.
+
+    Args:
+        family: of the generator.
+        pool: how the copy is partitioned.
+        policy: whose weights it begins with.
+    """
+
+    def __init__(self, family: Generator, pool: LearnerPoolConfig, policy: ZeroPolicy) -> None:
+        self._family = family
+        self._engine, self._pieces = frozen_transformer(family, pool)
+        self.refresh(policy)
+
+    @override
+    @torch.no_grad()
+    def velocity(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        return self._family.velocity(self._engine, x, time, conditioning)
+
+
+class AdapterReference(_Pieces):
+    """A reference that is another adapter of the policy's own module, or the module without any, which never changes.
+
+    Args:
+        family: of the generator.
+        policy: whose module it is.
+        adapter: name of a frozen adapter, or None for the base without any.
+    """
 
     def __init__(self, family: Generator, policy: ZeroPolicy, adapter: str | None) -> None:
-        """Args as described in the class.
-
-        Args:
-            family: of the generator.
-            policy: whose module it is.
-            adapter: name of a frozen adapter, or None for the base without any.
-        """
         self._family = family
         self._policy = policy
         self._adapter = adapter
-        self._pieces: dict[str, Tensor] = {}
+        self._pieces = {}
         if adapter is not None:
             self._pieces = {
                 name.replace(f".{adapter}.", f".{ADAPTER}."): shard(p)
@@ -116,35 +106,21 @@ class AdapterReference:
             }
             self.refresh(policy)
 
-    def refresh(self, policy: ZeroPolicy) -> None:
-        """See :class:`Reference`; the base never changes."""
-        for name, piece in self._pieces.items():
-            piece.copy_(shard(policy.parameters[name]))
-
+    @override
     @torch.no_grad()
     def velocity(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """See :class:`Reference`."""
         module: Any = self._policy.module
         if self._adapter is None:
             module.disable_adapters()
         else:
             module.set_adapter(self._adapter)
         try:
-            return self._family.velocity(self._policy.engine, x, time, conditioning)
+            return self._family.velocity(self._policy.model, x, time, conditioning)
         finally:
             if self._adapter is None:
                 module.enable_adapters()
             module.set_adapter(ADAPTER)
             _trainable(module, self._policy.parameters)
-
-    def state(self) -> dict[str, Tensor]:
-        """See :class:`Reference`."""
-        return {name: piece.cpu() for name, piece in self._pieces.items()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """See :class:`Reference`."""
-        for name, piece in self._pieces.items():
-            piece.copy_(state[name])
 
 
 def _trainable(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:

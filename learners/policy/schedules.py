@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 from euphonium.config import KlConfig, RunConfig
 from euphonium.dynamics.kl import KlController
+from learners.engine import schedule
 
 
 def learning_rate(config: RunConfig, updates_done: int) -> float:
     """Rate of the next update: linear warm-up, then the schedule over all updates of the run."""
     optimizer = config.optimizer
     total = config.iterations * config.objective.updates_per_iteration
-    warmup = optimizer.warmup_updates
-    if updates_done < warmup:
-        return optimizer.learning_rate * (updates_done + 1) / warmup
-    progress = min(1.0, (updates_done - warmup) / max(1, total - warmup))
-    factor = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[optimizer.schedule]
-    return optimizer.learning_rate * factor
+    return schedule.learning_rate(
+        optimizer.learning_rate, updates_done, total, optimizer.warmup_updates, optimizer.schedule
+    )
 
 
 def kl_controller(kl: KlConfig | None) -> KlController | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,14 +25,14 @@ from torch.nn import functional
 from euphonium.config import OrmConfig
 from euphonium.errors import ConfigError
 from euphonium.rewards.outcome_model import OutcomeModel
-from learners.engine.reward_engine import RewardEngine
+from learners.engine.engine import Engine
 from learners.rewards.preference import bradley_terry, calibration_error
 from learners.rewards.preference_files import UNLABELLED, PreferenceTable, open_preferences
+from learners.rewards.training import FINAL_MEASUREMENT, Measurement, PromptwiseItems, shared_passes
 from learners.rewards.video_files import read_frames
 
 # Decoded videos kept in memory, already cut to the frames and size that the model sees.
 CACHED_VIDEOS = 512
-FINAL_MEASUREMENT = 5
 
 
 def rao_kupper(gap: Tensor, tie: Tensor, theta: float) -> Tensor:
@@ -61,16 +61,14 @@ class OrmTask:
         self._train = train
         labels = config.objective == "bce"
         # One row an item: first sample, second sample (itself for labels), and whether it is a tie or has label 1.
-        self._items = _labelled(train) if labels else _paired(train, ties=config.objective == "bradley_terry_ties")
-        for part, count in (("training", len(self._items)), ("held-out", self._measurable(held_out))):
+        items = _labelled(train) if labels else _paired(train, ties=config.objective == "bradley_terry_ties")
+        for part, count in (("training", len(items)), ("held-out", self._measurable(held_out))):
             if not count:
                 raise ConfigError(
                     f"the {part} preferences hold nothing for objective {config.objective}: it needs "
                     + ("samples with labels" if labels else "winner and loser, or both labels within a prompt")
                 )
-        prompts = train.prompt[self._items[:, 0]]
-        order = np.argsort(prompts, kind="stable")
-        self._by_prompt = np.split(self._items[order], np.flatnonzero(np.diff(prompts[order])) + 1)
+        self._drawn = PromptwiseItems(items, train.prompt[items[:, 0]])
         self._frames = lru_cache(maxsize=CACHED_VIDEOS)(self._read)
 
     def _measurable(self, table: PreferenceTable) -> int:
@@ -79,8 +77,7 @@ class OrmTask:
     def batch(self, update: int) -> NDArray[np.int64]:
         """See :class:`learners.rewards.training.Task`; prompts come equally often."""
         rng = np.random.default_rng([self.config.seed, update])
-        prompts = rng.integers(len(self._by_prompt), size=self.config.optimizer.pairs_per_update)
-        return np.stack([self._by_prompt[p][rng.integers(len(self._by_prompt[p]))] for p in prompts])
+        return self._drawn.draw(self.config.optimizer.pairs_per_update, rng)
 
     def losses(self, model: nn.Module, batch: NDArray[np.int64], part: slice) -> Tensor:
         """See :class:`learners.rewards.training.Task`."""
@@ -101,38 +98,38 @@ class OrmTask:
         found: Tensor = model(**self._model.inputs(frames, prompts, self.device))
         return found
 
-    def _read(self, path: Any) -> Tensor:
+    def _read(self, path: Path) -> Tensor:
         return self._model.frames_of(torch.from_numpy(read_frames(path)).permute(0, 3, 1, 2))
 
-    def evaluate(self, engine: RewardEngine, pairs: int) -> dict[str, Any]:
+    def evaluate(self, engine: Engine, pairs: int) -> Measurement:
         """Accuracy and calibration error on at most ``pairs`` held-out pairs; with labels, theirs too."""
-        table, found = self.held_out, dict[str, Any]()
+        table, found = self.held_out, Measurement(mean_accuracy=math.nan)
         rng = np.random.default_rng(0)
         if len(table.pairs):
             chosen = table.pairs[rng.permutation(len(table.pairs))[:pairs]]
             scores = self._scored(engine, chosen.T.reshape(-1))
             gaps = scores[: len(chosen)] - scores[len(chosen) :]
-            found |= {"accuracy": float((gaps > 0).mean()), "calibration_error": calibration_error(gaps)}
-            found["pairs"] = len(chosen)
+            found["accuracy"] = found["mean_accuracy"] = float((gaps > 0).mean())
+            found["calibration_error"], found["pairs"] = calibration_error(gaps), len(chosen)
         if self.config.objective == "bce":
             labelled = _labelled(table)
             labelled = labelled[rng.permutation(len(labelled))[:pairs]]
             right = (self._scored(engine, labelled[:, 0]) > 0) == (labelled[:, 2] == 1)
             found["label_accuracy"] = float(right.mean()) if len(right) else math.nan
-        return found | {"mean_accuracy": found.get("accuracy", found.get("label_accuracy"))}
+            found["mean_accuracy"] = found["mean_accuracy"] if len(table.pairs) else found["label_accuracy"]
+        return found
 
-    def _scored(self, engine: RewardEngine, samples: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _scored(self, engine: Engine, samples: NDArray[np.int64]) -> NDArray[np.float64]:
         """Rewards of held-out samples; ranks share the work, and all make the same number of passes."""
         size = 2 * self.config.optimizer.pairs_per_micro_batch
         rewards = torch.zeros(len(samples), dtype=torch.float64)
         starts = list(range(0, len(samples), size))
-        for index in range(0, len(starts), engine.world_size):
-            mine = index + engine.rank
-            begin = starts[min(mine, len(starts) - 1)]
+        for number, counts in shared_passes(engine, len(starts)):
+            begin = starts[number]
             part = samples[begin : begin + size]
             with torch.no_grad():
                 values = self.rewards(engine.model, self.held_out, part)
-            if mine < len(starts):
+            if counts:
                 rewards[begin : begin + len(part)] = values.double().cpu()
         return np.asarray(engine.sum(rewards).numpy())
 
@@ -162,11 +159,11 @@ class OrmTraining:
         torch.manual_seed(self.config.seed)
         return OutcomeModel.from_backbone(self.config.model)
 
-    def result(self, engine: RewardEngine) -> dict[str, Any]:
+    def result(self, engine: Engine) -> Measurement:
         """Numbers on more held-out pairs than during training; all ranks call it."""
         return self.task.evaluate(engine, FINAL_MEASUREMENT * self.settings.evaluation_pairs)
 
-    def save(self, weights: dict[str, Tensor], result: dict[str, Any]) -> None:
+    def save(self, weights: dict[str, Tensor], result: Measurement) -> None:
         """Writes the model with its trained weights."""
         model = self._fresh()
         unknown = model.load_state_dict(weights, strict=False).unexpected_keys

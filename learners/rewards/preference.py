@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from euphonium.config import RewardOptimizerConfig
 from euphonium.dynamics import noised
 from euphonium.errors import ConfigError
 from euphonium.generators.conditioning import Conditioning
-from learners.engine.reward_engine import RewardEngine
+from learners.engine.engine import Engine
 from learners.rewards.preference_files import Pairs
+from learners.rewards.training import Measurement, PromptwiseItems, shared_passes
 
 TENTHS = 10
 BINS = 10
@@ -128,6 +129,10 @@ def bradley_terry(winners: Tensor, losers: Tensor) -> Tensor:
     return -functional.logsigmoid(winners - losers)
 
 
+# Pairs, noise levels and noises of a batch.
+Drawn = tuple[Pairs, Tensor, Tensor]
+
+
 class PairSampler:
     """Draws batches of pairs with prompts equally often, each with its noise level and noise.
 
@@ -137,62 +142,71 @@ class PairSampler:
     def __init__(self, data: Preferences, count: int, seed: int) -> None:
         """Args: data to draw from; pairs in a batch; seed of everything."""
         self.data, self.count, self.seed = data, count, seed
-        prompts = data.prompt[data.pairs[:, 0]]
-        order = np.argsort(prompts, kind="stable")
-        self._by_prompt = np.split(data.pairs[order], np.flatnonzero(np.diff(prompts[order])) + 1)
+        self._pairs = PromptwiseItems(data.pairs, data.prompt[data.pairs[:, 0]])
 
-    def draw(self, number: int) -> tuple[Pairs, Tensor, Tensor]:
+    def draw(self, number: int) -> Drawn:
         """Pairs ``[count, 2]``, noise fractions ``[count]`` (uniform on [0, 1]) and noises ``[count, *latent]``."""
         sequence = np.random.SeedSequence([self.seed, number])
         rng = np.random.default_rng(sequence)
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
-        prompts = rng.integers(len(self._by_prompt), size=self.count)
-        pairs = np.stack([self._by_prompt[p][rng.integers(len(self._by_prompt[p]))] for p in prompts])
+        pairs = self._pairs.draw(self.count, rng)
         sigma = torch.rand(self.count, generator=generator)
         noise = torch.randn((self.count, *self.data.latent_shape), generator=generator)
         return pairs, sigma, noise
 
 
-class PrmTask:
-    """A process reward model's preferences, as :class:`learners.rewards.training.Task`."""
+class PairObjective:
+    """Bradley-Terry on a process reward model's preferences, as :class:`learners.rewards.training.Objective`.
 
-    def __init__(
-        self,
-        train: Preferences,
-        held_out: Preferences,
-        settings: RewardOptimizerConfig,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        for part, data in (("training", train), ("held-out", held_out)):
-            if not len(data.pairs):
-                raise ConfigError(
-                    f"the {part} preferences hold no pair: no prompt has a better and a worse sample (with drawn "
-                    "samples, lower pairs.margin or raise the samples a prompt)"
-                )
-        self.held_out, self.device = held_out, device
-        self._sampler = PairSampler(train, settings.pairs_per_update, seed)
+    Args:
+        data: to draw from.
+        count: pairs in a batch.
+        seed: of everything.
+        device: of the model.
+        first: number of the batch of update 0.
+    """
 
-    def batch(self, update: int) -> tuple[Pairs, Tensor, Tensor]:
-        """See :class:`learners.rewards.training.Task`."""
-        return self._sampler.draw(update)
+    def __init__(self, data: Preferences, count: int, seed: int, device: torch.device, first: int = 0) -> None:
+        self.device = device
+        self._first = first
+        self._sampler = PairSampler(data, count, seed)
 
-    def losses(self, model: nn.Module, batch: tuple[Pairs, Tensor, Tensor], part: slice) -> Tensor:
-        """See :class:`learners.rewards.training.Task`."""
+    def batch(self, update: int) -> Drawn:
+        """The batch of an update, as :meth:`PairSampler.draw` gives it."""
+        return self._sampler.draw(self._first + update)
+
+    def losses(self, model: nn.Module, batch: Drawn, part: slice) -> Tensor:
+        """Losses of some pairs of a batch, ``[pairs]``."""
         pairs, sigma, noise = batch
         rewards = paired_rewards(
             model, self._sampler.data, pairs[part], sigma[part].to(self.device), noise[part].to(self.device)
         )
         return bradley_terry(*rewards)
 
-    def evaluate(self, engine: RewardEngine, pairs: int) -> dict[str, Any]:
+
+class PrmTask(PairObjective):
+    """A process reward model's preferences, as :class:`learners.rewards.training.Task`."""
+
+    def __init__(
+        self, train: Preferences, held_out: Preferences, settings: RewardOptimizerConfig, seed: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        for part, data in (("training", train), ("held-out", held_out)):
+            if not len(data.pairs):
+                raise ConfigError(
+                    f"the {part} preferences hold no pair: no prompt has a better and a worse sample (with drawn "
+                    "samples, lower pairs.margin or raise the samples a prompt)"
+                )
+        super().__init__(train, settings.pairs_per_update, seed, device)
+        self.held_out = held_out
+
+    def evaluate(self, engine: Engine, pairs: int) -> Measurement:
         """Accuracy and calibration error by tenth of sigma, of ``pairs`` held-out pairs each."""
-        gaps = gaps_by_noise(engine, self.held_out, self.held_out.pairs, per_tenth=pairs)
-        return measured(gaps)
+        return measured(gaps_by_noise(engine, self.held_out, self.held_out.pairs, per_tenth=pairs))
 
 
 def gaps_by_noise(
-    engine: RewardEngine, data: Preferences, pairs: Pairs, *, per_tenth: int, seed: int = 0
+    engine: Engine, data: Preferences, pairs: Pairs, *, per_tenth: int, seed: int = 0
 ) -> NDArray[np.float64]:
     """``r_w - r_l`` of held-out pairs, for every tenth of sigma; ranks share the work.
 
@@ -208,10 +222,8 @@ def gaps_by_noise(
     """
     gaps = torch.zeros(TENTHS, per_tenth, dtype=torch.float64)
     parts = [(t, low) for t in range(TENTHS) for low in range(0, per_tenth, EVALUATION_BATCH)]
-    for index in range(0, len(parts), engine.world_size):
-        # All ranks make the same number of passes, as ZeRO-3 needs; a rank without a part repeats the last one.
-        mine = index + engine.rank
-        tenth, low = parts[min(mine, len(parts) - 1)]
+    for number, counts in shared_passes(engine, len(parts)):
+        tenth, low = parts[number]
         rng = np.random.default_rng([seed, tenth])
         chosen = pairs[rng.choice(len(pairs), size=per_tenth, replace=per_tenth > len(pairs))]
         chosen = chosen[low : low + EVALUATION_BATCH]
@@ -222,20 +234,25 @@ def gaps_by_noise(
             winners, losers = paired_rewards(
                 engine.model, data, chosen, sigma.to(engine.device), noise.to(engine.device)
             )
-        if mine < len(parts):
+        if counts:
             gaps[tenth, low : low + len(chosen)] = (winners - losers).double().cpu()
     return np.asarray(engine.sum(gaps).numpy())
 
 
-def measured(gaps: NDArray[np.float64]) -> dict[str, Any]:
+def measured(gaps: NDArray[np.float64]) -> Measurement:
     """Accuracy (the paper's Figure 3) and calibration error of every row of ``r_w - r_l``."""
-    accuracy = [float((row > 0).mean()) for row in gaps]
+    accuracy = accuracies(gaps)
     return {
         "accuracy": accuracy,
         "calibration_error": [calibration_error(row) for row in gaps],
         "mean_accuracy": float(np.mean(accuracy)),
         "pairs": gaps.shape[1],
     }
+
+
+def accuracies(gaps: NDArray[np.float64]) -> list[float]:
+    """Share of the pairs whose winner has the higher reward, of every row of ``r_w - r_l``."""
+    return [float((row > 0).mean()) for row in gaps]
 
 
 def calibration_error(gaps: NDArray[np.float64]) -> float:

@@ -12,10 +12,9 @@ the prompt's videos begin with, in one of its lines or in all.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,8 +175,8 @@ class _Rows:
             raise ConfigError(f"{place}: field 'tie' must be true or false, got {tie!r}")
         (self.ties if tie else self.pairs).append(pair)
 
-    def _image(self, row: dict[str, Any], place: str) -> None:
-        text, image = row["prompt"], self.folder / _text(row, "image", place)
+    def _image(self, row: Mapping[str, object], place: str) -> None:
+        text, image = _text(row, "prompt", place), self.folder / _text(row, "image", place)
         if not image.is_file():
             raise ConfigError(f"{place}: field 'image': there is no file {image}")
         if self.images.setdefault(text, image) != image:
@@ -186,7 +185,7 @@ class _Rows:
                 "prompts differently"
             )
 
-    def _sample(self, row: dict[str, Any], name: str, prompt: int, place: str) -> int:
+    def _sample(self, row: Mapping[str, object], name: str, prompt: int, place: str) -> int:
         path = self.folder / _text(row, name, place)
         key = (prompt, path)
         if key not in self.samples and not path.is_file():
@@ -210,7 +209,7 @@ class _Rows:
         )
 
 
-def _text(row: dict[str, Any], name: str, place: str) -> str:
+def _text(row: Mapping[str, object], name: str, place: str) -> str:
     if name not in row:
         raise ConfigError(f"{place}: field {name!r} is missing")
     value = row[name]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from euphonium.files import flush, written_aside
 from euphonium.generators.conditioning import Conditioning
 from learners.rewards.preference import LatentFiles, Latents, Preferences
 from learners.rewards.preference_files import Pairs, ranked_pairs
@@ -73,9 +74,12 @@ def _finish(
 ) -> None:
     save_file({name: t.cpu().contiguous() for name, t in conditioning.items()}, folder / CONDITIONING_FILE)
     index = {"mark": mark, "latent_shape": list(shape), "files": files}
+    for name in (LATENTS_FILE, SAMPLES_FILE, CONDITIONING_FILE):
+        if (folder / name).is_file():
+            flush(folder / name)
     # The index comes last, in one step: a folder with an index is complete.
-    (folder / f"{INDEX_FILE}.tmp").write_text(json.dumps(index) + "\n")
-    (folder / f"{INDEX_FILE}.tmp").rename(folder / INDEX_FILE)
+    with written_aside(folder / INDEX_FILE) as aside:
+        aside.write_text(json.dumps(index) + "\n")
 
 
 def open_prepared(folder: Path, margin: float) -> Preferences:

@@ -16,7 +16,6 @@ import math
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,15 +23,16 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from euphonium.config import PrmRefreshConfig, RunConfig
+from euphonium.config import PrmRefreshConfig, RewardOptimizerConfig, RunConfig
 from euphonium.errors import TrainingError
 from euphonium.generators.conditioning import Conditioning, stack_conditionings
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.records import Array
-from learners.rewards.preference import PairSampler, Preferences, bradley_terry, paired_rewards
-from learners.rewards.preference_files import Pairs, ranked_pairs
-from learners.rewards.training import learning_rate
+from learners.engine.local import LocalEngine
+from learners.rewards.preference import PairObjective, PairSampler, Preferences, paired_rewards
+from learners.rewards.preference_files import ranked_pairs
+from learners.rewards.training import train_update
 
 STATE_FILE = "refresh.json"
 TENSORS_FILE = "refresh.safetensors"
@@ -67,6 +67,14 @@ class PrmRefresh:
 
     def __init__(self, settings: PrmRefreshConfig, model: ProcessRewardModel, seed: int, device: torch.device) -> None:
         self.settings, self.seed, self.device = settings, seed, device
+        self._training = RewardOptimizerConfig(
+            updates=settings.updates,
+            pairs_per_update=settings.pairs_per_update,
+            pairs_per_micro_batch=settings.pairs_per_update,
+            learning_rate=settings.learning_rate,
+            # The weights are good already: no decay pulls them to zero.
+            weight_decay=0.0,
+        )
         self.model = model.to(device).for_training()
         self.version = 0
         self._groups: deque[ReplayedGroup] = deque(maxlen=settings.buffer_groups)
@@ -108,23 +116,14 @@ class PrmRefresh:
         if not len(data.pairs):
             return {}
         metrics = self._judged()
-        sampler = PairSampler(data, self.settings.pairs_per_update, self.seed)
         self.model.load_state_dict(self._start)
-        parameters = list(self.model.parameters())
-        # The weights are good already: no decay pulls them to zero.
-        optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+        engine = LocalEngine(self.model, self._training, self.device, averages=False, unreached=False)
+        # The numbers of batches go on from refresh to refresh.
+        first = self.version * self.settings.updates
+        objective = PairObjective(data, self.settings.pairs_per_update, self.seed, self.device, first)
         losses = []
-        self.model.train()
-        for update in range(self.settings.updates):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.settings, update)
-            pairs, sigma, noise = sampler.draw(self.version * self.settings.updates + update)
-            loss = bradley_terry(*self._rewards(data, pairs, sigma, noise)).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            losses.append(float(loss.detach()))
+        for update in range(self._training.updates):
+            losses.append(train_update(engine, objective, self._training, update))
             if not math.isfinite(losses[-1]):
                 raise TrainingError(
                     f"the loss of update {update + 1} of the process reward model's refresh is not finite: lower "
@@ -148,11 +147,8 @@ class PrmRefresh:
         pairs, sigma, noise = PairSampler(data, JUDGED_PAIRS, self.seed + 1).draw(self.version)
         self.model.eval()
         with torch.no_grad():
-            winners, losers = self._rewards(data, pairs, sigma, noise)
+            winners, losers = paired_rewards(self.model, data, pairs, sigma.to(self.device), noise.to(self.device))
         return {"process/refresh_accuracy": float((winners > losers).float().mean())}
-
-    def _rewards(self, data: Preferences, pairs: Pairs, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        return paired_rewards(self.model, data, pairs, sigma.to(self.device), noise.to(self.device))
 
     def _preferences(self, groups: list[ReplayedGroup]) -> Preferences:
         # A group is a prompt of its own here, even where two have the same text: their noise may differ.
@@ -232,7 +228,7 @@ class PrmRefreshActor:
 
     def step(self, iteration: int, folder: str | None) -> tuple[int, dict[str, float]]:
         """Refreshes if it is time, and saves if there is a folder; refreshes so far, and metrics."""
-        metrics: dict[str, Any] = self.refresh.update() if self.refresh.due(iteration) else {}
+        metrics = self.refresh.update() if self.refresh.due(iteration) else {}
         if folder is not None:
             self.refresh.save(Path(folder))
         return self.refresh.version, metrics

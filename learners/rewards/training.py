@@ -1,8 +1,8 @@
 """The training loop of process and outcome reward models: batches, micro-batches, averages, checkpoints, stopping.
 
-What is trained is a :class:`Task`; how it is stepped is a :class:`~learners.engine.reward_engine.RewardEngine`. A batch
-follows from the seed and the number of the update alone, so a training that was killed and taken up again ends with
-the weights of one that was not.
+What is trained is a :class:`Task`; how it is stepped is a :class:`~learners.engine.engine.Engine`. A batch follows
+from the seed and the number of the update alone, so a training that was killed and taken up again ends with the
+weights of one that was not.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, Required, TypedDict, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from euphonium.config import PrmRefreshConfig, RewardOptimizerConfig
+from euphonium.config import RewardOptimizerConfig
 from euphonium.errors import CheckpointError, TrainingError
-from euphonium.files import hash_and_flush, sha256
-from learners.engine.reward_engine import KINDS, RewardEngine
+from euphonium.files import commit_folder, verify_folder, written_aside
+from learners.engine.engine import Engine
+from learners.engine.schedule import learning_rate
+from learners.engine.shards import Shards, read_shards, write_shard
 
 log = logging.getLogger(__name__)
 
@@ -34,23 +37,49 @@ STATE_FILE = "state.json"
 BEST_FILE = "best.safetensors"
 PROGRESS_FILE = "progress.jsonl"
 PROGRESS_EVERY_S = 10.0
+# The last measurement takes this many times the pairs of those during training.
+FINAL_MEASUREMENT = 5
+# Of checkpoints; 1 had whole tensors.
+FORMAT = 2
 
-Report = Callable[[dict[str, Any]], None]
+Batch = TypeVar("Batch")
+Report = Callable[[Mapping[str, object]], None]
 
 
-class Task(Protocol):
-    """What a reward model learns from."""
+class Measurement(TypedDict, total=False):
+    """Numbers on held-out preferences; those of process reward models are lists, by tenth of sigma.
 
-    def batch(self, update: int) -> Any:
+    The best weights are those of the highest ``mean_accuracy``.
+    """
+
+    mean_accuracy: Required[float]
+    accuracy: float | list[float]
+    accuracy_without_margin: list[float]
+    margin: float
+    calibration_error: float | list[float]
+    label_accuracy: float
+    pairs: int
+    training_pairs: int
+    held_out_pairs: int
+
+
+class Objective(Protocol[Batch]):
+    """What a reward model is trained on."""
+
+    def batch(self, update: int) -> Batch:
         """The batch of an update: ``pairs_per_update`` items, the same on every rank."""
         ...
 
-    def losses(self, model: nn.Module, batch: Any, part: slice) -> Tensor:
+    def losses(self, model: nn.Module, batch: Batch, part: slice) -> Tensor:
         """Losses of some items of a batch, ``[items]``."""
         ...
 
-    def evaluate(self, engine: RewardEngine, pairs: int) -> dict[str, Any]:
-        """Numbers on held-out pairs, among them ``mean_accuracy``; all ranks call it, and get the same."""
+
+class Task(Objective[Batch], Protocol[Batch]):
+    """What a reward model is trained and measured on."""
+
+    def evaluate(self, engine: Engine, pairs: int) -> Measurement:
+        """Numbers on held-out pairs; all ranks call it, and get the same."""
         ...
 
 
@@ -75,8 +104,36 @@ class Progress:
     stopped: bool = False
 
 
+class PromptwiseItems:
+    """Items to draw batches from with prompts equally often.
+
+    Args:
+        items: ``[items, columns]``.
+        prompts: ``[items]``.
+    """
+
+    def __init__(self, items: NDArray[np.int64], prompts: NDArray[np.int64]) -> None:
+        order = np.argsort(prompts, kind="stable")
+        self._by_prompt = np.split(items[order], np.flatnonzero(np.diff(prompts[order])) + 1)
+
+    def draw(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """``[count, columns]``."""
+        prompts = rng.integers(len(self._by_prompt), size=count)
+        return np.stack([self._by_prompt[p][rng.integers(len(self._by_prompt[p]))] for p in prompts])
+
+
+def shared_passes(engine: Engine, count: int) -> Iterator[tuple[int, bool]]:
+    """Numbers of a measurement's passes that this rank makes, and whether their results count.
+
+    All ranks make the same number of passes, as ZeRO-3 needs; a rank without one repeats the last.
+    """
+    for first in range(0, count, engine.world_size):
+        mine = first + engine.rank
+        yield min(mine, count - 1), mine < count
+
+
 def fit(
-    engine: RewardEngine, task: Task, settings: RewardOptimizerConfig, folder: Path, mark: str, report: Report
+    engine: Engine, task: Task[Batch], settings: RewardOptimizerConfig, folder: Path, mark: str, report: Report
 ) -> Progress:
     """Trains to the last update or until patience runs out, from the newest checkpoint if there is one.
 
@@ -100,16 +157,21 @@ def fit(
         report({"resumed": progress.update})
     began, first, shown = time.monotonic(), progress.update, time.monotonic()
     while progress.update < settings.updates and not progress.stopped:
-        progress.losses.append(_update(engine, task, settings, progress.update))
+        progress.losses.append(train_update(engine, task, settings, progress.update))
         progress.update += 1
+        if not math.isfinite(progress.losses[-1]):
+            raise TrainingError(
+                f"the loss of update {progress.update} is not finite: lower optimizer.learning_rate, or look for "
+                "samples that are not finite; the last checkpoint is good"
+            )
         done = progress.update
         last = done == settings.updates
-        rate = (done - first) / (time.monotonic() - began)
-        record: dict[str, Any] = {"update": done, "updates": settings.updates, "updates_per_s": rate}
+        speed = (done - first) / (time.monotonic() - began)
+        record: dict[str, object] = {"update": done, "updates": settings.updates, "updates_per_s": speed}
         if last or done % settings.evaluate_every == 0:
-            record |= {"loss": float(np.mean(progress.losses))} | _measure(engine, task, settings, folder, progress)
+            record["loss"] = float(np.mean(progress.losses))
+            record.update(_measure(engine, task, settings, folder, progress), measured=True)
             shown = -math.inf
-            record["measured"] = True
         if engine.rank == 0 and time.monotonic() - shown > PROGRESS_EVERY_S:
             report({"loss": float(np.mean(progress.losses or [0.0]))} | record)
             shown = time.monotonic()
@@ -118,39 +180,43 @@ def fit(
     return progress
 
 
-def learning_rate(settings: RewardOptimizerConfig | PrmRefreshConfig, update: int) -> float:
-    """Rate of an update, counted from 0: linear over the first twentieth, then a cosine to zero."""
+def rate(settings: RewardOptimizerConfig, update: int) -> float:
+    """Rate of an update, counted from 0: linear over the first twentieth, under a cosine to zero."""
     warmup = max(1, settings.updates // 20)
-    cosine = 0.5 * (1 + math.cos(math.pi * update / settings.updates))
-    return settings.learning_rate * min((update + 1) / warmup, cosine)
+    return learning_rate(settings.learning_rate, update, settings.updates, warmup, "whole_cosine")
 
 
-def _update(engine: RewardEngine, task: Task, settings: RewardOptimizerConfig, update: int) -> float:
-    engine.set_learning_rate(learning_rate(settings, update))
-    batch, count = task.batch(update), settings.pairs_per_update
+def train_update(engine: Engine, objective: Objective[Batch], settings: RewardOptimizerConfig, update: int) -> float:
+    """One optimiser step on a batch, of which every rank takes its share; all ranks must call it.
+
+    Args:
+        engine: holds the model.
+        objective: gives batch and losses.
+        settings: of the optimisation.
+        update: number of the batch, from 0.
+
+    Returns:
+        The mean loss over the ranks, which may be no finite number.
+    """
+    engine.set_learning_rate(rate(settings, update))
+    batch, count = objective.batch(update), settings.pairs_per_update
     share = count // engine.world_size
     begin, end = engine.rank * share, (engine.rank + 1) * share
     total = 0.0
     for low in range(begin, end, settings.pairs_per_micro_batch):
         high = min(low + settings.pairs_per_micro_batch, end)
-        losses = task.losses(engine.model, batch, slice(low, high))
+        losses = objective.losses(engine.model, batch, slice(low, high))
         # Ranks average their gradients; every one divides by its own share.
         loss = losses.sum() / share
         engine.backward(loss, last=high == end)
         total += float(loss.detach())
-    engine.update_average(min(settings.ema_decay, (update + 1) / (update + 10)))
-    mean = float(engine.sum(torch.tensor(total, dtype=torch.float64))) / engine.world_size
-    if not math.isfinite(mean):
-        raise TrainingError(
-            f"the loss of update {update + 1} is not finite: lower optimizer.learning_rate, or look for samples that "
-            "are not finite; the last checkpoint is good"
-        )
-    return mean
+    engine.update_averages(min(settings.ema_decay, (update + 1) / (update + 10)))
+    return float(engine.sum(torch.tensor(total, dtype=torch.float64))) / engine.world_size
 
 
 def _measure(
-    engine: RewardEngine, task: Task, settings: RewardOptimizerConfig, folder: Path, progress: Progress
-) -> dict[str, Any]:
+    engine: Engine, task: Task[Batch], settings: RewardOptimizerConfig, folder: Path, progress: Progress
+) -> Measurement:
     progress.losses.clear()
     with engine.averaged():
         found = task.evaluate(engine, settings.evaluation_pairs)
@@ -160,8 +226,8 @@ def _measure(
             best = engine.whole("average")
             if engine.rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)
-                save_file(best, folder / f"{BEST_FILE}.tmp")
-                (folder / f"{BEST_FILE}.tmp").rename(folder / BEST_FILE)
+                with written_aside(folder / BEST_FILE) as aside:
+                    save_file(best, aside)
         else:
             progress.stale += 1
             progress.stopped = progress.stale >= settings.patience
@@ -169,7 +235,7 @@ def _measure(
 
 
 def final_weights(
-    engine: RewardEngine, progress: Progress, settings: RewardOptimizerConfig, folder: Path
+    engine: Engine, progress: Progress, settings: RewardOptimizerConfig, folder: Path
 ) -> dict[str, Tensor]:
     """The averaged weights to publish, on rank 0: of the best measurement with patience, else of the last update.
 
@@ -177,58 +243,56 @@ def final_weights(
     """
     if settings.patience is not None and progress.best_update != progress.update:
         with safe_open(folder / BEST_FILE, framework="pt") as stream:
-            engine.restore("average", stream.get_tensor)
+            engine.restore_averages(stream.get_tensor)
     return engine.whole("average")
 
 
-def save(engine: RewardEngine, folder: Path, progress: Progress, mark: str) -> None:
+def save(engine: Engine, folder: Path, progress: Progress, mark: str) -> None:
     """Writes a checkpoint: whole or not there, and the one before it goes when it is. All ranks must call it."""
     target = folder / f"update_{progress.update:07d}"
     aside = folder / f"{target.name}.tmp"
     if engine.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    hashes = {}
-    for kind in KINDS:
-        tensors = engine.whole(kind)
-        if engine.rank == 0:
-            save_file(tensors, aside / f"{kind}.safetensors")
-            hashes[kind] = hash_and_flush(aside / f"{kind}.safetensors")
+    engine.barrier()
+    write_shard(engine, aside)
+    engine.barrier()
     if engine.rank == 0:
-        state = aside / STATE_FILE
-        state.write_text(json.dumps({"mark": mark, "sha256": hashes, **asdict(progress)}, indent=1) + "\n")
-        hash_and_flush(state)
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
+        state = {"format": FORMAT, "mark": mark, "world_size": engine.world_size, **asdict(progress)}
+        (aside / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+        commit_folder(aside, target, FORMAT)
         for old in folder.glob("update_*"):
             if old.name < target.name:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def load_newest(engine: RewardEngine, folder: Path, mark: str) -> Progress:
+def load_newest(engine: Engine, folder: Path, mark: str) -> Progress:
     """Takes up the newest whole checkpoint of a folder; all ranks must call it.
 
     Raises:
-        CheckpointError: it was made with another recipe.
+        CheckpointError: it was made with another recipe, or by a version with another format.
     """
     for found in sorted(folder.glob("update_*"), reverse=True):
         if found.suffix == ".tmp":
             continue
         state = json.loads((found / STATE_FILE).read_text())
+        version = state.pop("format", None)
+        if version != FORMAT:
+            raise CheckpointError(
+                f"{found} has checkpoint format {version}, this version reads format {FORMAT}; go on with the version "
+                f"that wrote it, give this training another name, or remove {folder}"
+            )
         if state.pop("mark") != mark:
             raise CheckpointError(
                 f"{found} belongs to a training with another recipe; give this one another name, or remove {folder}"
             )
-        hashes = state.pop("sha256")
-        files = {kind: found / f"{kind}.safetensors" for kind in KINDS}
-        damaged = [kind for kind, file in files.items() if not file.is_file() or sha256(file) != hashes[kind]]
-        if damaged:
-            log.warning("skipping a damaged checkpoint: %s of %s is not what was written", damaged[0], found)
+        try:
+            verify_folder(found, FORMAT)
+        except CheckpointError as error:
+            log.warning("skipping a damaged checkpoint: %s", error)
             continue
-        for kind, file in files.items():
-            with safe_open(file, framework="pt") as stream:
-                engine.restore(kind, stream.get_tensor)
-        progress = Progress(**state)
-        engine.set_steps(progress.update)
+        with Shards(found, state.pop("world_size")) as shards:
+            progress = Progress(**state)
+            read_shards(engine, shards, progress.update)
         return progress
     return Progress()

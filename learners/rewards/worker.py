@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from euphonium.config import OrmConfig, PrmConfig, RewardOptimizerConfig, RewardTrainingConfig
-from learners.engine.reward_engine import LocalEngine, RewardEngine, ZeroEngine
-from learners.engine.zero3 import join_group
-from learners.rewards.training import PROGRESS_FILE, Report, Task, final_weights, fit
+from learners.engine.engine import Engine
+from learners.engine.local import LocalEngine
+from learners.engine.zero3 import join_group, reward_engine
+from learners.rewards.training import PROGRESS_FILE, Measurement, Report, Task, final_weights, fit
 
 CHECKPOINTS = "checkpoints"
 RESULT_FILE = "result.json"
@@ -31,7 +33,7 @@ class RewardTraining(Protocol):
         ...
 
     @property
-    def task(self) -> Task:
+    def task(self) -> Task[Any]:
         """Losses and measurements."""
         ...
 
@@ -40,11 +42,11 @@ class RewardTraining(Protocol):
         """Of the optimisation."""
         ...
 
-    def result(self, engine: RewardEngine) -> dict[str, Any]:
+    def result(self, engine: Engine) -> Measurement:
         """The final numbers, of the engine's model as it is; all ranks call it."""
         ...
 
-    def save(self, weights: dict[str, Tensor], result: dict[str, Any]) -> None:
+    def save(self, weights: dict[str, Tensor], result: Measurement) -> None:
         """Writes the trained model; rank 0 calls it."""
         ...
 
@@ -67,7 +69,7 @@ def recipe_mark(config: RewardTrainingConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def train(config: PrmConfig | OrmConfig, engine: RewardEngine, training: RewardTraining, report: Report) -> None:
+def train(config: PrmConfig | OrmConfig, engine: Engine, training: RewardTraining, report: Report) -> None:
     """Trains, measures and writes the model and ``result.json``; all ranks call it.
 
     Args:
@@ -81,10 +83,10 @@ def train(config: PrmConfig | OrmConfig, engine: RewardEngine, training: RewardT
     weights = final_weights(engine, progress, training.settings, folder)
     with engine.averaged():
         result = training.result(engine)
-    result |= {"updates": progress.update, "weights_of_update": progress.best_update or progress.update}
     if engine.rank == 0:
         training.save(weights, result)
-        (config.run_dir / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
+        trained = {"updates": progress.update, "weights_of_update": progress.best_update or progress.update}
+        (config.run_dir / RESULT_FILE).write_text(json.dumps({**result, **trained}, indent=1) + "\n")
 
 
 def train_here(config: PrmConfig | OrmConfig, report: Report) -> None:
@@ -101,7 +103,7 @@ def train_rank(config: PrmConfig | OrmConfig, report: Report) -> None:
     torch.set_num_threads(config.learner.threads)
     device = join_group()
     training = open_training(config, device)
-    train(config, ZeroEngine(training.model, training.settings, config.learner, device), training, report)
+    train(config, reward_engine(training.model, training.settings, config.learner), training, report)
 
 
 def reward_train_loop(settings: dict[str, Any]) -> None:
@@ -118,7 +120,7 @@ def reward_train_loop(settings: dict[str, Any]) -> None:
 def progress_file(run_dir: Path) -> Report:
     """A report that appends to the training's progress file, from which the driver reads."""
 
-    def report(record: dict[str, Any]) -> None:
+    def report(record: Mapping[str, object]) -> None:
         with (run_dir / PROGRESS_FILE).open("a") as stream:
             stream.write(json.dumps(record) + "\n")
 

@@ -61,7 +61,8 @@ def train(
     import asyncio
 
     from euphonium.config import RunConfig, load_config
-    from orchestrator.commands.launch import absolute_paths, connect_ray, is_complete, preflight, prepare_run_dir
+    from orchestrator.commands.launch import connect_ray, is_complete, preflight, prepare_run_dir
+    from orchestrator.commands.paths import absolute_paths
 
     config: RunConfig = absolute_paths(load_config(recipe, overrides or []))
     preflight(config)
@@ -150,7 +151,8 @@ def validate(recipe: Recipe, overrides: Overrides = None) -> None:
 
     from euphonium.config import RunConfig, dump_config, load_config
     from euphonium.config.foreign import ineffective_variables
-    from orchestrator.commands.launch import absolute_paths, preflight
+    from orchestrator.commands.launch import preflight
+    from orchestrator.commands.paths import absolute_paths
 
     config: RunConfig = load_config(recipe, overrides or [])
     ineffective = ineffective_variables(os.environ)

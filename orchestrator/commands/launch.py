@@ -28,23 +28,6 @@ RESOLVED = "config.resolved.yaml"
 LEFTOVERS_TIMEOUT_S = 60.0
 
 
-def absolute_paths(config: RunConfig) -> RunConfig:
-    """The same run with its files by absolute path: actors do not share the driver's working directory."""
-    model = config.model
-    if Path(model.path).exists():
-        model = model.model_copy(update={"path": str(Path(model.path).resolve())})
-    rewards = config.rewards
-    if rewards.process is not None:
-        process = rewards.process.model_copy(update={"path": str(Path(rewards.process.path).resolve())})
-        rewards = rewards.model_copy(update={"process": process})
-    prompts = config.prompts.model_copy(
-        update={"train": config.prompts.train.resolve(), "evaluation": config.prompts.evaluation.resolve()}
-    )
-    return config.model_copy(
-        update={"model": model, "rewards": rewards, "prompts": prompts, "output_dir": config.output_dir.resolve()}
-    )
-
-
 def preflight(config: RunConfig) -> dict[str, Any]:
     """Checks everything that can be checked without starting anything.
 

@@ -5,39 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from euphonium.config import LearnerPoolConfig, OrmConfig, PrmConfig
-from euphonium.errors import TrainingError
 from euphonium.wire.deadlines import get
 from learners.rewards.training import PROGRESS_FILE
-from orchestrator.learning.group import deepest_reason, torch_trainer
+from orchestrator.learning.launcher import Launch, torch_trainer
 
 Say = Callable[[str], None]
 
 SAY_EVERY_S = 15.0
 POLL_S = 0.5
 
-_C = TypeVar("_C", PrmConfig, OrmConfig)
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
-
-
-def absolute(config: _C) -> _C:
-    """The same recipe with its files by absolute path: tasks and workers do not share the driver's directory."""
-    changes: dict[str, Any] = {"output_dir": config.output_dir.resolve(), "target": config.target.resolve()}
-    if Path(config.model.path).exists():
-        changes["model"] = config.model.model_copy(update={"path": str(Path(config.model.path).resolve())})
-    if config.preferences is not None:
-        files = {"train": config.preferences.train, "held_out": config.preferences.held_out}
-        found = {name: file.resolve() for name, file in files.items() if file is not None}
-        changes["preferences"] = config.preferences.model_copy(update=found)
-    return config.model_copy(update=changes)
 
 
 @contextmanager
@@ -131,32 +115,46 @@ def run_training(kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, say
     """
     config.run_dir.mkdir(parents=True, exist_ok=True)
     if config.learner is None:
-        from learners.rewards.worker import progress_file, train_here
+        _train_here(config, say)
+    else:
+        _train_on_group(kind, config, config.learner, say)
 
-        write = progress_file(config.run_dir)
 
-        def report(record: dict[str, Any]) -> None:
-            write(record)
-            say(progress_line(record))
+def _train_here(config: PrmConfig | OrmConfig, say: Say) -> None:
+    from learners.rewards.worker import progress_file, train_here
 
-        train_here(config, report)
-        return
+    write = progress_file(config.run_dir)
+
+    def report(record: Mapping[str, object]) -> None:
+        write(record)
+        say(progress_line(record))
+
+    train_here(config, report)
+
+
+def _train_on_group(
+    kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, pool: LearnerPoolConfig, say: Say
+) -> None:
+    from learners.rewards.worker import reward_train_loop
+
+    settings = {"kind": kind, "config": config.model_dump(mode="json")}
+    launch = Launch(
+        lambda: torch_trainer(reward_train_loop, settings, pool, config.name, config.run_dir).fit(), "reward-group"
+    )
     progress = config.run_dir / PROGRESS_FILE
     progress.touch()
-    errors: list[BaseException] = []
-    thread = threading.Thread(target=_fit, args=(kind, config, errors), name="reward-group", daemon=True)
     with progress.open() as stream:
         stream.seek(0, os.SEEK_END)
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_S)
+        launch.start()
+        ended = False
+        while not ended:
+            ended = launch.join(POLL_S)
             for line in stream:
                 say(progress_line(json.loads(line)))
-    if errors:
-        raise TrainingError(f"the reward model's learner group is gone: {deepest_reason(errors[0])}") from errors[0]
+    launch.check("the reward model's learner group")
 
 
-def progress_line(record: dict[str, Any]) -> str:
+def progress_line(record: Mapping[str, Any]) -> str:
     """A record of progress, for people."""
     if "resumed" in record:
         return f"going on from the checkpoint of update {record['resumed']}"
@@ -171,14 +169,3 @@ def progress_line(record: dict[str, Any]) -> str:
     elif accuracy is not None:
         line += f", accuracy {accuracy:.3f}"
     return line
-
-
-def _fit(kind: str, config: PrmConfig | OrmConfig, errors: list[BaseException]) -> None:
-    try:
-        from learners.rewards.worker import reward_train_loop
-
-        assert config.learner is not None
-        settings = {"kind": kind, "config": config.model_dump(mode="json")}
-        torch_trainer(reward_train_loop, settings, config.learner, config.name, config.run_dir).fit()
-    except BaseException as error:
-        errors.append(error)

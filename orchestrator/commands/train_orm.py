@@ -9,7 +9,8 @@ from typing import Any
 from euphonium.config import OrmConfig
 from learners.rewards.preference_files import open_preferences
 from learners.rewards.worker import RESULT_FILE
-from orchestrator.commands.reward_group import absolute, cluster, run_training
+from orchestrator.commands.paths import absolute_paths
+from orchestrator.commands.reward_group import cluster, run_training
 
 
 def train_orm(config: OrmConfig, say: Callable[[str], None]) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def train_orm(config: OrmConfig, say: Callable[[str], None]) -> dict[str, Any]:
         ConfigError: preferences or a backbone that cannot be used.
         TrainingError: the group was lost for good, or the loss is not finite.
     """
-    config = absolute(config)
+    config = absolute_paths(config)
     train, held_out = open_preferences(config.preferences, config.seed)
     for part, table in (("training", train), ("held-out", held_out)):
         labelled = int((table.label >= 0).sum())

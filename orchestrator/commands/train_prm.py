@@ -20,6 +20,7 @@ from actors.rollout import encode_one
 from actors.sampler import initial_noise, sample_deterministic
 from euphonium.config import PrmConfig, RewardPoolConfig
 from euphonium.errors import ConfigError
+from euphonium.files import written_aside
 from euphonium.generators.conditioning import Conditioning, stack_conditionings
 from euphonium.generators.generator import Generator, images_for
 from euphonium.generators.registry import open_generator
@@ -30,7 +31,8 @@ from learners.rewards.preference_files import PreferenceTable, open_preferences
 from learners.rewards.prm_data import is_prepared, write_paired, write_scored
 from learners.rewards.video_files import read_frames
 from learners.rewards.worker import RESULT_FILE
-from orchestrator.commands.reward_group import absolute, cluster, map_shares, run_training
+from orchestrator.commands.paths import absolute_paths
+from orchestrator.commands.reward_group import cluster, map_shares, run_training
 from orchestrator.groups.prompts import read_prompts
 from orchestrator.report.charts import line_chart
 from reward_servers.orm import OrmScorer
@@ -57,7 +59,7 @@ def train_prm(config: PrmConfig, say: Say) -> list[float]:
         ConfigError: preferences that cannot be used.
         TrainingError: the group was lost for good, or the loss is not finite.
     """
-    config = absolute(config)
+    config = absolute_paths(config)
     # A recipe's mistakes show before samples are drawn for hours.
     open_generator(config.model).build_trunk(config.blocks)
     config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -163,8 +165,8 @@ def _latent_files(share: Iterable[int], config: PrmConfig, table: PreferenceTabl
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from error
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"latent": latent}, f"{target}.tmp")
-        Path(f"{target}.tmp").rename(target)
+        with written_aside(target) as aside:
+            save_file({"latent": latent}, aside)
     return files
 
 
@@ -246,7 +248,7 @@ def _samples(
     return np.concatenate(latents), np.concatenate(scores) / total_weight(config.outcome)
 
 
-def _mark(config: PrmConfig, family: Generator, what: list[Any]) -> str:
+def _mark(config: PrmConfig, family: Generator, what: list[object]) -> str:
     """Mark of prepared samples: the generator, and what was asked of it."""
     generator = [family.fingerprint(), family.pipeline.mark(family.backbone)]
     values = [config.model.model_dump(mode="json"), config.seed, generator, what]

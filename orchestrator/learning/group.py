@@ -1,17 +1,12 @@
-"""Learner groups: Ray Train runs; that of the policy on a thread of the driver, watched from the run loop."""
+"""The learner group: a Ray Train run on a thread of the driver, watched from the run loop."""
 
 from __future__ import annotations
 
 import logging
-import os
-import threading
-import uuid
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from euphonium.config import LearnerPoolConfig, RunConfig
+from euphonium.config import RunConfig
 from euphonium.errors import TrainingError
+from orchestrator.learning.launcher import Launch, torch_trainer
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +20,11 @@ class LearnerGroup:
             "config": config.model_dump(mode="json"), "namespace": namespace, "mailbox": mailbox, "store": store,
         }  # fmt: skip
         self._dismissed = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)
+        self._launch = Launch(self._fit, "learner-group")
 
     def start(self) -> None:
         """Starts the group; returns at once."""
-        self._thread.start()
+        self._launch.start()
 
     def check(self) -> None:
         """Raises if the group has ended.
@@ -40,9 +34,8 @@ class LearnerGroup:
         """
         if self._dismissed:
             return
-        if self._error is not None:
-            raise TrainingError(f"the learner group is gone: {deepest_reason(self._error)}") from self._error
-        if not self._thread.is_alive():
+        self._launch.check("the learner group")
+        if not self._launch.running:
             raise TrainingError("the learner group has ended before the run did")
 
     def dismiss(self) -> None:
@@ -50,62 +43,12 @@ class LearnerGroup:
         self._dismissed = True
 
     def join(self, timeout_s: float) -> None:
-        """Waits for the group to end, after an order that says stop."""
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        """Waits for the group to end, after a plan that says stop."""
+        if not self._launch.join(timeout_s):
             log.warning("the learner group has not ended within %.0f s; going on without it", timeout_s)
 
     def _fit(self) -> None:
+        from learners.policy.train_loop import train_loop
+
         config = self._config
-        try:
-            from learners.policy.train_loop import train_loop
-
-            torch_trainer(train_loop, self._settings, config.pools.learner, config.name, config.run_dir).fit()
-        except BaseException as error:
-            self._error = error
-
-
-def torch_trainer(
-    loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], pool: LearnerPoolConfig, name: str, run_dir: Path
-) -> Any:
-    """A Ray Train run of a loop on every worker of a group.
-
-    Args:
-        loop: what each of them runs.
-        settings: its argument.
-        pool: the group's size, and what each worker takes.
-        name: of the run.
-        run_dir: under which Ray Train keeps its own files.
-    """
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(pool.start_timeout_s)
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    from ray.train.torch import TorchConfig
-    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.torch.torch_trainer import TorchTrainer
-
-    gpu = pool.num_gpus > 0
-    environment = {"OMP_NUM_THREADS": str(pool.threads), "DS_ACCELERATOR": "cuda" if gpu else "cpu"}
-    return TorchTrainer(
-        loop,
-        train_loop_config=settings,
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=pool.num_workers,
-            use_gpu=gpu,
-            resources_per_worker=pool.reserved,
-            label_selector=dict(pool.labels) or None,
-        ),
-        run_config=RunConfig(
-            # A name that was used before would make Ray Train resume on its own; resuming is ours to decide.
-            name=f"{name}-{uuid.uuid4().hex[:8]}",
-            storage_path=str((run_dir / "ray_train").resolve()),
-            failure_config=FailureConfig(max_failures=pool.max_failures, controller_failure_limit=3),
-            worker_runtime_env={"env_vars": environment},
-        ),
-    )
-
-
-def deepest_reason(error: BaseException) -> str:
-    """The last line of the deepest cause: Ray Train wraps the worker's error in its own."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+        torch_trainer(train_loop, self._settings, config.pools.learner, config.name, config.run_dir).fit()

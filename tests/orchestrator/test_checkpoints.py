@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from euphonium.errors import CheckpointError
-from orchestrator.checkpoints import MANIFEST, BackgroundCommits, Checkpoint, CheckpointStore, RunState, verify
+from euphonium.files import MANIFEST
+from orchestrator.checkpoints import BackgroundCommits, Checkpoint, CheckpointStore, RunState, verify
 
 
 def write(store: CheckpointStore, iteration: int) -> Path:

@@ -15,7 +15,8 @@ from euphonium.generators.conditioning import Conditioning
 from euphonium.generators.generator import Generator
 from euphonium.generators.lora import adapter_parameters, add_adapter, initial_adapter, load_adapter
 from euphonium.generators.registry import open_generator
-from learners.engine.zero3 import ZeroPolicy, quiet_deepspeed
+from learners.engine.partitioned import ZeroPolicy
+from learners.engine.zero3 import quiet_deepspeed
 
 PROMPT = "a red car"
 CPU = torch.device("cpu")
@@ -48,10 +49,10 @@ def step(model: dict[str, Any], *, checkpointing: bool) -> dict[str, float]:
         expected = family.velocity(rollout, x, time, conditioning)
     plain = plain_grad_norm(family, rollout, x, time, conditioning)
     policy = ZeroPolicy(family, pool, OptimizerConfig(learning_rate=1e-2), family.config.lora)
-    velocity = family.velocity(policy.engine, x, time, conditioning)
+    velocity = family.velocity(policy.model, x, time, conditioning)
     policy.backward((velocity - x).square().mean(), last=True)
     with torch.no_grad():
-        after = family.velocity(policy.engine, x, time, conditioning)
+        after = family.velocity(policy.model, x, time, conditioning)
     return {
         "before": float((velocity.detach() - expected).abs().max()),
         "after": float((after - expected).abs().max()),

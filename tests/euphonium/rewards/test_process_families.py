@@ -21,7 +21,7 @@ from euphonium.generators.conditioning import stack_conditionings
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
-from learners.engine.reward_engine import LocalEngine
+from learners.engine.local import LocalEngine
 from learners.rewards.preference import gaps_by_noise
 from learners.rewards.prm_data import open_prepared, write_scored
 from learners.rewards.process import PrmTraining

@@ -12,7 +12,7 @@ from actors.rollout import RolloutWorker
 from euphonium.config import RunConfig
 from euphonium.errors import TrainingError
 from euphonium.generators.conditioning import expand
-from learners.engine.zero3 import gather_by_block
+from learners.engine.partitioned import gather_by_block
 
 UPDATES, ITERATIONS, GROUPS = 2, 2, 3
 OVERRIDES = (

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from euphonium.config import RunConfig, dump_config
 from euphonium.errors import CheckpointError
-from learners.policy.checkpoint import FOLDER, Shards
+from learners.engine.shards import Shards
+from learners.policy.checkpoint import FOLDER
 
 OVERRIDES = (
     "rollout.prompts_per_iteration=3", "objective.updates_per_iteration=2", "pools.learner.rows_per_micro_batch=5",

@@ -12,7 +12,7 @@ from euphonium.config import BackboneConfig, OrmConfig, OutcomeRewardConfig
 from euphonium.errors import ConfigError
 from euphonium.rewards.outcome_model import OutcomeModel
 from euphonium.rewards.registry import build_reward
-from learners.engine.reward_engine import LocalEngine
+from learners.engine.local import LocalEngine
 from learners.rewards.outcome import OrmTraining, rao_kupper
 from learners.rewards.preference import bradley_terry
 from learners.rewards.training import fit

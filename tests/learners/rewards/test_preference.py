@@ -12,7 +12,8 @@ from euphonium.config import ModelConfig, RunConfig
 from euphonium.errors import CheckpointError, ConfigError, TrainingError
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
-from learners.engine.reward_engine import LocalEngine, RewardEngine
+from learners.engine.engine import Engine
+from learners.engine.local import LocalEngine
 from learners.rewards.preference import (
     PairSampler,
     PrmTask,
@@ -24,7 +25,7 @@ from learners.rewards.preference import (
     read_latent,
 )
 from learners.rewards.preference_files import ranked_pairs
-from learners.rewards.training import final_weights, fit, learning_rate
+from learners.rewards.training import STATE_FILE, final_weights, fit, rate
 from tests.learners.rewards.toy_preferences import CPU, Mortal, toy_preferences, toy_settings
 
 
@@ -126,7 +127,7 @@ class Line:
     def losses(self, model: nn.Module, batch: int, part: slice) -> Tensor:
         return (model.weight - self.target).square().expand(part.stop - part.start)
 
-    def evaluate(self, engine: RewardEngine, pairs: int) -> dict[str, Any]:
+    def evaluate(self, engine: Engine, pairs: int) -> dict[str, Any]:
         self.measured += 1
         return {"mean_accuracy": self.accuracies[self.measured - 1]}
 
@@ -157,12 +158,21 @@ def test_checkpoints_of_another_recipe_are_refused_and_damaged_ones_skipped(
     fit(LocalEngine(one_weight(), settings, CPU), Line([0.5]), settings, tmp_path, "mark", lambda _: None)
     with pytest.raises(CheckpointError, match="another recipe"):
         fit(LocalEngine(one_weight(), settings, CPU), Line([0.5]), settings, tmp_path, "other", lambda _: None)
-    file = next(tmp_path.glob("update_*")) / "weights.safetensors"
+    file = next(tmp_path.glob("update_*")) / "shard_00000_of_00001.safetensors"
     file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
     records: list[dict[str, Any]] = []
     fit(LocalEngine(one_weight(), settings, CPU), Line([0.5]), settings, tmp_path, "mark", records.append)
     assert "damaged" in caplog.text
     assert not any("resumed" in record for record in records)
+
+
+def test_checkpoints_of_another_format_are_refused(tmp_path: Path) -> None:
+    settings = toy_settings(updates=2, evaluate_every=100)
+    fit(LocalEngine(one_weight(), settings, CPU), Line([0.5]), settings, tmp_path, "mark", lambda _: None)
+    (state,) = tmp_path.glob(f"update_*/{STATE_FILE}")
+    state.write_text(json.dumps({n: v for n, v in json.loads(state.read_text()).items() if n != "format"}))
+    with pytest.raises(CheckpointError, match=r"update_0000002 has checkpoint format None, .* another name, or remove"):
+        fit(LocalEngine(one_weight(), settings, CPU), Line([0.5]), settings, tmp_path, "mark", lambda _: None)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
@@ -175,7 +185,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
 
 def test_rate_rises_over_a_twentieth_and_falls_along_a_cosine() -> None:
     settings = toy_settings(updates=100, learning_rate=1.0)
-    rates = [learning_rate(settings, update) for update in range(100)]
+    rates = [rate(settings, update) for update in range(100)]
     np.testing.assert_allclose(rates[:4], [0.2, 0.4, 0.6, 0.8])
     np.testing.assert_allclose(rates[50], 0.5)
     assert rates[99] < 1e-3

@@ -12,12 +12,14 @@ import torch
 from euphonium.config import RunConfig, dump_config
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
-from learners.engine.reward_engine import KINDS, LocalEngine
+from learners.engine.local import LocalEngine
 from learners.rewards.outcome import OrmTraining
 from learners.rewards.preference import PrmTask
 from learners.rewards.training import Task, fit
 from tests.learners.rewards.tiny_backbone import tiny_orm_recipe
 from tests.learners.rewards.toy_preferences import CPU, Mortal, toy_preferences, toy_settings
+
+KINDS = ("weights", "average", "exp_avg", "exp_avg_sq")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_measurements_are_of_the_averages_and_leave_the_weights_alone(both: dict
     trained = ours()
     torch.manual_seed(0)
     start = ProcessRewardModel.from_generator(both["engine"].model.family, 1)
-    both["engine"].restore("average", dict(start.named_parameters()).__getitem__)
+    both["engine"].restore_averages(dict(start.named_parameters()).__getitem__)
     fresh = ours()
     for name, expected in (("measured", trained), ("at_start", fresh)):
         assert first[name] == second[name]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from euphonium.config import RewardOptimizerConfig
-from learners.engine.reward_engine import RewardEngine
+from learners.engine.engine import Engine
 from learners.rewards.preference import Preferences
 from learners.rewards.preference_files import ranked_pairs
 from learners.rewards.training import Task
@@ -53,5 +53,5 @@ class Mortal:
     def losses(self, model: nn.Module, batch: Any, part: slice) -> Tensor:
         return self.task.losses(model, batch, part)
 
-    def evaluate(self, engine: RewardEngine, pairs: int) -> dict[str, Any]:
+    def evaluate(self, engine: Engine, pairs: int) -> dict[str, Any]:
         return self.task.evaluate(engine, pairs)

@@ -1,6 +1,5 @@
 """When the end of the learner group is an error."""
 
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -8,11 +7,12 @@ import pytest
 from euphonium.config import RunConfig
 from euphonium.errors import TrainingError
 from orchestrator.learning.group import LearnerGroup
+from orchestrator.learning.launcher import Launch
 
 
 def test_only_a_group_that_was_dismissed_may_end(make_config: Callable[..., RunConfig]) -> None:
     group = LearnerGroup(make_config(), "namespace", "buffer", "store")
-    group._thread = threading.Thread(target=lambda: None)
+    group._launch = Launch(lambda: None, "group")
     group.start()
     group.join(10)
     with pytest.raises(TrainingError, match="has ended before the run did"):

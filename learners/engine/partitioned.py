@@ -1,0 +1,179 @@
+"""Transformers of generators that are partitioned from the start: the policy in training, and frozen copies of it.
+
+They are built with only this rank's pieces of their parameters, which are then filled from the safetensors files.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from typing_extensions import override
+
+from euphonium.config import LearnerPoolConfig, LoraConfig, OptimizerConfig
+from euphonium.errors import TrainingError
+from euphonium.generators.generator import Generator
+from euphonium.generators.lora import ADAPTER, adapter_parameters, add_adapter, initial_adapter
+from learners.engine.engine import fill_piece, whole_shape
+from learners.engine.zero3 import Options, ZeroEngine, frozen_options, shard, training_options
+
+
+class ZeroPolicy(ZeroEngine):
+    """A generator's transformer in training.
+
+    Its averages, if the recipe has any, follow by themselves.
+
+    Attributes:
+        module: the partitioned transformer; ``model`` is DeepSpeed's engine around it.
+    """
+
+    def __init__(
+        self,
+        family: Generator,
+        pool: LearnerPoolConfig,
+        optimizer: OptimizerConfig,
+        lora: LoraConfig | None = None,
+        frozen_adapters: Sequence[str] = (),
+    ) -> None:
+        """Builds, loads and partitions the transformer.
+
+        Args:
+            family: of the generator.
+            pool: how it is partitioned.
+            optimizer: how it is trained.
+            lora: train adapters instead of all weights.
+            frozen_adapters: names of further adapters, for references.
+        """
+        # References are refreshed piece by piece; a small parameter that is kept whole would not see it.
+        whole_below = 0 if frozen_adapters else pool.persistence_threshold
+        options = training_options(pool, optimizer, family.dtype, whole_below=whole_below)
+        adapters = (ADAPTER, *frozen_adapters) if lora is not None else ()
+        self.module = _loaded(family, lora, adapters, options)
+        if lora is not None:
+            _train_adapter(self.module, adapters)
+        if pool.gradient_checkpointing:
+            self.module.enable_gradient_checkpointing()  # type: ignore[operator]
+        # See gather_by_block: with adapters no input of the first block needs a gradient, and guidance passes every
+        # block twice, with the prompt and without.
+        if pool.gather_blocks and lora is None and family.config.cfg_scale is None:
+            gather_by_block(self.module)
+        super().__init__(self.module, optimizer, options, averages=optimizer.averages)
+        self._ema_decay = optimizer.ema_decay
+
+    @override
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        super().backward(loss, last=last)
+        if last:
+            self.update_averages(self._ema_decay)
+
+
+def frozen_transformer(family: Generator, pool: LearnerPoolConfig) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A partitioned transformer that is not trained, with arbitrary weights.
+
+    Returns:
+        DeepSpeed's engine around it, and the memory of this rank's pieces by name.
+    """
+    import deepspeed
+
+    options = frozen_options(pool, family.dtype)
+    with deepspeed.zero.Init(config_dict_or_path=options):
+        module = family.build_transformer()
+    module.requires_grad_(False)
+    if pool.gather_blocks:
+        gather_by_block(module)
+    engine, *_ = deepspeed.initialize(model=module, config=options)
+    engine.eval()
+    return engine, {name: shard(p) for name, p in module.named_parameters()}
+
+
+def gather_by_block(module: nn.Module) -> None:
+    """Has ZeRO-3 gather, release and reduce each transformer block as one, not layer by layer.
+
+    DeepSpeed's hooks then run around some tens of blocks instead of hundreds of layers, and its collectives are fewer
+    and larger; a rank holds the weights and gradients of a whole block at a time. To be called before
+    ``deepspeed.initialize``. DeepSpeed reduces a block's gradients when those of its inputs are there: every block must
+    have an input that needs a gradient, and be passed once in a forward pass.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    never_split: Sequence[str] = getattr(module, "_no_split_modules", None) or ()
+    names = [name for name in never_split if name.endswith("TransformerBlock")]
+    for block in set_z3_leaf_modules(module, names, raise_if_not_found=False):
+        signature = inspect.signature(block.forward)
+        block.register_forward_pre_hook(functools.partial(_positional, signature), with_kwargs=True)
+
+
+def _positional(
+    signature: inspect.Signature, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Passes a block's inputs by position: neither DeepSpeed's hooks nor torch's see those passed by name."""
+    bound = signature.bind(*args, **kwargs)
+    if torch.is_grad_enabled() and not any(isinstance(a, Tensor) and a.requires_grad for a in bound.args):
+        raise TrainingError(
+            f"no input of a {type(block).__name__} needs a gradient, so that ZeRO-3 would lose gradients of its "
+            "weights; set pools.learner.gather_blocks to false"
+        )
+    return bound.args, bound.kwargs
+
+
+def _loaded(family: Generator, lora: LoraConfig | None, adapters: Sequence[str], options: Options) -> nn.Module:
+    """The partitioned transformer with its weights, and with adapters whose values are arbitrary."""
+    import deepspeed
+
+    # Init patches torch's constructors while it is open; a library imported under it may break on them.
+    family.transformer_class()
+    with deepspeed.zero.Init(config_dict_or_path=options):
+        module = family.build_transformer()
+        _load(module, family)
+        if lora is not None:
+            for name in adapters:
+                add_adapter(module, lora, name)
+    return module
+
+
+def _load(module: nn.Module, family: Generator) -> None:
+    """Fills a partitioned transformer from the family's files; every rank reads all and keeps its own pieces.
+
+    Raises:
+        ValueError: a parameter that no file holds.
+    """
+    parameters = dict(module.named_parameters())
+    missing = set(parameters)
+    for file in family.transformer_files():
+        with safe_open(file, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
+                if name in parameters:
+                    _fill(parameters[name], stream.get_tensor(name))
+                    missing.discard(name)
+    if missing:
+        raise ValueError(f"{family.folder} lacks weights of {len(missing)} parameters, for example {min(missing)}")
+
+
+def _train_adapter(module: nn.Module, adapters: Sequence[str]) -> None:
+    """Gives all adapters the same starting values, and has the policy's alone trained."""
+    for adapter in adapters:
+        _fill_adapter(adapter_parameters(module, adapter), adapter)
+    module.set_adapter(ADAPTER)  # type: ignore[operator]
+    trained = adapter_parameters(module)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def _fill_adapter(parameters: Mapping[str, nn.Parameter], adapter: str) -> None:
+    """Sets the starting values piece by piece: peft's own do not reach partitioned parameters."""
+    names_of_policy = {n: n.replace(f".{adapter}.", f".{ADAPTER}.") for n in parameters}
+    values = initial_adapter({names_of_policy[n]: whole_shape(p) for n, p in parameters.items()})
+    for name, parameter in parameters.items():
+        shard(parameter).zero_()
+        _fill(parameter, values[names_of_policy[name]])
+
+
+def _fill(parameter: nn.Parameter, whole: Tensor) -> None:
+    import torch.distributed as dist
+
+    fill_piece(shard(parameter), whole, dist.get_rank())
