@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,12 +29,12 @@ from actors.sampler import (
 from actors.spsa import Score, SpsaSource
 from euphonium.config import GuidanceConfig, RunConfig
 from euphonium.dynamics import StepTable
-from euphonium.errors import LostActorError, TrainingError, WeightsMissingError
+from euphonium.errors import TrainingError
 from euphonium.generators.generator import Conditioning, expand, images_for, open_generator, stack_conditionings
 from euphonium.generators.lora import adapter_parameters, add_adapter
 from euphonium.rewards.total import weighted_total
 from euphonium.wire.arrays import as_tensor
-from euphonium.wire.deadlines import get, node_id
+from euphonium.wire.deadlines import node_id
 from euphonium.wire.records import (
     Array,
     GroupInfo,
@@ -42,13 +42,12 @@ from euphonium.wire.records import (
     GroupTask,
     Readiness,
     RolloutContext,
-    WeightKind,
     WeightOrder,
 )
 from euphonium.wire.roles import OrmServer, PrmServer, WeightDirectory, named_actor
 from euphonium.wire.servers import ServerPool
-from euphonium.wire.weights.channel import Channel, visit
-from euphonium.wire.weights.manifest import Bucket, WeightManifest, load_buckets, load_tensors
+from euphonium.wire.weights.follower import WeightFollower
+from euphonium.wire.weights.manifest import load_tensors
 
 if TYPE_CHECKING:
     from ray.actor import ActorProxy
@@ -81,15 +80,14 @@ class RolloutWorker:
         self._tables = lru_cache(maxsize=8)(lambda iteration: self.family.step_table(config.sampler, iteration))
         self.policy_version = 0
 
-    def load_weights(self, manifest: WeightManifest, buckets: Sequence[Bucket]) -> None:
-        """Takes over published weights and their version."""
-        load_buckets(manifest, buckets, self.published)
-        self.policy_version = manifest.version
+    def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over published weights and their version.
 
-    def receive_weights(self, channel: Channel, order: WeightOrder) -> None:
-        """Takes over weights from a broadcast, and their version."""
-        load_tensors(channel.receive(order.transfer), self.published)
-        self.policy_version = order.version
+        Raises:
+            TrainingError: names or shapes do not fit the model.
+        """
+        load_tensors(tensors, self.published)
+        self.policy_version = version
 
     def conditioning(self, prompt: str) -> Conditioning:
         """Conditioning of one prompt, with a leading dimension of 1; encoded once."""
@@ -255,12 +253,11 @@ class RolloutActor:
             "orm", lambda: self.orm_servers, rewards, rewards=outcome, offset=index
         )
         self.node = node_id()
-        self.store = named_actor(WeightDirectory, store)
+        self.weights = WeightFollower(
+            named_actor(WeightDirectory, store), self.worker.load_weights, device, config.pools
+        )
         self._prm_handles: dict[str, ActorProxy[PrmServer]] = {}
         self._orm_handles: dict[str, ActorProxy[OrmServer]] = {}
-        # Epoch, version and kind of the weights held; an actor that Ray has restarted holds none of this run's.
-        self._holds: tuple[int, int, WeightKind] | None = None
-        self._channel: tuple[str, Channel] | None = None
 
     def __repr__(self) -> str:
         return f"rollout-{self.index}"
@@ -277,7 +274,7 @@ class RolloutActor:
         Raises:
             WeightsMissingError: the weight store does not have the weights.
         """
-        pulled = self._follow(context)
+        pulled = self.weights.follow(context)
         guidance = self.config.sampler.guidance
         factory: SourceFactory | None = None
         if guidance is not None and guidance.source == "spsa":
@@ -294,7 +291,7 @@ class RolloutActor:
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int], context: RolloutContext) -> Array:
         """See :meth:`RolloutWorker.evaluate`."""
-        self._follow(context)
+        self.weights.follow(context)
         return self.worker.evaluate(prompts, seeds)
 
     def receive(self, order: WeightOrder) -> None:
@@ -303,40 +300,7 @@ class RolloutActor:
         Raises:
             LostActorError: the learner or another member is gone; the weights have to be fetched.
         """
-        timeout = self.config.pools.learner.weight_broadcast_timeout_s
-        if self._channel is None or self._channel[0] != order.address:
-            store = visit(order.address, timeout)
-            self._channel = order.address, Channel(store, order.rank, order.size, timeout, self.worker.device)
-        self._holds = None
-        try:
-            self.worker.receive_weights(self._channel[1], order)
-        except LostActorError:
-            self._channel = None
-            raise
-        self._holds = order.epoch, order.version, order.kind
-
-    def _follow(self, context: RolloutContext) -> float:
-        """Takes over the weights that an order asks for, and returns the seconds that it took."""
-        if self._holds is not None:
-            epoch, version, kind = self._holds
-            if (epoch, kind) == (context.epoch, context.kind) and version >= context.version:
-                return 0.0
-        began = time.perf_counter()
-        timeout = self.config.pools.start_timeout_s
-        what = f"weights of version {context.version} ({context.kind})"
-        try:
-            manifest, refs = get(self.store.fetch.remote(context.version, context.kind), timeout, what)
-        except LostActorError as error:
-            raise WeightsMissingError(f"the weight store is gone: {error}") from error
-        try:
-            buckets = get(refs, timeout, what)
-        except LostActorError as error:
-            self.store.lost.remote(manifest.version, manifest.kind)
-            raise WeightsMissingError(f"the learner that published the weights is gone: {error}") from error
-        self._holds = None
-        self.worker.load_weights(manifest, buckets)
-        self._holds = context.epoch, manifest.version, context.kind
-        return time.perf_counter() - began
+        self.weights.receive(order)
 
     def _prm(self, prompt: str) -> SourceFactory:
         return lambda conditioning, table, velocity: PrmClient(self.prm, conditioning, table, prompt)

@@ -11,6 +11,7 @@ import json
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from euphonium.errors import LostActorError, TrainingError
 from euphonium.wire.deadlines import get, node_id
 from euphonium.wire.records import GroupInfo, GroupPayload, GroupTask, Publish, Readiness, Save, Update, UpdateReport
 from euphonium.wire.roles import Mailbox, WeightDirectory, named_actor
-from euphonium.wire.weights.manifest import WeightManifest, pack, unpack, verify
+from euphonium.wire.weights.follower import WeightFollower
+from euphonium.wire.weights.manifest import WeightManifest, pack
 from orchestrator.learning.link import MAILBOX, STORE
 from orchestrator.run import Run
 
@@ -68,14 +70,12 @@ class StubWorker:
         self.policy_version = 0
         self.device = "cpu"
 
-    def load_weights(self, manifest: WeightManifest, buckets: list[Any]) -> None:
+    def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See :class:`actors.rollout.RolloutWorker`."""
-        for description, bucket in zip(manifest.buckets, buckets, strict=True):
-            verify(description, bucket)
-            for name, tensor in unpack(description, bucket):
-                if name == "w":
-                    self.weights = tensor.numpy().copy()
-        self.policy_version = manifest.version
+        for name, tensor in tensors:
+            if name == "w":
+                self.weights = tensor.numpy().copy()
+        self.policy_version = version
 
     def generate(self, task: GroupTask, _source: Any) -> tuple[GroupInfo, Any, GroupPayload]:
         """See :class:`actors.rollout.RolloutWorker`; sleeps."""
@@ -111,9 +111,10 @@ class StubRollout(RolloutActor):
         time.sleep(start_s)
         self.index, self.config = index, config
         self.worker: Any = StubWorker(config, seconds, values)
-        self.store = named_actor(WeightDirectory, STORE)
+        store = named_actor(WeightDirectory, STORE)
+        self.weights = WeightFollower(store, self.worker.load_weights, torch.device("cpu"), config.pools)
         self.node = node_id()
-        self._prm_handles, self._orm_handles, self._holds = {}, {}, None
+        self._prm_handles, self._orm_handles = {}, {}
 
 
 class StubJudge:

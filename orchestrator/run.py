@@ -247,7 +247,7 @@ class Run:
             checkpoint=str(folder.resolve()) if folder is not None else None,
             stop=last,
             receivers=() if evaluates else self.crew.receivers(),
-            epoch=self.position.epoch,
+            history=self.position.history,
         )
         self._enter(f"iteration {iteration}: update")
         # From here to the report the transaction must not be cut in two.
@@ -318,7 +318,7 @@ class Run:
         self.commits.abandon()
         resumed = await self._guard(self.learners.joined(*self.commits.resume_point))
         self.position.state = self.commits.state_of(resumed)
-        self.position.epoch += 1
+        self.position.history += 1
         self.tracker.rewind(self.state.iteration)
         self.progress.say(f"the learner group has restarted; going on from iteration {self.state.iteration}")
         await self._guard(self._restore_prm())

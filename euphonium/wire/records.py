@@ -60,8 +60,8 @@ class RolloutContext:
 
     Attributes:
         version: oldest policy version that may be used; a newer published one is taken when there is one.
-        epoch: of the weights' history. It begins anew when the run goes back to a checkpoint: versions of an earlier
-            epoch are other weights.
+        history: of the weights. It begins anew when the run goes back to a checkpoint: versions of an earlier history
+            are other weights.
         kind: of weights.
         prm_servers: names of the PRM servers.
         prm_nodes: ids of their nodes, in the same order; empty where it is not known yet.
@@ -69,7 +69,7 @@ class RolloutContext:
     """
 
     version: int
-    epoch: int
+    history: int
     kind: WeightKind = "policy"
     prm_servers: tuple[str, ...] = ()
     prm_nodes: tuple[str, ...] = ()
@@ -158,7 +158,7 @@ class Update:
         publish_average: whether the averaged weights are published too.
         checkpoint: folder into which every rank writes its part, or None.
         receivers: names of the rollout actors to which the weights are broadcast.
-        epoch: of the weights' history, see :class:`RolloutContext`.
+        history: of the weights, see :class:`RolloutContext`.
         stop: leave afterwards.
     """
 
@@ -168,7 +168,7 @@ class Update:
     publish_average: bool = False
     checkpoint: str | None = None
     receivers: tuple[str, ...] = ()
-    epoch: int = 0
+    history: int = 0
     stop: bool = False
 
 
@@ -213,7 +213,7 @@ class WeightOrder:
     Attributes:
         version: policy version.
         kind: of weights.
-        epoch: of the weights' history, see :class:`RolloutContext`.
+        history: of the weights, see :class:`RolloutContext`.
         address: ``host:port`` where the channel's members meet.
         transfer: number of the broadcast in this channel.
         rank: of the actor in the channel, from 1.
@@ -222,7 +222,7 @@ class WeightOrder:
 
     version: int
     kind: WeightKind
-    epoch: int
+    history: int
     address: str = ""
     transfer: int = 0
     rank: int = 0

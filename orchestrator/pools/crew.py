@@ -40,11 +40,11 @@ class Position:
 
     Attributes:
         state: what is done.
-        epoch: of the weights' history, see :class:`euphonium.wire.records.RolloutContext`.
+        history: of the weights, see :class:`euphonium.wire.records.RolloutContext`.
     """
 
     state: RunState
-    epoch: int = 0
+    history: int = 0
 
 
 class Crew:
@@ -183,7 +183,7 @@ class Crew:
         prm = self.prm.reachable if self.prm is not None else []
         return RolloutContext(
             version=self._position.state.iteration,
-            epoch=self._position.epoch,
+            history=self._position.history,
             kind=kind,
             prm_servers=tuple(member.name for member in prm),
             prm_nodes=tuple(member.node for member in prm),

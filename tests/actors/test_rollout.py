@@ -14,7 +14,7 @@ from euphonium.config import RunConfig
 from euphonium.dynamics import Guidance, StepTable, shifted_sigmas
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.records import GroupTask, TrainingGroup
-from euphonium.wire.weights.manifest import WeightManifest, pack
+from euphonium.wire.weights.manifest import pack, unpack
 from learners.policy.batching import MicroBatch, load_rows
 from learners.policy.objective import evaluate_objective
 from reward_servers.prm import PrmScorer
@@ -166,7 +166,7 @@ def test_weights_are_taken_over_with_their_version(make_config: MakeConfig) -> N
     before = worker.evaluate([TASK.prompt], [1])
     changed = {name: p + 0.01 for name, p in worker.transformer.named_parameters()}
     bucket, description = pack(changed)
-    worker.load_weights(WeightManifest(version=7, kind="policy", buckets=(description,)), [bucket])
+    worker.load_weights(7, unpack(description, bucket))
     assert worker.policy_version == 7
     for name, p in worker.transformer.named_parameters():
         assert torch.equal(p, changed[name])
