@@ -20,6 +20,9 @@ from torch import Tensor
 from actors.prm_client import PrmClient
 from actors.sampler import (
     ProcessRewardSource,
+    Recording,
+    SourceFactory,
+    UnitGradients,
     Velocity,
     initial_noise,
     sample_deterministic,
@@ -35,6 +38,7 @@ from euphonium.generators.lora import adapter_parameters, add_adapter
 from euphonium.rewards.total import weighted_total
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
+from euphonium.wire.later import Later
 from euphonium.wire.records import (
     Array,
     GroupInfo,
@@ -56,9 +60,6 @@ _S = TypeVar("_S")
 
 # Samples in one forward pass of an evaluation.
 EVALUATION_BATCH = 16
-
-# Makes the source of process rewards for a group: from its prompt's conditioning, its table and its velocity.
-SourceFactory = Callable[[Conditioning, StepTable, Velocity], ProcessRewardSource]
 
 
 class RolloutWorker:
@@ -129,11 +130,12 @@ class RolloutWorker:
             velocity,
             start,
             noise,
-            kept_steps=select_steps(table, group_size, config.objective.timestep_fraction, task.seed),
-            process_reward=make_source(conditioning, table, velocity) if make_source and needs_source else None,
-            scored_states=scored,
-            normalise_gradient=guidance is not None and guidance.normalise,
-            guided_mean_in_log_prob=config.objective.kind == "standard",
+            Recording(
+                steps=select_steps(table, group_size, config.objective.timestep_fraction, task.seed),
+                scored_states=scored,
+                guided_mean=config.objective.kind == "standard",
+            ),
+            _guiding(make_source(conditioning, table, velocity), guidance) if make_source and needs_source else None,
         )
         if not bool(torch.isfinite(trajectory.final).all()):
             raise TrainingError(
@@ -188,10 +190,10 @@ class RolloutWorker:
                 for seed in seeds[part]
             ]
             velocity = self.velocity(conditioning)
-            source = make_source(conditioning, table, velocity) if make_source and guidance is not None else None
-            normalise = guidance is not None and guidance.normalise
-            samples = sample_deterministic(table, velocity, torch.cat(starts), source, normalise_gradient=normalise)
-            results.append(samples.cpu())
+            source = None
+            if make_source and guidance is not None:
+                source = _guiding(make_source(conditioning, table, velocity), guidance)
+            results.append(sample_deterministic(table, velocity, torch.cat(starts), source).cpu())
         return torch.cat(results).numpy()
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
@@ -224,6 +226,11 @@ class RolloutWorker:
             return None
         credited = rewards[:, 1:] if process.credit == "next_state" else rewards[:, :-1]
         return np.ascontiguousarray(credited.numpy())
+
+
+def _guiding(source: ProcessRewardSource, guidance: GuidanceConfig | None) -> ProcessRewardSource:
+    """A source as the recipe wants its gradients."""
+    return UnitGradients(source) if guidance is not None and guidance.normalise else source
 
 
 def encode_one(encoder: Callable[[list[str]], Conditioning], prompt: str) -> Conditioning:
@@ -318,15 +325,10 @@ class RolloutActor:
     def _outcome_score(self, prompt: str) -> Score:
         rewards, timeout = self.config.rewards.outcome, self.config.rewards.deadline_s
 
-        def score(latents: Tensor) -> Callable[[], Tensor]:
+        def score(latents: Tensor) -> Later[Tensor]:
             prompts, arrays = [prompt] * len(latents), latents.cpu().numpy()
-            call = self.orm.begin(lambda server: server.score.remote(arrays, prompts, timeout))
-
-            def answer() -> Tensor:
-                scores, _ = call.result()
-                return as_tensor(weighted_total(scores, rewards).astype(np.float32))
-
-            return answer
+            call = Later(self.orm.begin(lambda server: server.score.remote(arrays, prompts, timeout)).result)
+            return call.map(lambda answer: as_tensor(weighted_total(answer[0], rewards).astype(np.float32)))
 
         return score
 
