@@ -10,10 +10,10 @@ from actors.sampler import Rewarded
 from euphonium.dynamics import StepTable
 from euphonium.generators.generator import Conditioning, positive
 from euphonium.wire.arrays import as_tensor
+from euphonium.wire.clients import RewardClient
 from euphonium.wire.later import Later
 from euphonium.wire.records import PrmAnswer
 from euphonium.wire.roles import PrmServer
-from euphonium.wire.servers import ServerPool
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -24,11 +24,11 @@ class PrmClient:
     """One group's view of the pool of PRM servers; a :class:`actors.sampler.ProcessRewardSource`.
 
     Deadline, retries on other servers and the circuit breaker are those of
-    :class:`euphonium.wire.servers.ServerPool`; after the last attempt a missing answer is an error, never a zero.
+    :class:`euphonium.wire.clients.RewardClient`; after the last attempt a missing answer is an error, never a zero.
     """
 
     def __init__(
-        self, servers: ServerPool[PrmServer], conditioning: Conditioning, table: StepTable, prompt: str
+        self, servers: RewardClient[PrmServer], conditioning: Conditioning, table: StepTable, prompt: str
     ) -> None:
         import ray
 
@@ -54,4 +54,4 @@ class PrmClient:
             moved = None if gradient is None else as_tensor(gradient).to(x.device)
             return as_tensor(rewards).to(x.device), moved
 
-        return Later(self._servers.begin(send).result).map(on_device)
+        return self._servers.begin(send).map(on_device)

@@ -6,18 +6,15 @@ run one after another, so weights change between trajectories only, and every tr
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from actors.prm_client import PrmClient
 from actors.sampler import (
     ProcessRewardSource,
     Recording,
@@ -29,34 +26,18 @@ from actors.sampler import (
     sample_group,
     select_steps,
 )
-from actors.spsa import Score, SpsaSource
+from actors.sources import RewardSources
 from euphonium.config import GuidanceConfig, RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import TrainingError
 from euphonium.generators.generator import Conditioning, expand, images_for, open_generator, stack_conditionings
 from euphonium.generators.lora import adapter_parameters, add_adapter
-from euphonium.rewards.total import weighted_total
-from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
-from euphonium.wire.later import Later
-from euphonium.wire.records import (
-    Array,
-    GroupInfo,
-    GroupPayload,
-    GroupTask,
-    Readiness,
-    RolloutContext,
-    WeightOrder,
-)
-from euphonium.wire.roles import OrmServer, PrmServer, WeightDirectory, named_actor
-from euphonium.wire.servers import ServerPool
+from euphonium.wire.devices import default_device
+from euphonium.wire.records import Array, GroupInfo, GroupPayload, GroupTask, Readiness, WeightOrder
+from euphonium.wire.roles import RolloutContext, WeightDirectory, named_actor
 from euphonium.wire.weights.follower import WeightFollower
 from euphonium.wire.weights.manifest import load_tensors
-
-if TYPE_CHECKING:
-    from ray.actor import ActorProxy
-
-_S = TypeVar("_S")
 
 # Samples in one forward pass of an evaluation.
 EVALUATION_BATCH = 16
@@ -241,30 +222,28 @@ def encode_one(encoder: Callable[[list[str]], Conditioning], prompt: str) -> Con
 class RolloutActor:
     """A :class:`RolloutWorker` as a Ray actor; the orchestrator makes it with ``ray.remote``."""
 
-    def __init__(self, index: int, config: RunConfig, store: str) -> None:
+    def __init__(
+        self,
+        index: int,
+        config: RunConfig,
+        store: str,
+        make_worker: Callable[[RunConfig, torch.device], RolloutWorker] = RolloutWorker,
+    ) -> None:
+        """Loads the models.
+
+        Args:
+            index: of the actor in its pool.
+            config: of the run.
+            store: name of the weight store's actor.
+            make_worker: what computes, for whoever wants the actor around something else.
+        """
         torch.set_num_threads(config.pools.rollout.threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         self.index = index
-        self.config = config
-        self.worker = RolloutWorker(config, device)
-        rewards = config.rewards
-        outcome = [reward.name for reward in rewards.outcome]
-        # Both pools change while the run goes on: every order says who is in them.
-        self.prm_servers: list[ActorProxy[PrmServer]] = []
-        self.orm_servers: list[ActorProxy[OrmServer]] = []
-        self.near: set[ActorProxy[PrmServer]] = set()
-        self.prm: ServerPool[PrmServer] = ServerPool(
-            "prm", lambda: self.prm_servers, rewards, rewards=["process"], offset=index, near=self.near.__contains__
-        )
-        self.orm: ServerPool[OrmServer] = ServerPool(
-            "orm", lambda: self.orm_servers, rewards, rewards=outcome, offset=index
-        )
-        self.node = node_id()
-        self.weights = WeightFollower(
-            named_actor(WeightDirectory, store), self.worker.load_weights, device, config.pools
-        )
-        self._prm_handles: dict[str, ActorProxy[PrmServer]] = {}
-        self._orm_handles: dict[str, ActorProxy[OrmServer]] = {}
+        self.worker = make_worker(config, device)
+        directory = named_actor(WeightDirectory, store)
+        self.weights = WeightFollower(directory, self.worker.load_weights, device, config.pools)
+        self.sources = RewardSources(config, index)
 
     def __repr__(self) -> str:
         return f"rollout-{self.index}"
@@ -274,30 +253,25 @@ class RolloutActor:
         return Readiness(device=str(self.worker.device), node=node_id())
 
     def generate(self, task: GroupTask, context: RolloutContext) -> tuple[GroupInfo, Array, GroupPayload]:
-        """See :meth:`RolloutWorker.generate`; called with ``num_returns=3``, so that the caller owns the arrays.
+        """Draws a group; called with ``num_returns=3``, so that the caller owns the arrays.
 
         Newer weights are taken over first if there are any: between trajectories, never within one.
 
         Raises:
             WeightsMissingError: the weight store does not have the weights.
+            RewardError: no server gave the process rewards.
+            TrainingError: samples that are not finite.
         """
         pulled = self.weights.follow(context)
-        guidance = self.config.sampler.guidance
-        factory: SourceFactory | None = None
-        if guidance is not None and guidance.source == "spsa":
-            self.orm_servers = _find(OrmServer, context.orm_servers, self._orm_handles)
-            factory = self._spsa(task, guidance)
-        elif self.config.rewards.process is not None:
-            self.prm_servers = _find(PrmServer, context.prm_servers, self._prm_handles)
-            own = [name for name, node in zip(context.prm_servers, context.prm_nodes, strict=True) if node == self.node]
-            self.near.clear()
-            self.near.update(_find(PrmServer, own, self._prm_handles))
-            factory = self._prm(task.prompt)
-        info, latents, payload = self.worker.generate(task, factory)
+        info, latents, payload = self.worker.generate(task, self.sources.of_group(task, context))
         return dataclasses.replace(info, seconds={**info.seconds, "weights": pulled}), latents, payload
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int], context: RolloutContext) -> Array:
-        """See :meth:`RolloutWorker.evaluate`."""
+        """Deterministic samples, one a prompt and seed: latents ``[len(prompts), *latent]``.
+
+        Raises:
+            WeightsMissingError: the weight store does not have the weights.
+        """
         self.weights.follow(context)
         return self.worker.evaluate(prompts, seeds)
 
@@ -308,35 +282,3 @@ class RolloutActor:
             LostActorError: the learner or another member is gone; the weights have to be fetched.
         """
         self.weights.receive(order)
-
-    def _prm(self, prompt: str) -> SourceFactory:
-        return lambda conditioning, table, velocity: PrmClient(self.prm, conditioning, table, prompt)
-
-    def _spsa(self, task: GroupTask, guidance: GuidanceConfig) -> SourceFactory:
-        return lambda conditioning, table, velocity: SpsaSource(
-            table,
-            velocity,
-            self._outcome_score(task.prompt),
-            perturbations=guidance.spsa.perturbations,
-            scale=guidance.spsa.scale,
-            seed=task.seed,
-        )
-
-    def _outcome_score(self, prompt: str) -> Score:
-        rewards, timeout = self.config.rewards.outcome, self.config.rewards.deadline_s
-
-        def score(latents: Tensor) -> Later[Tensor]:
-            prompts, arrays = [prompt] * len(latents), latents.cpu().numpy()
-            call = Later(self.orm.begin(lambda server: server.score.remote(arrays, prompts, timeout)).result)
-            return call.map(lambda answer: as_tensor(weighted_total(answer[0], rewards).astype(np.float32)))
-
-        return score
-
-
-def _find(role: type[_S], names: Sequence[str], known: dict[str, ActorProxy[_S]]) -> list[ActorProxy[_S]]:
-    """Handles of those servers of a pool that there are; ``known`` keeps them."""
-    for name in names:
-        if name not in known:
-            with contextlib.suppress(ValueError):
-                known[name] = named_actor(role, name)
-    return [known[name] for name in names if name in known]

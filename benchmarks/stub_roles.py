@@ -23,10 +23,9 @@ import yaml
 from actors.rollout import RolloutActor
 from euphonium.config import RunConfig, load_config
 from euphonium.errors import LostActorError, TrainingError
-from euphonium.wire.deadlines import get, node_id
+from euphonium.wire.deadlines import get
 from euphonium.wire.records import GroupInfo, GroupPayload, GroupTask, Publish, Readiness, Save, Update, UpdateReport
 from euphonium.wire.roles import Mailbox, WeightDirectory, named_actor
-from euphonium.wire.weights.follower import WeightFollower
 from euphonium.wire.weights.manifest import WeightManifest, pack
 from orchestrator.learning.link import MAILBOX, STORE
 from orchestrator.run import Run
@@ -109,12 +108,7 @@ class StubRollout(RolloutActor):
 
     def __init__(self, index: int, config: RunConfig, seconds: float, values: int, start_s: float) -> None:
         time.sleep(start_s)
-        self.index, self.config = index, config
-        self.worker: Any = StubWorker(config, seconds, values)
-        store = named_actor(WeightDirectory, STORE)
-        self.weights = WeightFollower(store, self.worker.load_weights, torch.device("cpu"), config.pools)
-        self.node = node_id()
-        self._prm_handles, self._orm_handles = {}, {}
+        super().__init__(index, config, STORE, lambda config, _device: StubWorker(config, seconds, values))
 
 
 class StubJudge:

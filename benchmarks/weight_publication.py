@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from euphonium.config import PoolsConfig
-from euphonium.wire.records import RolloutContext, WeightOrder
+from euphonium.wire.records import WeightOrder
+from euphonium.wire.roles import RolloutContext
 from euphonium.wire.weights.follower import WeightFollower
 from euphonium.wire.weights.manifest import load_tensors, split_into_buckets
 from euphonium.wire.weights.sender import BroadcastSender, ObjectStoreSender, Publication

@@ -15,6 +15,7 @@ from euphonium.generators.generator import GeneratorFamily, open_generator
 from euphonium.rewards.registry import build_reward
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
+from euphonium.wire.devices import default_device
 from euphonium.wire.records import Array, OrmAnswer, Readiness, Videos
 from reward_servers.batching import MicroBatcher
 
@@ -145,7 +146,7 @@ class OrmActor:
         pool = config.pools.orm
         torch.set_num_threads(pool.threads)
         self.index = index
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         self.scorer = OrmScorer(config.rewards.outcome, open_generator(config.model), self.device, pool)
         self.batcher: MicroBatcher[OrmRequest, OrmAnswer] = MicroBatcher(self.scorer.score_requests, WHAT, pool)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -22,16 +23,19 @@ class Later(Generic[T]):
         """Waits for nothing yet.
 
         Args:
-            wait: gives the value; called when it is first needed, and never again once it has given it.
+            wait: gives the value or raises; called once, when the value is first needed.
         """
         self._wait = wait
-        self._value: list[T] = []
+        self._outcome: Future[T] = Future()
 
     def result(self) -> T:
-        """The value; waits if it must, and raises what waiting raises."""
-        if not self._value:
-            self._value.append(self._wait())
-        return self._value[0]
+        """The value; waits if it must, and raises what waiting raises, every time."""
+        if not self._outcome.done():
+            try:
+                self._outcome.set_result(self._wait())
+            except Exception as error:
+                self._outcome.set_exception(error)
+        return self._outcome.result()
 
     def map(self, function: Callable[[T], U]) -> Later[U]:
         """What a function makes of the value, once that is needed."""

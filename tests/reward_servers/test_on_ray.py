@@ -17,7 +17,8 @@ from actors.rollout import RolloutWorker
 from euphonium.config import RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import NonFiniteRewardError, RewardError
-from euphonium.wire.servers import ServerPool
+from euphonium.wire.clients import RewardClient
+from euphonium.wire.roles import ServerRef
 from reward_servers.prm import PrmActor, PrmScorer
 
 pytestmark = pytest.mark.ray
@@ -38,7 +39,7 @@ class TestServer(PrmActor):
 class Client:
     """What a rollout actor does: asks again and again, each time about other states."""
 
-    def __init__(self, index: int, servers: ServerPool, worker: RolloutWorker, scorer: PrmScorer) -> None:
+    def __init__(self, index: int, servers: RewardClient, worker: RolloutWorker, scorer: PrmScorer) -> None:
         self.rng = np.random.default_rng(index)
         self.prompt = PROMPTS[index % len(PROMPTS)]
         self.conditioning = worker.conditioning(self.prompt)
@@ -87,7 +88,7 @@ def make_client(config: RunConfig, servers: list[Any]) -> Callable[[int], Client
     worker, scorer = RolloutWorker(config, CPU), PrmScorer(config, CPU)
 
     def make(index: int) -> Client:
-        pool = ServerPool("prm", lambda: servers, config.rewards, rewards=["process"], offset=index)
+        pool = RewardClient("prm", lambda: [ServerRef(server) for server in servers], config.rewards, offset=index)
         return Client(index, pool, worker, scorer)
 
     return make

@@ -20,8 +20,8 @@ from torch import Tensor
 from euphonium.config import PoolsConfig
 from euphonium.errors import LostActorError, WeightsMissingError
 from euphonium.wire.deadlines import get
-from euphonium.wire.records import RolloutContext, WeightKind, WeightOrder
-from euphonium.wire.roles import WeightDirectory
+from euphonium.wire.records import WeightKind, WeightOrder
+from euphonium.wire.roles import RolloutContext, WeightDirectory
 from euphonium.wire.weights.channel import Channel, visit
 from euphonium.wire.weights.manifest import Bucket, WeightManifest, verified
 
@@ -34,7 +34,7 @@ Load = Callable[[int, Iterable[tuple[str, Tensor]]], None]
 
 
 class Held(NamedTuple):
-    """Weights that are held; see :class:`euphonium.wire.records.RolloutContext`."""
+    """Weights that are held; see :class:`euphonium.wire.roles.RolloutContext`."""
 
     history: int
     version: int

@@ -50,7 +50,7 @@ class Publication:
         keep: this learner group is about to end, and its weights are still needed.
         receivers: names of the rollout actors that take part in a broadcast; without them, or if it fails, the
             weights go through the object store.
-        history: of the weights, see :class:`euphonium.wire.records.RolloutContext`.
+        history: of the weights, see :class:`euphonium.wire.roles.RolloutContext`.
     """
 
     version: int

@@ -17,6 +17,15 @@ def test_a_value_is_waited_for_when_it_is_needed_and_once() -> None:
     assert waits == ["waited"]
 
 
-def test_what_waiting_raises_is_raised() -> None:
-    with pytest.raises(ZeroDivisionError):
-        Later(lambda: 1 // 0).map(str).result()
+def test_what_waiting_raises_is_raised_again() -> None:
+    waits: list[str] = []
+
+    def wait() -> int:
+        waits.append("waited")
+        return 1 // 0
+
+    answer = Later(wait).map(str)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            answer.result()
+    assert waits == ["waited"]

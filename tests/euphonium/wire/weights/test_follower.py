@@ -12,7 +12,8 @@ from ray.exceptions import ActorDiedError, ObjectLostError
 
 from euphonium.config import PoolsConfig
 from euphonium.errors import LostActorError, TrainingError, WeightsMissingError
-from euphonium.wire.records import RolloutContext, WeightOrder
+from euphonium.wire.records import WeightOrder
+from euphonium.wire.roles import RolloutContext
 from euphonium.wire.weights.channel import Channel, host
 from euphonium.wire.weights.follower import Held, WeightFollower
 from euphonium.wire.weights.manifest import WeightManifest, load_tensors, pack
