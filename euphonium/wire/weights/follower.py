@@ -22,7 +22,7 @@ from euphonium.errors import LostActorError, WeightsMissingError
 from euphonium.wire.deadlines import get
 from euphonium.wire.records import WeightKind, WeightOrder
 from euphonium.wire.roles import RolloutContext, WeightDirectory
-from euphonium.wire.weights.channel import Channel, visit
+from euphonium.wire.weights.channel import Channel, connect
 from euphonium.wire.weights.manifest import Bucket, WeightManifest, verified
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class WeightFollower:
         """
         timeout = self._pools.learner.weight_broadcast_timeout_s
         if self._channel is None or self._channel[0] != order.address:
-            store = visit(order.address, timeout)
+            store = connect(order.address, timeout)
             self._channel = order.address, Channel(store, order.rank, order.size, timeout, self._device)
         self.holds = None
         try:

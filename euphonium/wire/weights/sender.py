@@ -24,7 +24,7 @@ from euphonium.errors import LostActorError, TrainingError, WeightsMissingError
 from euphonium.wire.deadlines import get
 from euphonium.wire.records import WeightKind, WeightOrder
 from euphonium.wire.roles import RolloutServer, WeightDirectory, named_actor
-from euphonium.wire.weights.channel import Channel, host
+from euphonium.wire.weights.channel import Channel, listen
 from euphonium.wire.weights.manifest import BucketManifest, WeightManifest, as_bucket, checksum
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class BroadcastSender:
 
         if self._link is not None and self._link.receivers == receivers:
             return self._link
-        store = host(self._timeout_s)
+        store = listen(self._timeout_s)
         return _Link(receivers, store, f"{ray.util.get_node_ip_address()}:{store.port}")
 
 

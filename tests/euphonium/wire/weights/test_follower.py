@@ -14,7 +14,7 @@ from euphonium.config import PoolsConfig
 from euphonium.errors import LostActorError, TrainingError, WeightsMissingError
 from euphonium.wire.records import WeightOrder
 from euphonium.wire.roles import RolloutContext
-from euphonium.wire.weights.channel import Channel, host
+from euphonium.wire.weights.channel import Channel, listen
 from euphonium.wire.weights.follower import Held, WeightFollower
 from euphonium.wire.weights.manifest import WeightManifest, load_tensors, pack
 from euphonium.wire.weights.store import WeightStore
@@ -120,7 +120,7 @@ def test_damaged_weights_are_not_held(store: WeightStore) -> None:
 
 def test_weights_that_come_by_broadcast_are_held_and_a_lost_sender_leaves_none(store: WeightStore) -> None:
     follower, policy = follower_of(store)
-    tcp = host(20.0)
+    tcp = listen(20.0)
     order = WeightOrder(version=7, kind="policy", history=2, address=f"127.0.0.1:{tcp.port}", rank=1, size=2)
     with ThreadPoolExecutor(1) as thread:
         received = thread.submit(follower.receive, order)
