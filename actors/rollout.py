@@ -19,6 +19,7 @@ from actors.sampler import (
     ProcessRewardSource,
     Recording,
     SourceFactory,
+    Trajectory,
     UnitGradients,
     Velocity,
     initial_noise,
@@ -123,14 +124,7 @@ class RolloutWorker:
                 f"rollout of {task.prompt!r} with policy version {self.policy_version} is not finite: the policy has "
                 "diverged; lower optimizer.learning_rate or sampler.guidance, and resume from an earlier checkpoint"
             )
-        payload = GroupPayload(
-            states=trajectory.states.numpy(),
-            next_states=trajectory.next_states.numpy(),
-            steps=trajectory.steps.numpy(),
-            log_probs=trajectory.log_probs.numpy(),
-            gradients=None if trajectory.gradients is None else trajectory.gradients.numpy(),
-            conditioning={name: tensor.cpu().float().numpy() for name, tensor in conditioning.items()},
-        )
+        payload = _payload(trajectory, conditioning)
         info = GroupInfo(
             task=task,
             policy_version=self.policy_version,
@@ -207,6 +201,17 @@ class RolloutWorker:
             return None
         credited = rewards[:, 1:] if process.credit == "next_state" else rewards[:, :-1]
         return np.ascontiguousarray(credited.numpy())
+
+
+def _payload(trajectory: Trajectory, conditioning: Conditioning) -> GroupPayload:
+    return GroupPayload(
+        states=trajectory.states.numpy(),
+        next_states=trajectory.next_states.numpy(),
+        steps=trajectory.steps.numpy(),
+        log_probs=trajectory.log_probs.numpy(),
+        gradients=None if trajectory.gradients is None else trajectory.gradients.numpy(),
+        conditioning={name: tensor.cpu().float().numpy() for name, tensor in conditioning.items()},
+    )
 
 
 def _guiding(source: ProcessRewardSource, guidance: GuidanceConfig | None) -> ProcessRewardSource:
