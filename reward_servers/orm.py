@@ -157,10 +157,6 @@ class OrmActor:
         """Answers once decoder and rewards are loaded."""
         return Readiness(device=str(self.device), node=node_id(), busy_s=self.batcher.worked_s)
 
-    async def health(self) -> dict[str, float]:
-        """See :meth:`reward_servers.batching.MicroBatcher.status`; answers also while a reward computes."""
-        return self.batcher.status()
-
     async def score(
         self, latents: Array, prompts: Sequence[str], deadline_s: float = float("inf")
     ) -> tuple[OrmAnswer, float]:

@@ -161,10 +161,6 @@ class PrmActor:
         """Answers once the model is loaded."""
         return Readiness(device=str(self.scorer.device), node=node_id(), busy_s=self.batcher.worked_s)
 
-    async def health(self) -> dict[str, float]:
-        """See :meth:`reward_servers.batching.MicroBatcher.status`; answers also while the model computes."""
-        return self.batcher.status()
-
     async def reward_and_gradient(
         self,
         x: Array,
