@@ -6,62 +6,44 @@ run one after another, so weights change between trajectories only, and every tr
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from actors.prm_client import PrmClient
 from actors.sampler import (
     ProcessRewardSource,
+    Recording,
+    SourceFactory,
+    Trajectory,
+    UnitGradients,
     Velocity,
     initial_noise,
     sample_deterministic,
     sample_group,
     select_steps,
 )
-from actors.spsa import Score, SpsaSource
+from actors.sources import RewardSources
 from euphonium.config import GuidanceConfig, RunConfig
 from euphonium.dynamics import StepTable
-from euphonium.errors import LostActorError, TrainingError, WeightsMissingError
+from euphonium.errors import TrainingError
 from euphonium.generators.conditioning import Conditioning, expand, stack_conditionings
 from euphonium.generators.generator import images_for
 from euphonium.generators.lora import adapter_parameters, add_adapter
 from euphonium.generators.registry import open_generator
-from euphonium.rewards.total import weighted_total
-from euphonium.wire.arrays import as_tensor
-from euphonium.wire.deadlines import get, node_id
-from euphonium.wire.records import (
-    Array,
-    GroupInfo,
-    GroupPayload,
-    GroupTask,
-    Readiness,
-    RolloutContext,
-    WeightKind,
-    WeightOrder,
-)
-from euphonium.wire.roles import OrmServer, PrmServer, WeightDirectory, named_actor
-from euphonium.wire.servers import ServerPool
-from euphonium.wire.weights.channel import Channel, visit
-from euphonium.wire.weights.manifest import Bucket, WeightManifest, load_buckets, load_tensors
-
-if TYPE_CHECKING:
-    from ray.actor import ActorProxy
-
-_S = TypeVar("_S")
+from euphonium.wire.deadlines import node_id
+from euphonium.wire.devices import default_device
+from euphonium.wire.records import Array, GroupInfo, GroupPayload, GroupTask, Readiness, WeightOrder
+from euphonium.wire.roles import RolloutContext, WeightDirectory, named_actor
+from euphonium.wire.weights.follower import WeightFollower
+from euphonium.wire.weights.manifest import load_tensors
 
 # Samples in one forward pass of an evaluation.
 EVALUATION_BATCH = 16
-
-# Makes the source of process rewards for a group: from its prompt's conditioning, its table and its velocity.
-SourceFactory = Callable[[Conditioning, StepTable, Velocity], ProcessRewardSource]
 
 
 class RolloutWorker:
@@ -83,15 +65,14 @@ class RolloutWorker:
         self._tables = lru_cache(maxsize=8)(lambda iteration: self.family.step_table(config.sampler, iteration))
         self.policy_version = 0
 
-    def load_weights(self, manifest: WeightManifest, buckets: Sequence[Bucket]) -> None:
-        """Takes over published weights and their version."""
-        load_buckets(manifest, buckets, self.published)
-        self.policy_version = manifest.version
+    def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes over published weights and their version.
 
-    def receive_weights(self, channel: Channel, order: WeightOrder) -> None:
-        """Takes over weights from a broadcast, and their version."""
-        load_tensors(channel.receive(order.transfer), self.published)
-        self.policy_version = order.version
+        Raises:
+            TrainingError: names or shapes do not fit the model.
+        """
+        load_tensors(tensors, self.published)
+        self.policy_version = version
 
     def conditioning(self, prompt: str) -> Conditioning:
         """Conditioning of one prompt, with a leading dimension of 1; encoded once."""
@@ -133,25 +114,19 @@ class RolloutWorker:
             velocity,
             start,
             noise,
-            kept_steps=select_steps(table, group_size, config.objective.timestep_fraction, task.seed),
-            process_reward=make_source(conditioning, table, velocity) if make_source and needs_source else None,
-            scored_states=scored,
-            normalise_gradient=guidance is not None and guidance.normalise,
-            guided_mean_in_log_prob=config.objective.kind == "standard",
+            Recording(
+                steps=select_steps(table, group_size, config.objective.timestep_fraction, task.seed),
+                scored_states=scored,
+                guided_mean=config.objective.kind == "standard",
+            ),
+            _guiding(make_source(conditioning, table, velocity), guidance) if make_source and needs_source else None,
         )
         if not bool(torch.isfinite(trajectory.final).all()):
             raise TrainingError(
                 f"rollout of {task.prompt!r} with policy version {self.policy_version} is not finite: the policy has "
                 "diverged; lower optimizer.learning_rate or sampler.guidance, and resume from an earlier checkpoint"
             )
-        payload = GroupPayload(
-            states=trajectory.states.numpy(),
-            next_states=trajectory.next_states.numpy(),
-            steps=trajectory.steps.numpy(),
-            log_probs=trajectory.log_probs.numpy(),
-            gradients=None if trajectory.gradients is None else trajectory.gradients.numpy(),
-            conditioning={name: tensor.cpu().float().numpy() for name, tensor in conditioning.items()},
-        )
+        payload = _payload(trajectory, conditioning)
         info = GroupInfo(
             task=task,
             policy_version=self.policy_version,
@@ -192,10 +167,10 @@ class RolloutWorker:
                 for seed in seeds[part]
             ]
             velocity = self.velocity(conditioning)
-            source = make_source(conditioning, table, velocity) if make_source and guidance is not None else None
-            normalise = guidance is not None and guidance.normalise
-            samples = sample_deterministic(table, velocity, torch.cat(starts), source, normalise_gradient=normalise)
-            results.append(samples.cpu())
+            source = None
+            if make_source and guidance is not None:
+                source = _guiding(make_source(conditioning, table, velocity), guidance)
+            results.append(sample_deterministic(table, velocity, torch.cat(starts), source).cpu())
         return torch.cat(results).numpy()
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
@@ -230,6 +205,22 @@ class RolloutWorker:
         return np.ascontiguousarray(credited.numpy())
 
 
+def _payload(trajectory: Trajectory, conditioning: Conditioning) -> GroupPayload:
+    return GroupPayload(
+        states=trajectory.states.numpy(),
+        next_states=trajectory.next_states.numpy(),
+        steps=trajectory.steps.numpy(),
+        log_probs=trajectory.log_probs.numpy(),
+        gradients=None if trajectory.gradients is None else trajectory.gradients.numpy(),
+        conditioning={name: tensor.cpu().float().numpy() for name, tensor in conditioning.items()},
+    )
+
+
+def _guiding(source: ProcessRewardSource, guidance: GuidanceConfig | None) -> ProcessRewardSource:
+    """A source as the recipe wants its gradients."""
+    return UnitGradients(source) if guidance is not None and guidance.normalise else source
+
+
 def encode_one(encoder: Callable[[list[str]], Conditioning], prompt: str) -> Conditioning:
     """Conditioning of one prompt, padded to no other."""
     return dict(encoder([prompt]))
@@ -238,31 +229,28 @@ def encode_one(encoder: Callable[[list[str]], Conditioning], prompt: str) -> Con
 class RolloutActor:
     """A :class:`RolloutWorker` as a Ray actor; the orchestrator makes it with ``ray.remote``."""
 
-    def __init__(self, index: int, config: RunConfig, store: str) -> None:
+    def __init__(
+        self,
+        index: int,
+        config: RunConfig,
+        store: str,
+        make_worker: Callable[[RunConfig, torch.device], RolloutWorker] = RolloutWorker,
+    ) -> None:
+        """Loads the models.
+
+        Args:
+            index: of the actor in its pool.
+            config: of the run.
+            store: name of the weight store's actor.
+            make_worker: what computes, for whoever wants the actor around something else.
+        """
         torch.set_num_threads(config.pools.rollout.threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         self.index = index
-        self.config = config
-        self.worker = RolloutWorker(config, device)
-        rewards = config.rewards
-        outcome = [reward.name for reward in rewards.outcome]
-        # Both pools change while the run goes on: every order says who is in them.
-        self.prm_servers: list[ActorProxy[PrmServer]] = []
-        self.orm_servers: list[ActorProxy[OrmServer]] = []
-        self.near: set[ActorProxy[PrmServer]] = set()
-        self.prm: ServerPool[PrmServer] = ServerPool(
-            "prm", lambda: self.prm_servers, rewards, rewards=["process"], offset=index, near=self.near.__contains__
-        )
-        self.orm: ServerPool[OrmServer] = ServerPool(
-            "orm", lambda: self.orm_servers, rewards, rewards=outcome, offset=index
-        )
-        self.node = node_id()
-        self.store = named_actor(WeightDirectory, store)
-        self._prm_handles: dict[str, ActorProxy[PrmServer]] = {}
-        self._orm_handles: dict[str, ActorProxy[OrmServer]] = {}
-        # Epoch, version and kind of the weights held; an actor that Ray has restarted holds none of this run's.
-        self._holds: tuple[int, int, WeightKind] | None = None
-        self._channel: tuple[str, Channel] | None = None
+        self.worker = make_worker(config, device)
+        directory = named_actor(WeightDirectory, store)
+        self.weights = WeightFollower(directory, self.worker.load_weights, device, config.pools)
+        self.sources = RewardSources(config, index)
 
     def __repr__(self) -> str:
         return f"rollout-{self.index}"
@@ -272,31 +260,26 @@ class RolloutActor:
         return Readiness(device=str(self.worker.device), node=node_id())
 
     def generate(self, task: GroupTask, context: RolloutContext) -> tuple[GroupInfo, Array, GroupPayload]:
-        """See :meth:`RolloutWorker.generate`; called with ``num_returns=3``, so that the caller owns the arrays.
+        """Draws a group; called with ``num_returns=3``, so that the caller owns the arrays.
 
         Newer weights are taken over first if there are any: between trajectories, never within one.
 
         Raises:
             WeightsMissingError: the weight store does not have the weights.
+            RewardError: no server gave the process rewards.
+            TrainingError: samples that are not finite.
         """
-        pulled = self._follow(context)
-        guidance = self.config.sampler.guidance
-        factory: SourceFactory | None = None
-        if guidance is not None and guidance.source == "spsa":
-            self.orm_servers = _find(OrmServer, context.orm_servers, self._orm_handles)
-            factory = self._spsa(task, guidance)
-        elif self.config.rewards.process is not None:
-            self.prm_servers = _find(PrmServer, context.prm_servers, self._prm_handles)
-            own = [name for name, node in zip(context.prm_servers, context.prm_nodes, strict=True) if node == self.node]
-            self.near.clear()
-            self.near.update(_find(PrmServer, own, self._prm_handles))
-            factory = self._prm(task.prompt)
-        info, latents, payload = self.worker.generate(task, factory)
+        pulled = self.weights.follow(context)
+        info, latents, payload = self.worker.generate(task, self.sources.of_group(task, context))
         return dataclasses.replace(info, seconds={**info.seconds, "weights": pulled}), latents, payload
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int], context: RolloutContext) -> Array:
-        """See :meth:`RolloutWorker.evaluate`."""
-        self._follow(context)
+        """Deterministic samples, one a prompt and seed: latents ``[len(prompts), *latent]``.
+
+        Raises:
+            WeightsMissingError: the weight store does not have the weights.
+        """
+        self.weights.follow(context)
         return self.worker.evaluate(prompts, seeds)
 
     def receive(self, order: WeightOrder) -> None:
@@ -305,74 +288,4 @@ class RolloutActor:
         Raises:
             LostActorError: the learner or another member is gone; the weights have to be fetched.
         """
-        timeout = self.config.pools.learner.weight_broadcast_timeout_s
-        if self._channel is None or self._channel[0] != order.address:
-            store = visit(order.address, timeout)
-            self._channel = order.address, Channel(store, order.rank, order.size, timeout, self.worker.device)
-        self._holds = None
-        try:
-            self.worker.receive_weights(self._channel[1], order)
-        except LostActorError:
-            self._channel = None
-            raise
-        self._holds = order.epoch, order.version, order.kind
-
-    def _follow(self, context: RolloutContext) -> float:
-        """Takes over the weights that an order asks for, and returns the seconds that it took."""
-        if self._holds is not None:
-            epoch, version, kind = self._holds
-            if (epoch, kind) == (context.epoch, context.kind) and version >= context.version:
-                return 0.0
-        began = time.perf_counter()
-        timeout = self.config.pools.start_timeout_s
-        what = f"weights of version {context.version} ({context.kind})"
-        try:
-            manifest, refs = get(self.store.fetch.remote(context.version, context.kind), timeout, what)
-        except LostActorError as error:
-            raise WeightsMissingError(f"the weight store is gone: {error}") from error
-        try:
-            buckets = get(refs, timeout, what)
-        except LostActorError as error:
-            self.store.lost.remote(manifest.version, manifest.kind)
-            raise WeightsMissingError(f"the learner that published the weights is gone: {error}") from error
-        self._holds = None
-        self.worker.load_weights(manifest, buckets)
-        self._holds = context.epoch, manifest.version, context.kind
-        return time.perf_counter() - began
-
-    def _prm(self, prompt: str) -> SourceFactory:
-        return lambda conditioning, table, velocity: PrmClient(self.prm, conditioning, table, prompt)
-
-    def _spsa(self, task: GroupTask, guidance: GuidanceConfig) -> SourceFactory:
-        return lambda conditioning, table, velocity: SpsaSource(
-            table,
-            velocity,
-            self._outcome_score(task.prompt),
-            perturbations=guidance.spsa.perturbations,
-            scale=guidance.spsa.scale,
-            seed=task.seed,
-        )
-
-    def _outcome_score(self, prompt: str) -> Score:
-        rewards, timeout = self.config.rewards.outcome, self.config.rewards.deadline_s
-
-        def score(latents: Tensor) -> Callable[[], Tensor]:
-            prompts, arrays = [prompt] * len(latents), latents.cpu().numpy()
-            call = self.orm.begin(lambda server: server.score.remote(arrays, prompts, timeout))
-
-            def answer() -> Tensor:
-                scores, _ = call.result()
-                return as_tensor(weighted_total(scores, rewards).astype(np.float32))
-
-            return answer
-
-        return score
-
-
-def _find(role: type[_S], names: Sequence[str], known: dict[str, ActorProxy[_S]]) -> list[ActorProxy[_S]]:
-    """Handles of those servers of a pool that there are; ``known`` keeps them."""
-    for name in names:
-        if name not in known:
-            with contextlib.suppress(ValueError):
-                known[name] = named_actor(role, name)
-    return [known[name] for name in names if name in known]
+        self.weights.receive(order)

@@ -8,36 +8,63 @@ been computed: with a server of its own, guidance costs next to nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from euphonium.dynamics import StepTable
+from euphonium.generators.conditioning import Conditioning
+from euphonium.wire.later import Later
 
 Velocity = Callable[[Tensor, float], Tensor]
-
-
-class Pending(Protocol):
-    """An answer of a process-reward source that may still be under way."""
-
-    def result(self) -> tuple[Tensor, Tensor | None]:
-        """Rewards ``[batch]`` and gradient like the state, None if none was asked for; waits if it must."""
-        ...
+# Rewards ``[batch]``, and their gradient like the state, None if none was asked for.
+Rewarded = tuple[Tensor, Tensor | None]
 
 
 class ProcessRewardSource(Protocol):
     """Whoever scores states: a server, or a model in this process."""
 
-    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Pending:
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
         """Asks for the rewards of states ``[batch, *latent]`` at the noise level of step k.
 
         ``k = num_steps`` is the end of the walk, noise level ``sigmas[-1]``.
         """
         ...
+
+
+# Makes the source of process rewards for a group: from its prompt's conditioning, its table and its velocity.
+SourceFactory = Callable[[Conditioning, StepTable, Velocity], ProcessRewardSource]
+
+
+class UnitGradients:
+    """A source whose gradients are scaled to unit length, every sample's on its own."""
+
+    def __init__(self, source: ProcessRewardSource) -> None:
+        self._source = source
+
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
+        """Asks the source."""
+        return self._source.submit(k, x, with_gradient=with_gradient).map(_unit_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What is kept of a walk.
+
+    Attributes:
+        steps: int64 ``[group, K]``, transitions to keep of every sample.
+        scored_states: states, 0 to ``num_steps``, whose process reward is wanted besides those of guided steps.
+        guided_mean: score transitions under the mean with guidance (``objective: standard``), and keep the gradients
+            that enter it; otherwise under the mean without (``distill``).
+    """
+
+    steps: Tensor
+    scored_states: Collection[int] = ()
+    guided_mean: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,18 +119,38 @@ def select_steps(table: StepTable, group_size: int, fraction: float, seed: int) 
     return torch.from_numpy(np.stack(rows)).long()
 
 
+class Step(NamedTuple):
+    """One step of a walk.
+
+    Attributes:
+        k: its number.
+        x: state before it, ``[batch, *latent]``; ``v``, ``gradient``, ``mean`` and ``x_next`` are like it.
+        v: the network's output.
+        gradient: of the process reward, or None where the step is not guided.
+        mean: of the next state, with guidance.
+        x_next: the next state.
+        velocity_s: seconds that the velocity took.
+        waited_s: seconds that the gradient was waited for after the velocity was ready.
+    """
+
+    k: int
+    x: Tensor
+    v: Tensor
+    gradient: Tensor | None
+    mean: Tensor
+    x_next: Tensor
+    velocity_s: float
+    waited_s: float
+
+
 @torch.no_grad()
 def sample_group(
     table: StepTable,
     velocity: Velocity,
     start: Tensor,
     noise: torch.Generator,
-    *,
-    kept_steps: Tensor,
+    recording: Recording,
     process_reward: ProcessRewardSource | None = None,
-    scored_states: Collection[int] = (),
-    normalise_gradient: bool = False,
-    guided_mean_in_log_prob: bool = False,
 ) -> Trajectory:
     """Walks a group from noise to data under the law and guidance of a table.
 
@@ -112,78 +159,34 @@ def sample_group(
         velocity: network output at a state and a time (:attr:`euphonium.dynamics.StepTable.times`).
         start: float32 ``[group, *latent]``.
         noise: CPU generator of the transitions' noise.
-        kept_steps: int64 ``[group, K]``, transitions to keep of every sample.
+        recording: what to keep.
         process_reward: source of process rewards; needed when the table is guided or states are scored.
-        scored_states: states, 0 to ``num_steps``, whose process reward is wanted besides those of guided steps.
-        normalise_gradient: scale every sample's gradient to unit length.
-        guided_mean_in_log_prob: score transitions under the mean with guidance (``objective: standard``), and keep
-            the gradients that enter it; otherwise under the mean without (``distill``).
 
     Returns:
         The trajectory; states are kept and scored in float32.
     """
-    guided = set(table.guided_steps)
-    wanted = guided | set(scored_states)
-    if wanted and process_reward is None:
-        raise ValueError("a guided table or process rewards need a source of process rewards")
-    x = start
-    group, kept = kept_steps.shape
-    shape = (group, kept, *start.shape[1:])
-    states, next_states = torch.empty(shape), torch.empty(shape)
-    log_probs = torch.empty(group, kept)
-    gradients = torch.zeros(shape) if guided_mean_in_log_prob and guided else None
-    answers: dict[int, Pending] = {}
+    rewards = _ProcessRewards(process_reward, table, recording.scored_states)
+    kept = _Transitions(table, recording, start)
     seconds = {"velocity": 0.0, "process_reward": 0.0}
-    for k in range(table.num_steps):
-        if process_reward is not None and k in wanted:
-            answers[k] = process_reward.submit(k, x, with_gradient=k in guided)
-        began = time.perf_counter()
-        v = velocity(x, float(table.times[k]))
-        ready = time.perf_counter()
-        gradient = answers[k].result()[1] if k in guided else None
-        if gradient is not None and normalise_gradient:
-            gradient = _unit_length(gradient)
-        seconds["velocity"] += ready - began
-        seconds["process_reward"] += time.perf_counter() - ready
-
-        mean = table.mean(k, x, v)
-        sampled_mean = mean if gradient is None else table.mean(k, x, v, gradient)
-        x_next = sampled_mean
-        if float(table.std[k]) > 0:
-            z = torch.randn(x.shape, generator=noise).to(x.device)
-            x_next = table.sample(k, sampled_mean, z)
-            rows, columns = torch.nonzero(kept_steps == k, as_tuple=True)
-            if len(rows):
-                scored = sampled_mean if guided_mean_in_log_prob else mean
-                log_probs[rows, columns] = table.log_prob(k, x_next, scored)[rows].cpu()
-                states[rows, columns] = x[rows].cpu()
-                next_states[rows, columns] = x_next[rows].cpu()
-                if gradients is not None and gradient is not None:
-                    gradients[rows, columns] = gradient[rows].cpu()
-        x = x_next
-    if process_reward is not None and table.num_steps in wanted:
-        answers[table.num_steps] = process_reward.submit(table.num_steps, x, with_gradient=False)
-    rewards = None
-    if wanted:
-        began = time.perf_counter()
-        rewards = torch.zeros(group, table.num_steps + 1)
-        for k, answer in answers.items():
-            rewards[:, k] = answer.result()[0].cpu()
-        seconds["process_reward"] += time.perf_counter() - began
+    x = start
+    for step in _walk(table, velocity, start, rewards, noise):
+        kept.add(step)
+        seconds["velocity"] += step.velocity_s
+        seconds["process_reward"] += step.waited_s
+        x = step.x_next
+    rewards.ask(table.num_steps, x)
+    began = time.perf_counter()
+    scores = rewards.of_all_states(len(start))
+    seconds["process_reward"] += time.perf_counter() - began
     return Trajectory(
-        final=x, states=states, next_states=next_states, steps=kept_steps, log_probs=log_probs,
-        gradients=gradients, process_rewards=rewards, seconds=seconds,
+        final=x, states=kept.states, next_states=kept.next_states, steps=recording.steps, log_probs=kept.log_probs,
+        gradients=kept.gradients, process_rewards=scores, seconds=seconds,
     )  # fmt: skip
 
 
 @torch.no_grad()
 def sample_deterministic(
-    table: StepTable,
-    velocity: Velocity,
-    start: Tensor,
-    process_reward: ProcessRewardSource | None = None,
-    *,
-    normalise_gradient: bool = False,
+    table: StepTable, velocity: Velocity, start: Tensor, process_reward: ProcessRewardSource | None = None
 ) -> Tensor:
     """Samples of a table without noise: what evaluation and the exported model use.
 
@@ -193,22 +196,96 @@ def sample_deterministic(
         velocity: as for :func:`sample_group`.
         start: float32 ``[batch, *latent]``.
         process_reward: needed when the table is guided.
-        normalise_gradient: as for :func:`sample_group`.
+
+    Returns:
+        float32, like ``start``.
     """
-    guided = set(table.guided_steps)
     x = start
-    for k in range(table.num_steps):
-        pending = None
-        if process_reward is not None and k in guided:
-            pending = process_reward.submit(k, x, with_gradient=True)
-        v = velocity(x, float(table.times[k]))
-        gradient = None if pending is None else pending.result()[1]
-        if gradient is not None and normalise_gradient:
-            gradient = _unit_length(gradient)
-        x = table.mean(k, x, v, gradient)
+    for step in _walk(table, velocity, start, _ProcessRewards(process_reward, table)):
+        x = step.x_next
     return x
 
 
-def _unit_length(gradient: Tensor) -> Tensor:
+def _walk(
+    table: StepTable, velocity: Velocity, x: Tensor, rewards: _ProcessRewards, noise: torch.Generator | None = None
+) -> Iterator[Step]:
+    """Steps from a state to the end; without ``noise`` every next state is its mean."""
+    for k in range(table.num_steps):
+        rewards.ask(k, x)
+        began = time.perf_counter()
+        v = velocity(x, float(table.times[k]))
+        ready = time.perf_counter()
+        gradient = rewards.gradient(k)
+        waited = time.perf_counter() - ready
+        x_next = mean = table.mean(k, x, v, gradient)
+        if noise is not None and float(table.std[k]) > 0:
+            x_next = table.sample(k, mean, torch.randn(x.shape, generator=noise).to(x.device))
+        yield Step(k, x, v, gradient, mean, x_next, ready - began, waited)
+        x = x_next
+
+
+class _ProcessRewards:
+    """Rewards of a walk's states: asked for before the velocity is computed, awaited after."""
+
+    def __init__(
+        self, source: ProcessRewardSource | None, table: StepTable, scored_states: Collection[int] = ()
+    ) -> None:
+        self._source = source
+        self._states = table.num_steps + 1
+        self._guided = set(table.guided_steps)
+        self._wanted = self._guided | set(scored_states)
+        self._answers: dict[int, Later[Rewarded]] = {}
+        if self._wanted and source is None:
+            raise ValueError("a guided table or process rewards need a source of process rewards")
+
+    def ask(self, k: int, x: Tensor) -> None:
+        """Asks for a state's rewards, if they are wanted."""
+        if self._source is not None and k in self._wanted:
+            self._answers[k] = self._source.submit(k, x, with_gradient=k in self._guided)
+
+    def gradient(self, k: int) -> Tensor | None:
+        """The gradient that guides a step; waits for it."""
+        return self._answers[k].result()[1] if k in self._guided else None
+
+    def of_all_states(self, group: int) -> Tensor | None:
+        """``[group, num_steps + 1]``, 0 where none was wanted; None if none was wanted at all."""
+        if not self._wanted:
+            return None
+        rewards = torch.zeros(group, self._states)
+        for k, answer in self._answers.items():
+            rewards[:, k] = answer.result()[0].cpu()
+        return rewards
+
+
+class _Transitions:
+    """The kept transitions of a group, as :class:`Trajectory` describes them."""
+
+    def __init__(self, table: StepTable, recording: Recording, start: Tensor) -> None:
+        self._table = table
+        self._recording = recording
+        shape = (*recording.steps.shape, *start.shape[1:])
+        self.states, self.next_states = torch.empty(shape), torch.empty(shape)
+        self.log_probs = torch.empty(recording.steps.shape)
+        self.gradients = torch.zeros(shape) if recording.guided_mean and table.guided_steps else None
+
+    def add(self, step: Step) -> None:
+        """Keeps a step of those samples that want it."""
+        k, x, v, gradient, mean, x_next, *_ = step
+        rows, columns = torch.nonzero(self._recording.steps == k, as_tuple=True)
+        if not len(rows):
+            return
+        if gradient is not None and not self._recording.guided_mean:
+            mean = self._table.mean(k, x, v)
+        self.log_probs[rows, columns] = self._table.log_prob(k, x_next, mean)[rows].cpu()
+        self.states[rows, columns] = x[rows].cpu()
+        self.next_states[rows, columns] = x_next[rows].cpu()
+        if self.gradients is not None and gradient is not None:
+            self.gradients[rows, columns] = gradient[rows].cpu()
+
+
+def _unit_length(answer: Rewarded) -> Rewarded:
+    rewards, gradient = answer
+    if gradient is None:
+        return answer
     norms = gradient.flatten(1).norm(dim=1).clamp(min=1e-8)
-    return gradient / norms.view(-1, *[1] * (gradient.dim() - 1))
+    return rewards, gradient / norms.view(-1, *[1] * (gradient.dim() - 1))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from actors.sampler import Velocity
+from actors.sampler import Rewarded, Velocity
 from euphonium.dynamics import StepTable
+from euphonium.wire.later import Later
 
-# Weighted outcome rewards of latents ``[batch, *latent]``, answered later.
-Score = Callable[[Tensor], Callable[[], Tensor]]
+# Weighted outcome rewards ``[batch]`` of latents ``[batch, *latent]``.
+Score = Callable[[Tensor], Later[Tensor]]
 
 
 class SpsaSource:
@@ -33,7 +33,7 @@ class SpsaSource:
         scale: float,
         seed: int,
     ) -> None:
-        """Args as described in the class.
+        """Asks nothing yet.
 
         Args:
             table: the sampler.
@@ -50,41 +50,23 @@ class SpsaSource:
         self._scale = scale
         self._noise = torch.Generator().manual_seed(seed)
 
-    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> _Estimate:
-        """See :class:`actors.sampler.ProcessRewardSource`."""
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
+        """Asks for the rewards of a state, or of its perturbations if the gradient is wanted."""
         if not with_gradient:
-            return _Estimate(self._request(k, x), 0, self._scale, None)
+            return self._request(k, x).map(lambda rewards: (rewards, None))
         z = torch.randn((self._count, *x.shape), generator=self._noise).to(x.device)
         perturbed = torch.cat([x + self._scale * z, x - self._scale * z]).flatten(0, 1)
-        return _Estimate(self._request(k, perturbed), self._count, self._scale, z)
+        return self._request(k, perturbed).map(lambda rewards: self._estimate(rewards, z))
 
-    def _request(self, k: int, x: Tensor) -> Callable[[], Tensor]:
+    def _request(self, k: int, x: Tensor) -> Later[Tensor]:
         if k == self._table.num_steps:
             return self._score(x)
         return self._score(self._table.predicted_data(k, x, self._velocity(x, float(self._table.times[k]))))
 
-
-class _Estimate:
-    """An estimate whose rewards may still be under way; a :class:`actors.sampler.Pending`."""
-
-    def __init__(self, answer: Callable[[], Tensor], count: int, scale: float, z: Tensor | None) -> None:
-        self._answer = answer
-        self._count = count
-        self._scale = scale
-        self._z = z
-        self._result: tuple[Tensor, Tensor | None] | None = None
-
-    def result(self) -> tuple[Tensor, Tensor | None]:
-        """See :class:`actors.sampler.Pending`."""
-        if self._result is None:
-            self._result = self._combine(self._answer())
-        return self._result
-
-    def _combine(self, rewards: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self._z is None:
-            return rewards, None
-        plus, minus = rewards.view(2, self._count, -1).to(self._z.device)
-        slope: Any = (plus - minus) / (2 * self._scale)
-        shape = (*slope.shape, *[1] * (self._z.dim() - 2))
-        gradient = (slope.view(shape) * self._z).mean(dim=0)
+    def _estimate(self, rewards: Tensor, z: Tensor) -> Rewarded:
+        """Mean and gradient of rewards ``[2 K * group]`` under perturbations ``[K, group, *latent]``."""
+        plus, minus = rewards.view(2, self._count, -1).to(z.device)
+        slope: Tensor = (plus - minus) / (2 * self._scale)
+        shape = (*slope.shape, *[1] * (z.dim() - 2))
+        gradient = (slope.view(shape) * z).mean(dim=0)
         return rewards.view(2 * self._count, -1).mean(dim=0), gradient

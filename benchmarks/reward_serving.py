@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ import ray
 import torch
 
 from euphonium.config import ModelConfig, RunConfig
+from euphonium.errors import RewardError
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
-from reward_servers.prm import PrmActor
+from euphonium.wire.records import PrmAnswer
+from reward_servers.batching import MicroBatcher
+from reward_servers.prm import WHAT, PrmActor, PrmRequest
 
 GENERATOR = Path(__file__).parent.parent / "euphonium" / "embedded" / "weights"
 PROMPTS = [
@@ -63,7 +67,22 @@ def model_of() -> ModelConfig:
 
 
 class MeasuredServer(PrmActor):
-    """A PRM server that says how much processor time it has used."""
+    """A PRM server that says what it has computed, and how much processor time that took."""
+
+    def __init__(self, index: int, config: RunConfig) -> None:
+        super().__init__(index, config)
+        self.passes = self.samples = 0
+        self.batcher = MicroBatcher(self.counted, WHAT, config.pools.prm)
+
+    def counted(self, requests: Sequence[PrmRequest]) -> list[PrmAnswer | RewardError]:
+        """Scores requests, and counts them."""
+        self.passes += 1
+        self.samples += sum(request.size for request in requests)
+        return self.scorer.score(requests)
+
+    async def counts(self) -> tuple[int, int]:
+        """Passes and samples so far."""
+        return self.passes, self.samples
 
     async def cpu_s(self) -> float:
         """Seconds of all threads of its process."""
@@ -90,7 +109,7 @@ class Client(threading.Thread):
 
 
 def measure(server: Any, conditionings: list[Any], clients: int, samples: int, seconds: float) -> dict[str, float]:
-    before, cpu = ray.get([server.health.remote(), server.cpu_s.remote()])
+    (passes, done), cpu = ray.get([server.counts.remote(), server.cpu_s.remote()])
     shape = (samples, *open_generator(model_of()).latent_shape)
     began = time.perf_counter()
     threads = [Client(server, conditionings[i % len(conditionings)], shape, i, began + seconds) for i in range(clients)]
@@ -99,14 +118,13 @@ def measure(server: Any, conditionings: list[Any], clients: int, samples: int, s
     for thread in threads:
         thread.join()
     took = time.perf_counter() - began
-    after, cpu_after = ray.get([server.health.remote(), server.cpu_s.remote()])
+    (passes_after, done_after), cpu_after = ray.get([server.counts.remote(), server.cpu_s.remote()])
     latencies = [latency for thread in threads for latency in thread.latencies]
-    passes = after["passes"] - before["passes"]
     return {
         "samples_per_s": len(latencies) * samples / took,
         "cpu_ms_per_sample": 1000 * (cpu_after - cpu) / (len(latencies) * samples),
         "latency_ms": 1000 * statistics.median(latencies),
-        "samples_per_pass": (after["samples"] - before["samples"]) / passes,
+        "samples_per_pass": (done_after - done) / (passes_after - passes),
     }
 
 

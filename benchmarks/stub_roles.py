@@ -11,6 +11,7 @@ import json
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ import yaml
 from actors.rollout import RolloutActor
 from euphonium.config import RunConfig, load_config
 from euphonium.errors import LostActorError, TrainingError
-from euphonium.wire.deadlines import get, node_id
+from euphonium.wire.deadlines import get
 from euphonium.wire.records import GroupInfo, GroupPayload, GroupTask, Publish, Readiness, Save, Update, UpdateReport
 from euphonium.wire.roles import Mailbox, WeightDirectory, named_actor
-from euphonium.wire.weights.manifest import WeightManifest, pack, unpack, verify
+from euphonium.wire.weights.manifest import WeightManifest, pack
 from orchestrator.learning.link import MAILBOX, STORE
 from orchestrator.run import Run
 
@@ -68,14 +69,12 @@ class StubWorker:
         self.policy_version = 0
         self.device = "cpu"
 
-    def load_weights(self, manifest: WeightManifest, buckets: list[Any]) -> None:
+    def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """See :class:`actors.rollout.RolloutWorker`."""
-        for description, bucket in zip(manifest.buckets, buckets, strict=True):
-            verify(description, bucket)
-            for name, tensor in unpack(description, bucket):
-                if name == "w":
-                    self.weights = tensor.numpy().copy()
-        self.policy_version = manifest.version
+        for name, tensor in tensors:
+            if name == "w":
+                self.weights = tensor.numpy().copy()
+        self.policy_version = version
 
     def generate(self, task: GroupTask, _source: Any) -> tuple[GroupInfo, Any, GroupPayload]:
         """See :class:`actors.rollout.RolloutWorker`; sleeps."""
@@ -109,11 +108,7 @@ class StubRollout(RolloutActor):
 
     def __init__(self, index: int, config: RunConfig, seconds: float, values: int, start_s: float) -> None:
         time.sleep(start_s)
-        self.index, self.config = index, config
-        self.worker: Any = StubWorker(config, seconds, values)
-        self.store = named_actor(WeightDirectory, STORE)
-        self.node = node_id()
-        self._prm_handles, self._orm_handles, self._holds = {}, {}, None
+        super().__init__(index, config, STORE, lambda config, _device: StubWorker(config, seconds, values))
 
 
 class StubJudge:

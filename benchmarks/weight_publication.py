@@ -15,32 +15,40 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
 import torch
 from torch import Tensor
 
+from euphonium.config import PoolsConfig
 from euphonium.wire.records import WeightOrder
-from euphonium.wire.weights.channel import Channel, visit
-from euphonium.wire.weights.manifest import load_buckets, load_tensors, split_into_buckets
+from euphonium.wire.roles import RolloutContext
+from euphonium.wire.weights.follower import WeightFollower
+from euphonium.wire.weights.manifest import load_tensors, split_into_buckets
+from euphonium.wire.weights.sender import BroadcastSender, ObjectStoreSender, Publication
 from euphonium.wire.weights.store import KEPT_VERSIONS, WeightStore
-from learners.policy.publication import Broadcaster, hand_in
 
 TENSOR = 1 << 22
 TIMEOUT_S = 120.0
+POOLS = PoolsConfig(start_timeout_s=TIMEOUT_S)
+# Histories: what came by broadcast must be pulled all the same.
+PULLED, BROADCAST = 0, 1
 CPU = torch.device("cpu")
 
 
 class Receiver:
-    """Holds tensors and takes over published ones."""
+    """Holds tensors and follows published ones as a rollout actor does."""
 
     def __init__(self, store: Any, count: int) -> None:
         torch.set_num_threads(1)
-        self.store = store
         self.tensors = {f"t{i}": torch.zeros(TENSOR) for i in range(count)}
-        self.channel: Channel | None = None
+        self.weights = WeightFollower(store, self.load, CPU, POOLS)
+
+    def load(self, _version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copies them, as a policy does."""
+        load_tensors(tensors, self.tensors)
 
     def holds(self) -> float:
         """A number of the weights."""
@@ -48,14 +56,11 @@ class Receiver:
 
     def pull(self, version: int) -> None:
         """Takes over a version from the object store."""
-        manifest, refs = ray.get(self.store.fetch.remote(version, "policy"))
-        load_buckets(manifest, ray.get(refs), self.tensors)
+        self.weights.follow(RolloutContext(version=version, history=PULLED))
 
     def receive(self, order: WeightOrder) -> None:
         """Takes over a version from a broadcast."""
-        if self.channel is None:
-            self.channel = Channel(visit(order.address, TIMEOUT_S), order.rank, order.size, TIMEOUT_S, CPU)
-        load_tensors(self.channel.receive(order.transfer), self.tensors)
+        self.weights.receive(order)
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -78,19 +83,21 @@ def measure(receivers: int, tensors: dict[str, Tensor], bucket_bytes: int, repea
     ray.get([actor.holds.remote() for actor in actors])
     nbytes = {name: tensor.nbytes for name, tensor in tensors.items()}
     parts = [{name: tensors[name] for name in part} for part in split_into_buckets(nbytes, bucket_bytes)]
-    broadcaster = Broadcaster(tuple(names), TIMEOUT_S, CPU)
+    object_store, broadcaster = ObjectStoreSender(store, TIMEOUT_S), BroadcastSender(TIMEOUT_S, CPU)
     rows = []
     for version in range(1, 1 + KEPT_VERSIONS + repeats):
+        pulled = Publication(version=version, kind="policy", history=PULLED)
+        pushed = Publication(version=version, kind="policy", history=BROADCAST, receivers=tuple(names))
 
-        def publish(version: int = version) -> None:
-            hand_in(store, parts, version, "policy", keep=False, timeout_s=TIMEOUT_S)
+        def publish(publication: Publication = pulled) -> None:
+            object_store.send(publication, parts)
 
         def pull(version: int = version) -> None:
             ray.get([actor.pull.remote(version) for actor in actors])
 
-        def broadcast(version: int = version) -> None:
-            broadcaster.order(WeightOrder(version=version, kind="policy", epoch=0))
-            broadcaster.send(iter(parts))
+        def broadcast(publication: Publication = pushed) -> None:
+            broadcaster.announce(publication)
+            broadcaster.send(publication, parts)
 
         row = [copied(tensors)]
         for sign, works in ((1, (publish, pull)), (-1, (broadcast,))):
@@ -102,12 +109,12 @@ def measure(receivers: int, tensors: dict[str, Tensor], bucket_bytes: int, repea
     for actor in [*actors, store]:
         ray.kill(actor)
     gigabytes = sum(nbytes.values()) / 1e9
-    copy, put, pulled, sent = (
+    copy, put, pull_all, sent = (
         statistics.median(column) / gigabytes for column in zip(*rows[KEPT_VERSIONS:], strict=True)
     )
     return {
         "receivers": receivers, "GB": gigabytes, "copy_s_per_GB": copy, "publish_s_per_GB": put,
-        "pull_all_s_per_GB": pulled, "object_store_over_copy": (put + pulled) / copy, "collective_s_per_GB": sent,
+        "pull_all_s_per_GB": pull_all, "object_store_over_copy": (put + pull_all) / copy, "collective_s_per_GB": sent,
         "collective_over_copy": sent / copy,
     }  # fmt: skip
 

@@ -14,11 +14,11 @@ class Position:
 
     Attributes:
         state: what is done.
-        epoch: of the weights' history, see :class:`euphonium.wire.records.RolloutContext`.
+        history: of the weights, see :class:`euphonium.wire.roles.RolloutContext`.
     """
 
     state: RunState
-    epoch: int = 0
+    history: int = 0
 
     @property
     def iteration(self) -> int:

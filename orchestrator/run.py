@@ -124,7 +124,7 @@ class Run:
             checkpoint=str(checkpoint.resolve()) if checkpoint is not None else None,
             stop=turn.last,
             receivers=() if turn.evaluates else self.crew.receivers(),
-            epoch=self.position.epoch,
+            history=self.position.history,
         )
         async with self.learners.turn:
             report = await self.learners.carry_out(order)
@@ -214,7 +214,7 @@ class Run:
         self.checkpoints.abandon()
         resumed = await self.interruptible(self.learners.joined(*self.checkpoints.resume_point))
         self.position.state = self.checkpoints.state_of(resumed)
-        self.position.epoch += 1
+        self.position.history += 1
         self.journal.rewind(self.position.iteration)
         self.journal.say(f"the learner group has restarted; going on from iteration {self.position.iteration}")
         await self.interruptible(self.restore_process_reward())

@@ -18,11 +18,6 @@ from euphonium.errors import EuphoniumError, RewardError
 
 log = logging.getLogger(__name__)
 
-# After this many waits in a row that brought nobody, a model waits only once in so many passes: a lone client would
-# otherwise pay for the wait at every step.
-PATIENCE = 3
-RETRY_EVERY = 16
-
 
 class Request(Protocol):
     """What can be merged."""
@@ -96,7 +91,7 @@ class _Waiting(Generic[Q, A]):
 class MicroBatcher(Generic[Q, A]):
     """Merges requests for one model, which computes in a thread of its own.
 
-    The event loop stays free for health checks and new requests while the model works. What arrives meanwhile shares
+    The event loop stays free for new requests while the model works. What arrives meanwhile shares
     the next pass. Before a pass that is not full, the model waits up to ``wait_ms``, from its first request or the end
     of the pass before, whichever is later: clients that have just got their answers come back together. Order is that
     of arrival, except that requests with another key wait for the next pass. Without ``merge`` every request has a
@@ -107,7 +102,7 @@ class MicroBatcher(Generic[Q, A]):
     """
 
     def __init__(self, compute: Compute[Q, A], what: str, pool: RewardPoolConfig) -> None:
-        """Args as described in the class.
+        """Computes nothing yet.
 
         Args:
             compute: the merged pass; called in one thread only.
@@ -124,11 +119,8 @@ class MicroBatcher(Generic[Q, A]):
         self._arrival = asyncio.Event()
         self._batch: list[_Waiting[Q, A]] = []
         self._dispatcher: asyncio.Task[None] | None = None
-        self._busy_since: float | None = None
         self._finished = float("-inf")
         self.worked_s = 0.0
-        self._waits_in_vain = 0
-        self._counts = {"requests": 0, "samples": 0, "passes": 0, "errors": 0, "expired": 0}
 
     async def submit(self, request: Q, deadline_s: float = float("inf")) -> A:
         """The answer to one request.
@@ -153,11 +145,6 @@ class MicroBatcher(Generic[Q, A]):
         """Result of other work for the same thread, in its turn."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def status(self) -> dict[str, float]:
-        """Counts since the start, requests in the queue, and for how long the present pass has been running."""
-        busy = 0.0 if self._busy_since is None else asyncio.get_running_loop().time() - self._busy_since
-        return {**self._counts, "queued": len(self._queue), "busy_s": busy}
-
     async def close(self) -> None:
         """Ends the thread; requests that still wait fail."""
         if self._dispatcher is not None:
@@ -175,29 +162,24 @@ class MicroBatcher(Generic[Q, A]):
             while not self._queue:
                 self._arrival.clear()
                 await self._arrival.wait()
-            await self._company(loop)
+            await self._wait_for_others(loop)
             self._batch = self._take(loop.time())
             if not self._batch:
                 continue
             requests = [waiting.request for waiting in self._batch]
-            self._busy_since = loop.time()
+            began = loop.time()
             try:
                 merged_pass = partial(isolated, self._compute, requests, self._what)
                 answers = await loop.run_in_executor(self._thread, merged_pass)
             finally:
                 self._finished = loop.time()
-                self.worked_s += self._finished - self._busy_since
-                self._busy_since = None
-            self._counts["passes"] += 1
+                self.worked_s += self._finished - began
             for waiting, answer in zip(self._batch, answers, strict=True):
                 self._deliver(waiting, answer)
             self._batch = []
 
-    async def _company(self, loop: asyncio.AbstractEventLoop) -> None:
+    async def _wait_for_others(self, loop: asyncio.AbstractEventLoop) -> None:
         """Waits until the first request's pass is full, or there has been time enough to join it."""
-        if self._waits_in_vain >= PATIENCE and self._counts["passes"] % RETRY_EVERY:
-            return
-        present = len(self._queue)
         first = self._queue[0]
         until = max(first.arrived, self._finished) + self._wait_s
         while (left := until - loop.time()) > 0:
@@ -207,8 +189,7 @@ class MicroBatcher(Generic[Q, A]):
             try:
                 await asyncio.wait_for(self._arrival.wait(), left)
             except TimeoutError:
-                break
-        self._waits_in_vain = 0 if len(self._queue) > present else self._waits_in_vain + 1
+                return
 
     def _take(self, now: float) -> list[_Waiting[Q, A]]:
         """The next pass: the first request, and those behind it that fit to it."""
@@ -219,10 +200,8 @@ class MicroBatcher(Generic[Q, A]):
             if waiting.answer.done():
                 continue
             if waiting.expires < now:
-                self._counts["expired"] += 1
-                self._deliver(
-                    waiting, RewardError(f"{self._what} came to {waiting.request.label!r} after its deadline")
-                )
+                late = RewardError(f"{self._what} came to {waiting.request.label!r} after its deadline")
+                self._deliver(waiting, late)
                 continue
             request = waiting.request
             if not batch or (request.key == batch[0].request.key and size + request.size <= self._max_batch):
@@ -234,12 +213,9 @@ class MicroBatcher(Generic[Q, A]):
         return batch
 
     def _deliver(self, waiting: _Waiting[Q, A], answer: A | RewardError) -> None:
-        self._counts["requests"] += 1
-        self._counts["samples"] += waiting.request.size
         if waiting.answer.done():
             return
         if isinstance(answer, RewardError):
-            self._counts["errors"] += 1
             waiting.answer.set_exception(answer)
         else:
             waiting.answer.set_result(answer)

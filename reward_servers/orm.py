@@ -17,6 +17,7 @@ from euphonium.rewards.registry import build_rewards
 from euphonium.rewards.shared import Batch
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
+from euphonium.wire.devices import default_device
 from euphonium.wire.records import Array, OrmAnswer, Readiness, Videos
 from reward_servers.batching import MicroBatcher
 
@@ -159,7 +160,7 @@ class OrmActor:
         pool = config.pools.orm
         torch.set_num_threads(pool.threads)
         self.index = index
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         self.scorer = OrmScorer(config.rewards.outcome, open_generator(config.model), self.device, pool.max_batch)
         self.batcher: MicroBatcher[OrmRequest, OrmAnswer] = MicroBatcher(self.scorer.score_requests, WHAT, pool)
 
@@ -169,10 +170,6 @@ class OrmActor:
     async def ready(self) -> Readiness:
         """Answers once decoder and rewards are loaded."""
         return Readiness(device=str(self.device), node=node_id(), busy_s=self.batcher.worked_s)
-
-    async def health(self) -> dict[str, float]:
-        """See :meth:`reward_servers.batching.MicroBatcher.status`; answers also while a reward computes."""
-        return self.batcher.status()
 
     async def score(
         self, latents: Array, prompts: Sequence[str], deadline_s: float = float("inf")

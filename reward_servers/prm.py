@@ -18,6 +18,7 @@ from euphonium.generators.conditioning import Conditioning, expand, positive, st
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
+from euphonium.wire.devices import default_device
 from euphonium.wire.records import Array, PrmAnswer, Readiness
 from reward_servers.batching import MicroBatcher
 
@@ -150,7 +151,7 @@ class PrmActor:
         pool = config.pools.prm
         torch.set_num_threads(pool.threads)
         self.index = index
-        self.scorer = PrmScorer(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self.scorer = PrmScorer(config, default_device())
         self.batcher: MicroBatcher[PrmRequest, PrmAnswer] = MicroBatcher(self.scorer.score, WHAT, pool)
 
     def __repr__(self) -> str:
@@ -159,10 +160,6 @@ class PrmActor:
     async def ready(self) -> Readiness:
         """Answers once the model is loaded."""
         return Readiness(device=str(self.scorer.device), node=node_id(), busy_s=self.batcher.worked_s)
-
-    async def health(self) -> dict[str, float]:
-        """See :meth:`reward_servers.batching.MicroBatcher.status`; answers also while the model computes."""
-        return self.batcher.status()
 
     async def reward_and_gradient(
         self,

@@ -65,7 +65,7 @@ class RewardPoolConfig(PoolConfig):
     max_batch: PositiveInt = 16
     """Samples in one forward pass: requests that wait together are merged up to it, larger ones are cut."""
     wait_ms: NonNegativeFloat = 2.0
-    """How long a server waits for others to share a pass that is not full; it stops waiting while nobody ever comes.
+    """How long a server waits for others to share a pass that is not full; with one client, 0 saves it the wait.
     Requests that arrive while it computes are merged without a wait."""
     merge: bool = True
     """Let requests share passes. The last bits of a number depend on who shares a pass with it, so a run that is to

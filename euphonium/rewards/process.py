@@ -21,6 +21,7 @@ from euphonium.errors import ConfigError
 from euphonium.generators.conditioning import Conditioning, expand, positive
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import open_generator
+from euphonium.wire.later import Later
 
 CONFIG_FILE = "prm.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -173,7 +174,7 @@ class LocalRewards:
     """A process reward model in this process, for one prompt: a source of rewards and guidance without a server."""
 
     def __init__(self, model: ProcessRewardModel, conditioning: Conditioning, sigmas: Tensor) -> None:
-        """Fixes what stays the same over a walk.
+        """Computes nothing yet.
 
         Args:
             model: to ask.
@@ -184,25 +185,17 @@ class LocalRewards:
         self._conditioning = conditioning
         self._sigmas = sigmas
 
-    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> LocalAnswer:
-        """Scores states ``[batch, *latent]`` of step k at once."""
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[tuple[Tensor, Tensor | None]]:
+        """Scores states ``[batch, *latent]`` of step k at once: rewards ``[batch]``, and the gradient or None."""
         sigmas = torch.full((len(x),), float(self._sigmas[k]), device=x.device)
         prompt = expand(self._conditioning, len(x))
+        answer: tuple[Tensor, Tensor | None]
         if with_gradient:
-            return LocalAnswer(*self._model.reward_and_gradient(x, sigmas, prompt))
-        with torch.no_grad():
-            return LocalAnswer(self._model(x, sigmas, prompt), None)
-
-
-class LocalAnswer:
-    """An answer that is there already."""
-
-    def __init__(self, rewards: Tensor, gradient: Tensor | None) -> None:
-        self._value = rewards, gradient
-
-    def result(self) -> tuple[Tensor, Tensor | None]:
-        """Rewards ``[batch]`` and gradient like the states, or None."""
-        return self._value
+            answer = self._model.reward_and_gradient(x, sigmas, prompt)
+        else:
+            with torch.no_grad():
+                answer = self._model(x, sigmas, prompt), None
+        return Later(lambda: answer)
 
 
 @contextmanager

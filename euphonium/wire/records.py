@@ -55,28 +55,6 @@ class GroupTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutContext:
-    """What a rollout actor works with at the moment; it comes with every order, because pools and weights change.
-
-    Attributes:
-        version: oldest policy version that may be used; a newer published one is taken when there is one.
-        epoch: of the weights' history. It begins anew when the run goes back to a checkpoint: versions of an earlier
-            epoch are other weights.
-        kind: of weights.
-        prm_servers: names of the PRM servers.
-        prm_nodes: ids of their nodes, in the same order; empty where it is not known yet.
-        orm_servers: names of the ORM servers.
-    """
-
-    version: int
-    epoch: int
-    kind: WeightKind = "policy"
-    prm_servers: tuple[str, ...] = ()
-    prm_nodes: tuple[str, ...] = ()
-    orm_servers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class GroupInfo:
     """What the orchestrator needs to know of a finished group; its arrays stay in the object store.
 
@@ -158,7 +136,7 @@ class Update:
         publish_average: whether the averaged weights are published too.
         checkpoint: folder into which every rank writes its part, or None.
         receivers: names of the rollout actors to which the weights are broadcast.
-        epoch: of the weights' history, see :class:`RolloutContext`.
+        history: of the weights, see :class:`euphonium.wire.roles.RolloutContext`.
         stop: leave afterwards.
     """
 
@@ -168,7 +146,7 @@ class Update:
     publish_average: bool = False
     checkpoint: str | None = None
     receivers: tuple[str, ...] = ()
-    epoch: int = 0
+    history: int = 0
     stop: bool = False
 
 
@@ -213,7 +191,7 @@ class WeightOrder:
     Attributes:
         version: policy version.
         kind: of weights.
-        epoch: of the weights' history, see :class:`RolloutContext`.
+        history: of the weights, see :class:`euphonium.wire.roles.RolloutContext`.
         address: ``host:port`` where the channel's members meet.
         transfer: number of the broadcast in this channel.
         rank: of the actor in the channel, from 1.
@@ -222,7 +200,7 @@ class WeightOrder:
 
     version: int
     kind: WeightKind
-    epoch: int
+    history: int
     address: str = ""
     transfer: int = 0
     rank: int = 0

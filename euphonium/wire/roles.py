@@ -9,7 +9,8 @@ position. That the classes keep to these declarations is checked by a test, whic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import ray
 from ray import ObjectRef
@@ -24,7 +25,6 @@ from euphonium.wire.records import (
     OrmAnswer,
     PrmAnswer,
     Readiness,
-    RolloutContext,
     RunSnapshot,
     UpdateOrder,
     UpdateReport,
@@ -44,6 +44,40 @@ class PoolMember(Protocol):
     def ready(self) -> Readiness:
         """Answers once the models are loaded."""
         ...
+
+
+@dataclass(frozen=True)
+class ServerRef(Generic[_T]):
+    """A server, and where it is.
+
+    Attributes:
+        handle: of its actor; two of them are equal if they are of one actor, which keeps its identity when Ray restarts
+            it.
+        node: id of its Ray node; empty where it is not known.
+    """
+
+    handle: ActorProxy[_T]
+    node: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutContext:
+    """What a rollout actor works with at the moment; it comes with every order, because pools and weights change.
+
+    Attributes:
+        version: oldest policy version that may be used; a newer published one is taken when there is one.
+        history: of the weights. It begins anew when the run goes back to a checkpoint: versions of an earlier history
+            are other weights.
+        kind: of weights.
+        prm_servers: the pool of PRM servers.
+        orm_servers: the pool of ORM servers.
+    """
+
+    version: int
+    history: int
+    kind: WeightKind = "policy"
+    prm_servers: tuple[ServerRef[PrmServer], ...] = ()
+    orm_servers: tuple[ServerRef[OrmServer], ...] = ()
 
 
 class RolloutServer(PoolMember, Protocol):

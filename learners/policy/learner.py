@@ -18,10 +18,11 @@ from euphonium.errors import TrainingError
 from euphonium.generators.conditioning import Conditioning
 from euphonium.generators.registry import open_generator
 from euphonium.wire.records import GroupPayload, TrainingGroup
+from learners.engine.collectives import reduced
 from learners.engine.partitioned import ZeroPolicy
 from learners.policy.batching import MicroBatch, load_rows, plan_updates
 from learners.policy.objective import References, Transitions, evaluate_objective, replayed_log_probs
-from learners.policy.publication import Publisher, reduced
+from learners.policy.publication import Publisher
 from learners.policy.references import AdapterReference, FrozenCopy, Reference
 from learners.policy.schedules import kl_controller, kl_weight, learning_rate
 from learners.policy.statistics import UpdateStatistics

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from learners.engine.collectives import reduced
 from learners.policy.objective import ObjectiveValue
-from learners.policy.publication import reduced
 
 SUMMED = ("rows", "loss", "clipped", "ratio", "log_ratio_squared", "kl_anchor", "kl_previous")
 

@@ -24,6 +24,7 @@ from euphonium.errors import EuphoniumError, LostActorError, TrainingError
 from euphonium.wire.deadlines import get
 from euphonium.wire.records import Publish, Save, Update, UpdateOrder, UpdateReport
 from euphonium.wire.roles import Mailbox, WeightDirectory, named_actor
+from euphonium.wire.weights.sender import Publication
 from learners.engine.zero3 import join_group
 from learners.policy.checkpoint import load_rank_state, save_rank_state
 from learners.policy.learner import Learner
@@ -56,7 +57,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         if resume is not None:
             load_rank_state(learner, Path(resume))
         # The store may be empty: after a restart rollout actors must draw with exactly these weights.
-        learner.publisher.publish(store, learner.version, "policy")
+        learner.publisher.publish(store, Publication(version=learner.version, kind="policy"))
         if rank == 0:
             get(mailbox.learner_ready.remote(attempt), timeout, "the mailbox's note of the learner's start")
         stopped = False
@@ -104,9 +105,9 @@ def carry_out(
     if isinstance(order, Update):
         return _update(order, learner, store, timeout_s)
     if isinstance(order, Publish):
-        learner.publisher.publish(store, order.version, "policy", keep=order.stop)
+        learner.publisher.publish(store, Publication(version=order.version, kind="policy", keep=order.stop))
         if order.average:
-            learner.publisher.publish(store, order.version, "average", keep=order.stop)
+            learner.publisher.publish(store, Publication(version=order.version, kind="average", keep=order.stop))
         return {}
     return _save(order, learner)
 
@@ -119,16 +120,17 @@ def _update(order: Update, learner: Learner, store: ActorProxy[WeightDirectory],
     metrics = learner.update(order.groups, dict(zip(mine, payloads, strict=True)))
     updated = time.perf_counter()
     learner.version = order.version
-    metrics |= learner.publisher.publish(
-        store, order.version, "policy", keep=order.stop, receivers=order.receivers, epoch=order.epoch
+    publication = Publication(
+        version=order.version, kind="policy", keep=order.stop, receivers=order.receivers, history=order.history
     )
+    metrics |= learner.publisher.publish(store, publication)
     metrics |= {
         "time/fetch_s": fetched - began,
         "time/update_s": updated - fetched,
         "time/publish_s": time.perf_counter() - updated,
     }
     if order.publish_average:
-        learner.publisher.publish(store, order.version, "average", keep=order.stop)
+        learner.publisher.publish(store, Publication(version=order.version, kind="average", keep=order.stop))
     if order.checkpoint is not None:
         metrics |= _save(Save(version=order.version, folder=order.checkpoint), learner)
     return metrics

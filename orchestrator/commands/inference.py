@@ -21,7 +21,8 @@ from euphonium.wire.records import Array
 from orchestrator.checkpoints import CONFIG, Checkpoint, CheckpointStore, verify
 
 if TYPE_CHECKING:
-    from actors.rollout import RolloutWorker, SourceFactory
+    from actors.rollout import RolloutWorker
+    from actors.sampler import SourceFactory
 
 Protocol = Literal["implicit", "inference_rgg", "distilled"]
 

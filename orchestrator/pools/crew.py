@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from euphonium.config import RunConfig
 from euphonium.errors import LateError, LostActorError
+from euphonium.wire.clients import RewardClient
 from euphonium.wire.deadlines import awaited
 from euphonium.wire.records import (
     Array,
@@ -15,11 +16,10 @@ from euphonium.wire.records import (
     GroupPayload,
     GroupTask,
     OrmAnswer,
-    RolloutContext,
     Videos,
     WeightKind,
 )
-from euphonium.wire.servers import ServerPool
+from euphonium.wire.roles import RolloutContext, ServerRef
 from orchestrator.pools.pools import ActorPool, Make, Member
 from orchestrator.position import Position
 from orchestrator.report.tracking import Progress
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorProxy
 
-    from euphonium.wire.roles import OrmServer, PrmServer, RolloutServer
+    from euphonium.wire.roles import OrmServer, PoolMember, PrmServer, RolloutServer
 
 _T = TypeVar("_T")
+_M = TypeVar("_M", bound="PoolMember")
 
 
 class Crew:
@@ -50,10 +51,7 @@ class Crew:
         self._config = config
         self._position = position
         self._progress = progress
-        names = [reward.name for reward in config.rewards.outcome]
-        self._judges: ServerPool[OrmServer] = ServerPool(
-            "orm", lambda: self.orm.reachable_handles, config.rewards, rewards=names
-        )
+        self._judges = RewardClient("orm", lambda: references(self.orm), config.rewards)
         self._judging: set[asyncio.Future[Any]] = set()
         self._started = False
 
@@ -166,14 +164,12 @@ class Crew:
 
     def _context(self, kind: WeightKind) -> RolloutContext:
         """What rollout actors work with from now on."""
-        prm = self.prm.reachable if self.prm is not None else []
         return RolloutContext(
             version=self._position.state.iteration,
-            epoch=self._position.epoch,
+            history=self._position.history,
             kind=kind,
-            prm_servers=tuple(member.name for member in prm),
-            prm_nodes=tuple(member.node for member in prm),
-            orm_servers=tuple(member.name for member in self.orm.reachable),
+            prm_servers=references(self.prm) if self.prm is not None else (),
+            orm_servers=references(self.orm),
         )
 
     async def _rollout_answer(self, member: Member[RolloutServer], ref: Awaitable[_T], what: str) -> _T:
@@ -198,3 +194,8 @@ class Crew:
         """Waits until nobody may still ask an ORM server that has left the pool."""
         await self.rollout.quiet()
         await asyncio.gather(*self._judging, return_exceptions=True)
+
+
+def references(pool: ActorPool[_M]) -> tuple[ServerRef[_M], ...]:
+    """A pool's servers as their clients get them."""
+    return tuple(ServerRef(member.handle, member.node) for member in pool.reachable)

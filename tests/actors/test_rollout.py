@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from actors.rollout import RolloutWorker
-from actors.sampler import Velocity, initial_noise, sample_group, select_steps
+from actors.sampler import Recording, Rewarded, Velocity, initial_noise, sample_group, select_steps
 from euphonium.config import RunConfig
 from euphonium.dynamics import Guidance, StepTable, shifted_sigmas
 from euphonium.rewards.process import ProcessRewardModel
+from euphonium.wire.later import Later
 from euphonium.wire.records import GroupTask, TrainingGroup
-from euphonium.wire.weights.manifest import WeightManifest, pack
+from euphonium.wire.weights.manifest import pack, unpack
 from learners.policy.batching import MicroBatch, load_rows
 from learners.policy.objective import evaluate_objective
 from reward_servers.prm import PrmScorer
@@ -36,19 +37,11 @@ class Local:
         self.sigmas = [float(s) for s in table.sigmas]
         return self
 
-    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> "Answer":
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
         self.calls.append((k, with_gradient))
         sigma = self.sigmas[k]
         rewards, gradient = self.scorer.reward_and_gradient(x.numpy(), sigma, self.prompt, with_gradient)
-        return Answer(torch.tensor(rewards), None if gradient is None else torch.tensor(gradient))
-
-
-class Answer:
-    def __init__(self, rewards: Tensor, gradient: Tensor | None) -> None:
-        self.value = rewards, gradient
-
-    def result(self) -> tuple[Tensor, Tensor | None]:
-        return self.value
+        return Later(lambda: (torch.tensor(rewards), None if gradient is None else torch.tensor(gradient)))
 
 
 def test_select_steps_takes_the_fraction_of_stochastic_steps() -> None:
@@ -75,14 +68,14 @@ def test_guided_sampling_follows_the_table() -> None:
     table = StepTable.build("dance", shifted_sigmas(6, 2.0), eta=0.4, guidance=Guidance(scale=0.7, window=(2, 5)))
 
     class Quadratic:
-        def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Answer:
-            return Answer(-x.square().flatten(1).sum(1), -2 * x if with_gradient else None)
+        def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
+            return Later(lambda: (-x.square().flatten(1).sum(1), -2 * x if with_gradient else None))
 
     start, noise = initial_noise((3, 2), 5, seed=3, shared=True, device=CPU)
     kept = select_steps(table, 5, 0.5, seed=3)
     result = sample_group(
-        table, lambda x, sigma: torch.tanh(x) * sigma, start, noise, kept_steps=kept, process_reward=Quadratic(),
-        scored_states=range(7),
+        table, lambda x, sigma: torch.tanh(x) * sigma, start, noise,
+        Recording(steps=kept, scored_states=range(7)), Quadratic(),
     )  # fmt: skip
     _, replay = initial_noise((3, 2), 5, seed=3, shared=True, device=CPU)
     x = start
@@ -108,14 +101,14 @@ def test_the_process_reward_is_asked_for_before_the_velocity_and_awaited_after()
     events: list[str] = []
 
     class Noting:
-        def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> "Noting":
+        def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
             events.append("submit")
-            self.shape = x
-            return self
 
-        def result(self) -> tuple[Tensor, Tensor | None]:
-            events.append("result")
-            return torch.zeros(2), torch.zeros_like(self.shape)
+            def result() -> Rewarded:
+                events.append("result")
+                return torch.zeros(2), torch.zeros_like(x)
+
+            return Later(result)
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         events.append("velocity")
@@ -124,7 +117,7 @@ def test_the_process_reward_is_asked_for_before_the_velocity_and_awaited_after()
     table = StepTable.build("dance", shifted_sigmas(3, 1.0), eta=0.4, guidance=Guidance(scale=1.0))
     start, noise = initial_noise((2,), 2, seed=0, shared=True, device=CPU)
     kept = select_steps(table, 2, 1.0, 0)
-    sample_group(table, velocity, start, noise, kept_steps=kept, process_reward=Noting())
+    sample_group(table, velocity, start, noise, Recording(steps=kept), Noting())
     assert events[:9] == ["submit", "velocity", "result"] * 3
 
 
@@ -166,7 +159,7 @@ def test_weights_are_taken_over_with_their_version(make_config: MakeConfig) -> N
     before = worker.evaluate([TASK.prompt], [1])
     changed = {name: p + 0.01 for name, p in worker.transformer.named_parameters()}
     bucket, description = pack(changed)
-    worker.load_weights(WeightManifest(version=7, kind="policy", buckets=(description,)), [bucket])
+    worker.load_weights(7, unpack(description, bucket))
     assert worker.policy_version == 7
     for name, p in worker.transformer.named_parameters():
         assert torch.equal(p, changed[name])

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from actors.spsa import SpsaSource
 from euphonium.dynamics import StepTable, shifted_sigmas
+from euphonium.wire.later import Later
 
 TABLE = StepTable.build("dance", shifted_sigmas(6, 3.0), eta=0.4)
 
@@ -15,7 +16,7 @@ def source(score: Any, perturbations: int, velocity: Any = None) -> SpsaSource:
 
 
 def linear(weights: Tensor) -> object:
-    return lambda x: lambda: (x * weights).flatten(1).sum(1)
+    return lambda x: Later(lambda: (x * weights).flatten(1).sum(1))
 
 
 def test_the_estimate_approaches_the_gradient_as_perturbations_grow() -> None:
@@ -48,7 +49,7 @@ def test_one_request_scores_all_perturbed_samples_and_samples_stay_apart() -> No
 
     def score(x: Tensor) -> object:
         sizes.append(len(x))
-        return lambda: torch.arange(len(x), dtype=torch.float32) * 0
+        return Later(lambda: torch.arange(len(x), dtype=torch.float32) * 0)
 
     _, gradient = source(score, 5).submit(1, torch.randn(3, 2), with_gradient=True).result()
     assert sizes == [30]

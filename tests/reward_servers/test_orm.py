@@ -13,6 +13,7 @@ from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.hunyuan_video import HunyuanVideo
 from euphonium.generators.registry import open_generator
 from euphonium.generators.vae import VideoVae
+from euphonium.wire.records import OrmAnswer
 from reward_servers.batching import isolated
 from reward_servers.orm import WHAT, OrmActor, OrmRequest, OrmScorer
 
@@ -128,17 +129,24 @@ def test_a_bad_sample_fails_its_request_alone(make_config: MakeConfig) -> None:
     assert "'mine' failed: ValueError: what is this?" in str(unparsable)
 
 
-def test_the_actor_merges_what_comes_together(make_config: MakeConfig) -> None:
+def test_the_actor_merges_what_comes_together(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The actor's class, without Ray."""
     config = make_config("pools.orm.wait_ms=500", "pools.orm.max_batch=5")
     other = "a blue fish moving up on a gray background"
+    passes, score = [], OrmScorer.score_requests
+
+    def counted(scorer: OrmScorer, merged: Sequence[OrmRequest]) -> list[OrmAnswer | RewardError]:
+        passes.append(sum(request.size for request in merged))
+        return score(scorer, merged)
+
+    monkeypatch.setattr(OrmScorer, "score_requests", counted)
 
     async def scenario() -> None:
         actor = OrmActor(0, config)
         (one, _), (two, seconds) = await asyncio.gather(
             actor.score(latents(2), [PROMPT] * 2, 60.0), actor.score(latents(3), [other] * 3, 60.0)
         )
-        assert (await actor.health())["passes"] == 1
+        assert passes == [5]
         assert (await actor.videos(latents(1))).shape == (1, 9, 32, 32, 3)
         await actor.batcher.close()
         assert seconds > 0

@@ -1,7 +1,7 @@
 """Process rewards and gradients of merged requests, without Ray."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -125,19 +125,27 @@ def test_a_request_of_a_wrong_shape_fails_with_its_prompt(make_config: MakeConfi
     assert "the process reward model failed on 'a blue fish': RuntimeError" in str(answer)
 
 
-def test_the_actor_merges_what_comes_together(make_config: MakeConfig, requests: list[PrmRequest]) -> None:
+def test_the_actor_merges_what_comes_together(
+    make_config: MakeConfig, requests: list[PrmRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The actor's class, without Ray."""
     config = make_config("pools.prm.wait_ms=500", "pools.prm.max_batch=6")
+    passes, score = [], PrmScorer.score
 
-    async def scenario() -> tuple[list[PrmAnswer], dict[str, float]]:
+    def counted(scorer: PrmScorer, merged: Sequence[PrmRequest]) -> list[PrmAnswer | RewardError]:
+        passes.append(sum(request.size for request in merged))
+        return score(scorer, merged)
+
+    monkeypatch.setattr(PrmScorer, "score", counted)
+
+    async def scenario() -> list[PrmAnswer]:
         actor = PrmActor(0, config)
         calls = [actor.reward_and_gradient(r.x, r.sigma, r.conditioning, True, r.prompt, 60.0) for r in requests]
         answers = await asyncio.gather(*calls)
-        status = await actor.health()
         await actor.batcher.close()
-        return answers, status
+        return answers
 
-    answers, status = asyncio.run(scenario())
-    assert (status["passes"], status["samples"]) == (1, 6)
+    answers = asyncio.run(scenario())
+    assert passes == [6]
     for request, answer in zip(requests, answers, strict=True):
         assert_equal_to_autograd(config, request, answer)

@@ -33,7 +33,7 @@ class Channel:
         """Meets the other members.
 
         Args:
-            store: from :func:`host` or :func:`visit`.
+            store: from :func:`listen` or :func:`connect`.
             rank: 0 sends.
             size: number of members, the sender included.
             timeout_s: longest wait for the others, here and in every transfer.
@@ -100,12 +100,12 @@ class Channel:
             yield from unpack(manifest, parts)
 
 
-def host(timeout_s: float) -> TCPStore:
+def listen(timeout_s: float) -> TCPStore:
     """The store of a new channel, on a free port of this machine."""
     return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
 
 
-def visit(address: str, timeout_s: float) -> TCPStore:
+def connect(address: str, timeout_s: float) -> TCPStore:
     """The store at ``host:port``.
 
     Raises:

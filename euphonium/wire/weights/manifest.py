@@ -7,7 +7,6 @@ the only copy; the manifest names the tensors, and a checksum guards each bucket
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -121,19 +120,20 @@ def unpack(manifest: BucketManifest, bucket: Bucket) -> Iterator[tuple[str, Tens
         yield entry.name, as_tensor(raw).view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
-def load_buckets(manifest: WeightManifest, buckets: Sequence[Bucket], parameters: Mapping[str, Tensor]) -> None:
-    """Copies published weights into a module's tensors.
+def verified(manifest: WeightManifest, buckets: Sequence[Bucket]) -> Iterator[tuple[str, Tensor]]:
+    """Yields all tensors of published weights as read-only views.
 
-    Checksums are computed meanwhile: after an error the tensors must not be used.
+    Checksums are computed meanwhile, and compared at the end: after an error the tensors must not be used.
 
     Raises:
-        TrainingError: names, shapes or bytes do not fit.
+        TrainingError: the bytes are not those that were published.
     """
     contents = list(zip(manifest.buckets, buckets, strict=True))
     with ThreadPoolExecutor(1, "checksum") as thread:
-        verified = [thread.submit(verify, *content) for content in contents]
-        load_tensors(itertools.chain.from_iterable(unpack(*content) for content in contents), parameters)
-        for check in verified:
+        checks = [thread.submit(verify, *content) for content in contents]
+        for content in contents:
+            yield from unpack(*content)
+        for check in checks:
             check.result()
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from euphonium.errors import LostActorError
-from euphonium.wire.weights.channel import Channel, host, visit
+from euphonium.wire.weights.channel import Channel, connect, listen
 
 CPU = torch.device("cpu")
 
@@ -20,8 +20,8 @@ def buckets() -> list[dict[str, torch.Tensor]]:
 
 def members(size: int, timeout_s: float = 20.0) -> list[Channel]:
     """All ends of a channel; each has to be made on a thread of its own, as they wait for each other."""
-    store = host(timeout_s)
-    stores = [store, *(visit(f"127.0.0.1:{store.port}", timeout_s) for _ in range(size - 1))]
+    store = listen(timeout_s)
+    stores = [store, *(connect(f"127.0.0.1:{store.port}", timeout_s) for _ in range(size - 1))]
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(lambda r: Channel(stores[r], r, size, timeout_s, CPU), range(size)))
 
@@ -62,11 +62,11 @@ def test_a_sender_that_is_silent_is_an_error_for_the_receiver() -> None:
 
 
 def test_a_channel_without_all_members_does_not_come_about() -> None:
-    store = host(2.0)
+    store = listen(2.0)
     with pytest.raises(LostActorError, match="did not come about"):
         Channel(store, 0, 2, 2.0, CPU)
 
 
 def test_nobody_at_the_address() -> None:
     with pytest.raises(LostActorError, match="cannot be reached"):
-        visit("127.0.0.1:9", 1.0)
+        connect("127.0.0.1:9", 1.0)

@@ -4,7 +4,15 @@ import torch
 
 from euphonium.errors import TrainingError
 from euphonium.wire.arrays import as_tensor
-from euphonium.wire.weights.manifest import WeightManifest, load_buckets, pack, split_into_buckets, unpack, verify
+from euphonium.wire.weights.manifest import (
+    WeightManifest,
+    load_tensors,
+    pack,
+    split_into_buckets,
+    unpack,
+    verified,
+    verify,
+)
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -41,7 +49,7 @@ def test_a_flipped_bit_is_noticed() -> None:
         verify(manifest, bucket)
     whole = WeightManifest(version=1, kind="policy", buckets=(manifest,))
     with pytest.raises(TrainingError, match="damaged"):
-        load_buckets(whole, [bucket], {name: torch.empty_like(tensor) for name, tensor in tensors().items()})
+        load_tensors(verified(whole, [bucket]), {name: torch.empty_like(tensor) for name, tensor in tensors().items()})
 
 
 def test_buckets_keep_order_and_limit() -> None:
@@ -53,12 +61,12 @@ def test_weights_that_do_not_fit_are_refused() -> None:
     bucket, description = pack({"w": torch.zeros(2)})
     manifest = WeightManifest(version=1, kind="policy", buckets=(description,))
     target = {"w": torch.ones(2)}
-    load_buckets(manifest, [bucket], target)
+    load_tensors(verified(manifest, [bucket]), target)
     assert torch.equal(target["w"], torch.zeros(2))
     with pytest.raises(TrainingError, match="no counterpart"):
-        load_buckets(manifest, [bucket], {"w": torch.ones(3)})
+        load_tensors(verified(manifest, [bucket]), {"w": torch.ones(3)})
     with pytest.raises(TrainingError, match="lack 1 tensors, for example v"):
-        load_buckets(manifest, [bucket], {"w": torch.ones(2), "v": torch.ones(1)})
+        load_tensors(verified(manifest, [bucket]), {"w": torch.ones(2), "v": torch.ones(1)})
 
 
 @pytest.mark.filterwarnings("error")

@@ -1,0 +1,202 @@
+"""Asking a pool of reward servers: a deadline for every answer, and retries elsewhere.
+
+There are two ways to ask, on an event loop (:meth:`RewardClient.ask`) and in a plain thread that has other work to do
+before it needs the answer (:meth:`RewardClient.begin`). Both go the same way from server to server; which one is next,
+and after what pause, is the breaker's business (euphonium/wire/breaker.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+
+from euphonium.config import RewardsConfig
+from euphonium.errors import NonFiniteRewardError, RewardError
+from euphonium.wire.breaker import Breaker
+from euphonium.wire.deadlines import describe, remote_error
+from euphonium.wire.later import Later
+from euphonium.wire.roles import ServerRef
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorProxy
+
+S = TypeVar("S")
+A = TypeVar("A")
+
+
+class RewardClient(Generic[S]):
+    """One caller's view of a pool of reward servers; safe to use from several threads.
+
+    Attributes:
+        deadline_s: for each attempt.
+        breaker: what is known of the servers.
+    """
+
+    def __init__(
+        self,
+        role: Literal["prm", "orm"],
+        members: Callable[[], Sequence[ServerRef[S]]],
+        config: RewardsConfig,
+        *,
+        offset: int = 0,
+        node: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Asks nobody yet.
+
+        Args:
+            role: of the pool, for errors.
+            members: the pool's servers at this moment; pools change while a run goes on.
+            config: deadline, attempts and breaker.
+            offset: server to begin with, so that callers do not all begin with the same one.
+            node: whose servers are asked as long as they answer; empty for no preference.
+            clock: seconds.
+        """
+        self.deadline_s = config.deadline_s
+        self.breaker = Breaker(
+            members, config, near=lambda server: bool(node) and server.node == node, offset=offset, clock=clock
+        )
+        self._role = role
+        self._members = members
+        self._attempts = config.attempts
+        self._rewards = ("process",) if role == "prm" else tuple(reward.name for reward in config.outcome)
+        self._clock = clock
+
+    def begin(self, send: Callable[[ActorProxy[S]], ObjectRef[A]]) -> Later[A]:
+        """Sends a request now, whose answer is fetched later.
+
+        Args:
+            send: makes the Ray call.
+
+        Returns:
+            The answer; waiting for it raises a RewardError if no server answered, or the reward itself failed.
+
+        Raises:
+            RewardError: all servers are dead for good.
+        """
+        asking = _Asking(self, send)
+        # A caller that has other work to do first must not sleep here.
+        sent = asking.send() if asking.pause_s == 0 else None
+        return Later(lambda: self._wait(asking, sent))
+
+    def _wait(self, asking: _Asking[S, A], sent: ObjectRef[A] | None) -> A:
+        import ray
+
+        while True:
+            if sent is None:
+                time.sleep(asking.pause_s)
+                sent = asking.send()
+            try:
+                answer = ray.get(sent, timeout=self.deadline_s)
+            except ray.exceptions.RayError as error:
+                asking.failed(error)
+                sent = None
+            else:
+                asking.answered()
+                return answer
+
+    async def ask(self, send: Callable[[ActorProxy[S]], ObjectRef[A]], deadline_s: float | None = None) -> A:
+        """Sends a request and awaits its answer.
+
+        Args:
+            send: makes the Ray call.
+            deadline_s: for each attempt, if another than the client's.
+
+        Raises:
+            RewardError: no server answered, or the reward itself failed.
+        """
+        import ray
+
+        asking = _Asking(self, send)
+        while True:
+            await asyncio.sleep(asking.pause_s)
+            try:
+                answer = await asyncio.wait_for(asking.send(), deadline_s or self.deadline_s)
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                asking.failed(error)
+            else:
+                asking.answered()
+                return answer
+
+    def _choose(self) -> tuple[ServerRef[S], float]:
+        try:
+            return self.breaker.choose()
+        except LookupError as error:
+            raise self._error(
+                f"all {len(self._members())} servers of the {self._role} pool are dead: {error}"
+            ) from None
+
+    def _error(self, message: str, rewards: Sequence[str] = ()) -> RewardError:
+        return RewardError(
+            f"{message}. Look at the servers' logs (ray logs actor), or raise rewards.deadline_s, "
+            f"pools.{self._role}.num_actors or pools.{self._role}.max_restarts",
+            rewards or self._rewards,
+        )
+
+
+class _Asking(Generic[S, A]):
+    """One request's way from server to server: whoever waits, and however, tells what became of every attempt."""
+
+    def __init__(self, client: RewardClient[S], send: Callable[[ActorProxy[S]], ObjectRef[A]]) -> None:
+        self._client = client
+        self._send = send
+        self._failures: list[RewardError] = []
+        self._asked_at = 0.0
+        self._next()
+
+    def _next(self) -> None:
+        self._server, pause = self._client._choose()
+        self._due = self._client._clock() + pause
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds from now until the next attempt is due."""
+        return max(0.0, self._due - self._client._clock())
+
+    def send(self) -> ObjectRef[A]:
+        """Makes the next attempt."""
+        self._asked_at = self._client._clock()
+        return self._send(self._server.handle)
+
+    def answered(self) -> None:
+        """Notes that the attempt brought the answer."""
+        self._client.breaker.succeeded(self._server)
+
+    def failed(self, error: Exception) -> None:
+        """Notes why the attempt failed, and prepares another one.
+
+        Raises:
+            RewardError: another attempt cannot mend it, or there has been the last one.
+        """
+        self._failures.append(self._judge(error))
+        if len(self._failures) == self._client._attempts:
+            reasons = "; ".join(map(str, self._failures))
+            raise self._client._error(
+                f"the {self._client._role} pool did not answer in {len(self._failures)} attempts: {reasons}",
+                self._failures[-1].rewards,
+            )
+        self._next()
+
+    def _judge(self, error: Exception) -> RewardError:
+        """Books a failed attempt and says why it failed; raises what another attempt cannot mend."""
+        import ray
+
+        client, dead = self._client, None
+        # First, because Ray's error is also an instance of whatever the server raised.
+        if isinstance(error, ray.exceptions.RayTaskError):
+            cause = remote_error(error, f"a server of the {client._role} pool")
+            if isinstance(cause, NonFiniteRewardError):
+                client.breaker.succeeded(self._server)
+                raise cause from error
+            failure = cause if isinstance(cause, RewardError) else RewardError(str(cause))
+        elif isinstance(error, TimeoutError):
+            failure = RewardError(f"no answer within {client.deadline_s:.0f} s")
+        else:
+            failure = RewardError(describe(error))
+            # For an actor that is about to restart, Ray raises another error.
+            dead = str(failure) if isinstance(error, ray.exceptions.ActorDiedError) else None
+        client.breaker.failed(self._server, asked_at=self._asked_at, dead=dead)
+        return failure
