@@ -37,9 +37,9 @@ from euphonium.errors import EuphoniumError
 from euphonium.rewards.total import weighted_total
 from euphonium.wire.deadlines import awaited
 from euphonium.wire.records import Publish, Save, Update
+from learners.rewards.refresh import PrmRefreshActor
 from orchestrator.checkpoints import BackgroundCommits, Checkpoint, CheckpointStore, RunState
 from orchestrator.commands.control import CONTROL, ControlDesk
-from orchestrator.commands.launch import beside_the_driver, name_is_free
 from orchestrator.evaluation import Evaluator
 from orchestrator.groups.batches import BatchSource
 from orchestrator.groups.credit import Batch, ScoredGroup, assign_credit
@@ -48,9 +48,12 @@ from orchestrator.groups.staleness import staleness
 from orchestrator.learning.group import LearnerGroup
 from orchestrator.learning.link import MAILBOX, STORE, LearnerLink, LearnerRestartedError
 from orchestrator.learning.process_reward import RefreshHandle
-from orchestrator.pools.crew import Crew, Position
-from orchestrator.pools.pools import Make, wait_ready
+from orchestrator.pools.ray_session import beside_the_driver, name_is_free
 from orchestrator.pools.resources import lacking_resources
+from orchestrator.pools.rollout_service import RolloutService
+from orchestrator.pools.run_pools import RunPools
+from orchestrator.pools.supervisor import ActorFactory
+from orchestrator.position import Position
 from orchestrator.report.advice import advice
 from orchestrator.report.statistics import RewardFailures, RewardWatch
 from orchestrator.report.tracking import Progress, Tracker, read_metrics
@@ -84,11 +87,12 @@ class Run:
         self.progress = Progress(config.iterations, self.state.iteration)
         self.failures = RewardFailures(config.rewards)
         self.watch = RewardWatch(config.rewards.watch, read_metrics(self.tracker.path))
-        self.crew = Crew(config, self.position, self.progress)
+        self.pools = RunPools(config, self.actors(), self.progress)
+        self.rollouts = RolloutService(config, self.pools, self.position, self._republish)
         self.learners = LearnerLink(config, self.progress)
         prompts = PromptStream(read_prompts(config.prompts.train, "prompts.train"), config.seed)
-        self.batches = BatchSource(config, self.crew, self.position, prompts, self.failures, self._republish)
-        self.evaluator = Evaluator(config, self.crew, self.tracker, self._republish)
+        self.batches = BatchSource(config, self.rollouts, self.position, prompts, self.failures, self._republish)
+        self.evaluator = Evaluator(config, self.rollouts, self.tracker, self._republish)
         self.refresh: RefreshHandle | None = None
         keep = config.checkpoint
         store = CheckpointStore(config.run_dir / "checkpoints", keep.keep_last, keep.keep_every)
@@ -122,8 +126,7 @@ class Run:
         finally:
             if self._poller is not None:
                 self._poller.cancel()
-            for pool in self.crew.pools.values():
-                pool.stop_watching()
+            self.pools.stop()
             await self.batches.forget()
             self.progress.close()
             self.tracker.close()
@@ -138,24 +141,23 @@ class Run:
         self.desk = start_actor(Desk, ControlDesk, {"name": CONTROL, **beside_the_driver()})
         await self.learners.resume_from(*self.commits.resume_point)
         self.learners.start(self.learner_group())
-        self.crew.start(self.actors())
+        self.pools.start()
         self._enter("starting roles")
         self._poller = asyncio.ensure_future(self._poll_desk())
-        pools = list(self.crew.pools.values())
-        await self._guard(wait_ready(pools, self.config.pools.start_timeout_s, self.progress.say))
-        for pool in pools:
-            pool.watch()
+        await self._guard(self.pools.wait_started())
         await self._guard(self.learners.joined(*self.commits.resume_point))
         await self._guard(self._restore_prm())
         if self.tracker.endpoint is not None:
             self.progress.say(f"metrics at {self.tracker.endpoint.address}")
 
-    def actors(self) -> Mapping[str, Make]:
+    def actors(self) -> Mapping[str, ActorFactory]:
         """Class and arguments of the actors of every role, by their index in the pool."""
         config = self.config
-        roles: dict[str, Make] = {}
+        roles: dict[str, ActorFactory] = {}
         if config.rewards.process is not None:
             roles["prm"] = lambda i: (PrmActor, (i, config))
+            if config.rewards.process.refresh is not None:
+                roles["prm_refresh"] = lambda i: (PrmRefreshActor, (config,))
         roles["orm"] = lambda i: (OrmActor, (i, config))
         roles["rollout"] = lambda i: (RolloutActor, (i, config, STORE))
         return roles
@@ -246,8 +248,8 @@ class Run:
             publish_average=evaluates and config.optimizer.averages,
             checkpoint=str(folder.resolve()) if folder is not None else None,
             stop=last,
-            receivers=() if evaluates else self.crew.receivers(),
-            epoch=self.position.epoch,
+            receivers=() if evaluates else self.pools.weight_receivers(),
+            epoch=self.position.history,
         )
         self._enter(f"iteration {iteration}: update")
         # From here to the report the transaction must not be cut in two.
@@ -318,18 +320,19 @@ class Run:
         self.commits.abandon()
         resumed = await self._guard(self.learners.joined(*self.commits.resume_point))
         self.position.state = self.commits.state_of(resumed)
-        self.position.epoch += 1
+        self.position.history += 1
         self.tracker.rewind(self.state.iteration)
         self.progress.say(f"the learner group has restarted; going on from iteration {self.state.iteration}")
         await self._guard(self._restore_prm())
 
     async def _restore_prm(self) -> None:
         """Makes the refresh of the process reward model, if there is one, take up the last checkpoint."""
-        process = self.config.rewards.process
-        if process is None or process.refresh is None:
+        pool = self.pools.prm_refresh
+        if pool is None:
             return
+        await pool.roster.wait_present()
         if self.refresh is None:
-            self.refresh = RefreshHandle(self.config)
+            self.refresh = RefreshHandle(self.config, pool.roster.members[0].handle)
         newest = self.commits.newest
         await self.refresh.restore(newest.folder if newest else None, self._prm_servers())
 
@@ -337,11 +340,12 @@ class Run:
         self, iteration: int, groups: Sequence[ScoredGroup], folder: Path | None
     ) -> dict[str, float]:
         """Trains the process reward model on the iteration's samples, where the recipe says so."""
-        if self.refresh is None:
+        if self.refresh is None or self.pools.prm_refresh is None:
             return {}
         rewards = self.config.rewards.outcome
         replayed = [(g.latents, g.payload, weighted_total(g.scores, rewards)) for g in groups]
-        metrics = await self.refresh.step(iteration, replayed, self._prm_servers(), folder)
+        async with self.pools.prm_refresh.exclusive(0):
+            metrics = await self.refresh.step(iteration, replayed, self._prm_servers(), folder)
         if "process/refresh_pairs" in metrics:
             self.progress.say(
                 f"process reward model refreshed on {metrics['process/refresh_pairs']:.0f} pairs in "
@@ -350,7 +354,7 @@ class Run:
         return metrics
 
     def _prm_servers(self) -> list[ActorProxy[PrmServer]]:
-        return [] if self.crew.prm is None else self.crew.prm.reachable_handles
+        return [] if self.pools.prm is None else self.pools.prm.reachable_handles
 
     async def _resize_learners(self, size: int) -> None:
         """Ends the learner group at a checkpoint and starts one of another size from it."""
@@ -391,7 +395,7 @@ class Run:
         worked = ("time/fetch_s", "time/update_s", "time/publish_s", "time/checkpoint_s")
         self._learner_busy = min(1.0, sum(metrics.get(part, 0.0) for part in worked) / span)
         ranks = float(self.config.pools.learner.num_workers)
-        return {"busy/learner": self._learner_busy, "pool/learner": ranks, **self.crew.load()}
+        return {"busy/learner": self._learner_busy, "pool/learner": ranks, **self.pools.load()}
 
     def _advice(self, record: dict[str, float]) -> str | None:
         busy = {key.removeprefix("busy/"): value for key, value in record.items() if key.startswith("busy/")}
@@ -408,7 +412,7 @@ class Run:
             "phase": self._phase,
             "version": self.state.iteration,
             "iterations": self.config.iterations,
-            "pools": {**{role: pool.snapshot() for role, pool in self.crew.pools.items()}, "learner": learner},
+            "pools": {**self.pools.status(), "learner": learner},
             "queue": {"groups": held.groups, "bytes": held.nbytes},
             "last": self._last,
         }
@@ -431,7 +435,7 @@ class Run:
                 # Between iterations, see _train.
                 self._learner_size = size
             else:
-                self.crew.resize(role, size)
+                self.pools.resize(role, size)
 
     # --- helpers -------------------------------------------------------------------------------------------------
 

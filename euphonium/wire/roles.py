@@ -105,8 +105,11 @@ class OrmServer(PoolMember, Protocol):
         ...
 
 
-class PrmRefresher(Protocol):
-    """Trains the process reward model on the policy's own samples while a run goes on."""
+class PrmRefresher(PoolMember, Protocol):
+    """Trains the process reward model on the policy's own samples while a run goes on.
+
+    A restarted one raises LostActorError from ``add`` and ``step`` until ``restore`` is called.
+    """
 
     @ray.method
     def restore(self, folder: str | None) -> int:

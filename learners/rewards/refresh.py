@@ -25,11 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from euphonium.config import PrmRefreshConfig, RunConfig
-from euphonium.errors import TrainingError
+from euphonium.errors import LostActorError, TrainingError
 from euphonium.generators.generator import Conditioning, stack_conditionings
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.arrays import as_tensor
-from euphonium.wire.records import Array
+from euphonium.wire.deadlines import node_id
+from euphonium.wire.records import Array, Readiness
 from learners.rewards.preference import PairSampler, Preferences, bradley_terry, paired_rewards
 from learners.rewards.preference_files import Pairs, ranked_pairs
 from learners.rewards.training import learning_rate
@@ -201,12 +202,13 @@ class PrmRefresh:
 
 
 class PrmRefreshActor:
-    """A :class:`PrmRefresh` as a Ray actor."""
+    """A :class:`PrmRefresh` as a Ray actor. It takes no groups before :meth:`restore`, so that a restart is noticed."""
 
     def __init__(self, config: RunConfig) -> None:
-        torch.set_num_threads(config.pools.prm.threads)
+        torch.set_num_threads(config.pools.refresh_pool.threads)
         self.config = config
         self.refresh = self._fresh()
+        self._restored = False
 
     def _fresh(self) -> PrmRefresh:
         process = self.config.rewards.process
@@ -219,19 +221,41 @@ class PrmRefreshActor:
     def __repr__(self) -> str:
         return "prm-refresh"
 
+    def ready(self) -> Readiness:
+        """Answers once the model is loaded, and between updates."""
+        return Readiness(device=str(self.refresh.device), node=node_id())
+
     def restore(self, folder: str | None) -> int:
         """Goes back to a checkpoint's state, or to the start where it has none; the number of refreshes until then."""
         self.refresh = self._fresh()
         if folder is not None and (Path(folder) / STATE_FILE).is_file():
             self.refresh.restore(Path(folder))
+        self._restored = True
         return self.refresh.version
 
+    def _must_be_restored(self) -> None:
+        if not self._restored:
+            raise LostActorError(
+                "the refresh of the process reward model was restarted and has forgotten its samples: it has to take "
+                "up a checkpoint first"
+            )
+
     def add(self, iteration: int, latents: Array, totals: Array, conditioning: dict[str, Array]) -> None:
-        """See :meth:`PrmRefresh.add`."""
+        """See :meth:`PrmRefresh.add`.
+
+        Raises:
+            LostActorError: it was restarted, and :meth:`restore` has not been called since.
+        """
+        self._must_be_restored()
         self.refresh.add(iteration, latents, totals, conditioning)
 
     def step(self, iteration: int, folder: str | None) -> tuple[int, dict[str, float]]:
-        """Refreshes if it is time, and saves if there is a folder; refreshes so far, and metrics."""
+        """Refreshes if it is time, and saves if there is a folder; refreshes so far, and metrics.
+
+        Raises:
+            LostActorError: it was restarted, and :meth:`restore` has not been called since.
+        """
+        self._must_be_restored()
         metrics: dict[str, Any] = self.refresh.update() if self.refresh.due(iteration) else {}
         if folder is not None:
             self.refresh.save(Path(folder))

@@ -17,7 +17,8 @@ from euphonium.wire.records import GroupTask
 from orchestrator.groups.credit import Batch, ScoredGroup
 from orchestrator.groups.prompts import PromptStream
 from orchestrator.groups.staleness import Bounds, Held, may_draw, may_start
-from orchestrator.pools.crew import Crew, Position
+from orchestrator.pools.rollout_service import RolloutService
+from orchestrator.position import Position
 from orchestrator.report.statistics import RewardFailures
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class BatchSource:
     def __init__(
         self,
         config: RunConfig,
-        crew: Crew,
+        rollouts: RolloutService,
         position: Position,
         prompts: PromptStream,
         failures: RewardFailures,
@@ -41,14 +42,14 @@ class BatchSource:
 
         Args:
             config: of the run.
-            crew: that draws and scores.
+            rollouts: that draws and scores.
             position: of the run.
             prompts: where the groups come from.
             failures: counts the rewards that could not be had.
             republish: has weights that are missing published again.
         """
         self._config = config
-        self._crew = crew
+        self._rollouts = rollouts
         self._position = position
         self._prompts = prompts
         self._failures = failures
@@ -167,7 +168,7 @@ class BatchSource:
         return reason
 
     async def _draw_and_score(self, task: GroupTask) -> ScoredGroup:
-        info, latents, payload = await self._crew.draw(task)
+        info, latents, payload = await self._rollouts.draw(task)
         prompts = [task.prompt] * self._config.rollout.group_size
-        scores, seconds = await self._crew.scores(latents, prompts, self._config.rewards.deadline_s)
+        scores, seconds = await self._rollouts.scores(latents, prompts, self._config.rewards.deadline_s)
         return ScoredGroup(info, latents, payload, scores, seconds)

@@ -19,9 +19,9 @@ from euphonium.errors import LostActorError, TrainingError
 from euphonium.wire.deadlines import awaited
 from euphonium.wire.records import LearnerState, Publish, UpdateOrder, UpdateReport
 from euphonium.wire.weights.store import WeightStore
-from orchestrator.commands.launch import beside_the_driver
 from orchestrator.learning.group import LearnerGroup
 from orchestrator.learning.mailbox import LearnerMailbox
+from orchestrator.pools.ray_session import beside_the_driver
 from orchestrator.report.tracking import Progress
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The refresh of the process reward model in a run: its actor, and which servers have which weights."""
+"""The refresh of the process reward model in a run: what its actor is told, and which servers have which weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from euphonium.config import RunConfig
 from euphonium.errors import TrainingError
 from euphonium.wire.deadlines import awaited
 from euphonium.wire.records import Array, GroupPayload
-from learners.rewards.refresh import PrmRefreshActor
 
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorProxy
 
-    from euphonium.wire.roles import PrmServer
+    from euphonium.wire.roles import PrmRefresher, PrmServer
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +32,17 @@ FOLDER = "process_reward"
 class RefreshHandle:
     """Feeds the refresh actor and keeps the PRM servers on its newest weights."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, actor: ActorProxy[PrmRefresher]) -> None:
+        """A handle on an actor that was started by its pool.
+
+        Args:
+            config: of the run.
+            actor: that refreshes. When it was restarted it has forgotten its replay: :meth:`restore` gives it back.
+        """
         import ray
 
-        from euphonium.wire.roles import PrmRefresher, start_actor
-
         self._timeout = config.pools.learner.update_timeout_s
-        self._actor = start_actor(PrmRefresher, PrmRefreshActor, config.pools.prm.ray_options, config)
+        self._actor = actor
         # Wherever the transitions lie; only the prompt's embeddings travel.
         self._conditioning = ray.remote(_conditioning).options(num_cpus=0)
         self._version = 0

@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 from euphonium.config import RunConfig
+from euphonium.errors import LostActorError
 from euphonium.wire.records import GroupPayload
+from euphonium.wire.roles import PrmRefresher
+from learners.rewards.refresh import PrmRefreshActor
 from orchestrator.learning.process_reward import FOLDER, RefreshHandle
+from orchestrator.pools.actor_pool import ActorPool
+from orchestrator.pools.supervisor import PoolSpec
 from reward_servers.prm import PrmActor
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -33,6 +38,16 @@ def group(seed: int) -> tuple[Any, Any, np.ndarray]:
         },
     )  # fmt: skip
     return ray.put(latents), ray.put(payload), latents[:, 3].mean(axis=(1, 2, 3))
+
+
+def refresh_pool(config: RunConfig) -> ActorPool[PrmRefresher]:
+    """The pool of one in which a run has its refresh."""
+    share = config.pools.refresh_pool
+    spec = PoolSpec(
+        role="prm_refresh", config=share, interface=PrmRefresher, factory=lambda i: (PrmRefreshActor, (config,)),
+        start_timeout_s=60.0, rejoin_timeout_s=60.0,
+    )  # fmt: skip
+    return ActorPool(spec, [].append)
 
 
 def wait_for(actor: Any) -> None:
@@ -66,7 +81,11 @@ def test_servers_follow_refreshes_restarts_and_rewinds(make_config: Callable[...
         return [ray.get(a.reward_and_gradient.remote(x, 0.4, conditioning, False))[0] for a in actors]
 
     async def run() -> None:
-        handle = RefreshHandle(config)
+        pool = refresh_pool(config)
+        pool.start()
+        await asyncio.wait_for(pool.wait_started(), 120)
+        (member,) = pool.roster.members
+        handle = RefreshHandle(config, member.handle)
         await handle.restore(None, actors)
         start = scores()
         first = await handle.step(1, [group(0), group(1)], actors, None)
@@ -96,6 +115,17 @@ def test_servers_follow_refreshes_restarts_and_rewinds(make_config: Callable[...
         np.testing.assert_allclose(scores()[0], later[0], atol=1e-6)
         await handle.restore(None, actors)
         assert np.array_equal(scores()[0], start[0])
+        # The refresh itself is restarted: it has forgotten its samples, and says so until it has a checkpoint.
+        pool.lose(member, kill=True)
+        while member.joins < 2:
+            await asyncio.sleep(0.1)
+        with pytest.raises(LostActorError, match="has forgotten its samples"):
+            await handle.step(3, [group(4)], actors, None)
+        await handle.restore(tmp_path, actors)
+        assert np.array_equal(scores()[0], refreshed[0])
+        await handle.step(3, [group(4)], actors, None)
+        pool.stop()
+        ray.kill(member.handle)
 
     asyncio.run(run())
     for actor in actors:
