@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -42,13 +42,12 @@ class Crashing(Idle):
         raise OSError("no such device")
 
 
-def pool_of(role: str, cls: type = Idle, *, rejoin_timeout_s: float = 60.0, **share: Any) -> ActorPool[Any]:
-    config = PoolConfig(**{"num_cpus": 0, **share})
+def pool_of(role: str, cls: type = Idle, *, clients: Sequence[ActorPool[Any]] = (), **share: Any) -> ActorPool[Any]:
     spec = PoolSpec(
-        role=role, config=config, interface=PoolMember, factory=lambda i: (cls, ()), start_timeout_s=60.0,
-        rejoin_timeout_s=rejoin_timeout_s,
+        role=role, config=PoolConfig(**{"num_cpus": 0, **share}), interface=PoolMember, factory=lambda i: (cls, ()),
+        start_timeout_s=60.0, rejoin_timeout_s=60.0,
     )  # fmt: skip
-    return ActorPool(spec, [].append)
+    return ActorPool(spec, [].append, clients)
 
 
 def run(pools: list[ActorPool[Any]], work: Callable[[], Awaitable[None]]) -> None:
@@ -158,3 +157,21 @@ def test_a_pool_grows_and_shrinks_and_the_last_index_is_never_used_again() -> No
         assert pool.status()["wanted"] == 2
 
     run([pool], change)
+
+
+def test_a_server_that_leaves_answers_until_its_clients_have_ended_what_they_were_at() -> None:
+    clients = pool_of("client")
+    servers = pool_of("server", num_actors=2, clients=[clients])
+
+    async def shrink() -> None:
+        await wait_started([clients, servers], 60.0, print)
+        async with clients.exclusive(0):
+            async with servers.roster.shared():
+                servers.resize(1)
+                (leaving,) = set(servers.roster.members) - set(servers.roster.staying)
+            await asyncio.sleep(0.2)
+            assert await leaving.handle.pid.remote() > 0
+        while len(servers.roster.members) > 1:
+            await asyncio.sleep(0.05)
+
+    run([clients, servers], shrink)

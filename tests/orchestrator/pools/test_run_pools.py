@@ -1,8 +1,12 @@
 """Which pools a run has, and what each of them takes; nothing is started."""
 
+import asyncio
 from collections.abc import Callable
 
+import pytest
+
 from euphonium.config import RunConfig
+from orchestrator.pools.roster import Member
 from orchestrator.pools.run_pools import RunPools
 from orchestrator.report.tracking import Progress
 
@@ -53,5 +57,12 @@ def test_the_refresh_is_shown_but_is_no_pool_that_changes_its_size(make_config: 
     assert set(pools.load()) == {f"{what}/{role}" for what in ("busy", "pool") for role in ("prm", "orm", "rollout")}
 
 
-def test_only_a_broadcast_of_weights_has_receivers(make_config: MakeConfig) -> None:
-    assert pools_of(make_config(), "rollout", "orm").weight_receivers() == ()
+@pytest.mark.parametrize(("transport", "receivers"), [("object_store", ()), ("collective", ("rollout-1",))])
+def test_a_broadcast_of_weights_reaches_the_rollout_actors_that_are_present(
+    make_config: MakeConfig, transport: str, receivers: tuple[str, ...]
+) -> None:
+    pools = pools_of(make_config(f"pools.learner.weight_transport={transport}"), "rollout", "orm")
+    for i in (0, 1):
+        pools.rollout.roster.add(Member(f"rollout-{i}", None))
+    asyncio.run(pools.rollout.roster.join(pools.rollout.roster.members[1]))
+    assert pools.weight_receivers() == receivers
