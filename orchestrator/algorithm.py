@@ -60,7 +60,7 @@ async def iterate(run: Run, turn: Turn) -> None:
         checkpoint = run.checkpoints.begin(turn.number) if turn.saves else None
         entry.updated(await run.update(turn, batch, groups, checkpoint), batch)
         # Beyond the paper: the process reward model keeps up with the policy.
-        entry.numbers |= await run.follow_process_reward(turn, batch, checkpoint)
+        entry.numbers |= await run.process_reward.follow(turn.number, batch, checkpoint)
         await run.commit(turn, batch, entry, checkpoint)
 
         if turn.evaluates:

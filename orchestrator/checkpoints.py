@@ -159,6 +159,10 @@ class BackgroundCommits:
         """Folder of the newest checkpoint, None if there is none, and its iteration."""
         return (None, 0) if self.newest is None else (str(self.newest.folder.resolve()), self.newest.state.iteration)
 
+    def newest_folder(self) -> Path | None:
+        """Folder of the newest checkpoint, if there is one."""
+        return None if self.newest is None else self.newest.folder
+
     def state_of(self, iteration: int) -> RunState:
         """Where the run stood at the start, or at one of its checkpoints."""
         return self._states[iteration]

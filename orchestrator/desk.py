@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 from euphonium.errors import EuphoniumError
 from euphonium.wire.deadlines import awaited
 from euphonium.wire.records import RunSnapshot
+from euphonium.wire.roles import Desk, start_actor
 from orchestrator.commands.control import CONTROL, ControlDesk
-from orchestrator.commands.launch import beside_the_driver
+from orchestrator.pools.ray_session import beside_the_driver
 
 if TYPE_CHECKING:
     from ray.actor import ActorProxy
-
-    from euphonium.wire.roles import Desk
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +43,6 @@ class DeskLine:
 
     def open(self) -> None:
         """Starts the desk's actor."""
-        from euphonium.wire.roles import Desk, start_actor
-
         self._desk: ActorProxy[Desk] = start_actor(Desk, ControlDesk, {"name": CONTROL, **beside_the_driver()})
 
     def poll(self) -> None:

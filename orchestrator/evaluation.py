@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from euphonium.config import OutcomeRewardConfig, RunConfig
-from euphonium.errors import ConfigError, LostActorError, TrainingError, WeightsMissingError
+from euphonium.errors import ConfigError
 from euphonium.rewards.total import total_weight
 from euphonium.wire.records import Array, Videos, WeightKind
 from orchestrator.groups.prompts import read_prompts, spread
-from orchestrator.pools.crew import Crew
+from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.report.pictures import contact_sheet, save_gif, save_samples, side_by_side
 from orchestrator.report.tracking import Tracker
 
@@ -73,24 +73,20 @@ class SampleFolder:
 class Evaluator:
     """Evaluates a run's policy with its own rollout actors and ORM servers."""
 
-    def __init__(
-        self, config: RunConfig, crew: Crew, tracker: Tracker, republish: Callable[[], Awaitable[None]]
-    ) -> None:
-        """Args as described in the class.
+    def __init__(self, config: RunConfig, rollouts: RolloutService, tracker: Tracker) -> None:
+        """Reads the held-out prompts.
 
         Args:
             config: of the run.
-            crew: that draws and scores.
+            rollouts: that draws and scores.
             tracker: takes the contact sheets.
-            republish: has weights that are missing published again.
 
         Raises:
             ConfigError: a held-out prompt that is also trained on.
         """
         self._config = config
-        self._crew = crew
+        self._rollouts = rollouts
         self._tracker = tracker
-        self._republish = republish
         self._prompts, self._seeds = evaluation_set(config)
         self._pictures = SampleFolder(config.run_dir / "samples")
 
@@ -110,33 +106,20 @@ class Evaluator:
         began = time.monotonic()
         config, prompts = self._config, self._prompts
         kind: WeightKind = "average" if config.optimizer.averages and iteration > 0 else "policy"
-        count = min(len(prompts), max(1, len(self._crew.rollout.present)))
+        count = min(len(prompts), max(1, self._rollouts.rollout_actors))
         shares = [slice(i, None, count) for i in range(count)]
-        parts = await asyncio.gather(*(self._samples(prompts[s], self._seeds[s], kind) for s in shares))
+        parts = await asyncio.gather(*(self._rollouts.samples(prompts[s], self._seeds[s], kind) for s in shares))
         latents = np.empty((len(prompts), *parts[0].shape[1:]), dtype=np.float32)
         for share, part in zip(shares, parts, strict=True):
             latents[share] = part
         timeout = config.rollout.deadline_s
-        scores, _ = await self._crew.scores(latents, prompts, timeout)
+        scores, _ = await self._rollouts.scores(latents, prompts, timeout)
         shown = np.linspace(0, len(prompts) - 1, min(config.evaluation.clips, len(prompts))).round().astype(int)
         if len(shown):
-            videos = await self._crew.videos(latents[shown], timeout)
+            videos = await self._rollouts.videos(latents[shown], timeout)
             sheet = self._pictures.save(
                 iteration, [prompts[i] for i in shown], videos, {n: v[shown] for n, v in scores.items()}
             )
             self._tracker.picture("samples", np.asarray(sheet), iteration)
         metrics = evaluation_metrics(scores, config.rewards.outcome)
         return {**metrics, "time/evaluation_s": time.monotonic() - began}
-
-    async def _samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: WeightKind) -> Array:
-        """Samples of one share; from another actor if one is lost."""
-        error = TrainingError("no attempt was made")
-        for _ in range(self._config.rewards.attempts):
-            try:
-                return await self._crew.samples(prompts, seeds, kind)
-            except LostActorError as lost:
-                error = lost
-            except WeightsMissingError as missing:
-                error = missing
-                await self._republish()
-        raise error

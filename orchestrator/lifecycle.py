@@ -10,10 +10,9 @@ import time
 
 from euphonium.wire.records import Publish
 from orchestrator.algorithm import train
-from orchestrator.commands.launch import name_is_free
 from orchestrator.interruption import StopRequestedError
 from orchestrator.learning.link import LearnerRestartedError
-from orchestrator.pools.pools import wait_ready
+from orchestrator.pools.ray_session import name_is_free
 from orchestrator.run import JOIN_TIMEOUT_S, Run
 
 
@@ -36,8 +35,7 @@ async def execute(run: Run) -> None:
         await _save_and_stop(run)
     finally:
         run.desk.close()
-        for pool in run.crew.pools.values():
-            pool.stop_watching()
+        run.pools.stop()
         await run.batches.forget()
         run.journal.close()
         run.interruption.uninstall()
@@ -49,15 +47,12 @@ async def _start_roles(run: Run) -> None:
     run.desk.open()
     await run.learners.resume_from(*run.checkpoints.resume_point)
     run.learners.start(run.learner_group())
-    run.crew.start(run.actors())
+    run.pools.start()
     run.journal.enter("starting roles")
     run.desk.poll()
-    pools = list(run.crew.pools.values())
-    await run.interruptible(wait_ready(pools, run.config.pools.start_timeout_s, run.journal.say))
-    for pool in pools:
-        pool.watch()
+    await run.interruptible(run.pools.wait_started())
     await run.interruptible(run.learners.joined(*run.checkpoints.resume_point))
-    await run.interruptible(run.restore_process_reward())
+    await run.interruptible(run.process_reward.restore())
     if run.journal.tracker.endpoint is not None:
         run.journal.say(f"metrics at {run.journal.tracker.endpoint.address}")
 

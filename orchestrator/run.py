@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from actors.rollout import RolloutActor
 from euphonium.config import RunConfig, dump_config
-from euphonium.rewards.total import weighted_total
 from euphonium.wire.records import PoolSnapshot, RunSnapshot, Save, TrainingGroup, Update, UpdateReport
+from learners.rewards.refresh import PrmRefreshActor
 from orchestrator.checkpoints import BackgroundCommits, Checkpoint, CheckpointStore, RunState
 from orchestrator.desk import DeskLine
 from orchestrator.evaluation import Evaluator
@@ -27,10 +27,11 @@ from orchestrator.interruption import Interruption
 from orchestrator.journal import Entry, Journal
 from orchestrator.learning.group import LearnerGroup
 from orchestrator.learning.link import MAILBOX, STORE, LearnerLink, LearnerRestartedError
-from orchestrator.learning.process_reward import RefreshHandle
-from orchestrator.pools.crew import Crew
-from orchestrator.pools.pools import Make
+from orchestrator.learning.process_reward import ProcessRewardRefresh
 from orchestrator.pools.resources import lacking_resources
+from orchestrator.pools.rollout_service import RolloutService
+from orchestrator.pools.run_pools import RunPools
+from orchestrator.pools.supervisor import ActorFactory
 from orchestrator.position import Position, Turn
 from reward_servers.orm import OrmActor
 from reward_servers.prm import PrmActor
@@ -38,9 +39,6 @@ from reward_servers.prm import PrmActor
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    from ray.actor import ActorProxy
-
-    from euphonium.wire.roles import PrmServer
 
 _T = TypeVar("_T")
 JOIN_TIMEOUT_S = 60.0
@@ -54,12 +52,14 @@ class Run:
         position: what is done.
         journal: what is on record.
         interruption: whether it is to stop.
-        crew: the pools of rollout actors and reward servers.
+        pools: of rollout actors and reward servers.
+        rollouts: what is asked of them.
         learners: the line to the learner group.
         batches: draws ahead.
         evaluator: evaluates on held-out prompts.
         checkpoints: commits them.
         desk: tells people, and hears from them.
+        process_reward: keeps the process reward model up with the policy.
     """
 
     def __init__(self, config: RunConfig, namespace: str, resume: Checkpoint | None) -> None:
@@ -68,17 +68,20 @@ class Run:
         fresh = RunState(iteration=0, next_group=0, world_size=config.pools.learner.num_workers)
         self.position = Position(resume.state if resume else fresh)
         self.journal = Journal(config, self.position.iteration)
-        self.crew = Crew(config, self.position, self.journal.progress)
+        self.pools = RunPools(config, self.actors(), self.journal.progress)
+        self.rollouts = RolloutService(config, self.pools, self.position, self._republish)
         self.learners = LearnerLink(config, self.journal.progress)
         self.interruption = Interruption(self.learners.check)
         prompts = PromptStream(read_prompts(config.prompts.train, "prompts.train"), config.seed)
-        self.batches = BatchSource(config, self.crew, self.position, prompts, self.journal.failures, self._republish)
-        self.evaluator = Evaluator(config, self.crew, self.journal.tracker, self._republish)
+        self.batches = BatchSource(config, self.rollouts, self.position, prompts, self.journal.failures)
+        self.evaluator = Evaluator(config, self.rollouts, self.journal.tracker)
         keep = config.checkpoint
         store = CheckpointStore(config.run_dir / "checkpoints", keep.keep_last, keep.keep_every)
         self.checkpoints = BackgroundCommits(store, self.position.state, resume, self._tell_learners)
         self.desk = DeskLine(self._snapshot, self._resize)
-        self._refresh: RefreshHandle | None = None
+        self.process_reward = ProcessRewardRefresh(
+            config, self.pools, self.interruption, self.checkpoints.newest_folder, self.journal.say
+        )
         self._wanted_ranks = config.pools.learner.num_workers
 
     @property
@@ -86,12 +89,14 @@ class Run:
         """Whether all iterations are done."""
         return self.position.iteration == self.config.iterations
 
-    def actors(self) -> Mapping[str, Make]:
+    def actors(self) -> Mapping[str, ActorFactory]:
         """Class and arguments of the actors of every role, by their index in the pool."""
         config = self.config
-        roles: dict[str, Make] = {}
+        roles: dict[str, ActorFactory] = {}
         if config.rewards.process is not None:
             roles["prm"] = lambda i: (PrmActor, (i, config))
+            if config.rewards.process.refresh is not None:
+                roles["prm_refresh"] = lambda i: (PrmRefreshActor, (config,))
         roles["orm"] = lambda i: (OrmActor, (i, config))
         roles["rollout"] = lambda i: (RolloutActor, (i, config, STORE))
         return roles
@@ -123,7 +128,7 @@ class Run:
             publish_average=turn.evaluates and self.config.optimizer.averages,
             checkpoint=str(checkpoint.resolve()) if checkpoint is not None else None,
             stop=turn.last,
-            receivers=() if turn.evaluates else self.crew.receivers(),
+            receivers=() if turn.evaluates else self.pools.weight_receivers(),
             history=self.position.history,
         )
         async with self.learners.turn:
@@ -131,20 +136,6 @@ class Run:
         if turn.last:
             self.learners.dismiss()
         return report
-
-    async def follow_process_reward(self, turn: Turn, batch: Batch, checkpoint: Path | None) -> dict[str, float]:
-        """Trains the process reward model on the iteration's samples, where the recipe says so; metrics."""
-        if self._refresh is None:
-            return {}
-        rewards = self.config.rewards.outcome
-        replayed = [(g.latents, g.payload, weighted_total(g.scores, rewards)) for g in batch.groups]
-        metrics = await self._refresh.step(turn.number, replayed, self._prm_servers(), checkpoint)
-        if "process/refresh_pairs" in metrics:
-            self.journal.say(
-                f"process reward model refreshed on {metrics['process/refresh_pairs']:.0f} pairs in "
-                f"{metrics['time/prm_refresh_s']:.0f} s"
-            )
-        return metrics
 
     async def commit(self, turn: Turn, batch: Batch, entry: Entry, checkpoint: Path | None) -> None:
         """Ends the transaction: the position moves past the iteration, and its checkpoint is committed.
@@ -155,7 +146,7 @@ class Run:
         ranks = self.config.pools.learner.num_workers
         self.position.state = RunState(iteration=turn.number, next_group=batch.next_group, world_size=ranks)
         await self.batches.trained(batch)
-        entry.numbers |= {"busy/learner": entry.busy_share(), "pool/learner": float(ranks), **self.crew.load()}
+        entry.numbers |= {"busy/learner": entry.busy_share(), "pool/learner": float(ranks), **self.pools.load()}
         if checkpoint is not None:
             await self.checkpoints.commit(checkpoint, self.position.state, dump_config(self.config))
         if (seconds := self.checkpoints.take_seconds()) is not None:
@@ -183,6 +174,7 @@ class Run:
         done = self.position.iteration
         folder = self.checkpoints.begin(done)
         await self.learners.carry_out(Save(version=done, folder=str(folder.resolve()), stop=stop))
+        await self.process_reward.save(folder)
         await self.checkpoints.commit(folder, self.position.state, dump_config(self.config))
         await self.checkpoints.finished()
 
@@ -217,7 +209,7 @@ class Run:
         self.position.history += 1
         self.journal.rewind(self.position.iteration)
         self.journal.say(f"the learner group has restarted; going on from iteration {self.position.iteration}")
-        await self.interruptible(self.restore_process_reward())
+        await self.interruptible(self.process_reward.restore())
 
     async def resize_learners(self) -> None:
         """Ends the learner group at a checkpoint and starts one of another size from it, if one was asked for."""
@@ -243,19 +235,6 @@ class Run:
             await self.interruptible(self.learners.replaced())
         self.journal.say(f"the learner group has {size} ranks")
 
-    async def restore_process_reward(self) -> None:
-        """Makes the refresh of the process reward model, if there is one, take up the last checkpoint."""
-        process = self.config.rewards.process
-        if process is None or process.refresh is None:
-            return
-        if self._refresh is None:
-            self._refresh = RefreshHandle(self.config)
-        newest = self.checkpoints.newest
-        await self._refresh.restore(newest.folder if newest else None, self._prm_servers())
-
-    def _prm_servers(self) -> list[ActorProxy[PrmServer]]:
-        return [] if self.crew.prm is None else self.crew.prm.reachable_handles
-
     async def _republish(self) -> None:
         await self.learners.republish(self.position.iteration)
 
@@ -276,7 +255,7 @@ class Run:
             phase=self.journal.phase,
             version=self.position.iteration,
             iterations=self.config.iterations,
-            pools={**{role: pool.snapshot() for role, pool in self.crew.pools.items()}, "learner": learner},
+            pools={**self.pools.status(), "learner": learner},
             groups=held.groups,
             nbytes=held.nbytes,
             last=self.journal.last,
@@ -287,4 +266,4 @@ class Run:
             # Between two iterations, see resize_learners.
             self._wanted_ranks = size
         else:
-            self.crew.resize(role, size)
+            self.pools.resize(role, size)

@@ -51,12 +51,16 @@ class _Workers(Node):
     """ZeRO-3 ranks."""
 
 
-# Fields of the last base come first: the size of a pool, then what each takes.
-class PoolConfig(ShareConfig, _Actors):
-    """Size of a pool of actors and what each of them takes."""
+class ActorConfig(ShareConfig):
+    """What an actor takes, and how often it may die."""
 
     max_restarts: NonNegativeInt = 2
     """How often Ray may restart a dead actor."""
+
+
+# Fields of the last base come first: the size of a pool, then what each takes.
+class PoolConfig(ActorConfig, _Actors):
+    """Size of a pool of actors and what each of them takes."""
 
 
 class RewardPoolConfig(PoolConfig):
@@ -112,6 +116,9 @@ class PoolsConfig(Node):
     """Rollout actors, on generator GPUs."""
     prm: RewardPoolConfig = RewardPoolConfig()
     """Process-reward servers, which answer with reward and gradient."""
+    prm_refresh: ActorConfig | None = None
+    """The one actor that trains the process reward model further (``rewards.process.refresh``), where the recipe has it
+    do so; None takes what each of the PRM servers takes."""
     orm: RewardPoolConfig = RewardPoolConfig()
     """Outcome-reward servers, which decode latents and score the videos."""
     learner: LearnerPoolConfig = LearnerPoolConfig()
@@ -120,3 +127,9 @@ class PoolsConfig(Node):
     """Longest wait for all actors to be ready."""
     rejoin_timeout_s: PositiveFloat = 300.0
     """Longest wait for a lost actor to be back; then its pool goes on without it."""
+
+    @property
+    def refresh_pool(self) -> PoolConfig:
+        """The actor that refreshes the process reward model, as a pool of one."""
+        share = self.prm if self.prm_refresh is None else self.prm_refresh
+        return PoolConfig(num_actors=1, **{name: getattr(share, name) for name in ActorConfig.model_fields})

@@ -140,8 +140,11 @@ class OrmServer(PoolMember, Protocol):
         ...
 
 
-class PrmRefresher(Protocol):
-    """Trains the process reward model on the policy's own samples while a run goes on."""
+class PrmRefresher(PoolMember, Protocol):
+    """Trains the process reward model on the policy's own samples while a run goes on.
+
+    A restarted one raises LostActorError from ``add`` and ``step`` until ``restore`` is called.
+    """
 
     @ray.method
     def restore(self, folder: str | None) -> int:
@@ -154,8 +157,18 @@ class PrmRefresher(Protocol):
         ...
 
     @ray.method
-    def step(self, iteration: int, folder: str | None) -> tuple[int, dict[str, float]]:
-        """Refreshes if it is time, and saves if there is a folder; refreshes so far, and metrics."""
+    def begin(self, iteration: int) -> None:
+        """Notes that an iteration is done, which a refresh may follow."""
+        ...
+
+    @ray.method
+    def go_on(self, seconds: float) -> tuple[int, dict[str, float] | None]:
+        """Trains for some seconds; refreshes so far, and metrics once nothing is left to train."""
+        ...
+
+    @ray.method
+    def save(self, folder: str) -> None:
+        """Writes model and samples; a refresh under way is given up, and noted as still to be done."""
         ...
 
     @ray.method

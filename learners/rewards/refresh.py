@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import deque
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from euphonium.config import PrmRefreshConfig, RewardOptimizerConfig, RunConfig
-from euphonium.errors import TrainingError
+from euphonium.errors import LostActorError, TrainingError
 from euphonium.generators.conditioning import Conditioning, stack_conditionings
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.arrays import as_tensor
-from euphonium.wire.records import Array
+from euphonium.wire.deadlines import node_id
+from euphonium.wire.devices import default_device
+from euphonium.wire.records import Array, Readiness
 from learners.engine.local import LocalEngine
 from learners.rewards.preference import PairObjective, PairSampler, Preferences, paired_rewards
 from learners.rewards.preference_files import ranked_pairs
@@ -63,6 +67,7 @@ class PrmRefresh:
     Attributes:
         model: float32; what the servers get.
         version: refreshes so far.
+        pending: iteration whose refresh is due and not done, or None.
     """
 
     def __init__(self, settings: PrmRefreshConfig, model: ProcessRewardModel, seed: int, device: torch.device) -> None:
@@ -77,6 +82,7 @@ class PrmRefresh:
         )
         self.model = model.to(device).for_training()
         self.version = 0
+        self.pending: int | None = None
         self._groups: deque[ReplayedGroup] = deque(maxlen=settings.buffer_groups)
         self._start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
@@ -102,8 +108,23 @@ class PrmRefresh:
         """Whether a refresh follows an iteration, counted from 1."""
         return iteration % self.settings.every == 0
 
+    def begin(self, iteration: int) -> None:
+        """Notes that an iteration is done; :attr:`pending` says whether a refresh follows."""
+        if self.due(iteration):
+            self.pending = iteration
+
     def update(self) -> dict[str, float]:
-        """One refresh.
+        """One whole :meth:`refresh`; its metrics."""
+        training = self.refresh()
+        while True:
+            try:
+                next(training)
+            except StopIteration as end:
+                metrics: dict[str, float] = end.value
+                return metrics
+
+    def refresh(self) -> Generator[None, None, dict[str, float]]:
+        """One refresh, update by update; closed before its end, it leaves the weights that it found.
 
         Returns:
             Metrics; accuracy is measured first, on pairs of the newest iteration's groups, which the model has not
@@ -114,8 +135,10 @@ class PrmRefresh:
         """
         data = self._preferences(list(self._groups))
         if not len(data.pairs):
+            self.pending = None
             return {}
         metrics = self._judged()
+        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.model.load_state_dict(self._start)
         engine = LocalEngine(self.model, self._training, self.device, averages=False, unreached=False)
         # The numbers of batches go on from refresh to refresh.
@@ -129,7 +152,13 @@ class PrmRefresh:
                     f"the loss of update {update + 1} of the process reward model's refresh is not finite: lower "
                     "rewards.process.refresh.learning_rate, or look for samples that are not finite"
                 )
+            try:
+                yield
+            except GeneratorExit:
+                self.model.load_state_dict(before)
+                raise
         self.version += 1
+        self.pending = None
         return metrics | {
             "process/refresh_loss": float(np.mean(losses)),
             "process/refresh_pairs": float(len(data.pairs)),
@@ -172,6 +201,7 @@ class PrmRefresh:
         save_file(tensors, folder / TENSORS_FILE)
         state = {
             "version": self.version,
+            "pending": self.pending,
             "groups": [{"iteration": g.iteration, "totals": g.totals.tolist()} for g in self._groups],
         }
         (folder / STATE_FILE).write_text(json.dumps(state) + "\n")
@@ -182,7 +212,7 @@ class PrmRefresh:
 
         self.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
         tensors, state = load_file(folder / TENSORS_FILE), json.loads((folder / STATE_FILE).read_text())
-        self.version = int(state["version"])
+        self.version, self.pending = int(state["version"]), state["pending"]
         self._groups.clear()
         for i, group in enumerate(state["groups"]):
             prefix = f"group.{i}.conditioning."
@@ -197,41 +227,99 @@ class PrmRefresh:
 
 
 class PrmRefreshActor:
-    """A :class:`PrmRefresh` as a Ray actor."""
+    """A :class:`PrmRefresh` as a Ray actor. It takes no groups before :meth:`restore`, so that a restart is noticed."""
 
     def __init__(self, config: RunConfig) -> None:
-        torch.set_num_threads(config.pools.prm.threads)
+        torch.set_num_threads(config.pools.refresh_pool.threads)
         self.config = config
         self.refresh = self._fresh()
+        self._restored = False
+        self._training: Generator[None, None, dict[str, float]] | None = None
 
     def _fresh(self) -> PrmRefresh:
         process = self.config.rewards.process
         assert process is not None
         assert process.refresh is not None
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         model = ProcessRewardModel.load(Path(process.path), self.config.model)
         return PrmRefresh(process.refresh, model, self.config.seed, device)
 
     def __repr__(self) -> str:
         return "prm-refresh"
 
+    def ready(self) -> Readiness:
+        """Answers once the model is loaded, and between updates."""
+        return Readiness(device=str(self.refresh.device), node=node_id())
+
     def restore(self, folder: str | None) -> int:
         """Goes back to a checkpoint's state, or to the start where it has none; the number of refreshes until then."""
+        self._give_up()
         self.refresh = self._fresh()
         if folder is not None and (Path(folder) / STATE_FILE).is_file():
             self.refresh.restore(Path(folder))
+        self._restored = True
         return self.refresh.version
 
+    def _must_be_restored(self) -> None:
+        if not self._restored:
+            raise LostActorError(
+                "the refresh of the process reward model was restarted and has forgotten its samples: it has to take "
+                "up a checkpoint first"
+            )
+
     def add(self, iteration: int, latents: Array, totals: Array, conditioning: dict[str, Array]) -> None:
-        """See :meth:`PrmRefresh.add`."""
+        """See :meth:`PrmRefresh.add`.
+
+        Raises:
+            LostActorError: it was restarted, and :meth:`restore` has not been called since.
+        """
+        self._must_be_restored()
         self.refresh.add(iteration, latents, totals, conditioning)
 
-    def step(self, iteration: int, folder: str | None) -> tuple[int, dict[str, float]]:
-        """Refreshes if it is time, and saves if there is a folder; refreshes so far, and metrics."""
-        metrics = self.refresh.update() if self.refresh.due(iteration) else {}
-        if folder is not None:
-            self.refresh.save(Path(folder))
-        return self.refresh.version, metrics
+    def begin(self, iteration: int) -> None:
+        """See :meth:`PrmRefresh.begin`.
+
+        Raises:
+            LostActorError: it was restarted, and :meth:`restore` has not been called since.
+        """
+        self._must_be_restored()
+        self.refresh.begin(iteration)
+
+    def go_on(self, seconds: float) -> tuple[int, dict[str, float] | None]:
+        """Trains on a refresh that is due for some seconds; refreshes so far, and metrics once nothing is left to do.
+
+        Raises:
+            LostActorError: it was restarted, and :meth:`restore` has not been called since.
+            TrainingError: a loss that is not finite.
+        """
+        self._must_be_restored()
+        if self.refresh.pending is None:
+            return self.refresh.version, {}
+        if self._training is None:
+            self._training = self.refresh.refresh()
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            try:
+                next(self._training)
+            except StopIteration as end:
+                self._training = None
+                return self.refresh.version, end.value
+        return self.refresh.version, None
+
+    def save(self, folder: str) -> None:
+        """Writes model and samples; a refresh under way is given up, and stays to be done.
+
+        Raises:
+            LostActorError: it was restarted, and :meth:`restore` has not been called since.
+        """
+        self._must_be_restored()
+        self._give_up()
+        self.refresh.save(Path(folder))
+
+    def _give_up(self) -> None:
+        if self._training is not None:
+            self._training.close()
+            self._training = None
 
     def weights(self) -> dict[str, Array]:
         """See :meth:`PrmRefresh.weights`."""

@@ -61,8 +61,9 @@ def train(
     import asyncio
 
     from euphonium.config import RunConfig, load_config
-    from orchestrator.commands.launch import connect_ray, is_complete, preflight, prepare_run_dir
+    from orchestrator.commands.launch import is_complete, preflight, prepare_run_dir
     from orchestrator.commands.paths import absolute_paths
+    from orchestrator.pools.ray_session import connect_ray
 
     config: RunConfig = absolute_paths(load_config(recipe, overrides or []))
     preflight(config)
@@ -127,7 +128,7 @@ def scale(
 def _running(run: str | None) -> Iterator[tuple[str, ActorProxy[Desk]]]:
     """Name and control actor of a running job; connected while the context is open."""
     from orchestrator.commands.control import find_desk
-    from orchestrator.commands.launch import join_ray
+    from orchestrator.pools.ray_session import join_ray
 
     join_ray()
     import ray

@@ -119,15 +119,15 @@ def describe_status(run: str, answer: tuple[RunSnapshot, float] | None) -> str:
     lines = [
         f"{run}: {status.phase}, policy version {status.version} of {status.iterations}"
         + (f" (as of {age_s:.0f} s ago)" if age_s > 5 else ""),
-        f"{'pool':<9}{'present':>8}{'wanted':>8}{'working':>9}{'busy':>7}",
+        f"{'pool':<12}{'present':>8}{'wanted':>8}{'working':>9}{'busy':>7}",
     ]
     for role, pool in status.pools.items():
         working = "" if pool.working is None else str(pool.working)
-        lines.append(f"{role:<9}{pool.present:>8}{pool.wanted:>8}{working:>9}{pool.busy:>7.0%}")
+        lines.append(f"{role:<12}{pool.present:>8}{pool.wanted:>8}{working:>9}{pool.busy:>7.0%}")
         absent = [f"{name} {state}" for name, state in pool.members.items() if state != "present"]
         if absent:
-            lines.append(f"         {', '.join(absent)}")
-    lines.append(f"buffer   {status.groups} groups, {status.nbytes / 2**20:.1f} MiB, drawn or under way")
+            lines.append(f"{'':<12}{', '.join(absent)}")
+    lines.append(f"buffer      {status.groups} groups, {status.nbytes / 2**20:.1f} MiB, drawn or under way")
     if status.last:
-        lines.append(f"last     {status.last}")
+        lines.append(f"last        {status.last}")
     return "\n".join(lines)

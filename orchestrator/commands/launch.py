@@ -1,31 +1,22 @@
-"""Around a run: checks before anything starts, the run's folder, and the connection to Ray."""
+"""Before a run: checks before anything starts, and the run's folder."""
 
 from __future__ import annotations
 
-import asyncio
 import datetime
-import itertools
 import logging
-import os
-import re
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from euphonium.config import RunConfig, dump_config
-from euphonium.errors import CheckpointError, ConfigError, PreflightError
-from euphonium.wire.deadlines import node_id
+from euphonium.errors import CheckpointError, ConfigError
 from orchestrator.checkpoints import Checkpoint, CheckpointStore, verify
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
 
 log = logging.getLogger(__name__)
 
 RESOLVED = "config.resolved.yaml"
-LEFTOVERS_TIMEOUT_S = 60.0
 
 
 def preflight(config: RunConfig) -> dict[str, Any]:
@@ -56,7 +47,8 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         ProcessRewardModel.load(Path(config.rewards.process.path), config.model)
     table = family.step_table(config.sampler)
     kept = select_steps(table, 1, config.objective.timestep_fraction, 0).shape[1]
-    rollout, pools = config.rollout, config.pools
+    rollout, pools, process = config.rollout, config.pools, config.rewards.process
+    refreshes = process is not None and process.refresh is not None
     samples = rollout.prompts_per_iteration * rollout.group_size
     values = 1
     for size in shape:
@@ -71,7 +63,8 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         "trained transitions per iteration": samples * kept,
         "trajectory bytes per iteration": samples * kept * values * 8,
         "rollout actors": f"{pools.rollout.num_actors} x {pools.rollout.num_gpus:g} GPU",
-        "PRM servers": f"{pools.prm.num_actors} x {pools.prm.num_gpus:g} GPU" if config.rewards.process else "none",
+        "PRM servers": f"{pools.prm.num_actors} x {pools.prm.num_gpus:g} GPU" if process else "none",
+        "PRM refresh": f"1 x {pools.refresh_pool.num_gpus:g} GPU" if refreshes else "none",
         "ORM servers": f"{pools.orm.num_actors} x {pools.orm.num_gpus:g} GPU",
         "learner ranks": f"{pools.learner.num_workers} x {pools.learner.num_gpus:g} GPU",
     }
@@ -149,115 +142,3 @@ def _check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
     for part in sorted(set(new) - {"name", "output_dir", "resume"}):
         if old.get(part) != new[part]:
             log.warning("resuming with other settings in %s: %s -> %s", part, old.get(part), new[part])
-
-
-def connect_ray(namespace: str, *, verbose: bool) -> None:
-    """Joins the cluster that RAY_ADDRESS names or that ``ray start`` started on this machine, or starts one here.
-
-    A cluster that another program started for itself is left alone: it ends with that program.
-
-    Args:
-        namespace: of the run's actors.
-        verbose: print what the actors log; it is in Ray's log files and dashboard in any case.
-    """
-    _quiet_ray()
-    _follow_authentication([os.environ.get("RAY_ADDRESS", "")])
-    import ray
-
-    options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.WARNING, "log_to_driver": verbose}
-    try:
-        ray.init(**options)
-    except ConnectionError:
-        if os.environ.get("RAY_ADDRESS"):
-            raise
-        # Ray's note of a cluster that is gone.
-        ray.init(address="local", **options)
-
-
-def join_ray() -> None:
-    """Joins the cluster that runs on this machine or that the environment names.
-
-    Raises:
-        PreflightError: there is none.
-    """
-    _quiet_ray()
-    named = os.environ.get("RAY_ADDRESS")
-    _follow_authentication([named] if named else _clusters_here())
-    import ray
-
-    try:
-        ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
-    except ray.exceptions.AuthenticationError as error:
-        raise PreflightError(
-            "the cluster asks for a token: put it into ~/.ray/auth_token, or name its file in RAY_AUTH_TOKEN_PATH"
-        ) from error
-    except ConnectionError as error:
-        raise PreflightError(
-            "no Ray cluster is running on this machine, and RAY_ADDRESS names none: is the job running?"
-        ) from error
-
-
-def _clusters_here() -> list[str]:
-    """Addresses of the Ray clusters that run on this machine."""
-    flag = "--gcs-address="
-    words = itertools.chain.from_iterable(p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"]))
-    return sorted({word.removeprefix(flag) for word in words if word.startswith(flag)})
-
-
-def _follow_authentication(addresses: Sequence[str]) -> None:
-    """Has Ray show its token where a cluster asks for one, as those do that a run starts itself.
-
-    Left to itself, Ray tries for 20 s without one, and then does not say why it failed. It reads the variable when it
-    is imported.
-    """
-    if os.environ.get("RAY_AUTH_MODE") is None and any(map(_asks_for_a_token, addresses)):
-        os.environ["RAY_AUTH_MODE"] = "token"
-
-
-def _asks_for_a_token(address: str) -> bool:
-    import grpc
-
-    if not re.fullmatch(r"[^/]+:[0-9]+", address):
-        return False
-    with grpc.insecure_channel(address) as channel:
-        try:
-            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=5)
-        except grpc.RpcError as error:
-            # Whatever else is wrong, joining will tell.
-            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
-    return False
-
-
-def _quiet_ray() -> None:
-    """Ray's own notices are for people who write Ray programs."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # A call that fails has several results, each of which would be reported once more; we await one of them.
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    # That a local cluster asks for its token is what we want, and what SECURITY.md says.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-
-
-def beside_the_driver() -> dict[str, Any]:
-    """Options of an actor that only passes things on: on the driver's node, without which there is no run anyway."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    own_node = NodeAffinitySchedulingStrategy(node_id(), soft=False)
-    return {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": own_node}
-
-
-async def name_is_free(name: str) -> None:
-    """Waits for what a run of this name that was killed a moment ago has left; Ray takes it away.
-
-    Raises:
-        PreflightError: a run of this name is running in this cluster.
-    """
-    import ray
-
-    deadline = time.monotonic() + LEFTOVERS_TIMEOUT_S
-    while names := ray.util.list_named_actors():
-        if time.monotonic() > deadline:
-            raise PreflightError(
-                f"a run named {name} is running in this cluster ({', '.join(sorted(names))}): "
-                "stop it, or take another name=..."
-            )
-        await asyncio.sleep(0.5)

@@ -32,7 +32,7 @@ def cluster(config: PrmConfig | OrmConfig) -> Iterator[None]:
         return
     import ray
 
-    from orchestrator.commands.launch import connect_ray
+    from orchestrator.pools.ray_session import connect_ray
 
     if ray.is_initialized():
         yield

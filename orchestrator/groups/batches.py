@@ -11,9 +11,7 @@ version it takes at least.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Awaitable, Callable
 
 from euphonium.config import RunConfig
 from euphonium.errors import LostActorError, RewardError, WeightsMissingError
@@ -22,11 +20,9 @@ from orchestrator.groups.buffer import TrajectoryBuffer, buffer_bounds
 from orchestrator.groups.credit import Batch, ScoredGroup
 from orchestrator.groups.prompts import PromptStream
 from orchestrator.groups.staleness import may_start
-from orchestrator.pools.crew import Crew
+from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.position import Position
 from orchestrator.report.statistics import RewardFailures
-
-log = logging.getLogger(__name__)
 
 
 class BatchSource:
@@ -39,28 +35,25 @@ class BatchSource:
     def __init__(
         self,
         config: RunConfig,
-        crew: Crew,
+        rollouts: RolloutService,
         position: Position,
         prompts: PromptStream,
         failures: RewardFailures,
-        republish: Callable[[], Awaitable[None]],
     ) -> None:
         """Nothing is drawn yet.
 
         Args:
             config: of the run.
-            crew: that draws and scores.
+            rollouts: that draws and scores.
             position: of the run.
             prompts: where the groups come from.
             failures: counts the rewards that could not be had.
-            republish: has weights that are missing published again.
         """
         self._config = config
-        self._crew = crew
+        self._rollouts = rollouts
         self._position = position
         self._prompts = prompts
         self._failures = failures
-        self._republish = republish
         self.buffer = TrajectoryBuffer(buffer_bounds(config), position)
         self._ahead: dict[int, asyncio.Task[Batch]] = {}
 
@@ -121,35 +114,22 @@ class BatchSource:
     async def _fill(self, task: GroupTask) -> str | None:
         """Draws and scores a group into the buffer once there is room for it; why it was given up, if it was."""
         await self.buffer.admit(task)
-        result = await self._attempt(task)
-        if isinstance(result, ScoredGroup):
-            await self.buffer.put(result)
+        try:
+            group = await self._draw_and_score(task)
+        except RewardError as error:
+            # Every request has been tried on all servers; the same group again would ask them the same.
+            self._failures.note(error)
+            reason = str(error)
+        except (LostActorError, WeightsMissingError) as error:
+            reason = str(error)
+        else:
+            await self.buffer.put(group)
             return None
         await self.buffer.drop(task)
-        return result
-
-    async def _attempt(self, task: GroupTask) -> ScoredGroup | str:
-        """A scored group, or why it was given up."""
-        reason = ""
-        for attempt in range(self._config.rewards.attempts):
-            if attempt:
-                log.warning("group %d (%s): trying again: %s", task.group_id, task.prompt, reason)
-                await asyncio.sleep(min(2.0**attempt, 15.0))
-            try:
-                return await self._draw_and_score(task)
-            except RewardError as error:
-                # Every request has been tried on all servers; the same group again would ask them the same.
-                self._failures.note(error)
-                return str(error)
-            except LostActorError as error:
-                reason = str(error)
-            except WeightsMissingError as error:
-                reason = str(error)
-                await self._republish()
         return reason
 
     async def _draw_and_score(self, task: GroupTask) -> ScoredGroup:
-        info, latents, payload = await self._crew.draw(task)
+        info, latents, payload = await self._rollouts.draw(task)
         prompts = [task.prompt] * self._config.rollout.group_size
-        scores, seconds = await self._crew.scores(latents, prompts, self._config.rewards.deadline_s)
+        scores, seconds = await self._rollouts.scores(latents, prompts, self._config.rewards.deadline_s)
         return ScoredGroup(info, latents, payload, scores, seconds)

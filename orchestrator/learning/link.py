@@ -18,17 +18,16 @@ from euphonium.config import RunConfig
 from euphonium.errors import LostActorError, TrainingError
 from euphonium.wire.deadlines import awaited
 from euphonium.wire.records import LearnerState, Publish, UpdateOrder, UpdateReport
+from euphonium.wire.roles import Mailbox, WeightDirectory, start_actor
 from euphonium.wire.weights.store import WeightStore
-from orchestrator.commands.launch import beside_the_driver
 from orchestrator.learning.group import LearnerGroup
 from orchestrator.learning.mailbox import LearnerMailbox
+from orchestrator.pools.ray_session import beside_the_driver
 from orchestrator.report.tracking import Progress
 
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorProxy
-
-    from euphonium.wire.roles import Mailbox, WeightDirectory
 
 MAILBOX, STORE = "learner-mailbox", "weight-store"
 RECOVERY_TIMEOUT_S = 120.0
@@ -63,8 +62,6 @@ class LearnerLink:
 
     def open(self) -> None:
         """Makes the mailbox and the weight store."""
-        from euphonium.wire.roles import Mailbox, WeightDirectory, start_actor
-
         # Both may be restarted by Ray; what they forget is told or published again.
         options = beside_the_driver()
         self._store = start_actor(WeightDirectory, WeightStore, {"name": STORE, **options})

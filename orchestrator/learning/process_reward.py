@@ -1,93 +1,197 @@
-"""The refresh of the process reward model in a run: its actor, and which servers have which weights."""
+"""Keeps the process reward model up with the policy, where the recipe says so (``rewards.process.refresh``).
+
+After every iteration its actor, a pool of one, takes in the iteration's samples; when a refresh is due it trains on
+all that it keeps, and the PRM servers get the new weights. Training goes in pieces of a few seconds, so that a stop is
+heard while it is under way: the refresh is then noted in the checkpoint, and made up for when the run goes on.
+
+Waits for: the actor, each answer within ``pools.learner.update_timeout_s``. One that was lost comes back without its
+samples and takes up the last checkpoint's.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from euphonium.config import RunConfig
-from euphonium.errors import TrainingError
+from euphonium.errors import LateError, LostActorError, TrainingError
+from euphonium.rewards.total import weighted_total
 from euphonium.wire.deadlines import awaited
 from euphonium.wire.records import Array, GroupPayload
-from learners.rewards.refresh import PrmRefreshActor
+from euphonium.wire.roles import PrmRefresher, PrmServer
+from orchestrator.groups.credit import Batch
+from orchestrator.interruption import Interruption, StopRequestedError
+from orchestrator.pools.run_pools import RunPools
 
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorProxy
 
-    from euphonium.wire.roles import PrmServer
-
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+# References to a group's final latents and to its transitions, and its weighted outcome rewards.
+Replayed = tuple["ObjectRef[Array]", "ObjectRef[GroupPayload]", Array]
 
 FOLDER = "process_reward"
+PIECE_S = 2.0
 
 
-class RefreshHandle:
-    """Feeds the refresh actor and keeps the PRM servers on its newest weights."""
+class ProcessRewardRefresh:
+    """Feeds the actor that refreshes the model, and keeps the PRM servers on its newest weights."""
 
-    def __init__(self, config: RunConfig) -> None:
-        import ray
+    def __init__(
+        self,
+        config: RunConfig,
+        pools: RunPools,
+        interruption: Interruption,
+        newest_checkpoint: Callable[[], Path | None],
+        say: Callable[[str], None],
+    ) -> None:
+        """Asks nobody yet.
 
-        from euphonium.wire.roles import PrmRefresher, start_actor
-
-        self._timeout = config.pools.learner.update_timeout_s
-        self._actor = start_actor(PrmRefresher, PrmRefreshActor, config.pools.prm.ray_options, config)
-        # Wherever the transitions lie; only the prompt's embeddings travel.
-        self._conditioning = ray.remote(_conditioning).options(num_cpus=0)
+        Args:
+            config: of the run.
+            pools: of the actor, if the recipe has a refresh, and of the PRM servers.
+            interruption: whether the run is to stop.
+            newest_checkpoint: folder that a lost actor takes up.
+            say: prints a line for people.
+        """
+        self._config = config
+        self._pools = pools
+        self._interruption = interruption
+        self._newest_checkpoint = newest_checkpoint
+        self._say = say
         self._version = 0
 
-    async def restore(self, checkpoint: Path | None, servers: Sequence[ActorProxy[PrmServer]]) -> None:
-        """Takes up a checkpoint's model and replay, at the start and after a rewind."""
-        folder = str(checkpoint / FOLDER) if checkpoint is not None else None
-        self._version = await self._wait(self._actor.restore.remote(folder))
-        await self._publish(servers)
+    async def restore(self) -> None:
+        """Has the actor take up the newest checkpoint, at the start and when the run went back to it.
 
-    async def step(
-        self,
-        iteration: int,
-        groups: Sequence[tuple[ObjectRef[Array], ObjectRef[GroupPayload], Array]],
-        servers: Sequence[ActorProxy[PrmServer]],
-        folder: Path | None,
-    ) -> dict[str, float]:
-        """After an iteration: replays its groups, refreshes if it is time, publishes, saves.
+        Raises:
+            StopRequestedError: a stop was requested while it made up for a refresh.
+            TrainingError: the actor does not answer.
+        """
+        pool = self._pools.prm_refresh
+        if pool is None:
+            return
+        async with pool.exclusive(0) as member:
+            await self._restore(member.handle)
+            await self._train(member.handle)
+            await self._publish(member.handle)
+
+    async def follow(self, iteration: int, batch: Batch, checkpoint: Path | None) -> dict[str, float]:
+        """After an iteration: takes in its groups, refreshes if it is time, and fills its part of a checkpoint.
 
         Args:
             iteration: from 1.
-            groups: references to final latents and to transitions, and weighted outcome rewards.
-            servers: handles of the PRM servers.
-            folder: of the checkpoint that is being written, or None.
+            batch: of the iteration.
+            checkpoint: folder that is being filled, or None.
 
         Returns:
-            Metrics.
+            Metrics; nothing without a refresh in the recipe.
+
+        Raises:
+            TrainingError: the actor was lost more often than ``rewards.attempts``, or its loss is not finite.
         """
+        if self._pools.prm_refresh is None:
+            return {}
+        rewards = self._config.rewards.outcome
+        return await self.step(
+            iteration, [(g.latents, g.payload, weighted_total(g.scores, rewards)) for g in batch.groups], checkpoint
+        )
+
+    async def save(self, checkpoint: Path) -> None:
+        """Fills its part of a checkpoint outside of an iteration; a refresh under way stays to be done.
+
+        Raises:
+            TrainingError: the actor does not answer.
+        """
+        pool = self._pools.prm_refresh
+        if pool is not None:
+            async with pool.exclusive(0) as member:
+                await self._save(member.handle, checkpoint)
+
+    async def step(self, iteration: int, groups: Sequence[Replayed], checkpoint: Path | None) -> dict[str, float]:
+        """:meth:`follow` with groups as they are replayed."""
+        pool = self._pools.prm_refresh
+        assert pool is not None
         began = time.monotonic()
+        failure: TrainingError | None = None
+        for _ in range(self._config.rewards.attempts):
+            async with pool.exclusive(0) as member:
+                try:
+                    if failure is not None:
+                        self._say(
+                            f"the refresh of the process reward model was lost and goes on from the last checkpoint, "
+                            f"without the samples since ({failure})"
+                        )
+                        await self._restore(member.handle)
+                    metrics = await self._step(member.handle, iteration, groups, checkpoint)
+                except LostActorError as error:
+                    failure = error
+                    pool.lose(member, kill=isinstance(error, LateError))
+                else:
+                    return {**metrics, "time/prm_refresh_s": time.monotonic() - began}
+        assert failure is not None
+        raise failure
+
+    async def _step(
+        self, actor: ActorProxy[PrmRefresher], iteration: int, groups: Sequence[Replayed], checkpoint: Path | None
+    ) -> dict[str, float]:
+        import ray
+
+        # Wherever the transitions lie; only the prompt's embeddings travel.
+        conditioning = ray.remote(_conditioning).options(num_cpus=0)
         added = [
-            self._actor.add.remote(iteration, latents, np.asarray(totals), self._conditioning.remote(payload))
+            actor.add.remote(iteration, latents, np.asarray(totals), conditioning.remote(payload))
             for latents, payload, totals in groups
         ]
-        target = None
-        if folder is not None:
-            target = str((folder / FOLDER).resolve())
-        step = self._actor.step.remote(iteration, target)
         await asyncio.gather(*(self._wait(ref) for ref in added))
-        self._version, metrics = await self._wait(step)
-        await self._publish(servers)
-        return {**metrics, "time/prm_refresh_s": time.monotonic() - began}
+        await self._wait(actor.begin.remote(iteration))
+        metrics: dict[str, float] = {}
+        # The update that these samples belong to is done: a stop must not keep its iteration from being committed.
+        with contextlib.suppress(StopRequestedError):
+            metrics = await self._train(actor)
+        if checkpoint is not None:
+            await self._save(actor, checkpoint)
+        await self._publish(actor)
+        return metrics
 
-    async def _publish(self, servers: Sequence[ActorProxy[PrmServer]]) -> None:
+    async def _train(self, actor: ActorProxy[PrmRefresher]) -> dict[str, float]:
+        """Has the actor train to the end of a refresh that is due; its metrics, nothing if none was."""
+        began = time.monotonic()
+        while True:
+            self._interruption.raise_if_requested()
+            self._version, metrics = await self._interruption.interruptible(self._wait(actor.go_on.remote(PIECE_S)))
+            if metrics is None:
+                continue
+            if "process/refresh_pairs" in metrics:
+                pairs, seconds = metrics["process/refresh_pairs"], time.monotonic() - began
+                self._say(f"process reward model refreshed on {pairs:.0f} pairs in {seconds:.0f} s")
+            return metrics
+
+    async def _save(self, actor: ActorProxy[PrmRefresher], checkpoint: Path) -> None:
+        await self._wait(actor.save.remote(str((checkpoint / FOLDER).resolve())))
+
+    async def _restore(self, actor: ActorProxy[PrmRefresher]) -> None:
+        newest = self._newest_checkpoint()
+        folder = str(newest / FOLDER) if newest is not None else None
+        self._version = await self._wait(actor.restore.remote(folder))
+
+    async def _publish(self, actor: ActorProxy[PrmRefresher]) -> None:
         """Sends weights to the servers that have others: after a refresh all, else those that were restarted."""
+        servers: Sequence[ActorProxy[PrmServer]] = self._pools.prm.reachable_handles if self._pools.prm else []
         versions = await asyncio.gather(*(self._asked(server.weights_version.remote()) for server in servers))
         behind = [s for s, version in zip(servers, versions, strict=True) if version not in (None, self._version)]
         if behind:
-            weights = self._actor.weights.remote()
+            weights = actor.weights.remote()
             await self._wait(weights)
             await asyncio.gather(*(self._asked(s.load_weights.remote(self._version, weights)) for s in behind))
 
@@ -100,7 +204,8 @@ class RefreshHandle:
             return None
 
     async def _wait(self, ref: Awaitable[_T]) -> _T:
-        return await awaited(ref, self._timeout, "an answer of the process reward model's refresh")
+        timeout = self._config.pools.learner.update_timeout_s
+        return await awaited(ref, timeout, "an answer of the process reward model's refresh")
 
 
 def _conditioning(payload: GroupPayload) -> dict[str, Array]:

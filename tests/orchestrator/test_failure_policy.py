@@ -14,7 +14,8 @@ from orchestrator.checkpoints import RunState
 from orchestrator.groups.batches import BatchSource
 from orchestrator.groups.credit import ScoredGroup
 from orchestrator.groups.prompts import PromptStream
-from orchestrator.pools.crew import Crew
+from orchestrator.pools.rollout_service import RolloutService
+from orchestrator.pools.run_pools import RunPools
 from orchestrator.position import Position
 from orchestrator.report.statistics import RewardFailures
 from orchestrator.report.tracking import Progress
@@ -41,15 +42,21 @@ class ScriptedSource(BatchSource):
 
 def collect(config: RunConfig, errors: dict[int, Exception]) -> tuple[Any, dict[str, float], list[int]]:
     position = Position(RunState(iteration=0, next_group=0, world_size=1))
-    crew, failures = Crew(config, position, Progress(1, 0)), RewardFailures(config.rewards)
+    pools = RunPools(config, dict.fromkeys(("prm", "orm", "rollout"), nobody), Progress(1, 0))
+    rollouts = RolloutService(config, pools, position, never)
+    failures = RewardFailures(config.rewards)
 
     async def next_batch() -> Any:
-        source = ScriptedSource(config, crew, position, PromptStream(["a prompt"], 0), failures, never)
+        source = ScriptedSource(config, rollouts, position, PromptStream(["a prompt"], 0), failures)
         source.errors, source.asked = errors, []
         return await source.next(), source.asked
 
     batch, asked = asyncio.run(next_batch())
     return (len(batch.groups), batch.dropped), failures.take(), asked
+
+
+def nobody(index: int) -> tuple[type, tuple[object, ...]]:
+    raise AssertionError("no actor is started")
 
 
 async def never() -> None:

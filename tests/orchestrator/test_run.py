@@ -125,7 +125,7 @@ def test_a_killed_role_is_replaced(
     config = stub_config(f"rollout.max_staleness={staleness}", "rewards.attempts=8")
     run = Slow(config, "tests", None)
     execute(run, kill)
-    assert all(len(pool.members) == pool.wanted for pool in run.crew.pools.values()), "nobody was given up"
+    assert all(len(pool.roster.members) == pool.roster.wanted for pool in run.pools.values()), "nobody was given up"
     if staleness == 0:
         assert chain(config) == expected
     else:
@@ -163,7 +163,7 @@ def test_a_pool_without_restarts_goes_on_smaller_and_ends_with_an_error_when_emp
         while run.position.iteration < 2:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(kill_process, "rollout-0")
-        while len(run.crew.pools["rollout"].members) > 1:
+        while len(run.pools["rollout"].roster.members) > 1:
             await asyncio.sleep(0.05)
         before = run.position.iteration
         while run.position.iteration < before + 3:
@@ -194,7 +194,7 @@ def test_pools_change_while_the_run_goes_on(
             await asyncio.sleep(0.05)
         desk = ray.get_actor(CONTROL)
         await desk.scale.remote({"rollout": 4, "orm": 2, "learner": 2})
-        while len(run.crew.pools["rollout"].present) < 4 or len(run.crew.pools["orm"].present) < 2:
+        while len(run.pools["rollout"].roster.present) < 4 or len(run.pools["orm"].roster.present) < 2:
             await asyncio.sleep(0.05)
         while run.config.pools.learner.num_workers != 2:
             await asyncio.sleep(0.05)
@@ -202,7 +202,7 @@ def test_pools_change_while_the_run_goes_on(
         while (await desk.status.remote())[0].pools["rollout"].wanted < 4:
             await asyncio.sleep(0.2)
         await desk.scale.remote({"rollout": 1, "orm": 1})
-        while len(run.crew.pools["rollout"].members) > 1 or len(run.crew.pools["orm"].members) > 1:
+        while len(run.pools["rollout"].roster.members) > 1 or len(run.pools["orm"].roster.members) > 1:
             await asyncio.sleep(0.05)
         with pytest.raises(ray.exceptions.RayTaskError, match="no prm pool"):
             await desk.scale.remote({"prm": 2})

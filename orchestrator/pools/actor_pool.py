@@ -1,0 +1,145 @@
+"""A pool of Ray actors of one role: started, handed out, watched, grown and shrunk while a run goes on.
+
+It holds the three parts that know each one thing: who is there (roster.py), what Ray says of them (supervisor.py), and
+how busy they are (load.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from euphonium.wire.records import PoolSnapshot
+from euphonium.wire.roles import PoolMember, ServerRef
+from orchestrator.pools.load import Load
+from orchestrator.pools.roster import Member, Roster
+from orchestrator.pools.supervisor import PoolSpec, Supervisor
+
+if TYPE_CHECKING:
+    from ray.actor import ActorProxy
+
+_M = TypeVar("_M", bound="PoolMember")
+
+
+class ActorPool(Generic[_M]):
+    """Actors of one role. The constructor starts nothing.
+
+    Attributes:
+        spec: what the pool is made of.
+        roster: who is in it.
+    """
+
+    def __init__(self, spec: PoolSpec[_M], say: Callable[[str], None], clients: Sequence[ActorPool[Any]] = ()) -> None:
+        """A pool without members.
+
+        Args:
+            spec: what it is made of.
+            say: prints a line for people.
+            clients: pools whose members send requests to this one's. They may do so to one that has left until the work
+                is done that they were at then.
+        """
+        self.spec = spec
+        self._clients = clients
+        restarts = f"pools.{spec.role}.max_restarts ({spec.config.max_restarts})"
+        self.roster: Roster[ActorProxy[_M]] = Roster(
+            f"the {spec.role} pool has no actor left: each of them died more than {restarts} times or could not be "
+            "placed again within pools.rejoin_timeout_s"
+        )
+        self._load = Load()
+        self._supervisor = Supervisor(spec, self.roster, self._load, say)
+
+    # --- size ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the configured number of actors, from within the event loop."""
+        self.roster.wanted = self.spec.config.num_actors
+        # How busy they are counts from here.
+        self._load.close(0)
+        self._supervisor.start(self.spec.config.num_actors)
+
+    async def wait_started(self) -> None:
+        """Waits until all actors that :meth:`start` started are present; the caller sets the deadline.
+
+        Raises:
+            TrainingError: one failed to start.
+        """
+        await self._supervisor.wait_started()
+
+    def stop(self) -> None:
+        """Ends all looking after actors, which stay as they are."""
+        self._supervisor.stop()
+
+    def resize(self, size: int) -> None:
+        """Grows or shrinks the pool; new members join when they are ready, leaving ones finish their work first.
+
+        Args:
+            size: at least 1.
+        """
+        missing = size - len(self.roster.staying)
+        if missing > 0:
+            self.roster.wanted = size
+            self._supervisor.start(missing)
+            return
+        for member in self.roster.shrink(size):
+            self._supervisor.dismiss(member, self._clients_idle)
+
+    async def _clients_idle(self) -> None:
+        await asyncio.gather(*(client.roster.wait_idle() for client in self._clients))
+
+    def lose(self, member: Member[ActorProxy[_M]], *, kill: bool = False) -> None:
+        """Gives a member no more work until it answers again.
+
+        Args:
+            member: that failed.
+            kill: it hangs: end its process, so that Ray starts it anew.
+        """
+        self._supervisor.lose(member, kill=kill)
+
+    # --- work ---------------------------------------------------------------------------------------------------
+
+    @property
+    def reachable_handles(self) -> list[ActorProxy[_M]]:
+        """Handles of the members that clients may ask."""
+        return [member.handle for member in self.roster.reachable]
+
+    @property
+    def references(self) -> tuple[ServerRef[_M], ...]:
+        """The same, with their nodes, as clients in other processes get them."""
+        return tuple(ServerRef(member.handle, member.node) for member in self.roster.reachable)
+
+    @contextlib.asynccontextmanager
+    async def exclusive(self, priority: int) -> AsyncIterator[Member[ActorProxy[_M]]]:
+        """A present member for oneself, for roles that do one thing at a time; the lowest priority goes first.
+
+        Raises:
+            TrainingError: no member is left.
+        """
+        async with self.roster.exclusive(priority) as member:
+            self._load.begin(member.name)
+            try:
+                yield member
+            finally:
+                self._load.end(member.name)
+
+    # --- numbers ------------------------------------------------------------------------------------------------
+
+    def demand(self) -> dict[str, float]:
+        """Resources that the whole pool reserves, by Ray's names."""
+        return self._supervisor.demand()
+
+    def busy_fraction(self) -> float:
+        """Share of its members' time that the pool has worked since the last call."""
+        return self._load.close(len(self.roster.present))
+
+    def status(self) -> PoolSnapshot:
+        """The pool as it stands."""
+        roster = self.roster
+        return PoolSnapshot(
+            wanted=roster.wanted,
+            present=len(roster.present),
+            working=sum(1 for member in roster.working if member.state == "present"),
+            busy=self._load.last,
+            members={member.name: member.state for member in roster.members},
+        )

@@ -1,0 +1,174 @@
+"""What a run asks of its pools: groups, evaluation samples, their scores and their videos.
+
+A rollout actor works for one caller at a time; callers wait for one in the order of their groups, evaluation first.
+Rollouts whose actor is lost are given to another one, and weights that the store has lost are published again first;
+requests to ORM servers have retries of their own (euphonium/wire/clients.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from euphonium.config import RunConfig
+from euphonium.errors import LateError, LostActorError, TrainingError, WeightsMissingError
+from euphonium.wire.clients import RewardClient
+from euphonium.wire.deadlines import awaited
+from euphonium.wire.records import (
+    Array,
+    GroupInfo,
+    GroupPayload,
+    GroupTask,
+    OrmAnswer,
+    Videos,
+    WeightKind,
+)
+from euphonium.wire.roles import OrmServer, RolloutContext, RolloutServer, generate_group
+from orchestrator.pools.roster import Member
+from orchestrator.pools.run_pools import RunPools
+from orchestrator.position import Position
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorProxy
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+LONGEST_PAUSE_S = 15.0
+
+
+class RolloutService:
+    """Rollout actors and reward servers, to those who want samples and scores."""
+
+    def __init__(
+        self, config: RunConfig, pools: RunPools, position: Position, republish: Callable[[], Awaitable[None]]
+    ) -> None:
+        """A service that asks nobody yet.
+
+        Args:
+            config: of the run. ``rewards.attempts`` holds for rollouts and evaluation samples too.
+            pools: who is asked.
+            position: of the run: which weights are to be used.
+            republish: has weights that are missing published again.
+        """
+        self._config = config
+        self._pools = pools
+        self._position = position
+        self._republish = republish
+        self._orm: RewardClient[OrmServer] = RewardClient("orm", lambda: pools.orm.references, config.rewards)
+
+    @property
+    def rollout_actors(self) -> int:
+        """Rollout actors that take work now."""
+        return len(self._pools.rollout.roster.present)
+
+    async def draw(self, task: GroupTask) -> tuple[GroupInfo, ObjectRef[Array], ObjectRef[GroupPayload]]:
+        """Has a rollout actor draw a group.
+
+        Returns:
+            What is to be known of it, and references to its final latents and its transitions.
+
+        Raises:
+            LostActorError: the actors of all attempts died or hung.
+            WeightsMissingError: the weight store did not have the weights in the last attempt.
+            TrainingError: a pool has no actor left.
+        """
+        return await self._attempts(lambda: self._draw(task), f"group {task.group_id} ({task.prompt})")
+
+    async def samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: WeightKind) -> Array:
+        """Has a rollout actor draw evaluation samples, before all groups.
+
+        Args:
+            prompts: texts.
+            seeds: of their noise.
+            kind: of weights.
+
+        Returns:
+            Latents ``[len(prompts), *latent]``.
+
+        Raises:
+            LostActorError: the actors of all attempts died or hung.
+            WeightsMissingError: the weight store did not have the weights in the last attempt.
+            TrainingError: the rollout pool has no actor left.
+        """
+        return await self._attempts(lambda: self._samples(prompts, seeds, kind), "evaluation samples")
+
+    async def scores(
+        self, latents: Array | ObjectRef[Array], prompts: Sequence[str], timeout_s: float
+    ) -> tuple[OrmAnswer, float]:
+        """Outcome rewards of latents, or of a reference to them, and the seconds that they took.
+
+        Raises:
+            RewardError: no server answered with finite numbers.
+        """
+        return await self._ask_orm(lambda server: server.score.remote(latents, prompts, timeout_s), timeout_s)
+
+    async def videos(self, latents: Array, timeout_s: float) -> Videos:
+        """Decoded latents, uint8 ``[batch, frames, height, width, 3]``.
+
+        Raises:
+            RewardError: no server answered.
+        """
+        return await self._ask_orm(lambda server: server.videos.remote(latents), timeout_s)
+
+    async def _attempts(self, work: Callable[[], Awaitable[_T]], what: str) -> _T:
+        """Does work that may lose its actor or its weights, as often as ``rewards.attempts`` says."""
+        last: TrainingError | None = None
+        for attempt in range(self._config.rewards.attempts):
+            if attempt:
+                log.warning("%s: trying again: %s", what, last)
+                await asyncio.sleep(min(2.0**attempt, LONGEST_PAUSE_S))
+            try:
+                return await work()
+            except LostActorError as error:
+                last = error
+            except WeightsMissingError as error:
+                last = error
+                await self._republish()
+        assert last is not None
+        raise last
+
+    async def _draw(self, task: GroupTask) -> tuple[GroupInfo, ObjectRef[Array], ObjectRef[GroupPayload]]:
+        if self._pools.prm is not None:
+            await self._pools.prm.roster.wait_present()
+        async with self._pools.rollout.exclusive(priority=task.group_id) as member:
+            # The driver makes the call, so it owns the three results: they outlive the actor.
+            info_ref, latents, payload = generate_group(member.handle, task, self._context("policy"))
+            info = await self._rollout_answer(member, info_ref, f"group {task.group_id} from the rollout pool")
+        return info, latents, payload
+
+    async def _samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: WeightKind) -> Array:
+        async with self._pools.rollout.exclusive(priority=-1) as member:
+            ref = member.handle.evaluate.remote(prompts, seeds, self._context(kind))
+            return await self._rollout_answer(member, ref, "evaluation samples")
+
+    def _context(self, kind: WeightKind) -> RolloutContext:
+        """What rollout actors work with from now on."""
+        prm = self._pools.prm
+        return RolloutContext(
+            version=self._position.iteration,
+            history=self._position.history,
+            kind=kind,
+            prm_servers=prm.references if prm is not None else (),
+            orm_servers=self._pools.orm.references,
+        )
+
+    async def _rollout_answer(self, member: Member[ActorProxy[RolloutServer]], ref: Awaitable[_T], what: str) -> _T:
+        """Awaits a rollout actor's answer; one that dies, or hangs and is killed, gets no work until it is back."""
+        try:
+            return await awaited(ref, self._config.rollout.deadline_s, what)
+        except LateError:
+            self._pools.rollout.lose(member, kill=True)
+            raise
+        except LostActorError:
+            self._pools.rollout.lose(member)
+            raise
+
+    async def _ask_orm(self, send: Callable[[ActorProxy[OrmServer]], ObjectRef[_T]], timeout_s: float) -> _T:
+        """An ORM server's answer."""
+        async with self._pools.orm.roster.shared():
+            return await self._orm.ask(send, timeout_s)

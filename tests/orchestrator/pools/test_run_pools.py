@@ -1,0 +1,68 @@
+"""Which pools a run has, and what each of them takes; nothing is started."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from euphonium.config import RunConfig
+from orchestrator.pools.roster import Member
+from orchestrator.pools.run_pools import RunPools
+from orchestrator.report.tracking import Progress
+
+MakeConfig = Callable[..., RunConfig]
+REFRESH = "rewards.process.refresh.every=2"
+
+
+def pools_of(config: RunConfig, *roles: str) -> RunPools:
+    return RunPools(config, {role: lambda i: (object, ()) for role in roles}, Progress(1, 0))
+
+
+def test_a_run_has_the_pools_that_it_has_actors_for_and_starts_those_that_are_asked_first(
+    make_config: MakeConfig,
+) -> None:
+    pools = pools_of(make_config(), "rollout", "orm")
+    assert (list(pools), pools.prm, pools.prm_refresh) == (["orm", "rollout"], None, None)
+    everything = pools_of(make_config(REFRESH), "rollout", "orm", "prm", "prm_refresh")
+    assert list(everything) == ["prm", "prm_refresh", "orm", "rollout"]
+    assert everything["prm"] is everything.prm
+    assert not any(pool.roster.members for pool in everything.values())
+
+
+def test_prm_servers_alone_are_spread_over_the_nodes(make_config: MakeConfig) -> None:
+    pools = pools_of(make_config(REFRESH), "rollout", "orm", "prm", "prm_refresh")
+    assert {role for role, pool in pools.items() if pool.spec.spread} == {"prm"}
+
+
+def test_the_refresh_is_one_actor_that_takes_what_a_prm_server_takes_unless_it_has_a_share_of_its_own(
+    make_config: MakeConfig,
+) -> None:
+    shared = make_config(REFRESH, "pools.prm.num_actors=3", "pools.prm.threads=4", "pools.prm.max_restarts=7")
+    spec = pools_of(shared, "rollout", "orm", "prm", "prm_refresh")["prm_refresh"].spec
+    assert (spec.config.num_actors, spec.config.num_cpus, spec.config.threads, spec.config.max_restarts) == (
+        1, 0.1, 4, 7,
+    )  # fmt: skip
+    own = make_config(REFRESH, "pools.prm.threads=4", "pools.prm_refresh.num_gpus=1")
+    pools = pools_of(own, "rollout", "orm", "prm", "prm_refresh")
+    assert pools["prm_refresh"].spec.config.reserved == {"CPU": 1.0, "GPU": 1.0}
+    assert pools["prm"].spec.config.reserved == {"CPU": 0.1}
+
+
+def test_the_refresh_is_shown_but_is_no_pool_that_changes_its_size(make_config: MakeConfig) -> None:
+    pools = pools_of(make_config(REFRESH), "rollout", "orm", "prm", "prm_refresh")
+    pools.resize("prm_refresh", 2)
+    pools.resize("no such pool", 2)
+    assert pools["prm_refresh"].roster.wanted == 0
+    assert set(pools.status()) == {"prm", "prm_refresh", "orm", "rollout"}
+    assert set(pools.load()) == {f"{what}/{role}" for what in ("busy", "pool") for role in ("prm", "orm", "rollout")}
+
+
+@pytest.mark.parametrize(("transport", "receivers"), [("object_store", ()), ("collective", ("rollout-1",))])
+def test_a_broadcast_of_weights_reaches_the_rollout_actors_that_are_present(
+    make_config: MakeConfig, transport: str, receivers: tuple[str, ...]
+) -> None:
+    pools = pools_of(make_config(f"pools.learner.weight_transport={transport}"), "rollout", "orm")
+    for i in (0, 1):
+        pools.rollout.roster.add(Member(f"rollout-{i}", None))
+    asyncio.run(pools.rollout.roster.join(pools.rollout.roster.members[1]))
+    assert pools.weight_receivers() == receivers
