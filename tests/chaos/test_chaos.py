@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from orchestrator.checkpoints import MANIFEST, CheckpointStore
+from euphonium.files import MANIFEST
+from orchestrator.checkpoints import CheckpointStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 BOUND_S = 400.0
