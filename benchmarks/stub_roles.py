@@ -25,9 +25,10 @@ from euphonium.config import RunConfig, load_config
 from euphonium.errors import LostActorError, TrainingError
 from euphonium.wire.deadlines import get
 from euphonium.wire.records import GroupInfo, GroupPayload, GroupTask, Publish, Readiness, Save, Update, UpdateReport
-from euphonium.wire.roles import Mailbox, WeightDirectory, named_actor
+from euphonium.wire.roles import Mailbox, OrmServer, RolloutServer, WeightDirectory, named_actor, start_actor
 from euphonium.wire.weights.manifest import WeightManifest, pack
 from orchestrator.learning.link import MAILBOX, STORE
+from orchestrator.pools.run_pools import ActorFactories
 from orchestrator.run import Run
 
 SIZE = 16
@@ -248,13 +249,15 @@ class StubRun(Run):
         config.run_dir.mkdir(parents=True, exist_ok=True)
         super().__init__(config, namespace, resume)
 
-    def actors(self) -> dict[str, Any]:
+    def actors(self) -> ActorFactories:
         """See :class:`orchestrator.run.Run`."""
         config, seconds, values, score, start = self.config, self.rollout_s, self.values, self.score_s, self.start_s
-        return {
-            "orm": lambda i: (StubJudge, (score, start)),
-            "rollout": lambda i: (StubRollout, (i, config, seconds, values, start)),
-        }
+        return ActorFactories(
+            orm=lambda _, options: start_actor(OrmServer, StubJudge, options, score, start),
+            rollout=lambda i, options: start_actor(
+                RolloutServer, StubRollout, options, i, config, seconds, values, start
+            ),
+        )
 
     def learner_group(self) -> Any:
         """See :class:`orchestrator.run.Run`."""

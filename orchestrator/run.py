@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from actors.rollout import RolloutActor
 from euphonium.config import RunConfig, dump_config
 from euphonium.wire.records import PoolSnapshot, RunSnapshot, Save, TrainingGroup, Update, UpdateReport
+from euphonium.wire.roles import OrmServer, PrmRefresher, PrmServer, RolloutServer, start_actor
 from learners.rewards.refresh import PrmRefreshActor
 from orchestrator.checkpoints import BackgroundCommits, Checkpoint, CheckpointStore, RunState
 from orchestrator.desk import DeskLine
@@ -30,8 +31,7 @@ from orchestrator.learning.link import MAILBOX, STORE, LearnerLink, LearnerResta
 from orchestrator.learning.process_reward import ProcessRewardRefresh
 from orchestrator.pools.resources import lacking_resources
 from orchestrator.pools.rollout_service import RolloutService
-from orchestrator.pools.run_pools import RunPools
-from orchestrator.pools.supervisor import ActorFactory
+from orchestrator.pools.run_pools import ActorFactories, RunPools
 from orchestrator.position import Position, Turn
 from reward_servers.orm import OrmActor
 from reward_servers.prm import PrmActor
@@ -89,17 +89,17 @@ class Run:
         """Whether all iterations are done."""
         return self.position.iteration == self.config.iterations
 
-    def actors(self) -> Mapping[str, ActorFactory]:
-        """Class and arguments of the actors of every role, by their index in the pool."""
-        config = self.config
-        roles: dict[str, ActorFactory] = {}
-        if config.rewards.process is not None:
-            roles["prm"] = lambda i: (PrmActor, (i, config))
-            if config.rewards.process.refresh is not None:
-                roles["prm_refresh"] = lambda i: (PrmRefreshActor, (config,))
-        roles["orm"] = lambda i: (OrmActor, (i, config))
-        roles["rollout"] = lambda i: (RolloutActor, (i, config, STORE))
-        return roles
+    def actors(self) -> ActorFactories:
+        """What starts the actors of every role."""
+        config, process = self.config, self.config.rewards.process
+        return ActorFactories(
+            rollout=lambda i, options: start_actor(RolloutServer, RolloutActor, options, i, config, STORE),
+            orm=lambda i, options: start_actor(OrmServer, OrmActor, options, i, config),
+            prm=(lambda i, options: start_actor(PrmServer, PrmActor, options, i, config)) if process else None,
+            prm_refresh=(lambda _i, options: start_actor(PrmRefresher, PrmRefreshActor, options, config))
+            if process and process.refresh
+            else None,
+        )
 
     def learner_group(self) -> LearnerGroup:
         """A learner group of the present size, not yet started."""

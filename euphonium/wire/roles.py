@@ -8,9 +8,9 @@ position. That the classes keep to these declarations is checked by a test, whic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import ray
 from ray import ObjectRef
@@ -35,6 +35,7 @@ from euphonium.wire.records import (
 from euphonium.wire.weights.manifest import Bucket, WeightManifest
 
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
 
 
 class PoolMember(Protocol):
@@ -285,7 +286,9 @@ def named_actor(role: type[_T], name: str, namespace: str | None = None) -> Acto
     return cast("ActorProxy[_T]", ray.get_actor(name, namespace=namespace))
 
 
-def start_actor(role: type[_T], cls: type, options: dict[str, Any], *arguments: Any) -> ActorProxy[_T]:
+def start_actor(
+    role: type[_T], cls: Callable[_P, object], options: Mapping[str, Any], *arguments: _P.args, **named: _P.kwargs
+) -> ActorProxy[_T]:
     """Starts an actor of a class that keeps to a role's declaration.
 
     Args:
@@ -293,8 +296,21 @@ def start_actor(role: type[_T], cls: type, options: dict[str, Any], *arguments: 
         cls: its class.
         options: Ray's, for example ``name``.
         arguments: of the class.
+        named: of the class.
     """
-    return cast("ActorProxy[_T]", ray.remote(cls).options(**options).remote(*arguments))
+    # Ray does not know the constructor's parameters; the signature here does.
+    start = cast("Callable[_P, ActorProxy[_T]]", ray.remote(cast("type", cls)).options(**options).remote)
+    return start(*arguments, **named)
+
+
+def remote_task(work: Callable[_P, _T], options: Mapping[str, Any]) -> Callable[_P, ObjectRef[_T]]:
+    """What calls a function in a process of its own.
+
+    Args:
+        work: the function.
+        options: Ray's, for example what it reserves.
+    """
+    return cast("Callable[_P, ObjectRef[_T]]", ray.remote(work).options(**options).remote)
 
 
 def kill_actor(actor: ActorProxy[_T], *, restart: bool) -> None:
@@ -312,6 +328,8 @@ def generate_group(
         calls owns all three, so they outlive the actor.
     """
     # Ray's types know one reference a call.
-    untyped = cast("Any", actor)
-    info, latents, payload = untyped.generate.options(num_returns=3).remote(task, context)
-    return info, latents, payload
+    generate = cast(
+        "Callable[[GroupTask, RolloutContext], tuple[ObjectRef[GroupInfo], ObjectRef[Array], ObjectRef[GroupPayload]]]",
+        cast("Any", actor).generate.options(num_returns=3).remote,
+    )
+    return generate(task, context)

@@ -76,11 +76,11 @@ def map_shares(
 
     shares = min(pool.num_workers, count)
     bounds = [count * i // shares for i in range(shares + 1)]
-    task = ray.remote(_task).options(**pool.ray_options)
+    from euphonium.wire.roles import remote_task
+
     shared = [ray.put(argument) for argument in arguments]
-    refs = [
-        task.remote(work, pool.threads, range(low, high), named, *shared) for low, high in itertools.pairwise(bounds)
-    ]
+    run_share = remote_task(_task, pool.ray_options)
+    refs = [run_share(work, pool.threads, range(low, high), named, *shared) for low, high in itertools.pairwise(bounds)]
     began, waiting = time.monotonic(), list(refs)
     while waiting:
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=SAY_EVERY_S)

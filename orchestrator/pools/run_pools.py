@@ -6,6 +6,7 @@ What they are asked to do is in rollout_service.py. The learner group is none of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from typing_extensions import override
@@ -19,6 +20,16 @@ from orchestrator.pools.supervisor import ActorFactory, PoolSpec
 from orchestrator.report.tracking import Progress
 
 _M = TypeVar("_M", bound="PoolMember")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorFactories:
+    """What starts the actors of a run, by role; a role without one is not in the run."""
+
+    rollout: ActorFactory[RolloutServer]
+    orm: ActorFactory[OrmServer]
+    prm: ActorFactory[PrmServer] | None = None
+    prm_refresh: ActorFactory[PrmRefresher] | None = None
 
 
 class RunPools(Mapping[str, ActorPool[Any]]):
@@ -36,31 +47,31 @@ class RunPools(Mapping[str, ActorPool[Any]]):
     orm: ActorPool[OrmServer]
     rollout: ActorPool[RolloutServer]
 
-    def __init__(self, config: RunConfig, factories: Mapping[str, ActorFactory], progress: Progress) -> None:
+    def __init__(self, config: RunConfig, factories: ActorFactories, progress: Progress) -> None:
         """Pools without members.
 
         Args:
             config: of the run.
-            factories: class and arguments of the actors by role; ``prm`` and ``prm_refresh`` may be missing.
+            factories: what starts their actors.
             progress: prints who joins and who is lost.
         """
-        self._config, self._factories, self._progress = config, factories, progress
+        self._config, self._progress = config, progress
         pools = config.pools
-        self.rollout = self._pool("rollout", pools.rollout, RolloutServer)
+        self.rollout = self._pool("rollout", pools.rollout, factories.rollout)
         # A rollout keeps the servers' names for as long as its group takes.
         clients = [self.rollout]
-        self.orm = self._pool("orm", pools.orm, OrmServer, clients)
+        self.orm = self._pool("orm", pools.orm, factories.orm, clients)
         # PRM servers are asked in every step of every sample: clients prefer one on their own node, if there is one.
-        self.prm = self._pool("prm", pools.prm, PrmServer, clients, spread=True) if "prm" in factories else None
+        self.prm = self._pool("prm", pools.prm, factories.prm, clients, spread=True) if factories.prm else None
         self.prm_refresh = (
-            self._pool("prm_refresh", pools.refresh_pool, PrmRefresher) if "prm_refresh" in factories else None
+            self._pool("prm_refresh", pools.refresh_pool, factories.prm_refresh) if factories.prm_refresh else None
         )
 
     def _pool(
         self,
         role: str,
         size: PoolConfig,
-        interface: type[_M],
+        factory: ActorFactory[_M],
         clients: Sequence[ActorPool[Any]] = (),
         *,
         spread: bool = False,
@@ -68,8 +79,7 @@ class RunPools(Mapping[str, ActorPool[Any]]):
         spec = PoolSpec(
             role=role,
             config=size,
-            interface=interface,
-            factory=self._factories[role],
+            factory=factory,
             start_timeout_s=self._config.pools.start_timeout_s,
             rejoin_timeout_s=self._config.pools.rejoin_timeout_s,
             spread=spread,

@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from euphonium.config import PoolConfig
 from euphonium.errors import TrainingError
 from euphonium.wire.deadlines import describe
-from euphonium.wire.roles import PoolMember, kill_actor, start_actor
+from euphonium.wire.roles import PoolMember, kill_actor
 from orchestrator.pools.load import Load
 from orchestrator.pools.resources import free_resources
 from orchestrator.pools.roster import Member, Roster
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from ray.actor import ActorProxy
 
     from euphonium.wire.records import Readiness
+
 _M = TypeVar("_M", bound="PoolMember")
 
-# Class and arguments of the actor with an index.
-ActorFactory = Callable[[int], tuple[type, tuple[object, ...]]]
+# Starts the actor with an index under Ray's options.
+ActorFactory = Callable[[int, Mapping[str, Any]], "ActorProxy[_M]"]
 
 PING_EVERY_S = 3.0
 
@@ -42,8 +43,7 @@ class PoolSpec(Generic[_M]):
     Attributes:
         role: name of the pool.
         config: how many actors, and what each of them takes.
-        interface: what they answer to.
-        factory: class and arguments of each.
+        factory: starts each.
         start_timeout_s: longest wait for one that joins later.
         rejoin_timeout_s: longest wait for one that was lost.
         spread: whether they go to different nodes as far as possible.
@@ -51,8 +51,7 @@ class PoolSpec(Generic[_M]):
 
     role: str
     config: PoolConfig
-    interface: type[_M]
-    factory: ActorFactory
+    factory: ActorFactory[_M]
     start_timeout_s: float
     rejoin_timeout_s: float
     spread: bool = False
@@ -84,9 +83,8 @@ class Supervisor(Generic[_M]):
         }
         for _ in range(count):
             index = next(self._indices)
-            cls, arguments = spec.factory(index)
             name = f"{spec.role}-{index}"
-            member = Member(name, start_actor(spec.interface, cls, {"name": name, **options}, *arguments))
+            member = Member(name, spec.factory(index, {"name": name, **options}))
             self._roster.add(member)
             self._spawn(self._watch(member))
 

@@ -15,7 +15,7 @@ from orchestrator.groups.batches import BatchSource
 from orchestrator.groups.credit import ScoredGroup
 from orchestrator.groups.prompts import PromptStream
 from orchestrator.pools.rollout_service import RolloutService
-from orchestrator.pools.run_pools import RunPools
+from orchestrator.pools.run_pools import ActorFactories, RunPools
 from orchestrator.position import Position
 from orchestrator.report.statistics import RewardFailures
 from orchestrator.report.tracking import Progress
@@ -42,7 +42,7 @@ class ScriptedSource(BatchSource):
 
 def collect(config: RunConfig, errors: dict[int, Exception]) -> tuple[Any, dict[str, float], list[int]]:
     position = Position(RunState(iteration=0, next_group=0, world_size=1))
-    pools = RunPools(config, dict.fromkeys(("prm", "orm", "rollout"), nobody), Progress(1, 0))
+    pools = RunPools(config, ActorFactories(prm=nobody, orm=nobody, rollout=nobody), Progress(1, 0))
     rollouts = RolloutService(config, pools, position, never)
     failures = RewardFailures(config.rewards)
 
@@ -55,7 +55,7 @@ def collect(config: RunConfig, errors: dict[int, Exception]) -> tuple[Any, dict[
     return (len(batch.groups), batch.dropped), failures.take(), asked
 
 
-def nobody(index: int) -> tuple[type, tuple[object, ...]]:
+def nobody(index: int, options: Any) -> Any:
     raise AssertionError("no actor is started")
 
 

@@ -11,11 +11,12 @@ import pytest
 
 from euphonium.config import RunConfig
 from euphonium.wire.records import GroupPayload
+from euphonium.wire.roles import PrmRefresher, PrmServer, start_actor
 from learners.rewards.refresh import PrmRefreshActor
 from orchestrator.interruption import Interruption
 from orchestrator.learning import process_reward
 from orchestrator.learning.process_reward import FOLDER, ProcessRewardRefresh
-from orchestrator.pools.run_pools import RunPools
+from orchestrator.pools.run_pools import ActorFactories, RunPools
 from orchestrator.report.tracking import Progress
 from reward_servers.prm import PrmActor
 
@@ -44,10 +45,12 @@ class Watched:
     """The refresh as a run has it, with the pools that it needs, and what it says."""
 
     def __init__(self, config: RunConfig, checkpoint: Path | None = None) -> None:
-        factories = {
-            "prm": lambda i: (PrmActor, (i, config)), "prm_refresh": lambda i: (PrmRefreshActor, (config,)),
-            "orm": nobody, "rollout": nobody,
-        }  # fmt: skip
+        factories = ActorFactories(
+            prm=lambda i, options: start_actor(PrmServer, PrmActor, options, i, config),
+            prm_refresh=lambda i, options: start_actor(PrmRefresher, PrmRefreshActor, options, config),
+            orm=nobody,
+            rollout=nobody,
+        )
         self.pools = RunPools(config, factories, Progress(1, 0))
         self.interruption = Interruption(lambda: None)
         self.checkpoint = checkpoint
@@ -74,7 +77,7 @@ class Watched:
             await asyncio.sleep(0.1)
 
 
-def nobody(index: int) -> tuple[type, tuple[object, ...]]:
+def nobody(index: int, options: Any) -> Any:
     raise AssertionError("no such actor is started")
 
 

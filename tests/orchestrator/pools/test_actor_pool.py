@@ -10,7 +10,7 @@ import pytest
 from euphonium.config import PoolConfig
 from euphonium.errors import ResourcesError, TrainingError
 from euphonium.wire.records import Readiness
-from euphonium.wire.roles import PoolMember
+from euphonium.wire.roles import PoolMember, start_actor
 from orchestrator.pools.actor_pool import ActorPool
 from orchestrator.pools.start_up import wait_started
 from orchestrator.pools.supervisor import PoolSpec
@@ -44,7 +44,8 @@ class Crashing(Idle):
 
 def pool_of(role: str, cls: type = Idle, *, clients: Sequence[ActorPool[Any]] = (), **share: Any) -> ActorPool[Any]:
     spec = PoolSpec(
-        role=role, config=PoolConfig(**{"num_cpus": 0, **share}), interface=PoolMember, factory=lambda i: (cls, ()),
+        role=role, config=PoolConfig(**{"num_cpus": 0, **share}),
+        factory=lambda _, options: start_actor(PoolMember, cls, options),
         start_timeout_s=60.0, rejoin_timeout_s=60.0,
     )  # fmt: skip
     return ActorPool(spec, [].append, clients)

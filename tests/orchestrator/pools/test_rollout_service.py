@@ -16,7 +16,7 @@ from orchestrator.checkpoints import RunState
 from orchestrator.pools import rollout_service
 from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.pools.roster import Member
-from orchestrator.pools.run_pools import RunPools
+from orchestrator.pools.run_pools import ActorFactories, RunPools
 from orchestrator.position import Position
 from orchestrator.report.tracking import Progress
 
@@ -57,7 +57,7 @@ class Setting:
     """A service with one rollout actor for each script."""
 
     def __init__(self, config: RunConfig, *scripts: Sequence[Any]) -> None:
-        self.pools = RunPools(config, dict.fromkeys(("orm", "rollout"), never), Progress(1, 0))
+        self.pools = RunPools(config, ActorFactories(orm=never, rollout=never), Progress(1, 0))
         self.handles = [Handle(script) for script in scripts]
         self.position = Position(RunState(iteration=5, next_group=0, world_size=1), history=2)
         self.published = 0
@@ -74,7 +74,7 @@ class Setting:
         return self.service
 
 
-def never(index: int) -> tuple[type, tuple[object, ...]]:
+def never(index: int, options: Any) -> Any:
     raise AssertionError("no actor is started")
 
 

@@ -2,20 +2,25 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from euphonium.config import RunConfig
 from orchestrator.pools.roster import Member
-from orchestrator.pools.run_pools import RunPools
+from orchestrator.pools.run_pools import ActorFactories, RunPools
 from orchestrator.report.tracking import Progress
 
 MakeConfig = Callable[..., RunConfig]
 REFRESH = "rewards.process.refresh.every=2"
 
 
+def nobody(index: int, options: Any) -> Any:
+    raise AssertionError("no actor is started")
+
+
 def pools_of(config: RunConfig, *roles: str) -> RunPools:
-    return RunPools(config, {role: lambda i: (object, ()) for role in roles}, Progress(1, 0))
+    return RunPools(config, ActorFactories(**dict.fromkeys(roles, nobody)), Progress(1, 0))
 
 
 def test_a_run_has_the_pools_that_it_has_actors_for_and_starts_those_that_are_asked_first(
