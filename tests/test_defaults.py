@@ -11,9 +11,6 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("euphonium", "actors", "reward_servers", "learners", "orchestrator")
 ALLOWED = {
     ("*", "seed"): "every seed is that of something else",
-    ("shifted_sigmas", "shift"): "1 is no shift, not a choice",
-    ("ActorPool.__init__", "start_timeout_s"): "the pools' own timeouts, used by a pool that stands alone",
-    ("ActorPool.__init__", "rejoin_timeout_s"): "the pools' own timeouts, used by a pool that stands alone",
 }
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -54,11 +54,16 @@ def folder(tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(folder: Path, *arguments: str) -> tuple[int, str]:
+MODULE = (sys.executable, "-m", "orchestrator")
+# What `euphonium` on the path is: Python puts the script's folder on its path, not the working directory.
+SCRIPT = (str(Path(sys.executable).with_name("euphonium")),)
+
+
+def command(folder: Path, *arguments: str, program: Sequence[str] = MODULE) -> tuple[int, str]:
     """Runs the command line in a folder; answers its process id and output."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", *arguments], cwd=folder, env=environment, text=True,
+        [*program, *arguments], cwd=folder, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
         try:
@@ -74,8 +79,9 @@ def notes(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "models" / "notes.jsonl").read_text().splitlines()]
 
 
-def test_the_driver_finds_the_folders_reward_and_our_library(folder: Path) -> None:
-    _, output = command(folder, "validate", "recipe.yaml")
+@pytest.mark.parametrize("program", [MODULE, SCRIPT], ids=["module", "console script"])
+def test_the_driver_finds_the_folders_reward_and_our_library(folder: Path, program: Sequence[str]) -> None:
+    _, output = command(folder, "validate", "recipe.yaml", program=program)
     assert "models.my_reward:MyReward" in output
     assert {note["library"] for note in notes(folder)} == {str(ROOT / "euphonium" / "__init__.py")}
 

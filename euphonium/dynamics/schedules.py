@@ -42,7 +42,7 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def shifted_sigmas(num_steps: int, shift: float = 1.0) -> Tensor:
+def shifted_sigmas(num_steps: int, shift: float) -> Tensor:
     """Uniform grid of noise fractions under the time shift of :func:`shift_sigma`.
 
     Equals the sigmas of diffusers' ``FlowMatchEulerDiscreteScheduler`` fed with ``linspace(1, 0, num_steps + 1)[:-1]``,

@@ -281,6 +281,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for chatty in ("ray", "diffusers", "transformers", "httpx", "DeepSpeed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # A console script does not look for modules where it is called, but recipes name rewards of people's own by module.
+    # Behind everything else, so that nothing there takes the place of a library.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     status: Any = 0
     try:
         app()

@@ -101,7 +101,7 @@ def test_error_of_the_marginals_halves_with_the_step(law: str) -> None:
     errors = []
     for steps in (200, 400, 800):
         table = StepTable.build(
-            law, shifted_sigmas(steps), eta=None if law == "ode" else 0.6,
+            law, shifted_sigmas(steps, 1.0), eta=None if law == "ode" else 0.6,
             sde_window=None if law == "ode" else (steps // 10, steps),
         )  # fmt: skip
         m, s = final_moments(table, 1.5, 0.6)
@@ -116,7 +116,7 @@ def test_error_of_the_marginals_halves_with_the_step(law: str) -> None:
 @pytest.mark.parametrize("steps", [20, 80, 320])
 def test_flow_grpos_first_step_widens_the_noise_however_short_it_is(steps: int) -> None:
     """On a uniform grid V_0 is eta^2 at every T, so the state's variance exceeds sigma_1^2 by eta^4 / 4 and more."""
-    eta, sigmas = 0.7, shifted_sigmas(steps)
+    eta, sigmas = 0.7, shifted_sigmas(steps, 1.0)
     table = StepTable.build("flow_grpo", sigmas, eta=eta)
     assert float(table.std[0]) == pytest.approx(eta, abs=1e-12)
     # With the data known, x = eps and v = eps - x0.

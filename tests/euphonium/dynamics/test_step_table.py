@@ -162,17 +162,17 @@ def test_steps_outside_the_sde_window_are_steps_of_the_ode() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nosuch", shifted_sigmas(4), {"eta": 0.1}), "unknown law 'nosuch'"),
-        (("ode", shifted_sigmas(4), {"eta": 0.1}), "takes no eta"),
-        (("dance", shifted_sigmas(4), {}), "needs eta > 0"),
-        (("dance", shifted_sigmas(4), {"eta": -1.0}), "needs eta > 0"),
-        (("cps", shifted_sigmas(4), {"eta": 1.5}), "eta in"),
+        (("nosuch", shifted_sigmas(4, 1.0), {"eta": 0.1}), "unknown law 'nosuch'"),
+        (("ode", shifted_sigmas(4, 1.0), {"eta": 0.1}), "takes no eta"),
+        (("dance", shifted_sigmas(4, 1.0), {}), "needs eta > 0"),
+        (("dance", shifted_sigmas(4, 1.0), {"eta": -1.0}), "needs eta > 0"),
+        (("cps", shifted_sigmas(4, 1.0), {"eta": 1.5}), "eta in"),
         (("dance", torch.tensor([1.0, 0.5, 0.5, 0.0]), {"eta": 0.1}), "at step 1"),
         (("dance", torch.tensor([1.0]), {"eta": 0.1}), "at least one step"),
         (("flow_grpo", torch.tensor([1.0, 1.0 - 1e-17, 0.5]), {"eta": 0.1}), "at step 0"),
-        (("dance", shifted_sigmas(4), {"eta": 0.1, "guidance": Guidance(scale=1.0, window=(2, 9))}), r"\(2, 9\)"),
-        (("ode", shifted_sigmas(4), {"guidance": Guidance(beta=1.0)}), "needs a stochastic law"),
-        (("dance", shifted_sigmas(4), {"eta": 0.1, "sde_window": (3, 3)}), "sde_window"),
+        (("dance", shifted_sigmas(4, 1.0), {"eta": 0.1, "guidance": Guidance(scale=1.0, window=(2, 9))}), r"\(2, 9\)"),
+        (("ode", shifted_sigmas(4, 1.0), {"guidance": Guidance(beta=1.0)}), "needs a stochastic law"),
+        (("dance", shifted_sigmas(4, 1.0), {"eta": 0.1, "sde_window": (3, 3)}), "sde_window"),
     ],
 )
 def test_refuses_what_cannot_be(arguments: tuple, message: str) -> None:
