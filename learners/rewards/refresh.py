@@ -212,7 +212,8 @@ class PrmRefresh:
 
         self.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
         tensors, state = load_file(folder / TENSORS_FILE), json.loads((folder / STATE_FILE).read_text())
-        self.version, self.pending = int(state["version"]), state["pending"]
+        # Checkpoints from before a refresh could be put off have none that waits.
+        self.version, self.pending = int(state["version"]), state.get("pending")
         self._groups.clear()
         for i, group in enumerate(state["groups"]):
             prefix = f"group.{i}.conditioning."
