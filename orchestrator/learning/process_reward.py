@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+import ray
 
 from euphonium.config import RunConfig
 from euphonium.errors import LateError, LostActorError, TrainingError
@@ -69,6 +70,8 @@ class ProcessRewardRefresh:
         self._interruption = interruption
         self._newest_checkpoint = newest_checkpoint
         self._say = say
+        # Wherever the transitions lie; only the prompt's embeddings travel.
+        self._conditioning = ray.remote(_conditioning).options(num_cpus=0)
         self._version = 0
 
     async def restore(self) -> None:
@@ -145,12 +148,8 @@ class ProcessRewardRefresh:
     async def _step(
         self, actor: ActorProxy[PrmRefresher], iteration: int, groups: Sequence[Replayed], checkpoint: Path | None
     ) -> dict[str, float]:
-        import ray
-
-        # Wherever the transitions lie; only the prompt's embeddings travel.
-        conditioning = ray.remote(_conditioning).options(num_cpus=0)
         added = [
-            actor.add.remote(iteration, latents, np.asarray(totals), conditioning.remote(payload))
+            actor.add.remote(iteration, latents, np.asarray(totals), self._conditioning.remote(payload))
             for latents, payload, totals in groups
         ]
         await asyncio.gather(*(self._wait(ref) for ref in added))

@@ -191,7 +191,7 @@ def test_a_stop_does_not_wait_for_a_refresh_which_is_made_up_for_later(
         await stopped.start()
         await stopped.refresh.restore()
         start = scores(stopped.pools)[0]
-        stepping = asyncio.ensure_future(stopped.refresh.step(2, [group(0), group(1)], tmp_path))
+        stepping = asyncio.ensure_future(stopped.refresh.step(2, [group(0), group(1)], None))
         pool = stopped.pools.prm_refresh
         assert pool is not None
         while not await pool.reachable_handles[0].__ray_call__.remote(lambda actor: actor._training is not None):
@@ -199,6 +199,8 @@ def test_a_stop_does_not_wait_for_a_refresh_which_is_made_up_for_later(
         stopped.interruption.request()
         assert set(await stepping) == {"time/prm_refresh_s"}
         assert np.array_equal(scores(stopped.pools)[0], start)
+        # As a run does that stops between two checkpoints.
+        await stopped.refresh.save(tmp_path)
         await stopped.stop()
 
         resumed = Watched(config, checkpoint=tmp_path)
