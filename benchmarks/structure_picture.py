@@ -61,14 +61,14 @@ def rooms(sources: Iterable[Source]) -> dict[str, list[str]]:
 
 
 def room_imports(sources: list[Source]) -> Counter[Edge]:
-    """How many imports lead from one room to another."""
+    """How many imports lead from one room to another; what ``python -m`` runs is outside of them."""
     room = {module_name(source.path): room_of(source.path) for source in sources}
     graph = import_graph(sources)
     return Counter(
         (room[start], room[end])
         for start in sorted(graph)
         for end in sorted(graph[start])
-        if room[start] != room[end]
+        if room[start] != room[end] and not start.endswith(".__main__")
     )  # fmt: skip
 
 

@@ -22,8 +22,8 @@ order says which policy version it takes at least.
 from __future__ import annotations
 
 from orchestrator.groups.credit import assign_credit
-from orchestrator.position import Turn, next_turn
 from orchestrator.run import Run
+from orchestrator.state.position import Turn, next_turn
 
 
 async def train(run: Run) -> None:

@@ -1,22 +1,23 @@
-"""The run's side of the control desk: leaves snapshots there, and does what the command line has asked for.
+"""The control desk: a small named actor between a run and the command line, and the run's line to it.
 
-Waits for: the desk's answer, once a second, on a task of its own. Nothing waits for it: a desk that is down costs a
-warning.
+The run leaves a snapshot there every second and takes what was asked for; the command line talks to the actor alone
+(commands/control.py). Waits for: the desk's answer, on a task of its own. Nothing waits for it: a desk that is down
+costs a warning.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from euphonium.errors import EuphoniumError
+from euphonium.errors import ConfigError, EuphoniumError
 from euphonium.wire.deadlines import awaited
 from euphonium.wire.records import RunSnapshot
 from euphonium.wire.roles import Desk, start_actor
-from orchestrator.commands.control import CONTROL, ControlDesk
-from orchestrator.pools.ray_session import beside_the_driver
+from orchestrator.pools.ray_session import CONTROL, beside_the_driver
 
 if TYPE_CHECKING:
     from ray.actor import ActorProxy
@@ -25,6 +26,51 @@ log = logging.getLogger(__name__)
 
 POLL_EVERY_S = 1.0
 ANSWER_TIMEOUT_S = 30.0
+
+
+class ControlDesk:
+    """Snapshots one way, requests the other."""
+
+    def __init__(self) -> None:
+        self._snapshot: RunSnapshot | None = None
+        self._taken = time.time()
+        self._requests: list[dict[str, int]] = []
+
+    def __repr__(self) -> str:
+        return CONTROL
+
+    def exchange(self, snapshot: RunSnapshot) -> list[dict[str, int]]:
+        """The run loop's call.
+
+        Args:
+            snapshot: of the run, for :meth:`status`.
+
+        Returns:
+            Sizes of pools that were asked for since the last call.
+        """
+        self._snapshot, self._taken = snapshot, time.time()
+        requests, self._requests = self._requests, []
+        return requests
+
+    def status(self) -> tuple[RunSnapshot, float] | None:
+        """The last snapshot and its age in seconds, or None before the first."""
+        return None if self._snapshot is None else (self._snapshot, time.time() - self._taken)
+
+    def scale(self, sizes: dict[str, int]) -> RunSnapshot | None:
+        """Asks for sizes of pools.
+
+        Returns:
+            The last snapshot, None before the first.
+
+        Raises:
+            ConfigError: the run has no such pool.
+        """
+        pools = {} if self._snapshot is None else self._snapshot.pools
+        for role in sizes:
+            if pools and role not in pools:
+                raise ConfigError(f"this run has no {role} pool; it has {', '.join(pools)}")
+        self._requests.append(sizes)
+        return self._snapshot
 
 
 class DeskLine:

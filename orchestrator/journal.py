@@ -16,10 +16,10 @@ from euphonium.config import RunConfig
 from euphonium.wire.records import UpdateReport
 from orchestrator.groups.credit import Batch
 from orchestrator.groups.staleness import Held, staleness
-from orchestrator.position import Turn
 from orchestrator.report.advice import advice
 from orchestrator.report.statistics import RewardFailures, RewardWatch
 from orchestrator.report.tracking import Progress, Tracker, read_metrics
+from orchestrator.state.position import Turn
 
 WORKED = ("time/fetch_s", "time/update_s", "time/publish_s", "time/checkpoint_s")
 

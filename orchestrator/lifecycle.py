@@ -10,10 +10,10 @@ import time
 
 from euphonium.wire.records import Publish
 from orchestrator.algorithm import train
-from orchestrator.interruption import StopRequestedError
 from orchestrator.learning.link import LearnerRestartedError
 from orchestrator.pools.ray_session import name_is_free
 from orchestrator.run import JOIN_TIMEOUT_S, Run
+from orchestrator.state.interruption import StopRequestedError
 
 
 async def execute(run: Run) -> None:

@@ -18,13 +18,11 @@ from euphonium.config import RunConfig, dump_config
 from euphonium.wire.records import PoolSnapshot, RunSnapshot, Save, TrainingGroup, Update, UpdateReport
 from euphonium.wire.roles import OrmServer, PrmRefresher, PrmServer, RolloutServer, start_actor
 from learners.rewards.refresh import PrmRefreshActor
-from orchestrator.checkpoints import BackgroundCommits, Checkpoint, CheckpointStore, RunState
 from orchestrator.desk import DeskLine
 from orchestrator.evaluation import Evaluator
 from orchestrator.groups.batches import BatchSource
 from orchestrator.groups.credit import Batch
 from orchestrator.groups.prompts import PromptStream, read_prompts
-from orchestrator.interruption import Interruption
 from orchestrator.journal import Entry, Journal
 from orchestrator.learning.group import LearnerGroup
 from orchestrator.learning.link import MAILBOX, STORE, LearnerLink, LearnerRestartedError
@@ -32,7 +30,9 @@ from orchestrator.learning.process_reward import ProcessRewardRefresh
 from orchestrator.pools.resources import lacking_resources
 from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.pools.run_pools import ActorFactories, RunPools
-from orchestrator.position import Position, Turn
+from orchestrator.state.checkpoints import BackgroundCommits, Checkpoint, CheckpointStore, RunState
+from orchestrator.state.interruption import Interruption
+from orchestrator.state.position import Position, Turn
 from reward_servers.orm import OrmActor
 from reward_servers.prm import PrmActor
 
@@ -106,7 +106,7 @@ class Run:
         return LearnerGroup(self.config, self._namespace, MAILBOX, STORE)
 
     async def interruptible(self, work: Awaitable[_T]) -> _T:
-        """See :meth:`orchestrator.interruption.Interruption.interruptible`."""
+        """See :meth:`orchestrator.state.interruption.Interruption.interruptible`."""
         return await self.interruption.interruptible(work)
 
     # --- one iteration --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from euphonium.config import RunConfig, dump_config
-from orchestrator.checkpoints import CheckpointStore
+from orchestrator.state.checkpoints import CheckpointStore
 from tests.process import ROOT, Process
 
 pytestmark = pytest.mark.ray

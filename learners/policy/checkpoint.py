@@ -3,7 +3,7 @@
 Beside its masters, moments and averages (learners/engine/shards.py), every rank writes its pieces of the KL's anchor;
 rank 0 writes where the training stands, and the weights as files that evaluation and export read.
 
-The ranks only fill a folder; the orchestrator makes a checkpoint of it (orchestrator/checkpoints.py), with the
+The ranks only fill a folder; the orchestrator makes a checkpoint of it (orchestrator/state/checkpoints.py), with the
 manifest whose hashes are verified before anything in it is loaded.
 """
 

@@ -1,72 +1,24 @@
-"""Looking at a running job and changing its pools: a small named actor between the command line and the run loop.
+"""``euphonium status`` and ``euphonium scale``: looking at a running job, and changing its pools.
 
-The run loop calls it every second: it leaves a snapshot and takes what was asked for. The command line talks to the
-actor alone, so that a busy run loop never keeps anybody waiting.
+Both ask the control desk alone (orchestrator/desk.py), so that a busy run loop never keeps anybody waiting.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from euphonium.errors import ConfigError, PreflightError
 from euphonium.wire.records import RunSnapshot
+from orchestrator.pools.ray_session import CONTROL, NAMESPACE
 
 if TYPE_CHECKING:
     from ray.actor import ActorProxy
 
     from euphonium.wire.roles import Desk
 
-CONTROL = "control"
-NAMESPACE = "euphonium-"
 ROLES = ("rollout", "prm", "orm", "learner")
 ANSWER_TIMEOUT_S = 30.0
-
-
-class ControlDesk:
-    """Snapshots one way, requests the other."""
-
-    def __init__(self) -> None:
-        self._snapshot: RunSnapshot | None = None
-        self._taken = time.time()
-        self._requests: list[dict[str, int]] = []
-
-    def __repr__(self) -> str:
-        return CONTROL
-
-    def exchange(self, snapshot: RunSnapshot) -> list[dict[str, int]]:
-        """The run loop's call.
-
-        Args:
-            snapshot: of the run, for :meth:`status`.
-
-        Returns:
-            Sizes of pools that were asked for since the last call.
-        """
-        self._snapshot, self._taken = snapshot, time.time()
-        requests, self._requests = self._requests, []
-        return requests
-
-    def status(self) -> tuple[RunSnapshot, float] | None:
-        """The last snapshot and its age in seconds, or None before the first."""
-        return None if self._snapshot is None else (self._snapshot, time.time() - self._taken)
-
-    def scale(self, sizes: dict[str, int]) -> RunSnapshot | None:
-        """Asks for sizes of pools.
-
-        Returns:
-            The last snapshot, None before the first.
-
-        Raises:
-            ConfigError: the run has no such pool.
-        """
-        pools = {} if self._snapshot is None else self._snapshot.pools
-        for role in sizes:
-            if pools and role not in pools:
-                raise ConfigError(f"this run has no {role} pool; it has {', '.join(pools)}")
-        self._requests.append(sizes)
-        return self._snapshot
 
 
 def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from euphonium.config import GuidanceConfig, RunConfig, load_config
 from euphonium.errors import CheckpointError, ConfigError
 from euphonium.rewards.total import total_weight, weighted_total
 from euphonium.wire.records import Array
-from orchestrator.checkpoints import CONFIG, Checkpoint, CheckpointStore, verify
+from orchestrator.state.checkpoints import CONFIG, Checkpoint, CheckpointStore, verify
 
 if TYPE_CHECKING:
     from actors.rollout import RolloutWorker

@@ -11,8 +11,8 @@ import yaml
 
 from euphonium.config import RunConfig, dump_config
 from euphonium.errors import CheckpointError, ConfigError
-from orchestrator.checkpoints import Checkpoint, CheckpointStore, verify
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
+from orchestrator.state.checkpoints import Checkpoint, CheckpointStore, verify
 
 log = logging.getLogger(__name__)
 

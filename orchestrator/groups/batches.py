@@ -21,8 +21,8 @@ from orchestrator.groups.credit import Batch, ScoredGroup
 from orchestrator.groups.prompts import PromptStream
 from orchestrator.groups.staleness import may_start
 from orchestrator.pools.rollout_service import RolloutService
-from orchestrator.position import Position
 from orchestrator.report.statistics import RewardFailures
+from orchestrator.state.position import Position
 
 
 class BatchSource:

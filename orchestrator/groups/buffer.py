@@ -23,7 +23,7 @@ from euphonium.config import RunConfig
 from euphonium.wire.records import GroupTask
 from orchestrator.groups.credit import ScoredGroup
 from orchestrator.groups.staleness import Bounds, Held, may_draw
-from orchestrator.position import Position
+from orchestrator.state.position import Position
 
 MEGABYTE = 1 << 20
 

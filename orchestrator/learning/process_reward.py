@@ -28,8 +28,8 @@ from euphonium.wire.deadlines import awaited
 from euphonium.wire.records import Array, GroupPayload
 from euphonium.wire.roles import PrmRefresher, PrmServer
 from orchestrator.groups.credit import Batch
-from orchestrator.interruption import Interruption, StopRequestedError
 from orchestrator.pools.run_pools import RunPools
+from orchestrator.state.interruption import Interruption, StopRequestedError
 
 if TYPE_CHECKING:
     from ray import ObjectRef

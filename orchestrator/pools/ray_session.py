@@ -16,6 +16,10 @@ import psutil
 from euphonium.errors import PreflightError
 from euphonium.wire.deadlines import node_id
 
+# Of a run's namespace; its name follows.
+NAMESPACE = "euphonium-"
+# Name of the control desk's actor.
+CONTROL = "control"
 LEFTOVERS_TIMEOUT_S = 60.0
 
 

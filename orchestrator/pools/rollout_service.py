@@ -28,7 +28,7 @@ from euphonium.wire.records import (
 from euphonium.wire.roles import OrmServer, RolloutContext, RolloutServer, generate_group
 from orchestrator.pools.roster import Member
 from orchestrator.pools.run_pools import RunPools
-from orchestrator.position import Position
+from orchestrator.state.position import Position
 
 if TYPE_CHECKING:
     from ray import ObjectRef

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from euphonium.files import MANIFEST
-from orchestrator.checkpoints import CheckpointStore
+from orchestrator.state.checkpoints import CheckpointStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 BOUND_S = 400.0

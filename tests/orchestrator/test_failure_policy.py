@@ -10,15 +10,15 @@ import pytest
 from euphonium.config import RunConfig
 from euphonium.errors import RewardError
 from euphonium.wire.records import GroupInfo, GroupTask
-from orchestrator.checkpoints import RunState
 from orchestrator.groups.batches import BatchSource
 from orchestrator.groups.credit import ScoredGroup
 from orchestrator.groups.prompts import PromptStream
 from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.pools.run_pools import ActorFactories, RunPools
-from orchestrator.position import Position
 from orchestrator.report.statistics import RewardFailures
 from orchestrator.report.tracking import Progress
+from orchestrator.state.checkpoints import RunState
+from orchestrator.state.position import Position
 
 MakeConfig = Callable[..., RunConfig]
 

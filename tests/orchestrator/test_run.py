@@ -12,8 +12,8 @@ import pytest
 
 from euphonium.config import RunConfig
 from euphonium.errors import TrainingError
-from orchestrator.checkpoints import CheckpointStore
-from orchestrator.commands.control import CONTROL
+from orchestrator.pools.ray_session import CONTROL
+from orchestrator.state.checkpoints import CheckpointStore
 
 pytestmark = pytest.mark.ray
 

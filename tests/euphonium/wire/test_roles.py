@@ -11,7 +11,7 @@ from actors.rollout import RolloutActor
 from euphonium.wire import roles
 from euphonium.wire.weights.store import WeightStore
 from learners.rewards.refresh import PrmRefreshActor
-from orchestrator.commands.control import ControlDesk
+from orchestrator.desk import ControlDesk
 from orchestrator.learning.mailbox import LearnerMailbox
 from reward_servers.orm import OrmActor
 from reward_servers.prm import PrmActor

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from euphonium.wire.records import GroupInfo, GroupTask
-from orchestrator.checkpoints import RunState
 from orchestrator.groups.buffer import TrajectoryBuffer
 from orchestrator.groups.credit import ScoredGroup
 from orchestrator.groups.staleness import Bounds
-from orchestrator.position import Position
+from orchestrator.state.checkpoints import RunState
+from orchestrator.state.position import Position
 
 
 def task(number: int, per_iteration: int = 2) -> GroupTask:

@@ -13,11 +13,11 @@ from euphonium.config import RunConfig
 from euphonium.wire.records import GroupPayload
 from euphonium.wire.roles import PrmRefresher, PrmServer, start_actor
 from learners.rewards.refresh import PrmRefreshActor
-from orchestrator.interruption import Interruption
 from orchestrator.learning import process_reward
 from orchestrator.learning.process_reward import FOLDER, ProcessRewardRefresh
 from orchestrator.pools.run_pools import ActorFactories, RunPools
 from orchestrator.report.tracking import Progress
+from orchestrator.state.interruption import Interruption
 from reward_servers.prm import PrmActor
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

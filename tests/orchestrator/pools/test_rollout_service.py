@@ -12,13 +12,13 @@ from euphonium.config import RunConfig
 from euphonium.errors import LostActorError, TrainingError, WeightsMissingError
 from euphonium.wire.records import GroupTask
 from euphonium.wire.roles import RolloutContext
-from orchestrator.checkpoints import RunState
 from orchestrator.pools import rollout_service
 from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.pools.roster import Member
 from orchestrator.pools.run_pools import ActorFactories, RunPools
-from orchestrator.position import Position
 from orchestrator.report.tracking import Progress
+from orchestrator.state.checkpoints import RunState
+from orchestrator.state.position import Position
 
 MakeConfig = Callable[..., RunConfig]
 TASK = GroupTask(group_id=3, prompt="a prompt", seed=1)

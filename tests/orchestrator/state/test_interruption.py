@@ -7,8 +7,8 @@ import signal
 import pytest
 
 from euphonium.errors import TrainingError
-from orchestrator import interruption as module
-from orchestrator.interruption import Interruption, StopRequestedError
+from orchestrator.state import interruption as module
+from orchestrator.state.interruption import Interruption, StopRequestedError
 
 
 def nothing_wrong() -> None:

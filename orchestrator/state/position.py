@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from euphonium.config import RunConfig
-from orchestrator.checkpoints import RunState
+from orchestrator.state.checkpoints import RunState
 
 
 @dataclass

@@ -6,7 +6,7 @@ import pytest
 
 from euphonium.errors import CheckpointError
 from euphonium.files import MANIFEST
-from orchestrator.checkpoints import BackgroundCommits, Checkpoint, CheckpointStore, RunState, verify
+from orchestrator.state.checkpoints import BackgroundCommits, Checkpoint, CheckpointStore, RunState, verify
 
 
 def write(store: CheckpointStore, iteration: int) -> Path:

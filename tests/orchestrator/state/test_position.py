@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from euphonium.config import RunConfig
-from orchestrator.checkpoints import RunState
-from orchestrator.position import Position, Turn, next_turn
+from orchestrator.state.checkpoints import RunState
+from orchestrator.state.position import Position, Turn, next_turn
 
 
 @pytest.mark.parametrize(
