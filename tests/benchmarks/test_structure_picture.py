@@ -17,6 +17,11 @@ def test_the_committed_picture_is_up_to_date() -> None:
     assert (ROOT / "docs" / "architecture.svg").read_text() == draw(load(ROOT)), "run `make picture`"
 
 
+def test_no_folder_imports_in_a_circle_with_another() -> None:
+    edges = room_imports(load(ROOT))
+    assert against(sorted({room for edge in edges for room in edge}), edges) == set()
+
+
 @pytest.fixture
 def sources() -> list[Source]:
     files = {
