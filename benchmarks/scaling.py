@@ -23,36 +23,23 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import _checkout  # noqa: F401
 import psutil
+import ray
+
+from orchestrator.lifecycle import execute
+from orchestrator.run import Run
+from tests.stubs import roles
 
 
 def measure(folder: Path, actors: int, iterations: int, seconds: float, payload_mb: float) -> dict[str, float]:
-    import ray
-    import stub_roles
-
-    from orchestrator.journal import Journal
-    from orchestrator.lifecycle import execute
-
-    spent: list[float] = []
-
-    class Watching(Journal):
-        def _write(self, numbers: Mapping[str, float]) -> None:
-            spent.append(control_plane_seconds())
-            super()._write(numbers)
-
-    class Sleeping(stub_roles.StubRun):
+    class Sleeping(roles.StubRun):
         rollout_s, update_s = seconds, seconds / 2
         # 8 samples, states and next states.
-        values = max(stub_roles.SIZE, int(payload_mb * 2**20 / 8 / 2 / 4))
+        values = max(roles.SIZE, int(payload_mb * 2**20 / 8 / 2 / 4))
 
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            self.journal.__class__ = Watching
-
-    ray.cloudpickle.register_pickle_by_value(stub_roles)
-    config = stub_roles.stub_recipe(
+    config = roles.stub_recipe(
         folder,
         f"scaling-{actors}",
         f"iterations={iterations}",
@@ -61,7 +48,9 @@ def measure(folder: Path, actors: int, iterations: int, seconds: float, payload_
         "rollout.max_staleness=1",
         f"pools.rollout.num_actors={actors}",
     )
-    asyncio.run(execute(Sleeping(config, "scaling", None)))
+    run = Sleeping(config, "scaling", None)
+    spent = spent_at_records(run)
+    asyncio.run(execute(run))
     for name in ray.util.list_named_actors():
         ray.kill(ray.get_actor(name))
     records = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -75,6 +64,20 @@ def measure(folder: Path, actors: int, iterations: int, seconds: float, payload_
     return {
         "actors": actors, "groups_per_s": groups / span, "rollout_busy": busy, "control_cpu_ms_per_group": control,
     }  # fmt: skip
+
+
+def spent_at_records(run: Run) -> list[float]:
+    """A list that grows by the CPU time so far whenever the run puts an iteration on record."""
+    spent: list[float] = []
+    tracker = run.journal.tracker
+    record = tracker.record
+
+    def watched(values: Mapping[str, float]) -> None:
+        spent.append(control_plane_seconds())
+        record(values)
+
+    tracker.record = watched  # type: ignore[method-assign]  # It is watched, not replaced.
+    return spent
 
 
 def control_plane_seconds() -> float:
@@ -98,8 +101,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="that drawing a group takes")
     parser.add_argument("--payload-mb", type=float, default=1.0, help="trajectories of a group")
     options = parser.parse_args()
-    import ray
-
     logging.getLogger("orchestrator").setLevel(logging.ERROR)
     ray.init(namespace="scaling", log_to_driver=False, logging_level="ERROR")
     first = None

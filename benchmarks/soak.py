@@ -2,8 +2,8 @@
 
     python benchmarks/soak.py --iterations 400 --every 1.5
 
-Run loop, pools, buffer, weight store, reward calls and checkpoints are real, computation is not (stub_roles.py), so
-that hundreds of kills fit into minutes. At random moments a random process gets SIGKILL: a rollout actor, a reward
+Run loop, pools, buffer, weight store, reward calls and checkpoints are real, computation is not (tests/stubs/roles.py),
+so that hundreds of kills fit into minutes. At random moments a random process gets SIGKILL: a rollout actor, a reward
 server, the learner mailbox, the weight store, the control desk; now and then the learner dies in the middle of an
 update. The same recipe runs once without any kill. In strict order (no staleness) both must agree on every iteration,
 every reward and every weight to the last bit; a group that was lost, repeated or counted twice would show.
@@ -22,7 +22,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import _checkout  # noqa: F401
 import psutil
+import ray
+
+from orchestrator.lifecycle import execute
+from tests.stubs import roles
 
 KEYS = ("iteration", "reward/icon/mean", "reward/motion/mean", "policy/loss", "advantage/std")
 VICTIMS = ("rollout-0", "rollout-1", "rollout-2", "orm-0", "orm-1", "learner-mailbox", "weight-store", "control")
@@ -30,8 +35,6 @@ VICTIMS = ("rollout-0", "rollout-1", "rollout-2", "orm-0", "orm-1", "learner-mai
 
 async def kill_at_random(run: Any, every_s: float, rng: random.Random, kills: Counter[str]) -> None:
     """Kills processes until the run ends."""
-    import ray
-
     while True:
         await asyncio.sleep(rng.expovariate(1 / every_s))
         name = rng.choice(VICTIMS)
@@ -46,13 +49,8 @@ async def kill_at_random(run: Any, every_s: float, rng: random.Random, kills: Co
 
 
 def run_once(folder: Path, name: str, options: argparse.Namespace, every_s: float | None) -> dict[str, Any]:
-    import ray
-    import stub_roles
-
-    from orchestrator.lifecycle import execute
-
     rng = random.Random(options.seed)
-    config = stub_roles.stub_recipe(
+    config = roles.stub_recipe(
         folder,
         name,
         f"iterations={options.iterations}",
@@ -66,11 +64,10 @@ def run_once(folder: Path, name: str, options: argparse.Namespace, every_s: floa
     crashing = set(rng.sample(range(2, options.iterations), options.iterations // 20)) if every_s else set()
     kills: Counter[str] = Counter()
 
-    class Soaked(stub_roles.StubRun):
+    class Soaked(roles.StubRun):
         rollout_s, update_s = 0.05, 0.05
         crashes = set(crashing)  # noqa: RUF012
 
-    ray.cloudpickle.register_pickle_by_value(stub_roles)
     ray.init(address="local", num_cpus=4, namespace="soak", log_to_driver=False, include_dashboard=False,
              logging_level=logging.ERROR)  # fmt: skip
     began = time.monotonic()

@@ -215,9 +215,9 @@ def repeated_defaults(sources: list[Source]) -> list[str]:
     """Defaults of the configuration that are written once more elsewhere, as places.
 
     Counted are parameters and fields outside the configuration with the name and the literal default of one of its
-    fields, and sections that are constructed from their defaults (``PoolConfig()``). None, False, 0 and empty strings
-    stand for nothing rather than for a choice, and do not count. A default under another name is not found; two
-    things that share a name and a value by chance are: the list wants reading.
+    fields. None, False, 0 and empty strings stand for nothing rather than for a choice, and do not count. A default
+    under another name is not found; two things that share a name and a value by chance are: the list wants reading.
+    A section that is constructed from its defaults (``PoolConfig()``) reads them and repeats none.
     """
     owners = sections(sources)
     known: dict[str, list[object]] = {}
@@ -234,11 +234,6 @@ def repeated_defaults(sources: list[Source]) -> list[str]:
             elif isinstance(node, Function) and not source.in_config:
                 others += [(source, *default) for default in _parameter_defaults(node)]
     found = [f"{s.path}:{line} {name} = {value!r}" for s, name, value, line in others if value in known.get(name, [])]
-    for source in sources:
-        for node in ast.walk(source.tree if not source.in_config else ast.Module([], [])):
-            bare = isinstance(node, ast.Call) and not node.args and not node.keywords
-            if bare and isinstance(node.func, ast.Name) and node.func.id in owners:
-                found.append(f"{source.path}:{node.lineno} {node.func.id}()")
     return sorted(found)
 
 

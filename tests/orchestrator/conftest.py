@@ -1,8 +1,6 @@
 """The run loop around stub roles."""
 
 import asyncio
-import importlib.util
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,33 +9,16 @@ from typing import Any
 import pytest
 
 from euphonium.config import RunConfig
-
-STUBS = Path(__file__).parent.parent.parent / "benchmarks" / "stub_roles.py"
-
-
-@pytest.fixture(scope="session")
-def stubs() -> Any:
-    """benchmarks/stub_roles.py; pickled by value, since workers cannot import it."""
-    import ray
-
-    spec = importlib.util.spec_from_file_location("stub_roles", STUBS)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["stub_roles"] = module
-    spec.loader.exec_module(module)
-    ray.cloudpickle.register_pickle_by_value(module)
-    return module
+from tests.stubs.roles import stub_recipe
 
 
 @pytest.fixture
-def stub_config(stubs: Any, tmp_path: Path) -> Callable[..., RunConfig]:
+def stub_config(tmp_path: Path) -> Callable[..., RunConfig]:
     def make(*overrides: str) -> RunConfig:
-        config: RunConfig = stubs.stub_recipe(
+        return stub_recipe(
             tmp_path, "stub", "checkpoint.every=3", "evaluation.every=100", "pools.start_timeout_s=300",
             "pools.rejoin_timeout_s=120", *overrides, prompts=7,
         )  # fmt: skip
-        return config
 
     return make
 

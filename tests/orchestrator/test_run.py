@@ -14,6 +14,7 @@ from euphonium.config import RunConfig
 from euphonium.errors import TrainingError
 from orchestrator.pools.ray_session import CONTROL
 from orchestrator.state.checkpoints import CheckpointStore
+from tests.stubs.roles import StubLearners, StubRun
 
 pytestmark = pytest.mark.ray
 
@@ -34,11 +35,11 @@ def unbroken() -> dict[str, Any]:
 
 
 @pytest.fixture
-def expected(unbroken: dict, stubs: Any, stub_config: Callable, execute: Callable, tmp_path: Path) -> list:
+def expected(unbroken: dict, stub_config: Callable, execute: Callable, tmp_path: Path) -> list:
     """The chain of a run that nothing happens to."""
     if not unbroken:
         config = stub_config(f"output_dir={tmp_path}/unbroken")
-        execute(stubs.StubRun(config, "tests", None))
+        execute(StubRun(config, "tests", None))
         unbroken["chain"] = chain(config)
         unbroken["records"] = records(config)
     return unbroken["chain"]
@@ -55,8 +56,8 @@ def test_a_run_is_on_policy_by_default(expected: list, unbroken: dict) -> None:
         assert 0 < record["busy/learner"] <= 1
 
 
-def test_rollouts_overlap_updates_within_the_bound(stubs: Any, stub_config: Callable, execute: Callable) -> None:
-    class Slow(stubs.StubRun):
+def test_rollouts_overlap_updates_within_the_bound(stub_config: Callable, execute: Callable) -> None:
+    class Slow(StubRun):
         rollout_s, update_s = 0.3, 0.8
 
     took = {}
@@ -71,17 +72,17 @@ def test_rollouts_overlap_updates_within_the_bound(stubs: Any, stub_config: Call
     assert took[1] < 0.8 * took[0]
 
 
-def test_a_small_buffer_holds_drawing_back_but_not_up(stubs: Any, stub_config: Callable, execute: Callable) -> None:
+def test_a_small_buffer_holds_drawing_back_but_not_up(stub_config: Callable, execute: Callable) -> None:
     config = stub_config("rollout.max_staleness=3", "rollout.buffer_groups=4", "iterations=6")
-    execute(stubs.StubRun(config, "tests", None))
+    execute(StubRun(config, "tests", None))
     assert [record["iteration"] for record in records(config)] == list(range(7))
     assert all(record["buffer/groups"] <= 4 for record in records(config)[1:])
 
 
 def test_a_learner_that_dies_in_an_update_repeats_nothing_and_skips_nothing(
-    expected: list, stubs: Any, stub_config: Callable, execute: Callable
+    expected: list, stub_config: Callable, execute: Callable
 ) -> None:
-    class Crashing(stubs.StubRun):
+    class Crashing(StubRun):
         crashes = {2, 5, 8}  # noqa: RUF012
 
     config = stub_config()
@@ -92,9 +93,9 @@ def test_a_learner_that_dies_in_an_update_repeats_nothing_and_skips_nothing(
 
 
 def test_a_learner_that_dies_while_it_waits_takes_no_plan_of_another_version(
-    expected: list, stubs: Any, stub_config: Callable, execute: Callable
+    expected: list, stub_config: Callable, execute: Callable
 ) -> None:
-    class Slow(stubs.StubRun):
+    class Slow(StubRun):
         rollout_s = 0.3
 
     async def restart(run: Any) -> None:
@@ -102,7 +103,7 @@ def test_a_learner_that_dies_while_it_waits_takes_no_plan_of_another_version(
             await asyncio.sleep(0.02)
         # It joins anew while groups for iteration 6 are drawn, and is back at iteration 3.
         run.learners.group.replaced = True
-        run.learners.start(stubs.StubLearners(0.05))
+        run.learners.start(StubLearners(0.05))
 
     config = stub_config()
     execute(Slow(config, "tests", None), restart)
@@ -112,9 +113,9 @@ def test_a_learner_that_dies_while_it_waits_takes_no_plan_of_another_version(
 @pytest.mark.parametrize("role", ["rollout", "orm", "learner-mailbox", "weight-store"])
 @pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_role_is_replaced(
-    expected: list, stubs: Any, stub_config: Callable, execute: Callable, role: str, staleness: int
+    expected: list, stub_config: Callable, execute: Callable, role: str, staleness: int
 ) -> None:
-    class Slow(stubs.StubRun):
+    class Slow(StubRun):
         rollout_s, start_s = 0.2, 6.0
 
     async def kill(run: Any) -> None:
@@ -135,7 +136,7 @@ def test_a_killed_role_is_replaced(
 
 
 def test_a_buffer_that_dies_while_the_run_starts_is_replaced(
-    expected: list, stubs: Any, stub_config: Callable, execute: Callable
+    expected: list, stub_config: Callable, execute: Callable
 ) -> None:
     async def kill(run: Any) -> None:
         while run.learners.group is None:
@@ -143,7 +144,7 @@ def test_a_buffer_that_dies_while_the_run_starts_is_replaced(
         await asyncio.to_thread(kill_process, "learner-mailbox")
 
     config = stub_config()
-    execute(stubs.StubRun(config, "tests", None), kill)
+    execute(StubRun(config, "tests", None), kill)
     assert chain(config) == expected
 
 
@@ -155,7 +156,7 @@ def kill_process(name: str) -> None:
 
 
 def test_a_pool_without_restarts_goes_on_smaller_and_ends_with_an_error_when_empty(
-    stubs: Any, stub_config: Callable, execute: Callable
+    stub_config: Callable, execute: Callable
 ) -> None:
     said: list[str] = []
 
@@ -171,7 +172,7 @@ def test_a_pool_without_restarts_goes_on_smaller_and_ends_with_an_error_when_emp
         await asyncio.to_thread(kill_process, "rollout-1")
 
     config = stub_config("pools.rollout.max_restarts=0", "iterations=10000", "rewards.attempts=8")
-    run = stubs.StubRun(config, "tests", None)
+    run = StubRun(config, "tests", None)
     say = run.journal.progress.say
     run.journal.progress.say = lambda text: (said.append(text), say(text))
     began = time.monotonic()
@@ -181,10 +182,8 @@ def test_a_pool_without_restarts_goes_on_smaller_and_ends_with_an_error_when_emp
     assert any("rollout-0" in line and "going on with 1 of 1 rollout actors" in line for line in said)
 
 
-def test_pools_change_while_the_run_goes_on(
-    expected: list, stubs: Any, stub_config: Callable, execute: Callable
-) -> None:
-    class Slow(stubs.StubRun):
+def test_pools_change_while_the_run_goes_on(expected: list, stub_config: Callable, execute: Callable) -> None:
+    class Slow(StubRun):
         rollout_s = 0.2
 
     async def scale(run: Any) -> None:
@@ -228,19 +227,17 @@ def test_pools_change_while_the_run_goes_on(
     assert newest.state.world_size == 2
 
 
-def test_a_stopped_run_goes_on_where_it_was(
-    expected: list, stubs: Any, stub_config: Callable, execute: Callable
-) -> None:
+def test_a_stopped_run_goes_on_where_it_was(expected: list, stub_config: Callable, execute: Callable) -> None:
     async def stop(run: Any) -> None:
         while run.position.iteration < 4:
             await asyncio.sleep(0.01)
         run.interruption.request()
 
     config = stub_config()
-    execute(stubs.StubRun(config, "tests", None), stop)
+    execute(StubRun(config, "tests", None), stop)
     checkpoint = CheckpointStore(config.run_dir / "checkpoints", 2).newest()
     assert checkpoint is not None
     assert 4 <= checkpoint.state.iteration < 8
     assert checkpoint.state.next_group == 3 * checkpoint.state.iteration
-    execute(stubs.StubRun(config, "stubs", checkpoint))
+    execute(StubRun(config, "stubs", checkpoint))
     assert chain(config) == expected

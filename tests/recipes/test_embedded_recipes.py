@@ -1,15 +1,14 @@
 """Every embedded recipe trains: three iterations in one process, with the shipped generator."""
 
 import copy
-import importlib.util
 import math
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from single_process import SingleProcess
 
 from euphonium.config import ModelConfig, load_config
 from euphonium.generators.registry import open_generator
@@ -19,17 +18,6 @@ from learners.policy.batching import load_rows, plan_updates
 from learners.policy.objective import References, evaluate_objective
 
 RECIPES = sorted(p for p in Path("recipes/embedded").glob("*.yaml") if p.name not in ("base.yaml", "prm.yaml"))
-
-
-@pytest.fixture(scope="module")
-def single_process() -> ModuleType:
-    """``benchmarks/`` is no package: its programs are run by path."""
-    spec = importlib.util.spec_from_file_location("single_process", "benchmarks/single_process.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +31,10 @@ def process_reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_an_embedded_recipe_trains(path: Path, process_reward_model: Path, single_process: ModuleType) -> None:
+def test_an_embedded_recipe_trains(path: Path, process_reward_model: Path) -> None:
     overrides = ["iterations=3", "rollout.prompts_per_iteration=2", "rollout.group_size=4", "evaluation.prompts=2"]
     config = load_config(path, overrides + small(path, process_reward_model))
-    run = single_process.SingleProcess(config)
+    run = SingleProcess(config)
     before = [parameter.detach().clone() for parameter in run.parameters]
     for _ in range(config.iterations):
         metrics = run.iterate()

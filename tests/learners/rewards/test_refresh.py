@@ -1,12 +1,12 @@
 """The process reward model follows the policy's samples."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from single_process import SingleProcess
 
 from euphonium.config import ModelConfig, PrmRefreshConfig, RunConfig
 from euphonium.errors import ConfigError, TrainingError
@@ -150,17 +150,12 @@ def test_servers_take_over_weights_and_their_version(make_config: Callable[..., 
 
 
 def test_single_process_run_refreshes_its_model(make_config: Callable[..., RunConfig]) -> None:
-    spec = importlib.util.spec_from_file_location("single_process", "benchmarks/single_process.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     refresh = ["every=2", "updates=2", "pairs_per_update=4", "learning_rate=1e-3", "buffer_groups=3"]
     overrides = [f"rewards.process.refresh.{item}" for item in refresh]
     config = make_config(
         "rollout.prompts_per_iteration=1", "sampler.num_steps=3", "sampler.guidance.window=[1,2]", *overrides
     )
-    run = module.SingleProcess(config)
+    run = SingleProcess(config)
     before = {name: t.clone() for name, t in run.prm.state_dict().items()}
     first = run.iterate()
     assert "process/refresh_loss" not in first

@@ -2,12 +2,14 @@
 
 What they compute forms a chain: samples depend on seed and weights, rewards on samples, weights on all groups that
 were trained, in order. A group that is trained twice, left out, or drawn by other weights changes every later number,
-so that runs can be compared as runs of the real roles can, in a fraction of the time.
+so that runs can be compared as runs of the real roles can, in a fraction of the time. The run loop's tests and the
+benchmarks of the service share these roles.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 import uuid
@@ -19,6 +21,8 @@ import numpy as np
 import ray
 import torch
 import yaml
+from torch import Tensor
+from typing_extensions import override
 
 from actors.rollout import RolloutActor
 from euphonium.config import RunConfig, load_config
@@ -30,8 +34,12 @@ from euphonium.wire.weights.manifest import WeightManifest, pack
 from orchestrator.learning.link import MAILBOX, STORE
 from orchestrator.pools.run_pools import ActorFactories
 from orchestrator.run import Run
+from orchestrator.state.checkpoints import Checkpoint
 
 SIZE = 16
+
+# Workers cannot import the tests: what is defined here travels to them whole.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def stub_recipe(folder: Path, name: str, *overrides: str, prompts: int = 100) -> RunConfig:
@@ -57,8 +65,7 @@ def stub_recipe(folder: Path, name: str, *overrides: str, prompts: int = 100) ->
     }  # fmt: skip
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
-    config: RunConfig = load_config(path, overrides)
-    return config
+    return load_config(path, overrides)
 
 
 class StubWorker:
@@ -70,18 +77,16 @@ class StubWorker:
         self.policy_version = 0
         self.device = "cpu"
 
-    def load_weights(self, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """See :class:`actors.rollout.RolloutWorker`."""
+    def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:
             if name == "w":
                 self.weights = tensor.numpy().copy()
         self.policy_version = version
 
     def generate(self, task: GroupTask, _source: Any) -> tuple[GroupInfo, Any, GroupPayload]:
-        """See :class:`actors.rollout.RolloutWorker`; sleeps."""
         began = time.perf_counter()
         time.sleep(self.seconds)
-        config, group = self.config, self.config.rollout.group_size
+        group = self.config.rollout.group_size
         rng = np.random.default_rng(task.seed)
         latents = rng.standard_normal((group, SIZE), dtype=np.float32) + self.weights
         states = np.zeros((group, 1, self.values), dtype=np.float32)
@@ -95,11 +100,9 @@ class StubWorker:
             process_rewards=None, payload_bytes=payload.nbytes,
             seconds={"total": time.perf_counter() - began, "process_reward": 0.0},
         )  # fmt: skip
-        assert config.rollout.group_size == len(latents)
         return info, latents, payload
 
     def evaluate(self, prompts: list[str], seeds: list[int]) -> Any:
-        """See :class:`actors.rollout.RolloutWorker`."""
         noise = np.stack([np.random.default_rng(seed).standard_normal(SIZE) for seed in seeds])
         return (noise + self.weights).astype(np.float32)
 
@@ -120,11 +123,9 @@ class StubJudge:
         self.seconds = seconds
 
     def ready(self) -> Readiness:
-        """Answers once it is there."""
         return Readiness(device="cpu", busy_s=None)
 
     def score(self, latents: Any, prompts: list[str], deadline_s: float = float("inf")) -> tuple[dict[str, Any], float]:
-        """See :class:`reward_servers.orm.OrmActor`; sleeps."""
         time.sleep(self.seconds)
         half = latents.shape[1] // 2
         scores = {"icon": latents[:, :half].mean(1), "motion": latents[:, half:].mean(1)}
@@ -143,7 +144,6 @@ class StubLearners:
     def __init__(self, seconds: float, weight_values: int = 0, crashes: set[int] | None = None) -> None:
         self.seconds, self.crashes = seconds, crashes if crashes is not None else set()
         self.padding = torch.zeros(weight_values)
-        self.trained: list[list[float]] = []
         self.restarts = 0
         self.replaced = False
         self._dismissed = False
@@ -220,10 +220,8 @@ class StubLearners:
         if order.version in self.crashes:
             self.crashes.remove(order.version)
             raise LostActorError("crashed")
-        means = [float(payload.states[:, 0, :SIZE].mean()) for payload in payloads]
         for payload in payloads:
             self.weights = 0.9 * self.weights + 0.1 * payload.states[:, 0, :SIZE].mean(0)
-        self.trained.append([order.version, *means])
 
     def _publish(self, version: int, kind: str) -> None:
         for _ in range(20):
@@ -245,12 +243,12 @@ class StubRun(Run):
     values, weight_values = 64, 0
     crashes: set[int] = set()  # noqa: RUF012
 
-    def __init__(self, config: RunConfig, namespace: str, resume: Any) -> None:
+    def __init__(self, config: RunConfig, namespace: str, resume: Checkpoint | None) -> None:
         config.run_dir.mkdir(parents=True, exist_ok=True)
         super().__init__(config, namespace, resume)
 
+    @override
     def actors(self) -> ActorFactories:
-        """See :class:`orchestrator.run.Run`."""
         config, seconds, values, score, start = self.config, self.rollout_s, self.values, self.score_s, self.start_s
         return ActorFactories(
             orm=lambda _, options: start_actor(OrmServer, StubJudge, options, score, start),
@@ -259,9 +257,10 @@ class StubRun(Run):
             ),
         )
 
+    @override
     def learner_group(self) -> Any:
-        """See :class:`orchestrator.run.Run`."""
         return StubLearners(self.update_s, self.weight_values, self.crashes)
 
+    @override
     def export(self) -> None:
         """Nothing that could be exported was trained."""
