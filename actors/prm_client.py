@@ -54,4 +54,4 @@ class PrmClient:
             moved = None if gradient is None else as_tensor(gradient).to(x.device)
             return as_tensor(rewards).to(x.device), moved
 
-        return self._servers.begin(send).map(on_device)
+        return self._servers.submit(send).map(on_device)

@@ -48,7 +48,7 @@ class RewardSources:
 
         def score(latents: Tensor) -> Later[Tensor]:
             prompts, arrays = [prompt] * len(latents), latents.cpu().numpy()
-            answer = self._orm.begin(lambda server: server.score.remote(arrays, prompts, timeout))
+            answer = self._orm.submit(lambda server: server.score.remote(arrays, prompts, timeout))
             return answer.map(lambda scores: as_tensor(weighted_total(scores[0], rewards).astype(np.float32)))
 
         return score

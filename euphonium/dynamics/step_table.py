@@ -129,11 +129,11 @@ class StepTable:
         deterministic = law_ddim(rising, 0.0)
         stochastic = deterministic if eta is None else law_ddim(rising, eta)
         law = "ode" if eta is None else "ddim"
-        told = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
-        if told.shape != (len(grid) - 1,):
-            raise StepTableError(f"times must have shape [{len(grid) - 1}], got {list(told.shape)}")
+        network_times = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
+        if network_times.shape != (len(grid) - 1,):
+            raise StepTableError(f"times must have shape [{len(grid) - 1}], got {list(network_times.shape)}")
         columns = _within(sde_window, law, grid, stochastic, deterministic)
-        return cls._assemble(law, grid, told, columns, guidance)
+        return cls._assemble(law, grid, network_times, columns, guidance)
 
     @classmethod
     def _assemble(
@@ -146,8 +146,8 @@ class StepTable:
     ) -> StepTable:
         delta = grid[:-1] - grid[1:]
         coef_grad = torch.zeros_like(delta) if guidance is None else guidance.coefficients(grid, columns.std**2)
-        told = grid[:-1] if times is None else times
-        return cls(law, grid, told, times is not None, *columns, coef_grad)
+        network_times = grid[:-1] if times is None else times
+        return cls(law, grid, network_times, times is not None, *columns, coef_grad)
 
     @property
     def num_steps(self) -> int:

@@ -23,7 +23,7 @@ ComponentConfig = dict[str, Any]
 
 # What the weights of a component are called; the hub keeps other precisions and copies beside them.
 _WEIGHT_FILE = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors")
-_MARK_SPAN = 1 << 20
+_FINGERPRINT_SPAN = 1 << 20
 
 
 class PipelineFolder:
@@ -62,7 +62,7 @@ class PipelineFolder:
         files = (self.path / component).glob("*.safetensors")
         return sorted(file for file in files if _WEIGHT_FILE.fullmatch(file.name))
 
-    def mark(self, component: str) -> str:
+    def fingerprint(self, component: str) -> str:
         """Hash that tells two components apart without reading all of their gigabytes.
 
         Covers the configuration, and the size and the first and last MiB of every weight file.
@@ -72,9 +72,9 @@ class PipelineFolder:
             size = file.stat().st_size
             digest.update(f"{file.name}:{size}".encode())
             with file.open("rb") as stream:
-                digest.update(stream.read(_MARK_SPAN))
-                stream.seek(max(0, size - _MARK_SPAN))
-                digest.update(stream.read(_MARK_SPAN))
+                digest.update(stream.read(_FINGERPRINT_SPAN))
+                stream.seek(max(0, size - _FINGERPRINT_SPAN))
+                digest.update(stream.read(_FINGERPRINT_SPAN))
         return digest.hexdigest()[:16]
 
     def export(self, component: str, state: Mapping[str, Tensor], target: Path) -> None:

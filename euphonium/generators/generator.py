@@ -190,7 +190,7 @@ class Generator(Backbone):
     def fingerprint(self) -> dict[str, str]:
         """Marks of the latent space and of the text embeddings, which a process reward model is tied to."""
         parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-        return {part: self.pipeline.mark(part) for part in parts if (self.folder / part).is_dir()}
+        return {part: self.pipeline.fingerprint(part) for part in parts if (self.folder / part).is_dir()}
 
     def _check_size(self) -> None:
         temporal, spatial = self.compression

@@ -1,7 +1,7 @@
 """Asking a pool of reward servers: a deadline for every answer, and retries elsewhere.
 
 There are two ways to ask, on an event loop (:meth:`RewardClient.ask`) and in a plain thread that has other work to do
-before it needs the answer (:meth:`RewardClient.begin`). Both go the same way from server to server; which one is next,
+before it needs the answer (:meth:`RewardClient.submit`). Both go the same way from server to server; which one is next,
 and after what pause, is the breaker's business (euphonium/wire/breaker.py).
 """
 
@@ -65,7 +65,7 @@ class RewardClient(Generic[S]):
         self._rewards = ("process",) if role == "prm" else tuple(reward.name for reward in config.outcome)
         self._clock = clock
 
-    def begin(self, send: Callable[[ActorProxy[S]], ObjectRef[A]]) -> Later[A]:
+    def submit(self, send: Callable[[ActorProxy[S]], ObjectRef[A]]) -> Later[A]:
         """Sends a request now, whose answer is fetched later.
 
         Args:

@@ -23,21 +23,21 @@ SAMPLES_FILE = "samples.npz"
 CONDITIONING_FILE = "conditioning.safetensors"
 
 
-def is_prepared(folder: Path, mark: str) -> bool:
+def is_prepared(folder: Path, fingerprint: str) -> bool:
     """Whether the folder is complete, and was made for the same settings."""
     index = folder / INDEX_FILE
-    return index.is_file() and json.loads(index.read_text())["mark"] == mark
+    return index.is_file() and json.loads(index.read_text())["mark"] == fingerprint
 
 
 def write_scored(
-    folder: Path, mark: str, latents: NDArray[np.float32], prompt: NDArray[np.int64], score: NDArray[np.float64],
+    folder: Path, fingerprint: str, latents: NDArray[np.float32], prompt: NDArray[np.int64], score: NDArray[np.float64],
     conditioning: Conditioning,
 ) -> None:  # fmt: skip
     """Writes drawn samples with the scores that will rank them.
 
     Args:
         folder: is made.
-        mark: of the settings that they were drawn with.
+        fingerprint: of the settings that they were drawn with.
         latents: ``[samples, *latent]``.
         prompt: ``[samples]``.
         score: ``[samples]``.
@@ -46,18 +46,18 @@ def write_scored(
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / LATENTS_FILE, latents)
     np.savez(folder / SAMPLES_FILE, prompt=prompt, score=score)
-    _finish(folder, mark, latents.shape[1:], None, conditioning)
+    _finish(folder, fingerprint, latents.shape[1:], None, conditioning)
 
 
 def write_paired(
-    folder: Path, mark: str, files: Sequence[Path], shape: tuple[int, ...], prompt: NDArray[np.int64], pairs: Pairs,
-    conditioning: Conditioning,
+    folder: Path, fingerprint: str, files: Sequence[Path], shape: tuple[int, ...], prompt: NDArray[np.int64],
+    pairs: Pairs, conditioning: Conditioning,
 ) -> None:  # fmt: skip
     """Writes preferences over latent files, which stay where they are.
 
     Args:
         folder: is made.
-        mark: of the settings.
+        fingerprint: of the settings.
         files: of the samples.
         shape: of a latent.
         prompt: ``[samples]``.
@@ -66,14 +66,14 @@ def write_paired(
     """
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / SAMPLES_FILE, prompt=prompt, pairs=pairs)
-    _finish(folder, mark, shape, [str(file.resolve()) for file in files], conditioning)
+    _finish(folder, fingerprint, shape, [str(file.resolve()) for file in files], conditioning)
 
 
 def _finish(
-    folder: Path, mark: str, shape: tuple[int, ...], files: list[str] | None, conditioning: Conditioning
+    folder: Path, fingerprint: str, shape: tuple[int, ...], files: list[str] | None, conditioning: Conditioning
 ) -> None:
     save_file({name: t.cpu().contiguous() for name, t in conditioning.items()}, folder / CONDITIONING_FILE)
-    index = {"mark": mark, "latent_shape": list(shape), "files": files}
+    index = {"mark": fingerprint, "latent_shape": list(shape), "files": files}
     for name in (LATENTS_FILE, SAMPLES_FILE, CONDITIONING_FILE):
         if (folder / name).is_file():
             flush(folder / name)

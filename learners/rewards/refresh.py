@@ -41,7 +41,7 @@ from learners.rewards.training import train_update
 STATE_FILE = "refresh.json"
 TENSORS_FILE = "refresh.safetensors"
 # Pairs of the newest groups on which a refresh is judged before it starts.
-JUDGED_PAIRS = 64
+ACCURACY_PAIRS = 64
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class PrmRefresh:
         if not len(data.pairs):
             self.pending = None
             return {}
-        metrics = self._judged()
+        metrics = self._accuracy_on_newest()
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.model.load_state_dict(self._start)
         engine = LocalEngine(self.model, self._training, self.device, averages=False, unreached=False)
@@ -168,12 +168,12 @@ class PrmRefresh:
         """All weights by name, as :meth:`reward_servers.prm.PrmScorer.load_weights` takes them; copies."""
         return {name: np.array(tensor.detach().cpu().numpy()) for name, tensor in self.model.state_dict().items()}
 
-    def _judged(self) -> dict[str, float]:
+    def _accuracy_on_newest(self) -> dict[str, float]:
         newest = self._groups[-1].iteration
         data = self._preferences([group for group in self._groups if group.iteration == newest])
         if not len(data.pairs):
             return {}
-        pairs, sigma, noise = PairSampler(data, JUDGED_PAIRS, self.seed + 1).draw(self.version)
+        pairs, sigma, noise = PairSampler(data, ACCURACY_PAIRS, self.seed + 1).draw(self.version)
         self.model.eval()
         with torch.no_grad():
             winners, losers = paired_rewards(self.model, data, pairs, sigma.to(self.device), noise.to(self.device))

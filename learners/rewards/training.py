@@ -133,7 +133,7 @@ def shared_passes(engine: Engine, count: int) -> Iterator[tuple[int, bool]]:
 
 
 def fit(
-    engine: Engine, task: Task[Batch], settings: RewardOptimizerConfig, folder: Path, mark: str, report: Report
+    engine: Engine, task: Task[Batch], settings: RewardOptimizerConfig, folder: Path, fingerprint: str, report: Report
 ) -> Progress:
     """Trains to the last update or until patience runs out, from the newest checkpoint if there is one.
 
@@ -142,7 +142,7 @@ def fit(
         task: holds the preferences.
         settings: of the optimisation.
         folder: of checkpoints and of the best weights; shared by all ranks.
-        mark: of the recipe; a checkpoint of another one is refused.
+        fingerprint: of the recipe; a checkpoint of another one is refused.
         report: takes records of progress, on rank 0.
 
     Returns:
@@ -152,7 +152,7 @@ def fit(
         CheckpointError: the folder belongs to another recipe.
         TrainingError: a loss that is not finite.
     """
-    progress = load_newest(engine, folder, mark)
+    progress = load_newest(engine, folder, fingerprint)
     if engine.rank == 0 and progress.update:
         report({"resumed": progress.update})
     began, first, shown = time.monotonic(), progress.update, time.monotonic()
@@ -176,7 +176,7 @@ def fit(
             report({"loss": float(np.mean(progress.losses or [0.0]))} | record)
             shown = time.monotonic()
         if last or progress.stopped or done % settings.checkpoint_every == 0:
-            save(engine, folder, progress, mark)
+            save(engine, folder, progress, fingerprint)
     return progress
 
 
@@ -247,7 +247,7 @@ def final_weights(
     return engine.whole("average")
 
 
-def save(engine: Engine, folder: Path, progress: Progress, mark: str) -> None:
+def save(engine: Engine, folder: Path, progress: Progress, fingerprint: str) -> None:
     """Writes a checkpoint: whole or not there, and the one before it goes when it is. All ranks must call it."""
     target = folder / f"update_{progress.update:07d}"
     aside = folder / f"{target.name}.tmp"
@@ -258,7 +258,7 @@ def save(engine: Engine, folder: Path, progress: Progress, mark: str) -> None:
     write_shard(engine, aside)
     engine.barrier()
     if engine.rank == 0:
-        state = {"format": FORMAT, "mark": mark, "world_size": engine.world_size, **asdict(progress)}
+        state = {"format": FORMAT, "mark": fingerprint, "world_size": engine.world_size, **asdict(progress)}
         (aside / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
         commit_folder(aside, target, FORMAT)
         for old in folder.glob("update_*"):
@@ -266,7 +266,7 @@ def save(engine: Engine, folder: Path, progress: Progress, mark: str) -> None:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def load_newest(engine: Engine, folder: Path, mark: str) -> Progress:
+def load_newest(engine: Engine, folder: Path, fingerprint: str) -> Progress:
     """Takes up the newest whole checkpoint of a folder; all ranks must call it.
 
     Raises:
@@ -282,7 +282,7 @@ def load_newest(engine: Engine, folder: Path, mark: str) -> Progress:
                 f"{found} has checkpoint format {version}, this version reads format {FORMAT}; go on with the version "
                 f"that wrote it, give this training another name, or remove {folder}"
             )
-        if state.pop("mark") != mark:
+        if state.pop("mark") != fingerprint:
             raise CheckpointError(
                 f"{found} belongs to a training with another recipe; give this one another name, or remove {folder}"
             )

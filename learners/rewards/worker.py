@@ -62,7 +62,7 @@ def open_training(config: PrmConfig | OrmConfig, device: torch.device) -> Reward
     return OrmTraining(config, device)
 
 
-def recipe_mark(config: RewardTrainingConfig) -> str:
+def recipe_fingerprint(config: RewardTrainingConfig) -> str:
     """Mark of everything in a recipe that decides what is learned."""
     values = config.model_dump(mode="json", exclude=INCIDENTAL)
     values["optimizer"] = {n: v for n, v in values["optimizer"].items() if n not in INCIDENTAL_OPTIMIZER}
@@ -79,7 +79,7 @@ def train(config: PrmConfig | OrmConfig, engine: Engine, training: RewardTrainin
         report: takes records of progress, on rank 0.
     """
     folder = config.run_dir / CHECKPOINTS
-    progress = fit(engine, training.task, training.settings, folder, recipe_mark(config), report)
+    progress = fit(engine, training.task, training.settings, folder, recipe_fingerprint(config), report)
     weights = final_weights(engine, progress, training.settings, folder)
     with engine.averaged():
         result = training.result(engine)

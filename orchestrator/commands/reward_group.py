@@ -15,7 +15,7 @@ from euphonium.wire.deadlines import get
 from learners.rewards.training import PROGRESS_FILE
 from orchestrator.learning.launcher import Launch, torch_trainer
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 SAY_EVERY_S = 15.0
 POLL_S = 0.5
@@ -48,7 +48,7 @@ def map_shares(
     work: Callable[Concatenate[Iterable[int], _P], _T],
     pool: LearnerPoolConfig | None,
     count: int,
-    say: Say,
+    say: PrintLine,
     what: str,
     *arguments: _P.args,
     **named: _P.kwargs,
@@ -71,7 +71,7 @@ def map_shares(
         EuphoniumError: whatever the work raised.
     """
     if pool is None:
-        return [work(_told(count, say, what), *arguments, **named)]
+        return [work(_with_progress(count, say, what), *arguments, **named)]
     import ray
 
     shares = min(pool.num_workers, count)
@@ -97,7 +97,7 @@ def _task(work: Callable[..., _T], threads: int, share: range, named: dict[str, 
     return work(share, *arguments, **named)
 
 
-def _told(count: int, say: Say, what: str) -> Iterator[int]:
+def _with_progress(count: int, say: PrintLine, what: str) -> Iterator[int]:
     began = said = time.monotonic()
     for number in range(count):
         yield number
@@ -106,7 +106,7 @@ def _told(count: int, say: Say, what: str) -> Iterator[int]:
             say(f"{what}: {number + 1}/{count}, {said - began:.0f} s")
 
 
-def run_training(kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, say: Say) -> None:
+def run_training(kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, say: PrintLine) -> None:
     """Trains to the end, from the newest checkpoint if there is one; ``result.json`` and the model are then written.
 
     Raises:
@@ -120,7 +120,7 @@ def run_training(kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, say
         _train_on_group(kind, config, config.learner, say)
 
 
-def _train_here(config: PrmConfig | OrmConfig, say: Say) -> None:
+def _train_here(config: PrmConfig | OrmConfig, say: PrintLine) -> None:
     from learners.rewards.worker import progress_file, train_here
 
     write = progress_file(config.run_dir)
@@ -133,7 +133,7 @@ def _train_here(config: PrmConfig | OrmConfig, say: Say) -> None:
 
 
 def _train_on_group(
-    kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, pool: LearnerPoolConfig, say: Say
+    kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, pool: LearnerPoolConfig, say: PrintLine
 ) -> None:
     from learners.rewards.worker import reward_train_loop
 
