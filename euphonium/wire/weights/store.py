@@ -38,7 +38,7 @@ class WeightStore:
             version: policy version.
             kind: the policy's weights or their moving average.
             index: position of the bucket.
-            boxed: the reference, in a list because Ray would replace a bare one by its value; the learner owns the object.
+            boxed: the reference, in a list because Ray replaces a bare one by its value; the learner owns it.
             keep: whether to copy the bucket into an object of the store's own, because the learner is about to end.
         """
         import ray
