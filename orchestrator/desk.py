@@ -1,7 +1,7 @@
-"""The run's side of the control desk: leaves snapshots there, and does what the command line has asked for.
+"""The run's side of the control desk: leaves snapshots there, and carries out requests of the command line.
 
-Waits for: the desk's answer, once a second, on a task of its own. Nothing waits for it: a desk that is down costs a
-warning.
+Waits for: the desk's answer, once a second, in an asyncio task of its own. Nothing waits for this task: if the desk is
+down, there is only a warning.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ ANSWER_TIMEOUT_S = 30.0
 
 
 class DeskLine:
-    """Keeps the control desk informed."""
+    """Exchanges snapshots for requests with the control desk."""
 
     def __init__(self, snapshot: Callable[[], RunSnapshot], resize: Callable[[str, int], None]) -> None:
-        """Nothing is started yet.
+        """Creates the connection; nothing is started.
 
         Args:
-            snapshot: of the run as it stands.
+            snapshot: returns a snapshot of the run.
             resize: changes the size of a role's pool.
         """
         self._snapshot = snapshot
@@ -46,11 +46,11 @@ class DeskLine:
         self._desk: ActorProxy[Desk] = start_actor(Desk, ControlDesk, {"name": CONTROL, **beside_the_driver()})
 
     def poll(self) -> None:
-        """Begins to exchange snapshots for requests."""
+        """Starts to exchange snapshots for requests, once a second."""
         self._task = asyncio.ensure_future(self._poll())
 
     def close(self) -> None:
-        """Ends what :meth:`poll` began."""
+        """Stops what :meth:`poll` started."""
         if self._task is not None:
             self._task.cancel()
 

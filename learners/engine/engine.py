@@ -55,7 +55,7 @@ class Engine(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulates gradients of one micro-batch; with ``last``, reduces them over the ranks and updates the weights."""
+        """Adds gradients of one micro-batch; with ``last``, reduces them over the ranks and updates the weights."""
 
     @abstractmethod
     def weights_changed(self) -> None:

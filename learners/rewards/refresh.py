@@ -229,8 +229,8 @@ class PrmRefresh:
 class PrmRefreshActor:
     """The Ray actor around a :class:`PrmRefresh`.
 
-    A restarted actor has lost its buffer. So that this is noticed, ``add``, ``begin``, ``go_on`` and ``save`` raise until
-    :meth:`restore` has been called.
+    A restarted actor has lost its buffer. So that this is noticed, ``add``, ``begin``, ``go_on`` and ``save`` raise
+    until :meth:`restore` has been called.
     """
 
     def __init__(self, config: RunConfig) -> None:

@@ -1,7 +1,7 @@
-"""Looking at a running job and changing its pools: a small named actor between the command line and the run loop.
+"""The control desk: a small named actor through which ``euphonium status`` and ``scale`` reach a running job.
 
-The run loop calls it every second: it leaves a snapshot and takes what was asked for. The command line talks to the
-actor alone, so that a busy run loop never keeps anybody waiting.
+The run loop calls it every second, leaving a snapshot and taking the requests (orchestrator/desk.py). The command line
+calls the actor only, so it never waits for a busy run loop. Its calls never wait.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ANSWER_TIMEOUT_S = 30.0
 
 
 class ControlDesk:
-    """Snapshots one way, requests the other."""
+    """Holds the latest snapshot for the command line, and its requests for the run loop."""
 
     def __init__(self) -> None:
         self._snapshot: RunSnapshot | None = None
@@ -36,13 +36,13 @@ class ControlDesk:
         return CONTROL
 
     def exchange(self, snapshot: RunSnapshot) -> list[dict[str, int]]:
-        """The run loop's call.
+        """Called by the run loop.
 
         Args:
-            snapshot: of the run, for :meth:`status`.
+            snapshot: snapshot of the run, for :meth:`status`.
 
         Returns:
-            Sizes of pools that were asked for since the last call.
+            Requested sizes of pools since the last call, one mapping a request.
         """
         self._snapshot, self._taken = snapshot, time.time()
         requests, self._requests = self._requests, []
@@ -53,7 +53,7 @@ class ControlDesk:
         return None if self._snapshot is None else (self._snapshot, time.time() - self._taken)
 
     def scale(self, sizes: dict[str, int]) -> RunSnapshot | None:
-        """Asks for sizes of pools.
+        """Requests sizes of pools.
 
         Returns:
             The last snapshot, None before the first.
@@ -70,10 +70,10 @@ class ControlDesk:
 
 
 def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:
-    """``rollout=6`` and so on.
+    """Parses sizes of pools such as ``rollout=6``.
 
     Raises:
-        ConfigError: not of that form, or not a pool.
+        ConfigError: not of that form, or not the name of a pool.
     """
     sizes = {}
     for argument in arguments:
@@ -85,10 +85,10 @@ def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:
 
 
 def find_desk(run: str | None) -> tuple[str, ActorProxy[Desk]]:
-    """Name and control actor of a run in the connected cluster.
+    """Name and control desk of a run in the connected cluster.
 
     Args:
-        run: its name; None if there is only one.
+        run: name of the run; None if there is only one.
 
     Raises:
         PreflightError: there is no such run, or several to choose from.

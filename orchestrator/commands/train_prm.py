@@ -1,6 +1,6 @@
-"""``euphonium train-prm``: gets preferences ready, trains a process reward model on them, shows what it learned.
+"""``euphonium train-prm``: prepares preferences, trains a process reward model on them, and prints its accuracy.
 
-Preferences come from files, or are samples of the generator itself, ranked by outcome rewards. Getting them ready
+Preferences come from files, or are samples of the generator itself, ranked by outcome rewards. Preparing them
 (drawing, scoring, encoding prompts and videos) is done by tasks on the learners' resources if there is a group.
 """
 
@@ -44,17 +44,17 @@ CHART_FILE = "accuracy.png"
 
 
 def train_prm(config: PrmConfig, say: PrintLine) -> list[float]:
-    """Trains a process reward model as a recipe says, and writes it to ``config.target``.
+    """Trains a process reward model by a recipe, and writes it to ``config.target``.
 
     Args:
         config: the recipe.
-        say: takes progress lines.
+        say: prints progress.
 
     Returns:
         Held-out pairwise accuracy by tenth of sigma.
 
     Raises:
-        ConfigError: preferences that cannot be used.
+        ConfigError: the preferences cannot be used.
         TrainingError: the group was lost for good, or the loss is not finite.
     """
     config = absolute_paths(config)
@@ -80,7 +80,7 @@ def train_prm(config: PrmConfig, say: PrintLine) -> list[float]:
 
 
 def accuracy_table(result: dict[str, Any]) -> str:
-    """Accuracies and calibration by noise level, for people."""
+    """Accuracy and calibration error by noise level, as a table to print."""
     columns: dict[str, Sequence[float]] = {"accuracy": result["accuracy"]}
     if "accuracy_without_margin" in result:
         columns = {f"pairs {result['margin']:g} apart": result["accuracy"]}
@@ -94,7 +94,7 @@ def accuracy_table(result: dict[str, Any]) -> str:
 
 
 def accuracy_chart(result: dict[str, Any], title: str) -> Any:
-    """The paper's Figure 3: accuracy over the noise level, and the calibration error below."""
+    """The paper's Figure 3: accuracy over the noise level, with the calibration error."""
     centres = [(tenth + 0.5) / TENTHS for tenth in range(TENTHS)]
     series = {"accuracy": result["accuracy"]}
     if "accuracy_without_margin" in result:
@@ -140,7 +140,7 @@ def _encode(config: PrmConfig, say: PrintLine) -> None:
 
 
 def _latent_files(share: Iterable[int], config: PrmConfig, table: PreferenceTable, folder: Path) -> list[Path]:
-    """Latent files of some samples: given ones are checked, videos are encoded."""
+    """Latent files of some samples: given ones are checked, and videos are encoded to new ones."""
     from safetensors.torch import save_file
 
     from euphonium.generators.encoding import load_encoder
@@ -180,7 +180,7 @@ def _holds_latent(file: Path) -> bool:
 
 
 def _draw(config: PrmConfig, part: str, say: PrintLine) -> None:
-    """Samples of every prompt with their weighted outcome rewards; kept in the run's folder for the next time."""
+    """Draws samples of every prompt and scores them by the outcome rewards; reuses those in the training's folder."""
     assert config.prompts is not None
     training = part == "train"
     prompts = read_prompts(
@@ -224,7 +224,7 @@ def _conditioning(
 def _samples(
     share: Iterable[int], config: PrmConfig, prompts: Sequence[str], index: Array, conditioning: Conditioning
 ) -> tuple[Array, Array]:
-    """Draws and scores some batches: latents ``[samples, *latent]`` and scores ``[samples]``."""
+    """Draws and scores some batches; returns latents ``[samples, *latent]`` and scores ``[samples]``."""
     family, device = open_generator(config.model), _device()
     transformer = family.load_transformer(device).requires_grad_(False)
     scorer = OrmScorer(config.outcome, family, device, RewardPoolConfig().max_batch)
@@ -249,7 +249,7 @@ def _samples(
 
 
 def _fingerprint(config: PrmConfig, family: Generator, what: list[object]) -> str:
-    """Mark of prepared samples: the generator, and what was asked of it."""
+    """Hash of everything that prepared samples depend on: the generator, its settings, and what is prepared."""
     generator = [family.fingerprint(), family.pipeline.fingerprint(family.backbone)]
     values = [config.model.model_dump(mode="json"), config.seed, generator, what]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
