@@ -1,4 +1,4 @@
-"""Asks PRM servers for rewards and gradients, without waiting before the answer is needed."""
+"""Requests process rewards and gradients from PRM servers, without waiting until the answer is needed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class PrmClient:
-    """One group's view of the pool of PRM servers; a :class:`actors.sampler.ProcessRewardSource`.
+    """The source of process rewards of one group: PRM servers. Implements :class:`actors.sampler.ProcessRewardSource`.
 
-    Deadline, retries on other servers and the circuit breaker are those of
-    :class:`euphonium.wire.clients.RewardClient`; after the last attempt a missing answer is an error, never a zero.
+    Deadlines, retries on other servers and the circuit breaker are those of
+    :class:`euphonium.wire.clients.RewardClient`. A request without an answer is an error, never a zero.
     """
 
     def __init__(
@@ -33,13 +33,13 @@ class PrmClient:
         import ray
 
         self._servers = servers
-        # Put once a group: the servers of this node then read it from shared memory at every step.
+        # Put once a group: servers on this node read it from shared memory at every step.
         self._conditioning = ray.put({name: t.cpu().float().numpy() for name, t in positive(conditioning).items()})
         self._table = table
         self._prompt = prompt
 
     def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
-        """Sends the request; its answer may be a :class:`euphonium.errors.RewardError`."""
+        """Sends the states of step k to a server; waiting for the answer may raise RewardError."""
         import ray
 
         state, sigma = ray.put(x.cpu().float().numpy()), float(self._table.sigmas[k])
@@ -54,4 +54,4 @@ class PrmClient:
             moved = None if gradient is None else as_tensor(gradient).to(x.device)
             return as_tensor(rewards).to(x.device), moved
 
-        return self._servers.begin(send).map(on_device)
+        return self._servers.submit(send).map(on_device)

@@ -1,7 +1,10 @@
-"""Rollout actors: hold a full copy of the policy and draw groups with it, one at a time.
+"""Rollout actors: each holds a full copy of the policy and draws one group at a time.
 
-:class:`RolloutWorker` is the plain class that tests construct; :class:`RolloutActor` makes a Ray actor of it. Calls
-run one after another, so weights change between trajectories only, and every trajectory belongs to one version.
+:class:`RolloutWorker` does the work and knows no Ray; :class:`RolloutActor` is the Ray actor around it, which keeps its
+weights up to date and gives it a source of process rewards. Calls run one after another, so weights change only
+between groups, and every trajectory is drawn by one policy version.
+
+Waits for: newer weights, before a group; PRM servers, at every step; ORM servers, with guidance by SPSA.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ EVALUATION_BATCH = 16
 
 
 class RolloutWorker:
-    """Draws groups of trajectories with the weights of one policy version."""
+    """Draws groups and evaluation samples with the weights that it holds."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
@@ -66,7 +69,7 @@ class RolloutWorker:
         self.policy_version = 0
 
     def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes over published weights and their version.
+        """Loads published weights, and notes their version.
 
         Raises:
             TrainingError: names or shapes do not fit the model.
@@ -75,12 +78,12 @@ class RolloutWorker:
         self.policy_version = version
 
     def conditioning(self, prompt: str) -> Conditioning:
-        """Conditioning of one prompt, with a leading dimension of 1; encoded once."""
+        """Conditioning of one prompt, with a leading dimension of 1; cached."""
         encoded: Conditioning = self._encode(prompt)
         return encoded
 
     def table(self, iteration: int = 0) -> StepTable:
-        """The sampler of an iteration."""
+        """The step table of an iteration (from 0); cached."""
         built: StepTable = self._tables(iteration)
         return built
 
@@ -88,15 +91,15 @@ class RolloutWorker:
         """Draws one group.
 
         Args:
-            task: what to draw.
-            make_source: source of process rewards and guidance, if the recipe has any.
+            task: prompt, seed and iteration.
+            make_source: makes the source of process rewards and gradients, if the recipe has any.
 
         Returns:
-            What the orchestrator needs to know, the final latents ``[group, *latent]`` for the outcome rewards, and
-            the trained transitions for the learner.
+            A description for the orchestrator, the final latents ``[group, *latent]`` for the outcome rewards, and the
+            trained transitions for the learner.
 
         Raises:
-            TrainingError: samples that are not finite.
+            TrainingError: samples are not finite.
         """
         began = time.perf_counter()
         config, table = self.config, self.table(task.iteration)
@@ -148,16 +151,15 @@ class RolloutWorker:
         """Deterministic samples, one a prompt and seed: latents ``[len(prompts), *latent]``.
 
         Args:
-            prompts: texts.
-            seeds: of their noise.
-            make_source: source of guidance, for inference that keeps it.
-            guidance: keeps the process-reward gradient in the ODE (``Inference RGG``); None samples without any
-                reward model.
+            prompts: one text a sample.
+            seeds: seed of each sample's noise.
+            make_source: makes the source of gradients, if there is guidance.
+            guidance: adds the process-reward gradient to the ODE (``Inference RGG``); None samples the policy alone.
         """
         settings = self.config.evaluation
         table = self.family.ode_table(settings.num_steps, self.config.sampler.shift, guidance)
         results = []
-        # A source serves one prompt; without one, prompts share a batch.
+        # A source of gradients is for one prompt; without one, prompts share a batch.
         size = EVALUATION_BATCH if guidance is None else 1
         for begin in range(0, len(prompts), size):
             part = slice(begin, begin + size)
@@ -174,7 +176,7 @@ class RolloutWorker:
         return torch.cat(results).numpy()
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
-        """The policy's output for samples of one conditioning, or of as many as there are samples."""
+        """The policy's output as a function of state and time, for a conditioning of one prompt or of one a sample."""
 
         @torch.no_grad()
         def velocity(x: Tensor, time: float) -> Tensor:
@@ -185,7 +187,7 @@ class RolloutWorker:
         return velocity
 
     def _scored_states(self, table: StepTable) -> tuple[int, ...]:
-        """States whose process reward is wanted for the advantage, beyond those that guidance asks for."""
+        """States whose process rewards the advantages need, besides those at which guidance asks for gradients."""
         process = self.config.rewards.process
         if process is None or process.weight == 0 or self.config.advantage.mode == "outcome":
             return ()
@@ -197,7 +199,7 @@ class RolloutWorker:
         return tuple(k + offset for k in credited)
 
     def _credited(self, rewards: Tensor | None) -> Array | None:
-        """Of the rewards of all states, those that the actions are credited with, ``[group, num_steps]``."""
+        """The process reward that each action is credited with, ``[group, num_steps]``, from those of all states."""
         process = self.config.rewards.process
         if rewards is None or process is None:
             return None
@@ -217,17 +219,17 @@ def _payload(trajectory: Trajectory, conditioning: Conditioning) -> GroupPayload
 
 
 def _guiding(source: ProcessRewardSource, guidance: GuidanceConfig | None) -> ProcessRewardSource:
-    """A source as the recipe wants its gradients."""
+    """The source, with gradients of unit length if the recipe wants that."""
     return UnitGradients(source) if guidance is not None and guidance.normalise else source
 
 
 def encode_one(encoder: Callable[[list[str]], Conditioning], prompt: str) -> Conditioning:
-    """Conditioning of one prompt, padded to no other."""
+    """Conditioning of one prompt, encoded alone, so that it is not padded to the length of others."""
     return dict(encoder([prompt]))
 
 
 class RolloutActor:
-    """A :class:`RolloutWorker` as a Ray actor; the orchestrator makes it with ``ray.remote``."""
+    """The Ray actor around a :class:`RolloutWorker`."""
 
     def __init__(
         self,
@@ -239,10 +241,10 @@ class RolloutActor:
         """Loads the models.
 
         Args:
-            index: of the actor in its pool.
-            config: of the run.
+            index: index of the actor in its pool.
+            config: configuration of the run.
             store: name of the weight store's actor.
-            make_worker: what computes, for whoever wants the actor around something else.
+            make_worker: constructs the worker; tests and benchmarks pass a cheaper one.
         """
         torch.set_num_threads(config.pools.rollout.threads)
         device = default_device()
@@ -260,21 +262,21 @@ class RolloutActor:
         return Readiness(device=str(self.worker.device), node=node_id())
 
     def generate(self, task: GroupTask, context: RolloutContext) -> tuple[GroupInfo, Array, GroupPayload]:
-        """Draws a group; called with ``num_returns=3``, so that the caller owns the arrays.
+        """Draws a group, with newer weights if the context asks for them.
 
-        Newer weights are taken over first if there are any: between trajectories, never within one.
+        Called with ``num_returns=3``, so that the caller owns the arrays (:func:`euphonium.wire.roles.generate_group`).
 
         Raises:
             WeightsMissingError: the weight store does not have the weights.
-            RewardError: no server gave the process rewards.
-            TrainingError: samples that are not finite.
+            RewardError: no server returned the process rewards.
+            TrainingError: samples are not finite.
         """
         pulled = self.weights.follow(context)
         info, latents, payload = self.worker.generate(task, self.sources.of_group(task, context))
         return dataclasses.replace(info, seconds={**info.seconds, "weights": pulled}), latents, payload
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int], context: RolloutContext) -> Array:
-        """Deterministic samples, one a prompt and seed: latents ``[len(prompts), *latent]``.
+        """Deterministic samples with the context's weights: latents ``[len(prompts), *latent]``, one a prompt and seed.
 
         Raises:
             WeightsMissingError: the weight store does not have the weights.
@@ -283,9 +285,9 @@ class RolloutActor:
         return self.worker.evaluate(prompts, seeds)
 
     def receive(self, order: WeightOrder) -> None:
-        """Takes part in a broadcast of weights.
+        """Receives the weights of a broadcast.
 
         Raises:
-            LostActorError: the learner or another member is gone; the weights have to be fetched.
+            LostActorError: the learner or another member is gone; the weights must be fetched from the store.
         """
         self.weights.receive(order)

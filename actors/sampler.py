@@ -1,8 +1,8 @@
-"""Draws one group of trajectories: the guided sampling loop, without Ray.
+"""The guided sampling loop, which draws a group of trajectories; it knows no Ray.
 
-At every step the process reward (and in the guided window its gradient) and the velocity are functions of the same
-state, so the request to the process-reward source is sent first and its answer is awaited after the velocity has
-been computed: with a server of its own, guidance costs next to nothing.
+At every step the process reward (at guided steps also its gradient) and the velocity are functions of the same state.
+The request to the source of process rewards is therefore sent first, and its answer is waited for after the velocity
+has been computed: with PRM servers on other GPUs, guidance costs next to nothing.
 """
 
 from __future__ import annotations
@@ -26,40 +26,41 @@ Rewarded = tuple[Tensor, Tensor | None]
 
 
 class ProcessRewardSource(Protocol):
-    """Whoever scores states: a server, or a model in this process."""
+    """Scores states: PRM servers, a model in this process, or an estimate from outcome rewards."""
 
     def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
-        """Asks for the rewards of states ``[batch, *latent]`` at the noise level of step k.
+        """Requests the rewards of states ``[batch, *latent]`` at the noise level of step k.
 
-        ``k = num_steps`` is the end of the walk, noise level ``sigmas[-1]``.
+        ``k = num_steps`` means the final state, at noise level ``sigmas[-1]``.
         """
         ...
 
 
-# Makes the source of process rewards for a group: from its prompt's conditioning, its table and its velocity.
+# Makes the source of process rewards of a group, from its prompt's conditioning, its step table and its velocity.
 SourceFactory = Callable[[Conditioning, StepTable, Velocity], ProcessRewardSource]
 
 
 class UnitGradients:
-    """A source whose gradients are scaled to unit length, every sample's on its own."""
+    """A source whose gradients are those of another one, scaled to unit length for each sample."""
 
     def __init__(self, source: ProcessRewardSource) -> None:
         self._source = source
 
     def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
-        """Asks the source."""
+        """Requests rewards from the other source."""
         return self._source.submit(k, x, with_gradient=with_gradient).map(_unit_length)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """What is kept of a walk.
+    """What is recorded of a group's trajectories.
 
     Attributes:
-        steps: int64 ``[group, K]``, transitions to keep of every sample.
-        scored_states: states, 0 to ``num_steps``, whose process reward is wanted besides those of guided steps.
-        guided_mean: score transitions under the mean with guidance (``objective: standard``), and keep the gradients
-            that enter it; otherwise under the mean without (``distill``).
+        steps: int64 ``[group, K]``, steps whose transitions are kept, for every sample.
+        scored_states: numbers, 0 to ``num_steps``, of the states whose process rewards are needed besides those of
+            guided steps.
+        guided_mean: whether log-probabilities are taken under the mean with guidance, and gradients are kept
+            (``objective.kind: standard``), or under the mean without it (``distill``).
     """
 
     steps: Tensor
@@ -69,18 +70,18 @@ class Recording:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """What sampling a group yields.
+    """The trajectories of a group: final samples, kept transitions, process rewards.
 
     Attributes:
         final: float32 ``[group, *latent]``, the samples.
         states: float32 ``[group, K, *latent]``, x_k of the kept transitions.
         next_states: like ``states``, x_{k+1}.
-        steps: int64 ``[group, K]``.
-        log_probs: float32 ``[group, K]``.
-        gradients: like ``states``, or None.
-        process_rewards: float32 ``[group, num_steps + 1]``, of every state of the walk; 0 where none was asked for.
-            None if none was asked for at all.
-        seconds: time by part: ``velocity``, and ``process_reward`` for what was waited after the velocity was ready.
+        steps: int64 ``[group, K]``, k of the kept transitions.
+        log_probs: float32 ``[group, K]``, log-probabilities of the kept transitions.
+        gradients: like ``states``, reward gradients that enter the mean, or None.
+        process_rewards: float32 ``[group, num_steps + 1]``, process rewards of all states, 0 where none was requested;
+            None if none was requested at all.
+        seconds: time by part: ``velocity``, and ``process_reward`` for waits after the velocity was ready.
     """
 
     final: Tensor
@@ -96,9 +97,10 @@ class Trajectory:
 def initial_noise(
     shape: tuple[int, ...], group_size: int, seed: int, *, shared: bool, device: torch.device
 ) -> tuple[Tensor, torch.Generator]:
-    """Starting states ``[group_size, *shape]`` and the generator that the steps draw on from there.
+    """Initial states ``[group_size, *shape]``, and the generator of the noise of the steps that follow.
 
-    Drawn on the CPU, so that a seed means the same samples on every device.
+    Both draw on the CPU, so that a seed means the same samples on every device. If ``shared``, all samples of the group
+    start from the same noise.
     """
     generator = torch.Generator().manual_seed(seed)
     count = 1 if shared else group_size
@@ -107,7 +109,7 @@ def initial_noise(
 
 
 def select_steps(table: StepTable, group_size: int, fraction: float, seed: int) -> Tensor:
-    """Trained steps of every sample: a random share of the stochastic ones (DanceGRPO's tau).
+    """Chooses the trained steps of every sample: a random share of the stochastic ones (DanceGRPO's tau).
 
     Returns:
         int64 ``[group_size, K]``, each row sorted, K = ceil(fraction * stochastic steps).
@@ -120,17 +122,17 @@ def select_steps(table: StepTable, group_size: int, fraction: float, seed: int) 
 
 
 class Step(NamedTuple):
-    """One step of a walk.
+    """One sampling step of a batch.
 
     Attributes:
-        k: its number.
-        x: state before it, ``[batch, *latent]``; ``v``, ``gradient``, ``mean`` and ``x_next`` are like it.
+        k: number of the step.
+        x: state before it, ``[batch, *latent]``; ``v``, ``gradient``, ``mean`` and ``x_next`` have the same shape.
         v: the network's output.
-        gradient: of the process reward, or None where the step is not guided.
-        mean: of the next state, with guidance.
+        gradient: gradient of the process reward, or None where the step is not guided.
+        mean: mean of the next state, with guidance.
         x_next: the next state.
         velocity_s: seconds that the velocity took.
-        waited_s: seconds that the gradient was waited for after the velocity was ready.
+        waited_s: seconds of waiting for the gradient after the velocity was ready.
     """
 
     k: int
@@ -152,18 +154,18 @@ def sample_group(
     recording: Recording,
     process_reward: ProcessRewardSource | None = None,
 ) -> Trajectory:
-    """Walks a group from noise to data under the law and guidance of a table.
+    """Draws a group of trajectories, from noise to data.
 
     Args:
         table: the sampler.
-        velocity: network output at a state and a time (:attr:`euphonium.dynamics.StepTable.times`).
-        start: float32 ``[group, *latent]``.
+        velocity: the network's output at a state and a time (:attr:`euphonium.dynamics.StepTable.times`).
+        start: initial states, float32 ``[group, *latent]``.
         noise: CPU generator of the transitions' noise.
-        recording: what to keep.
-        process_reward: source of process rewards; needed when the table is guided or states are scored.
+        recording: which transitions and process rewards to keep.
+        process_reward: source of process rewards; needed if the table is guided or states are scored.
 
     Returns:
-        The trajectory; states are kept and scored in float32.
+        The trajectories; states and log-probabilities are float32.
     """
     rewards = _ProcessRewards(process_reward, table, recording.scored_states)
     kept = _Transitions(table, recording, start)
@@ -188,17 +190,17 @@ def sample_group(
 def sample_deterministic(
     table: StepTable, velocity: Velocity, start: Tensor, process_reward: ProcessRewardSource | None = None
 ) -> Tensor:
-    """Samples of a table without noise: what evaluation and the exported model use.
+    """Draws samples without noise in the steps, as evaluation and the exported model do.
 
     Args:
-        table: of the law ``ode``; with guidance, samples keep the process-reward gradient (the paper's ``Inference
-            RGG``).
+        table: a table of the law ``ode``; with guidance, the process-reward gradient is added to the ODE (the paper's
+            ``Inference RGG``).
         velocity: as for :func:`sample_group`.
-        start: float32 ``[batch, *latent]``.
-        process_reward: needed when the table is guided.
+        start: initial states, float32 ``[batch, *latent]``.
+        process_reward: source of the gradients; needed if the table is guided.
 
     Returns:
-        float32, like ``start``.
+        The samples, like ``start``.
     """
     x = start
     for step in _walk(table, velocity, start, _ProcessRewards(process_reward, table)):
@@ -209,7 +211,7 @@ def sample_deterministic(
 def _walk(
     table: StepTable, velocity: Velocity, x: Tensor, rewards: _ProcessRewards, noise: torch.Generator | None = None
 ) -> Iterator[Step]:
-    """Steps from a state to the end; without ``noise`` every next state is its mean."""
+    """Yields the steps from a state to the end; without ``noise`` every next state is its mean."""
     for k in range(table.num_steps):
         rewards.ask(k, x)
         began = time.perf_counter()
@@ -225,7 +227,7 @@ def _walk(
 
 
 class _ProcessRewards:
-    """Rewards of a walk's states: asked for before the velocity is computed, awaited after."""
+    """Process rewards of a trajectory's states: requested before the velocity is computed, waited for after."""
 
     def __init__(
         self, source: ProcessRewardSource | None, table: StepTable, scored_states: Collection[int] = ()
@@ -239,16 +241,16 @@ class _ProcessRewards:
             raise ValueError("a guided table or process rewards need a source of process rewards")
 
     def ask(self, k: int, x: Tensor) -> None:
-        """Asks for a state's rewards, if they are wanted."""
+        """Requests the rewards of state k, if they are needed."""
         if self._source is not None and k in self._wanted:
             self._answers[k] = self._source.submit(k, x, with_gradient=k in self._guided)
 
     def gradient(self, k: int) -> Tensor | None:
-        """The gradient that guides a step; waits for it."""
+        """The gradient at step k, None if it is not guided; waits for it."""
         return self._answers[k].result()[1] if k in self._guided else None
 
     def of_all_states(self, group: int) -> Tensor | None:
-        """``[group, num_steps + 1]``, 0 where none was wanted; None if none was wanted at all."""
+        """Rewards ``[group, num_steps + 1]``, 0 for states that were not scored; None if none was; waits for them."""
         if not self._wanted:
             return None
         rewards = torch.zeros(group, self._states)
@@ -258,7 +260,7 @@ class _ProcessRewards:
 
 
 class _Transitions:
-    """The kept transitions of a group, as :class:`Trajectory` describes them."""
+    """Collects the kept transitions of a group; the tensors are those of :class:`Trajectory`."""
 
     def __init__(self, table: StepTable, recording: Recording, start: Tensor) -> None:
         self._table = table
@@ -269,7 +271,7 @@ class _Transitions:
         self.gradients = torch.zeros(shape) if recording.guided_mean and table.guided_steps else None
 
     def add(self, step: Step) -> None:
-        """Keeps a step of those samples that want it."""
+        """Keeps a step's transitions, for the samples that have this step among theirs."""
         k, x, v, gradient, mean, x_next, *_ = step
         rows, columns = torch.nonzero(self._recording.steps == k, as_tuple=True)
         if not len(rows):

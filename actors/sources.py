@@ -1,4 +1,4 @@
-"""Where a group's process rewards and guidance come from: PRM servers, or estimates from outcome rewards (SPSA)."""
+"""Where a group's process rewards and their gradients come from: PRM servers, or SPSA on the outcome rewards."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from euphonium.wire.roles import OrmServer, PrmServer, RolloutContext, ServerRef
 
 
 class RewardSources:
-    """The reward servers as one rollout actor asks them; what it knows of them outlives a group."""
+    """One rollout actor's clients of the reward servers, whose circuit breakers last longer than a group."""
 
     def __init__(self, config: RunConfig, index: int) -> None:
         self._config = config
-        # Both pools change while the run goes on: every order says who is in them.
+        # Both pools change while the run goes on: the context of every task says who is in them.
         self._prm_servers: tuple[ServerRef[PrmServer], ...] = ()
         self._orm_servers: tuple[ServerRef[OrmServer], ...] = ()
         rewards = config.rewards
@@ -31,7 +31,7 @@ class RewardSources:
         self._orm = RewardClient("orm", lambda: self._orm_servers, rewards, offset=index)
 
     def of_group(self, task: GroupTask, context: RolloutContext) -> SourceFactory | None:
-        """What makes the source of a group; None where the recipe has neither guidance nor process rewards."""
+        """The factory of a group's source of process rewards; None if the recipe needs none."""
         self._prm_servers, self._orm_servers = context.prm_servers, context.orm_servers
         guidance = self._config.sampler.guidance
         if guidance is not None and guidance.source == "spsa":
@@ -48,7 +48,7 @@ class RewardSources:
 
         def score(latents: Tensor) -> Later[Tensor]:
             prompts, arrays = [prompt] * len(latents), latents.cpu().numpy()
-            answer = self._orm.begin(lambda server: server.score.remote(arrays, prompts, timeout))
+            answer = self._orm.submit(lambda server: server.score.remote(arrays, prompts, timeout))
             return answer.map(lambda scores: as_tensor(weighted_total(scores[0], rewards).astype(np.float32)))
 
         return score

@@ -1,4 +1,4 @@
-"""Zeroth-order gradient of the pixel reward (Euphonium, Eq. 52), as a source of guidance without a PRM."""
+"""Guidance without a process reward model: a zeroth-order gradient of the outcome rewards (Euphonium, Eq. 52)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ Score = Callable[[Tensor], Later[Tensor]]
 
 
 class SpsaSource:
-    """Estimates the gradient of ``F(x) = r(decode(predicted data of x))``; a
-    :class:`actors.sampler.ProcessRewardSource`.
+    """Estimates the gradient of ``F(x) = r(decode(predicted data of x))``.
 
-    ``g = mean over K of (F(x + c z) - F(x - c z)) / (2 c) z`` with ``z ~ N(0, I)``, every sample on its own. All 2 K
-    perturbed samples of a step are scored in one request. Its rewards are the mean of the ``F`` it has seen.
+    Implements :class:`actors.sampler.ProcessRewardSource`.
+
+    ``g = mean over K of (F(x + c z) - F(x - c z)) / (2 c) z`` with ``z ~ N(0, I)``, for each sample on its own. All 2 K
+    perturbed samples of a step are scored in one request. The reward of a state is the mean of these ``F``.
     """
 
     def __init__(
@@ -33,15 +34,15 @@ class SpsaSource:
         scale: float,
         seed: int,
     ) -> None:
-        """Asks nothing yet.
+        """Creates a source; nothing is requested.
 
         Args:
             table: the sampler.
-            velocity: for batches of any multiple of the group's size.
-            score: outcome rewards of predicted data.
-            perturbations: K.
-            scale: c.
-            seed: of the perturbations.
+            velocity: the network's output, for batches of any multiple of the group's size.
+            score: requests the outcome rewards of latents.
+            perturbations: K, number of perturbations.
+            scale: c, size of a perturbation.
+            seed: seed of the perturbations.
         """
         self._table = table
         self._velocity = velocity
@@ -51,7 +52,7 @@ class SpsaSource:
         self._noise = torch.Generator().manual_seed(seed)
 
     def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
-        """Asks for the rewards of a state, or of its perturbations if the gradient is wanted."""
+        """Requests the rewards of a state, or of its perturbations if the gradient is needed."""
         if not with_gradient:
             return self._request(k, x).map(lambda rewards: (rewards, None))
         z = torch.randn((self._count, *x.shape), generator=self._noise).to(x.device)

@@ -1,1 +1,1 @@
-"""The library that every role shares; it knows no role, and starts nothing."""
+"""The library that all roles share; it imports no role, and starts no process."""

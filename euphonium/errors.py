@@ -1,7 +1,7 @@
-"""One hierarchy of errors, each with the exit status that the command line ends with.
+"""The errors that the application raises on purpose, each with the command line's exit status.
 
 A message names what failed, where (role, node, file, field) and what to do next: it is the last thing that a user
-sees of a run, also in the Ray dashboard.
+sees of a run, on the terminal and in the Ray dashboard.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PreflightError(EuphoniumError):
 
 
 class ResourcesError(EuphoniumError):
-    """Resources that a pool asked for never came."""
+    """The resources that a pool reserves did not become available in time."""
 
     exit_status = 4
 
@@ -40,22 +40,22 @@ class TrainingError(EuphoniumError):
 
 
 class LostActorError(TrainingError):
-    """An actor or an object that is gone: asking again, or somebody else, may help."""
+    """An actor or object is gone; trying again, or with another actor, may help."""
 
 
 class LateError(LostActorError):
-    """An answer that did not come in time: whoever was asked hangs, or has too much to do; another one may do."""
+    """An answer did not come in time: the actor hangs or is overloaded; another one may answer."""
 
 
 class WeightsMissingError(TrainingError):
-    """The weight store does not have the weights that were asked for: they must be published again."""
+    """The weight store does not have the requested weights; they must be published again."""
 
 
 class RewardError(TrainingError):
-    """A reward that could not be had: the server is gone, too slow, or answered something that is no number.
+    """A reward could not be computed: its server is gone, too slow, or failed.
 
     Attributes:
-        rewards: names of the rewards that could not be had, as in the metrics; decides whose ``on_failure`` applies.
+        rewards: names of the failed rewards, as in the metrics; their ``on_failure`` settings apply.
     """
 
     def __init__(self, message: str, rewards: Sequence[str] = ()) -> None:
@@ -64,10 +64,10 @@ class RewardError(TrainingError):
 
 
 class NonFiniteRewardError(RewardError):
-    """A reward or gradient that is no finite number. It belongs to the sample, so that asking again is no use."""
+    """A reward or gradient is not finite. That is a property of the sample, so the request is not retried."""
 
 
 class CheckpointError(EuphoniumError):
-    """A checkpoint that is missing, damaged, or of another kind of run."""
+    """A checkpoint is missing or damaged, belongs to another run, or could not be written."""
 
     exit_status = 6

@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there: written aside, flushed to disk, then renamed.
+"""Atomic writes of files and folders: written under another name, flushed to disk, then renamed.
 
-A folder that was committed here bears a manifest with size and SHA-256 of every file in it, so that whoever reads it
-can tell first whether it is what was written. What the files mean is the callers' business.
+A committed folder holds a manifest with the size and SHA-256 of every file in it, against which a reader verifies it
+first. What the files mean is up to the callers.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ THREADS = 4
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's contents, in hexadecimal digits."""
+    """SHA-256 of a file's contents, in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:
-    """Returns when a file's contents, or a folder's entries, are on disk."""
+    """Waits until a file's contents, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,13 +41,13 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Replaces a file in one step: it has its old contents or all of the new ones, whatever happens.
+    """Replaces a file atomically: it holds its old contents or all of the new ones, whatever happens.
 
     Args:
-        path: of the file; its folder exists.
+        path: the file; its folder exists.
 
     Yields:
-        The path to write to; nothing becomes of it if an error is raised meanwhile.
+        The path to write to; if an error is raised meanwhile, the file stays as it was.
     """
     aside = path.with_name(f"{path.name}.tmp")
     yield aside
@@ -57,14 +57,12 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def commit_folder(aside: Path, target: Path, version: int) -> None:
-    """Makes a filled folder the target in one step, which replaces what was there.
-
-    Everything in it is read, to be hashed.
+    """Renames a filled folder to the target, replacing an older one, after hashing and flushing all of its files.
 
     Args:
         aside: the filled folder, beside the target.
-        target: its name from now on.
-        version: of the contents' format, for :func:`verify_folder`.
+        target: its final path.
+        version: version of the contents' format, for :func:`verify_folder`.
     """
     files = sorted(path for path in aside.rglob("*") if path.is_file())
     with ThreadPoolExecutor(THREADS) as threads:
@@ -88,8 +86,8 @@ def verify_folder(folder: Path, version: int) -> None:
     """Checks every file of a committed folder against its manifest.
 
     Args:
-        folder: of a checkpoint.
-        version: of the format that the caller reads.
+        folder: the committed folder.
+        version: version of the format that the caller reads.
 
     Raises:
         CheckpointError: something is missing, changed, or in another format.
@@ -117,11 +115,11 @@ def verify_folder(folder: Path, version: int) -> None:
 
 @contextmanager
 def writing(what: str, folder: Path) -> Iterator[None]:
-    """Makes what a file system refuses an error that says what to do.
+    """Turns errors of the file system into one that says what to do.
 
     Args:
-        what: is written, for the error.
-        folder: to which; it exists.
+        what: what is being written, for the error: "the checkpoint of iteration 3".
+        folder: where it is written; it exists.
 
     Raises:
         CheckpointError: the file system refused, for example because it is full.

@@ -1,4 +1,4 @@
-"""Files of prompts: texts, and for image-to-video the picture that each begins with."""
+"""Prompt files: texts and, for image-to-video, the first frame of each prompt's videos."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MAX_CHARACTERS = 4000
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a file.
+    """One line of a prompt file.
 
     Attributes:
-        text: of the prompt.
-        image: picture that the video begins with, or None.
+        text: the prompt.
+        image: picture file of the video's first frame, or None.
     """
 
     text: str
@@ -26,12 +26,16 @@ class Prompt:
 
 
 def read_prompt_file(path: Path, field: str) -> list[Prompt]:
-    """Prompts of a ``.txt`` file (one a line) or ``.jsonl`` file (one object a line: ``prompt``, perhaps ``image``).
+    """Reads a ``.txt`` file (one prompt a line) or a ``.jsonl`` file (objects with ``prompt`` and perhaps ``image``).
 
-    Blank lines and, in ``.txt`` files, lines that begin with ``#`` are skipped. Images are given relative to the file.
+    Blank lines and, in ``.txt`` files, lines that begin with ``#`` are skipped. Image paths are relative to the file.
+
+    Args:
+        path: the file.
+        field: the recipe's field that names it, for errors.
 
     Raises:
-        ConfigError: names file and line.
+        ConfigError: the file cannot be read, or a line is not valid; names file and line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -55,7 +59,7 @@ def prompt_images(files: Sequence[Path]) -> dict[str, Path]:
     """The pictures of all prompts of some files, by the prompts' texts.
 
     Raises:
-        ConfigError: a file that cannot be used, or one text with two pictures: a prompt is known by its text.
+        ConfigError: a file cannot be read, or one text has two pictures: prompts are identified by their text.
     """
     images: dict[str, Path] = {}
     for file in files:

@@ -29,7 +29,7 @@ ANSWER_TIMEOUT_S = 30.0
 
 
 class ControlDesk:
-    """Snapshots one way, requests the other."""
+    """Holds the latest snapshot for the command line, and its requests for the run loop."""
 
     def __init__(self) -> None:
         self._snapshot: RunSnapshot | None = None
@@ -40,13 +40,13 @@ class ControlDesk:
         return CONTROL
 
     def exchange(self, snapshot: RunSnapshot) -> list[dict[str, int]]:
-        """The run loop's call.
+        """Called by the run loop.
 
         Args:
-            snapshot: of the run, for :meth:`status`.
+            snapshot: snapshot of the run, for :meth:`status`.
 
         Returns:
-            Sizes of pools that were asked for since the last call.
+            Requested sizes of pools since the last call, one mapping a request.
         """
         self._snapshot, self._taken = snapshot, time.time()
         requests, self._requests = self._requests, []
@@ -57,7 +57,7 @@ class ControlDesk:
         return None if self._snapshot is None else (self._snapshot, time.time() - self._taken)
 
     def scale(self, sizes: dict[str, int]) -> RunSnapshot | None:
-        """Asks for sizes of pools.
+        """Requests sizes of pools.
 
         Returns:
             The last snapshot, None before the first.
@@ -74,13 +74,13 @@ class ControlDesk:
 
 
 class DeskLine:
-    """Keeps the control desk informed."""
+    """Exchanges snapshots for requests with the control desk."""
 
     def __init__(self, snapshot: Callable[[], RunSnapshot], resize: Callable[[str, int], None]) -> None:
-        """Nothing is started yet.
+        """Creates the connection; nothing is started.
 
         Args:
-            snapshot: of the run as it stands.
+            snapshot: returns a snapshot of the run.
             resize: changes the size of a role's pool.
         """
         self._snapshot = snapshot
@@ -92,11 +92,11 @@ class DeskLine:
         self._desk: ActorProxy[Desk] = start_actor(Desk, ControlDesk, {"name": CONTROL, **beside_the_driver()})
 
     def poll(self) -> None:
-        """Begins to exchange snapshots for requests."""
+        """Starts to exchange snapshots for requests, once a second."""
         self._task = asyncio.ensure_future(self._poll())
 
     def close(self) -> None:
-        """Ends what :meth:`poll` began."""
+        """Stops what :meth:`poll` started."""
         if self._task is not None:
             self._task.cancel()
 

@@ -1,4 +1,8 @@
-"""Evaluation on held-out prompts: which prompts and noise, who draws and scores them, the pictures that come of it."""
+"""Evaluation on held-out prompts: its prompts and noise, its metrics, and the pictures of its samples.
+
+Rollout actors draw the samples and ORM servers score them (orchestrator/pools/rollout_service.py); evaluations wait for
+both, ahead of groups for training.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,10 @@ from orchestrator.report.tracking import Tracker
 
 
 def evaluation_set(config: RunConfig) -> tuple[list[str], list[int]]:
-    """Prompts and noise seeds of every evaluation of a run: always the same, so that evaluations compare.
+    """Prompts and noise seeds of a run's evaluations, always the same, so that evaluations can be compared.
 
     Raises:
-        ConfigError: a held-out prompt that is also trained on.
+        ConfigError: a held-out prompt is also a training prompt.
     """
     held_out = read_prompts(config.prompts.evaluation, "prompts.evaluation")
     both = set(held_out) & set(read_prompts(config.prompts.train, "prompts.train"))
@@ -41,7 +45,24 @@ def evaluation_set(config: RunConfig) -> tuple[list[str], list[int]]:
 
 
 def evaluation_metrics(scores: Mapping[str, Array], rewards: Sequence[OutcomeRewardConfig]) -> dict[str, float]:
-    """Means of the rewards ``[samples]`` of an evaluation, and of their weighted total."""
+    """Metrics of an evaluation: the mean of each reward, and the weighted mean of all.
+
+    Args:
+        scores: rewards by name, ``[samples]`` each.
+        rewards: the recipe's rewards, with their weights.
+
+    Example:
+        >>> rewards = [
+        ...     OutcomeRewardConfig(name="motion", type="sprite_motion", weight=1.0),
+        ...     OutcomeRewardConfig(name="quality", type="sprite_quality", weight=3.0),
+        ... ]
+        >>> scores = {"motion": np.array([0.0, 1.0]), "quality": np.array([0.8, 1.0])}
+        >>> for name, value in evaluation_metrics(scores, rewards).items():
+        ...     print(name, round(value, 3))
+        eval/motion/mean 0.5
+        eval/quality/mean 0.9
+        eval/total/mean 0.8
+    """
     means = {name: float(values.mean()) for name, values in scores.items()}
     weights = {reward.name: reward.weight for reward in rewards}
     total = sum(weights[name] * mean for name, mean in means.items()) / total_weight(rewards)
@@ -55,7 +76,7 @@ class SampleFolder:
         self.folder = folder
 
     def save(self, iteration: int, prompts: Sequence[str], videos: Videos, scores: Mapping[str, Any]) -> Image.Image:
-        """Writes the clips of one evaluation; after the first, also each prompt before and after."""
+        """Writes the clips of an evaluation, with comparisons to the first one; returns the contact sheet."""
         target = self.folder / f"iteration_{iteration:06d}"
         sheet = save_samples(target, prompts, videos, scores)
         np.save(target / "videos.npy", videos)
@@ -71,18 +92,18 @@ class SampleFolder:
 
 
 class Evaluator:
-    """Evaluates a run's policy with its own rollout actors and ORM servers."""
+    """Evaluates a run's policy, with the run's rollout actors and ORM servers."""
 
     def __init__(self, config: RunConfig, rollouts: RolloutService, tracker: Tracker) -> None:
         """Reads the held-out prompts.
 
         Args:
-            config: of the run.
-            rollouts: that draws and scores.
-            tracker: takes the contact sheets.
+            config: configuration of the run.
+            rollouts: draws and scores samples.
+            tracker: records the contact sheets.
 
         Raises:
-            ConfigError: a held-out prompt that is also trained on.
+            ConfigError: a held-out prompt is also a training prompt.
         """
         self._config = config
         self._rollouts = rollouts
@@ -91,17 +112,17 @@ class Evaluator:
         self._pictures = SampleFolder(config.run_dir / "samples")
 
     async def evaluate(self, iteration: int) -> dict[str, float]:
-        """Draws and scores deterministic samples of the averaged policy, if there is one, and saves some as clips.
+        """Draws and scores deterministic samples of the policy, or of its average if there is one; saves some as clips.
 
         Args:
-            iteration: that was trained last; 0 before training.
+            iteration: number of iterations done; 0 before training.
 
         Returns:
             Metrics.
 
         Raises:
             RewardError: no ORM server answered.
-            TrainingError: the samples could not be had.
+            TrainingError: no rollout actor drew the samples.
         """
         began = time.monotonic()
         config, prompts = self._config, self._prompts

@@ -1,4 +1,4 @@
-"""From a checkpoint to a diffusers folder that anybody can load."""
+"""Exports a checkpoint as a diffusers pipeline, or its low-rank adapter alone."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ CPU = torch.device("cpu")
 
 
 def export_checkpoint(checkpoint: Path, config: RunConfig, target: Path, *, policy: bool = False) -> None:
-    """Writes a complete diffusers pipeline with the weights of a checkpoint; adapters are added into the layers.
+    """Writes a complete diffusers pipeline with the weights of a checkpoint; adapters are merged into the weights.
 
     Args:
         checkpoint: folder of a checkpoint.
-        config: of its run.
+        config: configuration of its run.
         target: new folder.
-        policy: export the policy itself even when there is a moving average.
+        policy: export the policy itself even if there is a moving average.
 
     Raises:
         CheckpointError: the folder holds no weights, or the target exists.
@@ -43,7 +43,7 @@ def export_adapter(checkpoint: Path, config: RunConfig, target: Path, *, policy:
 
     Args:
         checkpoint: folder of a checkpoint.
-        config: of its run.
+        config: configuration of its run.
         target: new folder.
         policy: as for :func:`export_checkpoint`.
 

@@ -1,6 +1,6 @@
-"""What is on record of a run: an object an iteration, lines for people, and what is under way.
+"""The record of a run: metrics of every iteration, lines on the terminal, and the present phase.
 
-Collects the numbers that the parts of a turn report; where they are written is orchestrator/report/tracking.py.
+It collects the metrics that the parts of an iteration report; orchestrator/report/tracking.py writes them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ WORKED = ("time/fetch_s", "time/update_s", "time/publish_s", "time/checkpoint_s"
 
 @dataclass
 class Entry:
-    """Numbers of one turn, as they come in.
+    """Metrics of one turn of the run loop, as they come in.
 
     Attributes:
-        began: when the turn began, on the monotonic clock.
-        numbers: so far.
-        committed: the update is done and the position has moved: from here on the turn is on record.
+        began: start of the turn, on the monotonic clock.
+        numbers: metrics so far.
+        committed: whether the update is done and the run's position has moved, so that the turn counts.
     """
 
     began: float
@@ -39,14 +39,14 @@ class Entry:
     committed: bool = False
 
     def updated(self, report: UpdateReport, batch: Batch) -> None:
-        """Takes in the learner group's report; the iteration's time ends here."""
+        """Adds the learner group's report; the iteration's time ends here."""
         self.numbers |= report.metrics
         pulls = max(group.info.seconds["weights"] for group in batch.groups)
         self.numbers["time/weight_sync_s"] = report.metrics["time/publish_s"] + pulls
         self.numbers["time/iteration_s"] = time.monotonic() - self.began
 
     def busy_share(self) -> float:
-        """Share of the iteration that the learner group worked."""
+        """Share of the iteration in which the learner group worked."""
         worked = sum(self.numbers.get(part, 0.0) for part in WORKED)
         return min(1.0, worked / self.numbers["time/iteration_s"])
 
@@ -55,12 +55,13 @@ class Journal:
     """Keeps a run's record.
 
     Attributes:
-        tracker: writes numbers and pictures.
-        progress: the terminal.
-        failures: counts the rewards that could not be had.
-        phase: what is under way.
-        last: line of the last iteration.
-        learner_busy: share of the last iteration that the learner group worked.
+        tracker: writes metrics and pictures.
+        progress: prints on the terminal.
+        failures: counts failed rewards.
+        begun: whether the evaluation before training has been recorded.
+        phase: what is under way, as a phrase.
+        last: the line that was printed for the last iteration.
+        learner_busy: share of the last iteration in which the learner group worked.
     """
 
     def __init__(self, config: RunConfig, iterations_done: int) -> None:
@@ -76,21 +77,21 @@ class Journal:
         self.learner_busy = 0.0
 
     def say(self, line: str) -> None:
-        """Tells people something."""
+        """Prints a line."""
         self.progress.say(line)
 
     def enter(self, phase: str) -> None:
-        """Notes what is under way now."""
+        """Sets the present phase."""
         self.phase = phase
         self.progress.phase(phase)
 
     def start(self, evaluation: Mapping[str, float]) -> None:
-        """Writes the evaluation before training."""
+        """Records the evaluation before training."""
         self._write({"iteration": 0, "policy_version": 0, **evaluation})
         self.begun = True
 
     def drawn(self, entry: Entry, turn: Turn, batch: Batch, statistics: Mapping[str, float], held: Held) -> None:
-        """Takes in what is known of a batch before it is trained."""
+        """Adds what is known of a batch before it is trained on."""
         lags = [staleness(turn.number - 1, group.info.policy_version) for group in batch.groups]
         entry.numbers |= {"iteration": turn.number, "policy_version": turn.number, **statistics}
         entry.numbers |= {
@@ -105,9 +106,9 @@ class Journal:
 
     @contextmanager
     def turn(self, turn: Turn) -> Iterator[Entry]:
-        """Collects the numbers of a turn and writes them at its end, also if its evaluation is cut short.
+        """Collects the metrics of a turn and writes them at its end, also if its evaluation is cut short.
 
-        Of a turn whose update was not committed nothing is on record: it will be done again.
+        Nothing is written of a turn whose update was not committed: it will be done again.
         """
         self.enter(f"iteration {turn.number}: rollout")
         entry = Entry(time.monotonic())
@@ -121,17 +122,17 @@ class Journal:
             self.say(line)
 
     def complete_last(self, evaluation: Mapping[str, float]) -> None:
-        """Adds the last evaluation of a run that was cut short in it."""
+        """Adds the final evaluation to the last record, for a run that was interrupted in it."""
         last = read_metrics(self.tracker.path)[-1]
         self.tracker.rewind(int(last["iteration"]) - 1)
         self._write({**last, **evaluation})
 
     def rewind(self, iteration: int) -> None:
-        """Takes out what lies beyond an iteration, which will be done again."""
+        """Removes the records after an iteration, which will be done again."""
         self.tracker.rewind(iteration)
 
     def summary(self) -> None:
-        """Compares the run's first and last evaluation."""
+        """Prints a comparison of the run's first and last evaluation."""
         self.progress.summary(read_metrics(self.tracker.path))
         self.say(f"before and after: {self._config.run_dir / 'samples' / 'before_after.png'}")
 

@@ -1,4 +1,8 @@
-"""Dynamic micro-batching: requests that wait at the same time share a forward pass."""
+"""Dynamic micro-batching: requests that wait at the same time share a forward pass.
+
+Callers wait on the event loop for their answer; the dispatcher waits for requests, then for company to fill a pass
+(``wait_ms``), then for the model, which computes in a thread of its own. A bad request fails alone.
+"""
 
 from __future__ import annotations
 
@@ -20,41 +24,41 @@ log = logging.getLogger(__name__)
 
 
 class Request(Protocol):
-    """What can be merged."""
+    """A request that can share a forward pass with others."""
 
     @property
     def size(self) -> int:
-        """Samples in it."""
+        """Number of samples."""
         ...
 
     @property
     def key(self) -> Hashable:
-        """Requests with equal keys may share a forward pass."""
+        """Requests whose keys are equal may share a forward pass."""
         ...
 
     @property
     def label(self) -> str:
-        """Names it in errors: its prompt."""
+        """Name of the request in errors: its prompt."""
         ...
 
 
 Q = TypeVar("Q", bound=Request)
 A = TypeVar("A")
 R = TypeVar("R")
-# One answer or error a request, in order; may raise when it cannot tell whose fault it is.
+# One answer or error a request, in order; raises if it cannot tell which request is to blame.
 Compute = Callable[[Sequence[Q]], Sequence[A | RewardError]]
 
 
 def isolated(compute: Compute[Q, A], requests: Sequence[Q], what: str) -> list[A | RewardError]:
-    """Answers of merged requests, such that a bad request fails alone.
+    """Computes merged requests such that a bad request fails alone.
 
-    If the merged pass raises, or gives an error for some requests, those are computed once more, each on its own:
-    what still fails then is its own fault, and what was spoilt by its company gets its answer.
+    If the merged pass raises, all requests are computed once more, each alone; if it returns errors for some, only
+    those are. A request that was only spoilt by another one then gets its answer.
 
     Args:
         compute: the merged pass.
-        requests: with equal keys.
-        what: what is computed, for errors: "the process reward model".
+        requests: requests with equal keys.
+        what: what computes, for errors: "the process reward model".
     """
     try:
         answers = list(compute(requests))
@@ -91,24 +95,37 @@ class _Waiting(Generic[Q, A]):
 class MicroBatcher(Generic[Q, A]):
     """Merges requests for one model, which computes in a thread of its own.
 
-    The event loop stays free for new requests while the model works. What arrives meanwhile shares
-    the next pass. Before a pass that is not full, the model waits up to ``wait_ms``, from its first request or the end
-    of the pass before, whichever is later: clients that have just got their answers come back together. Order is that
-    of arrival, except that requests with another key wait for the next pass. Without ``merge`` every request has a
-    pass of its own.
+    The event loop stays free for new requests while the model computes; those that arrive meanwhile share the next
+    pass. Before a pass that is not full, it waits up to ``wait_ms``, from the arrival of the first request or the end
+    of the pass before, whichever is later: clients that have just got their answers come back together. Requests are
+    served in the order of their arrival, except that those with another key wait for the next pass. Without ``merge``
+    every request has a pass of its own.
 
     Attributes:
         worked_s: seconds spent computing since the start.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> def inverses(requests):
+        ...     return [1 / request.value for request in requests]
+        >>> async def main():
+        ...     batcher = MicroBatcher(inverses, "division", RewardPoolConfig())
+        ...     requests = [SimpleNamespace(size=1, key=None, label=str(value), value=value) for value in (1, 0, 4)]
+        ...     answers = await asyncio.gather(*map(batcher.submit, requests), return_exceptions=True)
+        ...     await batcher.close()
+        ...     return answers
+        >>> asyncio.run(main())  # one merged pass, then each alone, since it failed
+        [1.0, RewardError("division failed on '0': ZeroDivisionError: division by zero"), 0.25]
     """
 
     def __init__(self, compute: Compute[Q, A], what: str, pool: RewardPoolConfig) -> None:
-        """Computes nothing yet.
+        """Creates a batcher; the first request starts its dispatcher.
 
         Args:
             compute: the merged pass; called in one thread only.
-            what: names it in errors.
-            pool: samples that requests are merged up to, where a single request may be larger; the wait; and the CPU
-                threads of the model's tensor operations.
+            what: what computes, for errors.
+            pool: settings: the number of samples up to which requests are merged (a single request may be larger), the
+                wait, and the CPU threads of tensor operations.
         """
         self._compute = compute
         self._what = what
@@ -123,11 +140,11 @@ class MicroBatcher(Generic[Q, A]):
         self.worked_s = 0.0
 
     async def submit(self, request: Q, deadline_s: float = float("inf")) -> A:
-        """The answer to one request.
+        """Waits for the answer to one request.
 
         Args:
-            request: to compute.
-            deadline_s: seconds from now after which nobody wants the answer; it is then not computed.
+            request: the request.
+            deadline_s: seconds from now after which the answer is of no use; it is then not computed.
 
         Raises:
             RewardError: the request failed, or waited too long.
@@ -142,11 +159,11 @@ class MicroBatcher(Generic[Q, A]):
         return await waiting.answer
 
     async def run(self, work: Callable[[], R]) -> R:
-        """Result of other work for the same thread, in its turn."""
+        """Runs other work in the model's thread, between passes, and waits for its result."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def close(self) -> None:
-        """Ends the thread; requests that still wait fail."""
+        """Ends the thread; requests that still wait fail with a RewardError."""
         if self._dispatcher is not None:
             self._dispatcher.cancel()
             await asyncio.gather(self._dispatcher, return_exceptions=True)
@@ -179,7 +196,7 @@ class MicroBatcher(Generic[Q, A]):
             self._batch = []
 
     async def _wait_for_others(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Waits until the first request's pass is full, or there has been time enough to join it."""
+        """Waits until the first request's pass is full, or ``wait_ms`` is over."""
         first = self._queue[0]
         until = max(first.arrived, self._finished) + self._wait_s
         while (left := until - loop.time()) > 0:
@@ -192,7 +209,7 @@ class MicroBatcher(Generic[Q, A]):
                 return
 
     def _take(self, now: float) -> list[_Waiting[Q, A]]:
-        """The next pass: the first request, and those behind it that fit to it."""
+        """Takes the next pass's requests from the queue: the first, and those after it with its key that fit."""
         batch: list[_Waiting[Q, A]] = []
         left: deque[_Waiting[Q, A]] = deque()
         size = 0

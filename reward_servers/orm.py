@@ -1,4 +1,4 @@
-"""ORM servers: take latents, decode them, score the videos; the generator never holds VAE or reward models."""
+"""ORM servers: decode latents and score the videos, so that rollout actors hold neither a VAE nor a reward model."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ WHAT = "outcome scoring"
 
 @dataclass(frozen=True)
 class OrmRequest:
-    """Finished samples.
+    """Finished samples to score; implements :class:`reward_servers.batching.Request`.
 
     Attributes:
         latents: float32 ``[samples, *latent]``.
-        prompts: one a sample.
+        prompts: one text a sample.
     """
 
     latents: Array
@@ -38,22 +38,22 @@ class OrmRequest:
 
     @property
     def size(self) -> int:
-        """See :class:`reward_servers.batching.Request`."""
+        """Number of samples."""
         return len(self.latents)
 
     @property
     def label(self) -> str:
-        """See :class:`reward_servers.batching.Request`."""
+        """The first prompt, for errors."""
         return self.prompts[0]
 
     @property
     def key(self) -> Hashable:
-        """See :class:`reward_servers.batching.Request`."""
+        """Samples share a pass if their latents have the same shape."""
         return self.latents.shape[1:]
 
 
 class OrmScorer:
-    """The plain class behind an ORM server; all rewards of a recipe are resident in it."""
+    """Decoder and all outcome rewards of a recipe, without Ray."""
 
     def __init__(
         self,
@@ -65,13 +65,13 @@ class OrmScorer:
         """Loads decoder and rewards.
 
         Args:
-            rewards: of the recipe.
+            rewards: the recipe's outcome rewards.
             family: the generator whose latents are decoded.
-            device: of the decoder.
-            max_batch: samples that are decoded and scored at a time.
+            device: device of the decoder.
+            max_batch: number of samples that are decoded and scored at a time.
 
         Raises:
-            ConfigError: a reward that cannot be made; names it.
+            ConfigError: a reward cannot be constructed; names it.
         """
         self.decode = family.load_decoder(device)
         self.rewards = build_rewards(rewards)
@@ -92,10 +92,10 @@ class OrmScorer:
             prompts: one a sample.
 
         Returns:
-            For every reward, float32 ``[batch]``.
+            Rewards by name, float32 ``[batch]`` each.
 
         Raises:
-            NonFiniteRewardError: a reward gave something that is not finite; names reward and prompt.
+            NonFiniteRewardError: a reward is not finite; names reward and prompt.
             RewardError: a reward failed; names it.
         """
         (answer,) = self.score_requests([OrmRequest(latents, prompts)])
@@ -107,10 +107,10 @@ class OrmScorer:
         """Scores requests together, ``max_batch`` samples at a time.
 
         Returns:
-            For every request its scores, or why its numbers cannot be used.
+            For every request its scores, or an error if they are not finite.
 
         Raises:
-            RewardError: a reward failed, which may be the fault of any of the requests.
+            RewardError: a reward failed on the merged requests, any of which may be to blame.
         """
         latents = np.concatenate([request.latents for request in requests])
         prompts = [prompt for request in requests for prompt in request.prompts]
@@ -154,7 +154,7 @@ def _checked(request: OrmRequest, scores: Mapping[str, Array]) -> OrmAnswer | Re
 
 
 class OrmActor:
-    """An :class:`OrmScorer` as a Ray actor on asyncio; decoder and rewards compute in a thread of their own."""
+    """The Ray actor, on asyncio, around an :class:`OrmScorer`, which computes in a thread of its own."""
 
     def __init__(self, index: int, config: RunConfig) -> None:
         pool = config.pools.orm
@@ -174,21 +174,24 @@ class OrmActor:
     async def score(
         self, latents: Array, prompts: Sequence[str], deadline_s: float = float("inf")
     ) -> tuple[OrmAnswer, float]:
-        """Scores one request, together with others that wait; also the seconds that it took, waiting included.
+        """Scores one request, together with others that wait.
 
         Args:
             latents: float32 ``[samples, *latent]``.
-            prompts: one a sample.
-            deadline_s: after which nobody wants the answer.
+            prompts: one text a sample.
+            deadline_s: seconds after which the answer is of no use.
+
+        Returns:
+            Rewards by name, ``[samples]`` each, and the seconds that the request took, waiting included.
 
         Raises:
             NonFiniteRewardError: a reward of this request is not finite.
-            RewardError: a reward failed on it, or the server came to it only after its deadline.
+            RewardError: a reward failed on it, or its deadline had passed before it was computed.
         """
         began = time.perf_counter()
         scores = await self.batcher.submit(OrmRequest(np.asarray(latents), prompts), deadline_s)
         return scores, time.perf_counter() - began
 
     async def videos(self, latents: Array) -> Videos:
-        """See :meth:`OrmScorer.videos`."""
+        """Decodes latents ``[batch, *latent]`` to uint8 ``[batch, frames, height, width, 3]``."""
         return await self.batcher.run(lambda: self.scorer.videos(latents))

@@ -1,4 +1,4 @@
-"""PRM servers: rewards of noisy states and their gradients, for rollout actors in the middle of a step."""
+"""PRM servers: process rewards of noisy states and their gradients, for rollout actors in the middle of a step."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ WHAT = "the process reward model"
 
 @dataclass(frozen=True)
 class PrmRequest:
-    """States of one prompt at one noise level.
+    """States of one prompt at one noise level; implements :class:`reward_servers.batching.Request`.
 
     Attributes:
         x: float32 ``[samples, *latent]``.
-        sigma: noise fraction.
-        conditioning: of the prompt, with a leading dimension of 1 or of ``samples``.
-        with_gradient: whether the gradient is wanted too.
-        prompt: for errors.
+        sigma: noise level.
+        conditioning: conditioning of the prompt, with a leading dimension of 1 or of ``samples``.
+        with_gradient: whether the gradient is needed too.
+        prompt: the text, for errors.
     """
 
     x: Array
@@ -45,17 +45,20 @@ class PrmRequest:
 
     @property
     def size(self) -> int:
-        """See :class:`reward_servers.batching.Request`."""
+        """Number of states."""
         return len(self.x)
 
     @property
     def label(self) -> str:
-        """See :class:`reward_servers.batching.Request`."""
+        """The prompt, for errors."""
         return self.prompt
 
     @cached_property
     def key(self) -> Hashable:
-        """Prompts of different lengths share a pass only where a mask hides the padding."""
+        """States share a pass if their shapes fit and all need the gradient, or none does.
+
+        Prompts of different lengths share one only if the conditioning has a mask, which hides the padding.
+        """
         masked = any(name.endswith("mask") for name in self.conditioning)
         shapes = {
             name: array.shape[2 if masked and (array.ndim > 2 or name.endswith("mask")) else 1 :]
@@ -65,7 +68,7 @@ class PrmRequest:
 
 
 class PrmScorer:
-    """The plain class behind a PRM server."""
+    """The process reward model of a recipe, without Ray."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         if config.rewards.process is None:
@@ -76,7 +79,7 @@ class PrmScorer:
         self.weights_version = 0
 
     def load_weights(self, version: int, weights: Mapping[str, Array]) -> None:
-        """Takes over refreshed weights; a pass that is under way ends with the model that it began with."""
+        """Replaces the weights by refreshed ones; a pass under way ends with the model that it began with."""
         model = copy.deepcopy(self.model)
         model.load_state_dict({name: as_tensor(array) for name, array in weights.items()})
         self.model, self.weights_version = model, version
@@ -85,7 +88,7 @@ class PrmScorer:
         """Scores requests of equal keys together, ``max_batch`` samples at a time.
 
         Returns:
-            For every request its answer, or why its numbers cannot be used.
+            For every request rewards and gradients, or an error if they are not finite.
         """
         with_gradient = requests[0].with_gradient
         states = torch.cat([as_tensor(request.x) for request in requests]).to(self.device)
@@ -113,7 +116,7 @@ class PrmScorer:
         """Scores states of one group; the arguments are those of :class:`PrmRequest`.
 
         Raises:
-            NonFiniteRewardError: a reward or gradient that is not finite.
+            NonFiniteRewardError: a reward or gradient is not finite.
         """
         (answer,) = self.score([PrmRequest(x, sigma, conditioning, with_gradient)])
         if isinstance(answer, RewardError):
@@ -145,7 +148,7 @@ def _checked(request: PrmRequest, rewards: Tensor, gradient: Tensor | None) -> P
 
 
 class PrmActor:
-    """A :class:`PrmScorer` as a Ray actor on asyncio; the model computes in a thread of its own."""
+    """The Ray actor, on asyncio, around a :class:`PrmScorer`, which computes in a thread of its own."""
 
     def __init__(self, index: int, config: RunConfig) -> None:
         pool = config.pools.prm
@@ -170,17 +173,19 @@ class PrmActor:
         prompt: str = "",
         deadline_s: float = float("inf"),
     ) -> PrmAnswer:
-        """Scores one request, together with others that wait; the arguments are those of :class:`PrmRequest`.
+        """Scores one request, together with others that wait; the first arguments are those of :class:`PrmRequest`.
+
+        After ``deadline_s`` seconds the answer is of no use, and is not computed.
 
         Raises:
             NonFiniteRewardError: a reward or gradient of this request is not finite.
-            RewardError: the model failed on it, or came to it only after its deadline.
+            RewardError: the model failed on it, or its deadline had passed before it was computed.
         """
         request = PrmRequest(np.asarray(x), sigma, conditioning, with_gradient, prompt)
         return await self.batcher.submit(request, deadline_s)
 
     async def load_weights(self, version: int, weights: dict[str, Array]) -> None:
-        """See :meth:`PrmScorer.load_weights`."""
+        """Replaces the weights by those of refresh number ``version``, between two passes."""
         await self.batcher.run(partial(self.scorer.load_weights, version, weights))
 
     async def weights_version(self) -> int:

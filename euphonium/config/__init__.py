@@ -1,4 +1,4 @@
-"""The configuration: one tree of models (the only place with defaults), read from YAML recipes and overrides."""
+"""The configuration: a tree of pydantic models, read from YAML recipes and overrides; all defaults are here."""
 
 from euphonium.config.base import Node
 from euphonium.config.loading import dump_config, load_config

@@ -1,4 +1,4 @@
-"""Base of the configuration tree, and its common types."""
+"""The base class of all configuration models, and field types that several of them use."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 
 
 class Node(BaseModel):
-    """Base of all parts of the tree: unknown keys are errors, values do not change after reading."""
+    """Base class of all configuration models: unknown keys are errors, and instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())

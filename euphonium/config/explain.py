@@ -1,4 +1,4 @@
-"""What pydantic found wrong with values of a recipe, in the words of the recipe."""
+"""Translates pydantic's validation errors into messages that name the recipe's own keys."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Path = tuple[str | int, ...]
 
 
 def path_of(item: ErrorDetails) -> Path:
-    """Path of the value that a mistake is about, without pydantic's own parts."""
+    """Path of the value that an error is about, without the parts that pydantic adds for its own types."""
     return tuple(p for p in item["loc"] if not (isinstance(p, str) and p.startswith(("function-", "is-inst", "[key]"))))
 
 
 def explain(model: type[BaseModel], item: ErrorDetails, root: str = "the recipe") -> str:
-    """One mistake: the key, what is wrong with it, and the nearest known key for an unknown one.
+    """The message for one error: the key, what is wrong with it, and the nearest known key for an unknown one.
 
     Args:
         model: root of the tree that was read.
-        item: of ``ValidationError.errors()``.
-        root: what the values as a whole are called.
+        item: one entry of ``ValidationError.errors()``.
+        root: what to call the values as a whole, where an error is about no single key.
     """
     path = path_of(item)
     key = ".".join(map(str, path)) or root

@@ -1,7 +1,7 @@
-"""Names of the same settings in other projects, so that a setting brought from there is never silently ignored.
+"""What settings of other projects are called here, so that a setting copied from one of them is never ignored.
 
-The tables lie in ``foreign.yaml``: ``docs/migration.md`` is made from them, the loader answers an unknown key with
-them, and ``euphonium validate`` finds variables in the environment that would have no effect.
+The tables are in ``foreign.yaml``. ``docs/migration.md`` is generated from them, the loader looks unknown keys up in
+them, and ``euphonium validate`` finds environment variables that would have no effect.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class ForeignName:
     """One setting of another project.
 
     Attributes:
-        name: as it is written there.
-        fields: fields of a recipe that it becomes; none if there is no counterpart.
+        name: the setting's name in that project.
+        fields: the recipe fields that replace it; empty if there is no counterpart.
         note: how values translate, or why there is no counterpart.
     """
 
@@ -30,7 +30,7 @@ class ForeignName:
 
     @property
     def advice(self) -> str:
-        """What to do instead, as a clause."""
+        """What to use instead, as a clause that follows the setting's name."""
         if not self.fields:
             return f"has no counterpart here: {self.note}"
         return f"is {' and '.join(self.fields)} here" + (f" ({self.note})" if self.note else "")
@@ -41,8 +41,8 @@ class Project:
     """A project and its settings.
 
     Attributes:
-        title: its name.
-        kind: what its settings are called.
+        title: the project's name.
+        kind: what its settings are: command-line options, environment variables.
         names: the settings.
     """
 
@@ -66,7 +66,7 @@ def _name(row: Mapping[str, str | list[str]]) -> ForeignName:
 
 @lru_cache(maxsize=1)
 def _index() -> tuple[dict[str, tuple[Project, ForeignName]], dict[str, tuple[Project, ForeignName]]]:
-    """All names in normal form, and those that go by the last part of a dotted one."""
+    """Settings by normalised name, and by the last part of their dotted name."""
     whole: dict[str, tuple[Project, ForeignName]] = {}
     last: dict[str, tuple[Project, ForeignName]] = {}
     for project in projects().values():
@@ -82,10 +82,10 @@ def _normal(name: str) -> str:
 
 
 def advice(path: Sequence[str | int], value: object) -> list[str]:
-    """What an unknown key stands for, if it is a setting of another project.
+    """Explains an unknown key that is a setting of another project.
 
     Args:
-        path: of the unknown key in the recipe.
+        path: where the unknown key stands in the recipe.
         value: what it was set to; a mapping is searched for names such as ``sample.noise_level``.
 
     Returns:
@@ -102,7 +102,7 @@ def advice(path: Sequence[str | int], value: object) -> list[str]:
 
 
 def similar(key: str) -> str | None:
-    """What a key means elsewhere that is only the last part of a setting's name there, or stands in another place."""
+    """Explains a key that matches only the last part of another project's setting; None if none does."""
     _, last = _index()
     match = last.get(_normal(key))
     return f"{match[1].name} of {match[0].title} {match[1].advice}" if match is not None else None
@@ -117,9 +117,9 @@ def _leaves(prefix: str, value: object) -> Iterator[str]:
 
 
 def ineffective_variables(environment: Mapping[str, str]) -> list[str]:
-    """Sentences on Euphonium's script variables in an environment, which configures nothing here.
+    """Explains variables of Euphonium's script that are set in the environment, where they have no effect here.
 
-    Only upper-case names are looked for: ``lr`` and its like mean something else to somebody else.
+    Only upper-case names are checked: short lower-case ones such as ``lr`` may belong to any program.
     """
     return [
         f"{entry.name}={environment[entry.name]} {entry.advice}"

@@ -1,4 +1,4 @@
-"""Reads recipes: YAML with line numbers, inheritance, ``a.b=c`` overrides, and errors that say where and what."""
+"""Reads recipes: YAML files that may extend each other, ``a.b=c`` overrides, and errors with file and line."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ _Path = tuple[str | int, ...]
 
 
 class _Source:
-    """A plain tree of values, and where in which file each of them stands."""
+    """The merged values of a recipe and its overrides, with the file and line that each of them comes from."""
 
     def __init__(self) -> None:
         self.values: dict[str, object] = {}
         self.places: dict[_Path, str] = {}
 
     def place(self, path: _Path) -> str:
-        """Place of a value, or of the nearest value above it that stands anywhere."""
+        """File and line of a value, or of its nearest parent that has one."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
         return next(iter(self.places.values()), "")
 
     def read(self, file: Path, seen: tuple[Path, ...] = (), wanted_by: str = "") -> None:
-        """Reads a recipe, after the recipe that it extends.
+        """Reads a recipe; the one that it extends is read first.
 
         Args:
-            file: to read.
+            file: the recipe.
             seen: recipes that extend it, directly or not.
-            wanted_by: place that names it, to say so in errors.
+            wanted_by: file and line that name it, as the beginning of an error.
         """
         file = file.resolve()
         if file in seen:
@@ -69,7 +69,7 @@ class _Source:
         self.places.update(places)
 
     def override(self, text: str) -> None:
-        """Applies one ``a.b=c``; the value is YAML, so numbers, lists and null are themselves."""
+        """Applies one ``a.b=c``; the value is parsed as YAML, so numbers, lists and null work."""
         key, separator, raw = text.partition("=")
         if not separator or not key:
             raise ConfigError(f"override {text!r} is not of the form key.subkey=value")
@@ -94,7 +94,7 @@ class _Source:
 
 
 def _entered(target: object, part: str | int) -> object:
-    """What stands under one part of an override's key, an empty section where there was none; None if nothing can."""
+    """The value under one part of an override's key, created as an empty section if missing; None if impossible."""
     if isinstance(target, list):
         return target[part] if isinstance(part, int) and part < len(target) else None
     if not isinstance(target, dict):
@@ -105,7 +105,7 @@ def _entered(target: object, part: str | int) -> object:
 
 
 def _put(target: object, part: str | int, value: object) -> bool:
-    """Sets what stands under the last part of an override's key; whether it could be set."""
+    """Sets the value under the last part of an override's key; returns whether that was possible."""
     if isinstance(target, dict):
         target[part] = value
         return True
@@ -120,16 +120,30 @@ def load_config(
     overrides: Sequence[str] = (),
     model: type[_C] = RunConfig,  # type: ignore[assignment]  # mypy knows no default of a type variable
 ) -> _C:
-    """Reads and checks a recipe.
+    """Reads and validates a recipe.
 
     Args:
-        recipe: YAML file; its key ``extends`` names another one, relative to it, that it builds on.
+        recipe: YAML file. Its key ``extends`` may name another recipe, relative to it, whose values it inherits.
         overrides: ``a.b=c`` settings, applied in order; list entries go by number (``rewards.outcome.0.weight=2``).
-        model: root of the tree that the recipe describes.
+        model: the configuration class that the recipe describes.
 
     Raises:
-        ConfigError: names file and line, key, what is wrong, and the nearest known key for an unknown one; all
-            mistakes at once.
+        ConfigError: lists all mistakes, each with file and line, the key, what is wrong, and the nearest known key for
+            an unknown one.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from euphonium.config.sampling import SpsaConfig
+        >>> folder = TemporaryDirectory()
+        >>> recipe = Path(folder.name) / "recipe.yaml"
+        >>> _ = recipe.write_text("perturbations: 4")
+        >>> load_config(recipe, ["scale=0.1"], SpsaConfig)
+        SpsaConfig(perturbations=4, scale=0.1)
+        >>> try:
+        ...     load_config(recipe, ["scales=0.1"], SpsaConfig)
+        ... except ConfigError as error:
+        ...     print(str(error).splitlines()[-1].strip())
+        override 'scales=0.1': unknown key 'scales'; did you mean 'scale'?
     """
     source = _Source()
     source.read(Path(recipe))
@@ -149,7 +163,7 @@ def dump_config(config: BaseModel) -> str:
 
 
 def _explain(model: type[BaseModel], source: _Source, item: ErrorDetails) -> str:
-    """One mistake with its place; a setting of another project is answered with its name here."""
+    """One error with its file and line; for another project's setting it says what that is called here."""
     path = path_of(item)
     place = source.place(path)
     if item["type"] != "extra_forbidden" or model is not RunConfig:
@@ -162,7 +176,7 @@ def _explain(model: type[BaseModel], source: _Source, item: ErrorDetails) -> str
 
 
 def _mapping(node: yaml.MappingNode, file: Path, path: _Path, places: dict[_Path, str]) -> dict[str, object]:
-    """The values of a mapping by their keys; notes the place of every key."""
+    """The values of a mapping by key; records file and line of every key in ``places``."""
     places[path] = f"{_shown(file)}:{node.start_mark.line + 1}"
     result: dict[str, object] = {}
     for key_node, value_node in node.value:
@@ -208,7 +222,7 @@ def _merge(base: dict[str, object], upper: Mapping[str, object]) -> None:
 
 
 def _shown(file: Path) -> str:
-    """The path as a user would write it: relative to the working directory where it lies below."""
+    """The path as a user would write it: relative if it is below the working directory."""
     try:
         return str(file.relative_to(Path.cwd()))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Sizes of the pools of actors."""
+"""Sizes of the pools of actors and of the learner group, and the resources of their members."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt
 
 
 class ShareConfig(Node):
-    """What each actor or worker of a pool takes."""
+    """Resources of each actor or worker of a pool."""
 
     num_cpus: NonNegativeFloat = 1.0
     """CPUs that each reserves."""
@@ -26,13 +26,13 @@ class ShareConfig(Node):
 
     @property
     def reserved(self) -> dict[str, float]:
-        """What each reserves, by Ray's names; without what it does not need."""
+        """Resources that each member reserves, by Ray's names; zero amounts are left out."""
         each = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
         return {name: amount for name, amount in each.items() if amount}
 
     @property
     def ray_options(self) -> dict[str, Any]:
-        """The same as options of a Ray actor or task."""
+        """The reservation as options of a Ray actor or task."""
         return {
             "num_cpus": self.num_cpus,
             "num_gpus": self.num_gpus,
@@ -52,7 +52,7 @@ class _Workers(Node):
 
 
 class ActorConfig(ShareConfig):
-    """What an actor takes, and how often it may die."""
+    """Resources of an actor, and how often it may be restarted."""
 
     max_restarts: NonNegativeInt = 2
     """How often Ray may restart a dead actor."""
@@ -60,11 +60,11 @@ class ActorConfig(ShareConfig):
 
 # Fields of the last base come first: the size of a pool, then what each takes.
 class PoolConfig(ActorConfig, _Actors):
-    """Size of a pool of actors and what each of them takes."""
+    """Size of a pool of actors, and the resources of each."""
 
 
 class RewardPoolConfig(PoolConfig):
-    """Size of a pool of reward servers, and how each of them merges requests."""
+    """Size of a pool of reward servers, the resources of each, and how it merges requests."""
 
     max_batch: PositiveInt = 16
     """Samples in one forward pass: requests that wait together are merged up to it, larger ones are cut."""
@@ -77,7 +77,7 @@ class RewardPoolConfig(PoolConfig):
 
 
 class LearnerPoolConfig(ShareConfig, _Workers):
-    """Size of the learner group and what each worker takes."""
+    """Size of the learner group, the resources of each worker, and how they train."""
 
     max_failures: NonNegativeInt = 2
     """How often the group may be restarted from the latest checkpoint."""
@@ -110,7 +110,7 @@ class LearnerPoolConfig(ShareConfig, _Workers):
 
 
 class PoolsConfig(Node):
-    """The pools; their sizes are independent of each other."""
+    """All pools; their sizes are independent of each other."""
 
     rollout: PoolConfig = PoolConfig()
     """Rollout actors, on generator GPUs."""
@@ -130,6 +130,6 @@ class PoolsConfig(Node):
 
     @property
     def refresh_pool(self) -> PoolConfig:
-        """The actor that refreshes the process reward model, as a pool of one."""
+        """Settings of the actor that refreshes the process reward model, as a pool of one."""
         share = self.prm if self.prm_refresh is None else self.prm_refresh
         return PoolConfig(num_actors=1, **{name: getattr(share, name) for name in ActorConfig.model_fields})

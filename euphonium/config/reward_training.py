@@ -1,4 +1,4 @@
-"""Recipes that train reward models: what both kinds share, then process and outcome reward models."""
+"""Recipes that train reward models: what all share, then those of process and of outcome reward models."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ class RewardOptimizerConfig(Node):
 
 
 class RewardTrainingConfig(Node):
-    """What trainings of process and outcome reward models share."""
+    """Settings that trainings of process and outcome reward models share."""
 
     name: Name
     """Name of the training and of its folder."""
     output_dir: Path = Path("runs")
     """Where its folder is made."""
     seed: int = 0
-    """Of samples, pairs and noise."""
+    """Seed of samples, pairs and noise."""
     target: Path
     """Folder that the trained model is written to."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -78,10 +78,10 @@ class RewardTrainingConfig(Node):
 
 
 def shares_are_equal(optimizer: RewardOptimizerConfig, learner: LearnerPoolConfig | None) -> None:
-    """Refuses batches that the ranks cannot share equally: under ZeRO-3 all of them must do the same passes.
+    """Checks that the ranks can share a batch equally: under ZeRO-3 all of them must make the same passes.
 
     Raises:
-        ValueError: names both fields.
+        ValueError: they cannot; names both fields.
     """
     if learner is not None and optimizer.pairs_per_update % learner.num_workers:
         raise ValueError(

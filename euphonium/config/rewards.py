@@ -1,4 +1,4 @@
-"""Rewards, and how they become advantages."""
+"""Outcome and process rewards, their servers' failures, and how rewards become advantages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OnFailure = Literal["drop_group", "abort"]
 
 
 class OutcomeRewardConfig(Node):
-    """One outcome reward of finished samples."""
+    """One outcome reward, which scores finished samples."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     """Name in metrics and logs."""
@@ -64,7 +64,7 @@ class ProcessRewardConfig(Node):
 
 
 class BreakerConfig(Node):
-    """When a reward server is left alone for a while."""
+    """When a failing reward server is skipped for a while (a circuit breaker)."""
 
     failures: PositiveInt = 3
     """Failures in a row after which a server is skipped."""
@@ -73,7 +73,7 @@ class BreakerConfig(Node):
 
 
 class WatchConfig(Node):
-    """Watch for a policy that has left the process reward model's knowledge behind, or exploits it."""
+    """Watch for reward hacking: a policy whose samples the process reward model ranks no better than guessing."""
 
     window: PositiveInt = 10
     """Iterations over which the pairwise accuracy of the process reward on the policy's own samples is averaged."""
@@ -83,7 +83,7 @@ class WatchConfig(Node):
 
 
 class RewardsConfig(Node):
-    """All rewards of a run, and what happens when one fails."""
+    """All rewards of a run, and what happens when one cannot be had."""
 
     outcome: Annotated[list[OutcomeRewardConfig], Field(min_length=1)]
     """Outcome rewards; each is normalised on its own over its group, then weighted and added."""

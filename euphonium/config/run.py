@@ -1,4 +1,4 @@
-"""The configuration of a run. Every default of the application is in this package and nowhere else."""
+"""The configuration of a training run, and the checks that concern several of its sections."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class RunConfig(Node):
-    """A whole run."""
+    """A training run: the root of a recipe of ``euphonium train``."""
 
     name: Name
     """Name of the run and of its folder."""
     output_dir: Path = Path("runs")
     """Where run folders are made."""
     seed: int = 0
-    """Of prompts' order, noise and timestep selection."""
+    """Seed of the prompts' order, of noise and of the choice of trained steps."""
     iterations: PositiveInt
     """RL iterations."""
     resume: Literal["auto", "never"] | Path = "auto"
@@ -55,7 +55,7 @@ class RunConfig(Node):
         return self
 
     def advantage_rule(self) -> AdvantageRule:
-        """How rewards become advantages."""
+        """The rule by which rewards become advantages, from the sections ``advantage`` and ``rewards``."""
         from euphonium.dynamics import AdvantageRule
 
         settings, process = self.advantage, self.rewards.process

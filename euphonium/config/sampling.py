@@ -1,4 +1,4 @@
-"""The generator, its prompts, and how rollouts and evaluations draw from it."""
+"""The generator, its prompts, and how rollouts and evaluations sample from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LoraConfig(Node):
 
 
 class ModelConfig(Node):
-    """The generator and the shape of what it generates."""
+    """The generator, and the shape of its samples."""
 
     path: str
     """Folder or hub id of a diffusers pipeline."""
@@ -100,7 +100,7 @@ class GuidanceConfig(Node):
         return self
 
     def build(self) -> Guidance:
-        """These settings for a step table.
+        """The guidance of a step table with these settings.
 
         Raises:
             StepTableError: both or neither of ``scale`` and ``beta``, or both windows.
@@ -124,11 +124,11 @@ class MovingWindowConfig(Node):
     every: PositiveInt = 1
     """Iterations that a sliding window stays in one place."""
     seed: int = 0
-    """Of a random window."""
+    """Seed of a random window."""
 
 
 class SamplerConfig(Node):
-    """How rollouts walk from noise to data."""
+    """The stochastic sampler of the rollouts, from noise to data."""
 
     law: Literal["dance", "flow_grpo", "sage", "cps", "ddim"] = "dance"
     """Transition law of the stochastic sampler; ``ddim`` is for models that predict the noise."""
@@ -148,7 +148,7 @@ class SamplerConfig(Node):
     """Reward-gradient guidance; None samples without."""
 
     def window(self, iteration: int) -> tuple[int, int] | None:
-        """Stochastic steps of an iteration, counted from 0."""
+        """Half-open range of the stochastic steps in an iteration (from 0); None where all are."""
         from euphonium.dynamics.windows import random_window, sliding_window
 
         moving = self.sde_window
@@ -161,7 +161,7 @@ class SamplerConfig(Node):
         )
 
     def table(self, iteration: int = 0) -> StepTable:
-        """The step table of these settings for flow matching.
+        """The step table of these settings, for a flow-matching model.
 
         Args:
             iteration: from 0; only a moving window depends on it.
@@ -181,8 +181,8 @@ class SamplerConfig(Node):
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
-        # Refused here, while nothing has been started, rather than in a rollout actor. DDIM needs the model's own
-        # schedule, so that its table is checked together with the model.
+        # Impossible settings are refused here, before anything has been started, and not in a rollout actor. DDIM needs
+        # the model's own schedule, so its table is checked together with the model.
         moving = self.sde_window
         if isinstance(moving, MovingWindowConfig) and moving.allowed[1] > self.num_steps:
             raise ValueError(f"sde_window.allowed ends after the last of {self.num_steps} steps")
@@ -194,7 +194,7 @@ class SamplerConfig(Node):
 
 
 class RolloutConfig(Node):
-    """How much is drawn for one iteration."""
+    """How many samples an iteration takes, and how far rollouts may run ahead of training."""
 
     prompts_per_iteration: PositiveInt
     """Groups an iteration, one a prompt."""
@@ -223,6 +223,6 @@ class EvaluationConfig(Node):
     samples_per_prompt: PositiveInt = 1
     """Samples a prompt, each from noise of its own."""
     seed: int = 1_000_003
-    """Of the noise; apart from the run's seed, so that runs compare on the same noise."""
+    """Seed of the noise; apart from the run's seed, so that runs compare on the same noise."""
     clips: NonNegativeInt = 8
     """Clips saved as pictures in ``samples/``."""

@@ -1,4 +1,4 @@
-"""What the learner optimises, and how."""
+"""The objective and the optimiser of the policy, checkpoints and metrics."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class KlConfig(Node):
 
 
 class ObjectiveConfig(Node):
-    """What the learner optimises."""
+    """The objective of the policy: a clipped surrogate, optionally with a KL penalty."""
 
     kind: Literal["distill", "standard"] = "distill"
     """``distill`` scores guided samples under the unguided mean (Eq. 18-19), ``standard`` keeps the guidance."""
@@ -76,12 +76,12 @@ class ObjectiveConfig(Node):
 
     @property
     def needs_previous_policy(self) -> bool:
-        """Whether means of the policy that drew the groups are needed, not only log-probabilities."""
+        """Whether the policy that drew the groups must be kept: its means are needed, not only log-probabilities."""
         return self.ratio_normalisation or (self.kl is not None and self.kl.previous == "gaussian")
 
 
 class OptimizerConfig(Node):
-    """AdamW and its schedule."""
+    """AdamW and its learning-rate schedule."""
 
     learning_rate: PositiveFloat
     """Peak learning rate."""
@@ -102,7 +102,7 @@ class OptimizerConfig(Node):
 
     @property
     def averages(self) -> bool:
-        """Whether there is a moving average."""
+        """Whether a moving average of the weights is kept."""
         return self.ema_decay > 0
 
 
@@ -118,7 +118,7 @@ class CheckpointConfig(Node):
 
 
 class MetricsConfig(Node):
-    """Where the numbers of a run go, besides ``metrics.jsonl``."""
+    """Where metrics are published, besides ``metrics.jsonl``."""
 
     prometheus_port: Annotated[int, Field(ge=0, le=65535)] | None = 0
     """Port of the Prometheus endpoint; 0 takes a free one, null serves none."""

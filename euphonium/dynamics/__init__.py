@@ -1,4 +1,4 @@
-"""Pure tensor mathematics of the samplers and of group-relative policy optimisation; imports torch only."""
+"""Mathematics of samplers and of group-relative policy optimisation: pure functions of tensors, on torch alone."""
 
 from euphonium.dynamics.advantages import AdvantageRule, Advantages, GroupRewards, group_advantages
 from euphonium.dynamics.guidance import Guidance

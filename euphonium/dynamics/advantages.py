@@ -20,8 +20,8 @@ class GroupRewards:
     """Rewards of one group.
 
     Attributes:
-        outcome: per reward, ``[group]``.
-        process: process reward that every action is credited with, ``[group, num_steps]``, or None.
+        outcome: outcome rewards by name, ``[group]`` each.
+        process: process reward that each action is credited with, ``[group, num_steps]``, or None.
     """
 
     outcome: Mapping[str, Tensor]
@@ -33,16 +33,16 @@ class AdvantageRule:
     """How rewards become advantages.
 
     Attributes:
-        weights: weight of every outcome reward.
+        weights: weight of each outcome reward, by name.
         process_weight: weight of the process reward.
         scope: ``group`` divides by the spread within the group, ``global`` by that over all groups of the iteration
             (Flow-GRPO's code); the mean is the group's in both.
         ddof: delta degrees of freedom of the standard deviation.
         eps: added to the standard deviation.
-        clip: bound of the absolute value.
+        clip: largest absolute value of an advantage.
         combine: ``advantages`` adds the weighted advantages into one; ``losses`` keeps one a reward, each clipped on
             its own, for a loss of its own (Euphonium's released script).
-        thresholds: outcome rewards that are replaced by 1 above the threshold and 0 elsewhere.
+        thresholds: by name, thresholds of the outcome rewards that become 1 above and 0 elsewhere.
         best_of: train only on this many samples with the highest and as many with the lowest outcome advantage of
             each group; None trains on all.
     """
@@ -64,8 +64,8 @@ class Advantages:
 
     Attributes:
         values: float32 ``[components, group, num_steps]``; one component, or one a reward.
-        samples: samples to train on, ascending.
-        flat: names of the outcome rewards without spread in this group.
+        samples: indices of the samples to train on, ascending.
+        flat: names of the outcome rewards that are equal for all samples of this group.
     """
 
     values: Tensor
@@ -94,19 +94,19 @@ def normalise(rewards: Tensor, *, ddof: int, eps: float, spread_of: Tensor | Non
 
 
 def group_advantages(groups: Sequence[GroupRewards], rule: AdvantageRule) -> list[Advantages]:
-    """``A_ik = w_p norm_k(r_p(x_ik)) + sum_m w_m norm(r_m(x_i))``, clipped, for every group of an iteration.
+    """Advantages ``A_ik = w_p norm_k(r_p(x_ik)) + sum_m w_m norm(r_m(x_i))``, clipped, of sample i at step k.
 
-    Every reward is normalised on its own before it is weighted and added.
+    Every reward is normalised on its own within its group before it is weighted and added.
 
     Args:
-        groups: rewards of all groups of the iteration.
-        rule: how to combine them.
+        groups: rewards of all groups of the iteration; the scope ``global`` needs them together.
+        rule: how they are normalised and combined.
 
     Returns:
-        One result a group.
+        One result a group, in order.
 
     Raises:
-        ValueError: a reward that is not finite, which must never become an advantage; or no reward with a weight.
+        ValueError: a reward is not finite and must not become an advantage, or all weights are 0.
 
     Example:
         >>> rewards = GroupRewards({"motion": torch.tensor([0.0, 1.0, 2.0])})
@@ -165,7 +165,7 @@ def _one_group(
 
 
 def _checked(group: GroupRewards, rule: AdvantageRule) -> GroupRewards:
-    """The group with thresholds applied, once every number in it has been found finite."""
+    """The group with thresholds applied; raises ValueError if any of its rewards is not finite."""
     outcome = {}
     for name in rule.weights:
         values = group.outcome[name]

@@ -1,4 +1,4 @@
-"""Guidance by the reward gradient: how strong, and at which steps."""
+"""Guidance by the reward gradient: how strong it is, and at which steps it acts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from euphonium.dynamics.laws import StepTableError
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """Strength and window of the reward-gradient guidance.
-
-    Exactly one of ``scale`` and ``beta`` is given.
+    """Strength and window of the reward-gradient guidance; exactly one of ``scale`` and ``beta`` is given.
 
     Attributes:
         scale: lambda of Euphonium's Eq. 20: the drift gains ``lambda grad r``, so ``g_k = lambda delta_k``.
@@ -45,7 +43,7 @@ class Guidance:
             raise StepTableError(f"guidance beta must be positive and finite, got {self.beta}")
 
     def coefficients(self, sigmas: Tensor, variance: Tensor) -> Tensor:
-        """``g_k`` of every step.
+        """Coefficients ``g_k`` of the reward gradient in the mean of each step.
 
         Args:
             sigmas: ``[num_steps + 1]`` noise levels.
@@ -53,6 +51,9 @@ class Guidance:
 
         Returns:
             ``[num_steps]``, zero outside the window.
+
+        Raises:
+            StepTableError: an empty window, one beyond the steps, or ``beta`` with a law that has no noise in it.
         """
         delta = sigmas[:-1] - sigmas[1:]
         window = self.window if self.time_window is None else _steps_in_time(sigmas, self.time_window)

@@ -1,4 +1,4 @@
-"""Estimates of the divergence between successive policies, and the adaptive weight of a KL penalty (SAGE-GRPO, A.6)."""
+"""Estimates of the KL divergence between successive policies, and a KL penalty's adaptive weight (SAGE-GRPO, A.6)."""
 
 from __future__ import annotations
 
@@ -29,15 +29,26 @@ class KlController:
     """Weight of the KL penalty: a linear warm-up, then proportional feedback.
 
     Attributes:
-        minimum: weight at the start, and lower bound.
+        minimum: weight at the start of the warm-up, and lower bound.
         maximum: weight at the end of the warm-up, and upper bound.
-        warmup_updates: updates of the warm-up, K.
-        target: desired KL.
-        history: KL values averaged, H.
+        warmup_updates: K, updates of the warm-up.
+        target: desired KL; a mean within half of it leaves the weight as it is.
+        history: H, the number of KL values that are averaged.
         direction: ``published`` (Eq. 42) lowers the weight when the KL is above the target; ``usual`` raises it.
-        updates: updates seen.
-        weight: of the next update.
-        observed: the latest KL values.
+        updates: updates observed so far.
+        weight: weight of the next update.
+        observed: the latest KL values, ``history`` at most.
+
+    Example:
+        >>> controller = KlController(
+        ...     minimum=0.2, maximum=1.0, warmup_updates=2, target=1.0, history=1, direction="usual"
+        ... )
+        >>> weights = [controller.weight]
+        >>> for kl in (1.0, 1.0, 1.2, 0.1, 9.0, 9.0):  # two of the warm-up, on target, too low, too high
+        ...     controller.observe(kl)
+        ...     weights.append(round(controller.weight, 2))
+        >>> weights
+        [0.2, 0.6, 1.0, 1.0, 0.9, 0.99, 1.0]
     """
 
     minimum: float
@@ -58,7 +69,7 @@ class KlController:
             self.weight = self.minimum if self.warmup_updates > 0 else self.maximum
 
     def observe(self, kl: float) -> None:
-        """Takes the KL of an update and sets the weight of the next one."""
+        """Records the KL of an update, and sets the weight of the next one."""
         self.updates += 1
         self.observed.append(kl)
         while len(self.observed) > self.history:
@@ -75,10 +86,10 @@ class KlController:
         self.weight = min(max(self.weight, self.minimum), self.maximum)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs of it."""
+        """The state that a checkpoint stores, as JSON values."""
         return {"updates": self.updates, "weight": self.weight, "observed": list(self.observed)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over a state of :meth:`state`."""
+        """Restores a state that :meth:`state` returned."""
         self.updates, self.weight = int(state["updates"]), float(state["weight"])
         self.observed = deque(state["observed"])

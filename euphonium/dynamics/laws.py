@@ -1,7 +1,8 @@
-"""The laws of samplers: the numbers ``a_k, b_k, std_k`` of every step, one function a law.
+"""The transition laws of stochastic samplers: for each, the numbers ``a_k, b_k, std_k`` of every step.
 
-No other file knows a formula of a sampler. A law is a function of the grid and of the noise level eta, in float64; a
-new one is a function here and an entry in ``LAWS``. Conventions are those of :mod:`euphonium.dynamics.step_table`.
+No other file knows a formula of a sampler. A law is a function of the grid of noise levels and of the noise level
+eta, in float64; a new one is a function here and an entry in ``LAWS``. Conventions are those of
+:mod:`euphonium.dynamics.step_table`.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ SAGE_SIGMA_MAX = 0.997
 
 
 class StepTableError(ValueError):
-    """A sampler that cannot be: a step whose numbers are undefined, or a use that the law does not allow."""
+    """Impossible settings of a sampler, a step whose numbers are undefined, or a use that its law does not allow."""
 
 
 class Columns(NamedTuple):
-    """What a law says of every step, float64 ``[num_steps]`` each.
+    """Coefficients and noise of every step of a law, float64 ``[num_steps]`` each.
 
     Attributes:
-        coef_x: a_k, of the state.
-        coef_v: b_k, of the network's output.
+        coef_x: a_k, coefficient of the state.
+        coef_v: b_k, coefficient of the network's output.
         std: standard deviation of the transition.
     """
 
@@ -59,7 +60,7 @@ def _variance_sage(sigmas: Tensor, eta: float) -> Tensor:
 
 
 def _marginal_preserving(variance: Callable[[Tensor, float], Tensor]) -> Law:
-    """The family ``mean = x - delta v + V/2 score`` with ``score = -(x + (1 - sigma) v) / sigma``."""
+    """The law ``mean = x - delta v + V/2 score`` with ``score = -(x + (1 - sigma) v) / sigma``, for variances V."""
 
     def law(sigmas: Tensor, eta: float) -> Columns:
         sigma, delta = sigmas[:-1], sigmas[:-1] - sigmas[1:]
@@ -82,7 +83,7 @@ def law_cps(sigmas: Tensor, eta: float) -> Columns:
 
 
 def law_ode(sigmas: Tensor, eta: float) -> Columns:
-    """Euler's step of the probability-flow ODE: no noise."""
+    """Euler's step of the probability-flow ODE, without noise."""
     delta = sigmas[:-1] - sigmas[1:]
     return Columns(torch.ones_like(delta), -delta, torch.zeros_like(delta))
 
@@ -111,7 +112,7 @@ LAWS: dict[str, Law] = {
 
 
 def checked_grid(sigmas: Tensor) -> Tensor:
-    """A copy of noise levels ``[num_steps + 1]``, float64 on the CPU.
+    """Copies noise levels ``[num_steps + 1]`` to float64 on the CPU, and checks them.
 
     Raises:
         StepTableError: they do not fall strictly from at most 1 to at least 0.
@@ -130,7 +131,7 @@ def checked_grid(sigmas: Tensor) -> Tensor:
 
 
 def check_steps(law: str, sigmas: Tensor, columns: Columns, steps: range) -> None:
-    """Checks what a law says of the steps that follow it.
+    """Checks the numbers of the steps that follow a law.
 
     Raises:
         StepTableError: a number that is not finite, or a variance that is not positive; the message names the step.

@@ -29,13 +29,13 @@ from euphonium.dynamics.laws import LAWS, Columns, StepTableError, check_steps, 
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """The numbers of one sampler; build it with :meth:`build` or, for noise prediction, :meth:`build_ddim`.
+    """The numbers of one sampler; made by :meth:`build` or, for models that predict the noise, by :meth:`build_ddim`.
 
     Attributes:
         law: name of the law.
         sigmas: float64 ``[num_steps + 1]``, noise levels: the noise fraction of flow matching, and
             ``sqrt(1 - alpha_bar)`` of diffusion.
-        times: float64 ``[num_steps]``, what the network is told at each step, as a fraction of its range.
+        times: float64 ``[num_steps]``, the network's time input at each step, as a fraction of its range.
         predicts_noise: whether the network's output is the noise instead of the velocity.
         coef_x: float64 ``[num_steps]``, a_k.
         coef_v: float64 ``[num_steps]``, b_k.
@@ -114,7 +114,7 @@ class StepTable:
         Args:
             alphas: ``[num_steps + 1]`` cumulative signal products in (0, 1], rising towards data, of the model's own
                 schedule.
-            times: ``[num_steps]`` what the network is told, as a fraction of its range.
+            times: ``[num_steps]``, the network's time input at each step, as a fraction of its range.
             eta: noise level > 0; None gives the deterministic sampler.
             guidance: as for :meth:`build`; a step's length is the fall of ``sqrt(1 - alpha)``.
             sde_window: as for :meth:`build`.
@@ -129,11 +129,11 @@ class StepTable:
         deterministic = law_ddim(rising, 0.0)
         stochastic = deterministic if eta is None else law_ddim(rising, eta)
         law = "ode" if eta is None else "ddim"
-        told = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
-        if told.shape != (len(grid) - 1,):
-            raise StepTableError(f"times must have shape [{len(grid) - 1}], got {list(told.shape)}")
+        network_times = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
+        if network_times.shape != (len(grid) - 1,):
+            raise StepTableError(f"times must have shape [{len(grid) - 1}], got {list(network_times.shape)}")
         columns = _within(sde_window, law, grid, stochastic, deterministic)
-        return cls._assemble(law, grid, told, columns, guidance)
+        return cls._assemble(law, grid, network_times, columns, guidance)
 
     @classmethod
     def _assemble(
@@ -146,8 +146,8 @@ class StepTable:
     ) -> StepTable:
         delta = grid[:-1] - grid[1:]
         coef_grad = torch.zeros_like(delta) if guidance is None else guidance.coefficients(grid, columns.std**2)
-        told = grid[:-1] if times is None else times
-        return cls(law, grid, told, times is not None, *columns, coef_grad)
+        network_times = grid[:-1] if times is None else times
+        return cls(law, grid, network_times, times is not None, *columns, coef_grad)
 
     @property
     def num_steps(self) -> int:
@@ -187,7 +187,7 @@ class StepTable:
         return mean + _pick(self.std, k, mean) * noise.float()
 
     def predicted_data(self, k: int, x: Tensor, v: Tensor) -> Tensor:
-        """The data that the network sees behind a state: one deterministic step to noise level 0; float32."""
+        """The network's estimate of the clean sample: one deterministic step to noise level 0; float32."""
         sigma = float(self.sigmas[k])
         if self.predicts_noise:
             return (x.float() - sigma * v.float()) / math.sqrt(1 - sigma**2)
@@ -251,7 +251,7 @@ class StepTable:
         return scale
 
     def fingerprint(self) -> str:
-        """Hash of all numbers of the table: two roles with equal fingerprints speak of the same sampler."""
+        """Hash of all numbers of the table: two processes with equal fingerprints use the same sampler."""
         digest = hashlib.sha256(self.law.encode())
         for tensor in (self.sigmas, self.times, self.coef_x, self.coef_v, self.std, self.coef_grad):
             digest.update(tensor.numpy().tobytes())

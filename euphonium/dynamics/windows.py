@@ -9,7 +9,7 @@ def sliding_window(iteration: int, *, size: int, allowed: tuple[int, int], strid
     """A window that moves from the first allowed step towards data, and starts over at the end.
 
     Args:
-        iteration: from 0.
+        iteration: counted from 0.
         size: steps in the window.
         allowed: half-open range of steps that it stays in.
         stride: steps that it moves at a time.

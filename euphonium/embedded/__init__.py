@@ -1,4 +1,4 @@
-"""The embedded default generator: a tiny text-to-video pipeline of the HunyuanVideo family and its training."""
+"""The embedded generator of the demo, a tiny text-to-video pipeline of the HunyuanVideo family: data and training."""
 
 from pathlib import Path
 

@@ -1,1 +1,1 @@
-"""Adapters of diffusers pipelines: one file a family over a common base, opened by :mod:`.registry`."""
+"""Generators: adapters of diffusers pipelines, one file a family over a common base, opened by :mod:`.registry`."""

@@ -1,7 +1,7 @@
-"""The network of a pipeline that is trained: built empty, loaded, cut to a trunk, written back.
+"""The trained network of a pipeline: how it is built, loaded, cut to its first blocks, and exported.
 
-The base of :class:`euphonium.generators.generator.Generator`, which says what the network is fed with and what its
-output means. Learners build the network, rollout actors load it, and process reward models grow on its first blocks.
+The base of :class:`euphonium.generators.generator.Generator`, which defines the network's inputs and outputs. Learners
+build the network, rollout actors load it, and process reward models start from its first blocks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from euphonium.generators.folder import ComponentConfig, PipelineFolder
 
 
 class NetworkClass(Protocol):
-    """A class of diffusers' networks."""
+    """A network class of diffusers, as far as it is used here."""
 
     def from_config(self, config: ComponentConfig) -> nn.Module:
-        """A network with fresh weights."""
+        """A network with newly initialised weights."""
         ...
 
     def from_pretrained(self, folder: Path, *, dtype: torch.dtype, use_safetensors: bool) -> nn.Module:
-        """A network with the weights of a component's folder."""
+        """A network with the weights in a component's folder."""
         ...
 
 
@@ -36,9 +36,9 @@ class Backbone(ABC):
 
     Attributes:
         pipeline: the diffusers pipeline on disk.
-        folder: its path.
-        config: shape and type of what it generates.
-        dtype: that it computes in.
+        folder: path of the pipeline.
+        config: the recipe's section ``model``.
+        dtype: type that the network computes in.
     """
 
     # The pipeline's component that is trained.
@@ -65,26 +65,26 @@ class Backbone(ABC):
         return self.pipeline.weight_files(self.backbone)
 
     def export(self, state: Mapping[str, Tensor], target: Path) -> None:
-        """Writes a complete diffusers pipeline with other transformer weights, see :meth:`PipelineFolder.export`.
+        """Writes a complete diffusers pipeline with new weights of the transformer.
 
         Args:
             state: full state of the transformer.
-            target: new folder.
+            target: new folder; see :meth:`PipelineFolder.export`.
         """
         self.pipeline.export(self.backbone, state, target)
 
     def build_transformer(self, config: ComponentConfig | None = None) -> nn.Module:
-        """A transformer with fresh weights, of the generator's configuration or of another one.
+        """A transformer with newly initialised weights, of the generator's configuration or of another one.
 
-        Buffers that belong to the weights are read from disk: learners, which fill in parameters only, must compute
-        with the same ones as rollout actors.
+        Buffers that are stored with the weights are read from disk: learners, which then load parameters only, must
+        compute with the same buffers as rollout actors.
         """
         built = self.transformer_class().from_config(self.transformer_config() if config is None else config)
         self._fill_buffers(built)
         return nn.Module.to(self.with_exact_buffers(built), dtype=self.dtype)
 
     def load_transformer(self, device: torch.device) -> nn.Module:
-        """The transformer with the weights on disk, in evaluation mode."""
+        """The transformer with the pipeline's weights, in evaluation mode."""
         loaded = self.transformer_class().from_pretrained(
             self.folder / self.backbone, dtype=self.dtype, use_safetensors=True
         )
@@ -93,22 +93,22 @@ class Backbone(ABC):
         return nn.Module.to(self.with_exact_buffers(loaded), device=device, dtype=self.dtype).eval()
 
     def with_exact_buffers(self, transformer: nn.Module) -> nn.Module:
-        """Protects buffers that must not be rounded, which most families do not have, from casts of the weights.
+        """Restores buffers that must not be rounded, and protects them from casts; most families have none.
 
         Learners build transformers under ``zero.Init``, which rounds whatever a constructor computes.
         """
         return transformer
 
     def build_trunk(self, blocks: int) -> nn.Module:
-        """A transformer of this family with only its first ``blocks`` blocks, and fresh weights.
+        """A trunk: the transformer with only its first ``blocks`` blocks, and newly initialised weights.
 
         Raises:
-            ConfigError: it has fewer blocks, or none that a trunk could be cut from.
+            ConfigError: the transformer has fewer blocks, or no trunk can be cut from this network.
         """
         return self.build_transformer(self.trunk_config(blocks))
 
     def trunk_config(self, blocks: int) -> ComponentConfig:
-        """Configuration of the transformer that :meth:`build_trunk` builds, with its errors."""
+        """Configuration of the transformer that :meth:`build_trunk` builds; raises the same errors."""
         config = self.transformer_config()
         counts = [int(config[field]) for field in self.block_fields]
         if not 1 <= blocks <= sum(counts):
@@ -122,13 +122,13 @@ class Backbone(ABC):
         """Width of the transformer's tokens.
 
         Raises:
-            ConfigError: it has none.
+            ConfigError: this network has no tokens.
         """
         config = self.transformer_config()
         return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
 
     def output_norm(self, transformer: nn.Module) -> nn.Module:
-        """The module whose input is the output of the last block, tokens of the sample only."""
+        """The module whose input is the last block's output, for the sample's tokens only."""
         return transformer.get_submodule("norm_out")
 
     def _check_guidance(self) -> None:

@@ -1,7 +1,7 @@
 """What a network reads besides state and time: encoded prompts and, for image-to-video, encoded first frames.
 
-A conditioning is a dictionary of tensors that begin with the batch. Prompt encoders make one, the functions here
-complete it, take it apart and batch it; only a generator's ``network`` knows what the single names mean.
+A conditioning is a dictionary of tensors whose first dimension is the batch. Prompt encoders make it; the functions
+here add to it, split it and batch it; only a generator's ``network`` knows what its entries mean.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ PromptEncoder = Callable[[Sequence[str]], Conditioning]
 # Latents of the pictures in some files, ``[batch, channels, 1, height, width]``.
 ImageEncoder = Callable[[Sequence[Path]], Tensor]
 
-# Entry of a conditioning that holds the latents of its first frame.
+# Name of the entry with the latents of the first frame.
 IMAGE = "image_latents"
-# Marks the negative prompt's entries of a conditioning.
+# Prefix of the negative prompt's entries.
 NEGATIVE = "negative."
 
 
 def positive(conditioning: Conditioning) -> Conditioning:
-    """A conditioning without the negative prompt's entries."""
+    """The entries of the prompt itself, without those of the negative prompt."""
     return {name: tensor for name, tensor in conditioning.items() if not name.startswith(NEGATIVE)}
 
 
 def negative(conditioning: Conditioning) -> Conditioning:
-    """The negative prompt's entries of a conditioning, by the names that the network knows."""
+    """The negative prompt's entries, by the names that the network knows."""
     return {n.removeprefix(NEGATIVE): tensor for n, tensor in conditioning.items() if n.startswith(NEGATIVE)}
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: ``u + scale (c - u)`` of a network's two outputs, of any shape."""
+    """Classifier-free guidance: ``u + scale (c - u)`` of a network's two outputs, of any one shape."""
     return unconditional + scale * (conditional - unconditional)
 
 
 def with_negative_prompt(encode: PromptEncoder, prompt: str) -> PromptEncoder:
-    """An encoder whose conditionings also hold those of a negative prompt, which is encoded once, now."""
+    """An encoder that adds the entries of a negative prompt, which is encoded here, once."""
     entries = encode([prompt])
 
     def complete(prompts: Sequence[str]) -> Conditioning:
@@ -53,12 +53,12 @@ def with_negative_prompt(encode: PromptEncoder, prompt: str) -> PromptEncoder:
 def with_first_frames(
     encode: PromptEncoder, encode_images: ImageEncoder, image_of: Callable[[str], Path]
 ) -> PromptEncoder:
-    """An encoder whose conditionings also hold first frames, the negative prompt's the same ones.
+    """An encoder that adds the latents of first frames, the same ones to the negative prompt's entries.
 
     Args:
-        encode: texts, with the negative prompt if there is one.
-        encode_images: pictures.
-        image_of: the picture of a prompt; its errors are the encoder's.
+        encode: encodes texts, with the negative prompt if there is one.
+        encode_images: encodes pictures.
+        image_of: returns a prompt's picture; whatever it raises, the encoder raises.
     """
 
     def complete(prompts: Sequence[str]) -> Conditioning:
@@ -83,7 +83,7 @@ def expand(conditioning: Conditioning, batch: int) -> Conditioning:
 
 
 def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
-    """One batch of conditionings that may differ in length: shorter ones are padded with zeros, masked out.
+    """Concatenates conditionings to one batch; shorter ones are padded with zeros, also in their masks.
 
     >>> short, long = ({"encoder_attention_mask": torch.ones(1, length)} for length in (1, 3))
     >>> stack_conditionings([short, long])["encoder_attention_mask"].tolist()

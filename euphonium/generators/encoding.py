@@ -1,4 +1,4 @@
-"""Videos to latents: the VAE's way in, for reward models that are trained on videos from files."""
+"""Encodes videos to latents with the generator's VAE, for reward models that are trained on video files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ VideoEncoder = Callable[[Tensor], Tensor]
 
 
 def load_encoder(generator: Generator, device: torch.device) -> VideoEncoder:
-    """The inverse of the generator's decoder: latents as its sampler ends with them, at the VAE's mode.
+    """The inverse of the generator's decoder: latents in the scale of finished samples, at the mode of the VAE.
 
-    Videos are scaled to the size of the generator's samples; of longer ones the first frames are taken.
+    Videos are resized to the generator's size; of longer ones the first frames are taken.
 
     Args:
-        generator: whose VAE it is.
-        device: to encode on.
+        generator: the generator whose VAE is used.
+        device: device to encode on.
 
-    Raises:
-        ConfigError: later, when a video is encoded: too few frames, or latents that do not decode to it again.
+    Returns:
+        A function that raises ConfigError if a video has too few frames, or its latents do not decode to it again.
     """
     vae = generator.load_vae(device, torch.float32)
     decode = generator.load_decoder(device)
@@ -50,10 +50,10 @@ def load_encoder(generator: Generator, device: torch.device) -> VideoEncoder:
 
 
 def fitted(videos: Tensor, frames: int, height: int, width: int) -> Tensor:
-    """The first frames of videos ``[batch, frames, 3, height, width]``, resized where they have another size.
+    """The first frames of videos ``[batch, any, 3, any, any]``, resized if their size differs.
 
     Raises:
-        ConfigError: too few frames.
+        ConfigError: a video has too few frames.
     """
     if videos.shape[1] < frames:
         raise ConfigError(f"a video of {videos.shape[1]} frames; the recipe's model.frames is {frames}")
@@ -65,7 +65,7 @@ def fitted(videos: Tensor, frames: int, height: int, width: int) -> Tensor:
 
 
 def _check_decodes(video: Tensor, again: Tensor, generator: Generator) -> None:
-    """Latents in another scale than the decoder's would train a model of another space, without a sign."""
+    """Raises if a video does not come back: latents in another scale would silently train a useless model."""
     error = float((again - video).square().mean())
     spread = float(video.var())
     if error > spread + 0.01:

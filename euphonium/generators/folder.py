@@ -1,6 +1,6 @@
-"""A diffusers pipeline on disk: finding it, reading its configurations, marking its weights, writing a copy of it.
+"""A diffusers pipeline on disk: finding or downloading it, its configurations, fingerprints of its weights, export.
 
-Nothing here builds a network or knows what one of them means.
+Nothing here builds a network or knows what a component does.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
 
-# A JSON object of a pipeline's folder, of which each class of diffusers has its own fields.
+# A JSON object from a pipeline's folder; its fields depend on the class of diffusers.
 ComponentConfig = dict[str, Any]
 
-# What the weights of a component are called; the hub keeps other precisions and copies beside them.
+# File names of a component's weights; repositories may hold copies in other precisions beside them.
 _WEIGHT_FILE = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors")
-_MARK_SPAN = 1 << 20
+_FINGERPRINT_SPAN = 1 << 20
 
 
 class PipelineFolder:
-    """A diffusers pipeline's folder; components go by the names of their folders in it, such as ``vae``.
+    """The folder of a diffusers pipeline; a component, such as ``vae``, is named by its folder.
 
     Attributes:
-        path: the folder.
+        path: path of the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +41,7 @@ class PipelineFolder:
         """The folder that ``model.path`` names, downloaded from the hub if it is a hub id.
 
         Raises:
-            ConfigError: neither folder nor hub id, a download that failed, or a folder without a pipeline.
+            ConfigError: the path is neither a folder nor a hub id, the download failed, or there is no pipeline in it.
         """
         path = Path(config.path)
         found = cls(path if path.exists() else _downloaded(config))
@@ -50,20 +50,20 @@ class PipelineFolder:
         return found
 
     def index(self) -> ComponentConfig:
-        """What ``model_index.json`` says: the pipeline's class, and the class of each component."""
+        """Contents of ``model_index.json``: the pipeline's class, and the class of each component."""
         return dict(json.loads((self.path / "model_index.json").read_text()))
 
     def component_config(self, component: str, file: str = "config.json") -> ComponentConfig:
-        """Configuration of a component, in the file of that name."""
+        """Configuration of a component, read from ``file`` in its folder."""
         return dict(json.loads((self.path / component / file).read_text()))
 
     def weight_files(self, component: str) -> list[Path]:
-        """The safetensors files of a component, without the copies in other precisions that the hub may hold."""
+        """The safetensors files of a component, without copies in other precisions."""
         files = (self.path / component).glob("*.safetensors")
         return sorted(file for file in files if _WEIGHT_FILE.fullmatch(file.name))
 
-    def mark(self, component: str) -> str:
-        """Hash that tells two components apart without reading all of their gigabytes.
+    def fingerprint(self, component: str) -> str:
+        """Hash of a component that does not read all of its gigabytes.
 
         Covers the configuration, and the size and the first and last MiB of every weight file.
         """
@@ -72,19 +72,19 @@ class PipelineFolder:
             size = file.stat().st_size
             digest.update(f"{file.name}:{size}".encode())
             with file.open("rb") as stream:
-                digest.update(stream.read(_MARK_SPAN))
-                stream.seek(max(0, size - _MARK_SPAN))
-                digest.update(stream.read(_MARK_SPAN))
+                digest.update(stream.read(_FINGERPRINT_SPAN))
+                stream.seek(max(0, size - _FINGERPRINT_SPAN))
+                digest.update(stream.read(_FINGERPRINT_SPAN))
         return digest.hexdigest()[:16]
 
     def export(self, component: str, state: Mapping[str, Tensor], target: Path) -> None:
-        """Writes a complete pipeline in which one component has other weights.
+        """Writes a complete pipeline in which one component has new weights.
 
         Args:
-            component: to replace.
-            state: its full state.
-            target: new folder; everything but the component's weights is copied from here. Files in the root that
-                hold a whole model once more are left out: they would be the old one.
+            component: component to replace.
+            state: its new full state.
+            target: new folder, to which everything else is copied. Weight files in the root, which some repositories
+                have besides the components, are left out: they would hold the old model.
         """
         from safetensors.torch import save_file
 

@@ -1,7 +1,7 @@
-"""What the roles need of a generator: one small class per diffusers pipeline adapts it.
+"""The interface of a generator: what the roles need of a diffusers pipeline, which one small class a family adapts.
 
-A generator is cheap: it reads configuration files only. Each role loads the parts that it needs: rollout actors the
-transformer and the text encoders, outcome-reward servers the VAE, learners the transformer alone.
+A generator itself is cheap: it reads only configuration files. Each role loads the parts that it needs: rollout actors
+the transformer and the text encoders, ORM servers the VAE, learners the transformer alone.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Decoder = Callable[[Tensor], Tensor]
 
 
 class Generator(Backbone):
-    """One generator, as its pipeline's adapter: how its network is fed, and what comes out of it.
+    """Adapter of one diffusers pipeline.
 
-    Adapters give the abstract members here and in :class:`euphonium.generators.backbone.Backbone`; everything else
-    follows from them.
+    Subclasses implement the abstract members here and in :class:`euphonium.generators.backbone.Backbone`; everything
+    else follows from them.
     """
 
     pipeline_class: ClassVar[str]
@@ -50,7 +50,7 @@ class Generator(Backbone):
         """Reads the pipeline's configurations.
 
         Raises:
-            ConfigError: a size or a guidance that this generator cannot take.
+            ConfigError: this generator does not support the size or guidance in ``config``.
         """
         super().__init__(pipeline, config)
         self._check_size()
@@ -64,11 +64,11 @@ class Generator(Backbone):
     @property
     @abstractmethod
     def compression(self) -> tuple[int, int]:
-        """Frames, and pixels a side, behind one latent; no frames for generators of images."""
+        """Compression of the VAE in time and in space: frames, and pixels a side, per latent; 0 frames for images."""
 
     @property
     def patch_size(self) -> int:
-        """Latents a side in one token."""
+        """Side of a transformer token, in latents."""
         return 1
 
     @property
@@ -84,31 +84,31 @@ class Generator(Backbone):
 
     @abstractmethod
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
-        """Text tokenizers and encoders as one function from prompts to conditioning."""
+        """Loads tokenizers and text encoders, as one function from prompts to a conditioning."""
 
     @abstractmethod
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
-        """The VAE, in a type of the caller's choice where it can compute in several, without memory savers."""
+        """Loads the VAE in ``dtype``, where it can compute in several types, without memory savers."""
 
     @abstractmethod
     def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """One forward pass.
+        """One forward pass of the network, without classifier-free guidance.
 
         Args:
-            transformer: of this family.
+            transformer: a transformer of this family.
             x: float32 states ``[batch, *latent_shape]``.
             time: float32 ``[batch]``, as a fraction of the network's range
                 (:attr:`euphonium.dynamics.StepTable.times`); the noise fraction in flow matching.
-            conditioning: of the same batch size, without the negative prompt's.
+            conditioning: conditioning of the same batch size, without entries of the negative prompt.
 
         Returns:
             float32, like ``x``: the velocity ``eps - x0``, or the noise for models that predict it.
         """
 
     def velocity(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """The output that sampling and likelihood use: :meth:`network`, with classifier-free guidance if configured.
+        """The output that sampling and likelihood use: :meth:`network` with classifier-free guidance, if configured.
 
-        Rollout and learner both call this, so guidance is differentiated through in training (DanceGRPO, App. C).
+        Rollout and learner both call this, so training differentiates through the guidance (DanceGRPO, App. C).
         """
         output = self.network(transformer, x, time, positive(conditioning))
         if self.config.cfg_scale is None:
@@ -116,35 +116,35 @@ class Generator(Backbone):
         return guided(output, self.network(transformer, x, time, negative(conditioning)), self.config.cfg_scale)
 
     def step_table(self, sampler: SamplerConfig, iteration: int = 0) -> StepTable:
-        """The table of a sampler for this model.
+        """The step table of a stochastic sampler for this model.
 
         Args:
-            sampler: settings.
-            iteration: from 0; moving windows depend on it.
+            sampler: settings of the sampler.
+            iteration: iteration (from 0); only moving windows depend on it.
 
         Raises:
-            StepTableError: settings that make a step undefined.
-            ConfigError: a law that does not fit what this model predicts.
+            StepTableError: a step is undefined with these settings.
+            ConfigError: the law does not fit what this model predicts.
         """
         if sampler.law == "ddim":
             raise ConfigError(f"sampler.law: ddim is for models that predict the noise; {self.pipeline_class} does not")
         return sampler.table(iteration)
 
     def ode_table(self, num_steps: int, shift: float, guidance: GuidanceConfig | None = None) -> StepTable:
-        """The table of deterministic sampling."""
+        """The step table of deterministic sampling."""
         return StepTable.build(
             "ode", shifted_sigmas(num_steps, shift), guidance=guidance.build() if guidance is not None else None
         )
 
     def prompt_encoder(self, device: torch.device, images: Mapping[str, Path] | None = None) -> PromptEncoder:
-        """Conditioning of prompts, with that of the negative prompt where classifier-free guidance needs it.
+        """Loads the prompt encoder, with negative prompt and first frames where this generator needs them.
 
         Args:
-            device: to encode on.
-            images: pictures by prompt, for families of image-to-video (:func:`images_for`).
+            device: device to encode on.
+            images: picture files by prompt, for image-to-video (:func:`images_for`).
 
         Returns:
-            A function that raises ConfigError if a prompt lacks its picture.
+            A function from prompts to their conditioning, which raises ConfigError if a prompt lacks its picture.
         """
         encode = self.load_prompt_encoder(device)
         if self.config.cfg_scale is not None:
@@ -164,10 +164,10 @@ class Generator(Backbone):
         return with_first_frames(encode, self.load_image_encoder(device), image_of)
 
     def load_image_encoder(self, device: torch.device) -> ImageEncoder:
-        """The VAE as a function from pictures to latents, in families that take an image.
+        """Loads the VAE as a function from picture files to latents, for image-to-video.
 
         Raises:
-            ConfigError: this one takes none.
+            ConfigError: this generator takes no image.
         """
         raise ConfigError(
             f"model.path: {self.folder} is a {self.pipeline_class}, which takes no image; for image-to-video give a "
@@ -175,22 +175,22 @@ class Generator(Backbone):
         )
 
     def load_working_vae(self, device: torch.device) -> VideoVae:
-        """The VAE as a run uses it: in ``model.dtype``, with the memory savers of the recipe.
+        """Loads the VAE in ``model.dtype``, with the recipe's memory savers.
 
         Raises:
-            ConfigError: it has no memory saver of that kind.
+            ConfigError: this VAE does not support one of them.
         """
         vae = self.load_vae(device, self.dtype)
         return vae.saving_memory(tiling=self.config.vae_tiling, slicing=self.config.vae_slicing)
 
     def load_decoder(self, device: torch.device) -> Decoder:
-        """The VAE as a function from latents to videos ``[batch, frames, 3, height, width]`` in [0, 1]."""
+        """Loads the VAE as a function from latents to videos ``[batch, frames, 3, height, width]`` in [0, 1]."""
         return self.load_working_vae(device).decode
 
     def fingerprint(self) -> dict[str, str]:
-        """Marks of the latent space and of the text embeddings, which a process reward model is tied to."""
+        """Hashes of VAE and text encoders: a process reward model fits only generators with the same ones."""
         parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-        return {part: self.pipeline.mark(part) for part in parts if (self.folder / part).is_dir()}
+        return {part: self.pipeline.fingerprint(part) for part in parts if (self.folder / part).is_dir()}
 
     def _check_size(self) -> None:
         temporal, spatial = self.compression
@@ -208,9 +208,9 @@ class Generator(Backbone):
 
 
 def images_for(generator: Generator, prompts: PromptsConfig) -> dict[str, Path]:
-    """The pictures of a run's prompts, if its generator takes any.
+    """Picture files of a run's prompts, by prompt; empty if its generator takes no image.
 
     Raises:
-        ConfigError: see :func:`euphonium.prompt_files.prompt_images`.
+        ConfigError: a prompt file cannot be used (:func:`euphonium.prompt_files.prompt_images`).
     """
     return prompt_images([prompts.train, prompts.evaluation]) if generator.takes_image else {}

@@ -69,14 +69,14 @@ class HunyuanVideo(Generator):
 
     @override
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
-        """Of the pipeline's own class, or of whichever the folder names."""
+        """The class of the VAE is the one that the folder names."""
         import diffusers
 
         kind = getattr(diffusers, self.pipeline.component_config("vae")["_class_name"])
         return VideoVae.load(kind, self.folder, device, dtype)
 
     def network_input(self, x: Tensor, arguments: dict[str, Tensor]) -> Tensor:
-        """What the transformer reads of the states; takes out of its arguments what belongs there."""
+        """The transformer's input made of the states; entries of ``arguments`` that become part of it are removed."""
         return x
 
     @override

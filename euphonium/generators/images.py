@@ -1,4 +1,4 @@
-"""What generators of images share: latents of one frame, and an ``AutoencoderKL``."""
+"""The base of image generators: latents of one frame, and diffusers' ``AutoencoderKL``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from euphonium.generators.vae import ImageVae, VideoVae
 
 
 class ImageGenerator(Generator):
-    """Base of generators whose pipelines hold latents without a dimension for frames."""
+    """Base of generators whose latents have no frame dimension in diffusers; here they have one of size 1."""
 
     @property
     @override

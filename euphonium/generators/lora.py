@@ -1,4 +1,4 @@
-"""Low-rank adapters on a transformer: added the same way in rollout and learner, named the same when published."""
+"""Low-rank adapters of a transformer, the same in rollout actors and learners: adding, initialising, merging."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ADAPTER = "policy"
 
 
 def add_adapter(transformer: nn.Module, config: LoraConfig, name: str = ADAPTER) -> None:
-    """Adds adapters to a transformer and freezes everything else.
+    """Adds a low-rank adapter to a transformer, and freezes everything else.
 
     Raises:
-        ConfigError: peft is not installed, or no layer's name ends as ``model.lora.targets`` say.
+        ConfigError: peft is not installed, or no linear layer's name ends in one of ``model.lora.targets``.
     """
     try:
         from peft import LoraConfig as PeftConfig
@@ -35,14 +35,15 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, name: str = ADAPTER)
 
 
 def adapter_parameters(transformer: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by name."""
+    """Parameters of an adapter by name."""
     return {n: p for n, p in transformer.named_parameters() if f".{name}." in n and ".lora_" in n}
 
 
 def initial_adapter(parameters: dict[str, torch.Size], seed: int = 0) -> dict[str, Tensor]:
-    """Starting values of an adapter: small noise in the first factors, zeros in the second, so that it does nothing.
+    """Initial values of an adapter: noise in the first factors, zeros in the second, so that it changes nothing.
 
-    Every rank makes the same ones; peft's own initialisation cannot reach parameters that are partitioned.
+    They depend on the seed alone, so all ranks make the same ones; peft's own initialisation does not reach
+    partitioned parameters.
     """
     generator = torch.Generator().manual_seed(seed)
     values = {}
@@ -55,11 +56,11 @@ def initial_adapter(parameters: dict[str, torch.Size], seed: int = 0) -> dict[st
 
 
 def merged_state(transformer: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a transformer whose adapter has been added into its layers: what it was before peft came.
+    """The state of a transformer with its adapter merged into the weights, under the names of the plain transformer.
 
     Args:
-        transformer: with the adapter of :func:`add_adapter`; its adapter is gone afterwards.
-        values: the adapter's parameters by name.
+        transformer: a transformer with an adapter of :func:`add_adapter`, which is removed.
+        values: values of the adapter's parameters by name.
     """
     load_adapter(transformer, values)
     transformer.fuse_lora(adapter_names=[ADAPTER])  # type: ignore[operator]
@@ -69,7 +70,7 @@ def merged_state(transformer: nn.Module, values: Mapping[str, Tensor]) -> dict[s
 
 @torch.no_grad()
 def load_adapter(transformer: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copies values into the adapter of :func:`add_adapter`.
+    """Copies values into an adapter that :func:`add_adapter` made.
 
     Raises:
         KeyError: a parameter of the adapter has no value.

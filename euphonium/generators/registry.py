@@ -1,4 +1,4 @@
-"""Generators by the diffusers pipeline class that they adapt, and how one is opened."""
+"""The supported generators by the class of their diffusers pipeline, and how to open one."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ FAMILIES: dict[str, type[Generator]] = {
 
 
 def open_generator(config: ModelConfig) -> Generator:
-    """Opens a pipeline by the class that its ``model_index.json`` names; a hub id is downloaded first.
+    """Opens the pipeline at ``model.path`` with the adapter of its class; a hub id is downloaded first.
 
     Raises:
-        ConfigError: there is no pipeline, none of its family has an adapter, or it cannot take the settings.
+        ConfigError: there is no pipeline, its class is not supported, or it does not support the settings.
     """
     pipeline = PipelineFolder.find(config)
     name = pipeline.index()["_class_name"]

@@ -18,7 +18,7 @@ from euphonium.generators.hunyuan_video import HunyuanVideo
 class SkyReelsImageToVideo(HunyuanVideo):
     """Adapter of ``HunyuanSkyreelsImageToVideoPipeline``.
 
-    The latents of the first frame, and zeros in the place of the others, go into the transformer beside the state.
+    The transformer's input is the state, concatenated with the latents of the first frame and zeros for the others.
     """
 
     pipeline_class = "HunyuanSkyreelsImageToVideoPipeline"
@@ -26,7 +26,7 @@ class SkyReelsImageToVideo(HunyuanVideo):
 
     @override
     def load_image_encoder(self, device: torch.device) -> ImageEncoder:
-        """The mode of the VAE's distribution, which the pipeline draws from."""
+        """Latents are the mode of the VAE's distribution; the pipeline samples from it instead."""
         from diffusers.video_processor import VideoProcessor
         from PIL import Image
 

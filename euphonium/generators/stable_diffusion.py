@@ -33,7 +33,7 @@ class StableDiffusion(ImageGenerator):
         """Reads the pipeline's configurations.
 
         Raises:
-            ConfigError: settings that it cannot take, or a model that does not predict the noise.
+            ConfigError: unsupported settings, or a model that does not predict the noise.
         """
         super().__init__(pipeline, config)
         kind = self._schedule().get("prediction_type", "epsilon")
@@ -62,12 +62,12 @@ class StableDiffusion(ImageGenerator):
 
     @override
     def trunk_config(self, blocks: int) -> ComponentConfig:
-        """Raises, because there is no trunk."""
+        """Raises ConfigError: no trunk can be cut from a U-Net."""
         raise ConfigError(_no_trunk(self.folder))
 
     @override
     def token_width(self) -> int:
-        """Raises, because there are no tokens."""
+        """Raises ConfigError: a U-Net has no tokens."""
         raise ConfigError(_no_trunk(self.folder))
 
     @override

@@ -34,7 +34,7 @@ class StableDiffusion3(ImageGenerator):
 
     @override
     def trunk_config(self, blocks: int) -> ComponentConfig:
-        """One block more, because the last of a transformer is of another shape."""
+        """One block more than asked for, because the last block has another shape; :meth:`build_trunk` removes it."""
         config = super().trunk_config(blocks)
         config["num_layers"] = min(blocks + 1, int(self.transformer_config()["num_layers"]))
         return config

@@ -1,7 +1,7 @@
-"""A diffusers VAE in this project's terms: pixels in [0, 1], and latents as the generator's sampler ends with them.
+"""Diffusers VAEs with common conventions: pixels in [0, 1], and latents in the scale of the generator's samples.
 
-The scale between those latents and the network's own is stated here, or by the one family that has another; way in
-and way out both use it.
+The scale between those latents and the network's own is defined here, once for encoding and decoding; a family with
+another one overrides it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Autoencoder = Any
 
 
 class VideoVae:
-    """The VAE of a generator of videos.
+    """The VAE of a video generator.
 
     Its latents are ``(z - shift_factor) scaling_factor`` of the network's ``z``; a missing shift is 0.
 
     Attributes:
         network: the diffusers VAE.
-        device: that it is on.
-        dtype: that it computes in.
+        device: device that it is on.
+        dtype: type that it computes in.
     """
 
     def __init__(self, network: Autoencoder, device: torch.device, dtype: torch.dtype) -> None:
@@ -37,14 +37,14 @@ class VideoVae:
 
     @classmethod
     def load(cls, kind: Autoencoder, folder: Path, device: torch.device, dtype: torch.dtype) -> Self:
-        """Reads a VAE of a class of diffusers from the pipeline in a folder."""
+        """Loads a VAE of diffusers' class ``kind`` from a pipeline's folder."""
         return cls(kind.from_pretrained(folder / "vae", dtype=dtype).to(device).eval(), device, dtype)
 
     def saving_memory(self, *, tiling: bool, slicing: bool) -> Self:
-        """Turns on the memory savers of ``model.vae_tiling`` and ``model.vae_slicing``.
+        """Enables the memory savers of ``model.vae_tiling`` and ``model.vae_slicing``.
 
         Raises:
-            ConfigError: this VAE has none of that kind.
+            ConfigError: this VAE does not support one of them.
         """
         for option, wanted in (("tiling", tiling), ("slicing", slicing)):
             if wanted:
@@ -56,7 +56,7 @@ class VideoVae:
 
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
-        """Latents ``[batch, channels, latent frames, rows, columns]``: the mode of the VAE's distribution.
+        """Encodes videos to latents ``[batch, channels, frames, rows, columns]``, the mode of the VAE's distribution.
 
         Args:
             videos: ``[batch, frames, 3, height, width]`` in [0, 1].
@@ -66,17 +66,17 @@ class VideoVae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Videos ``[batch, frames, 3, height, width]``, float32 in [0, 1], of latents as :meth:`encode` gives them."""
+        """Decodes latents of :meth:`encode` to videos ``[batch, frames, 3, height, width]``, float32 in [0, 1]."""
         pixels = self._decode(self.unscaled(latents.to(device=self.device, dtype=self.dtype)))
         return (pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
     def scaled(self, latents: Tensor) -> Tensor:
-        """The sampler's latents of the network's."""
+        """Latents in the sampler's scale, given latents in the network's."""
         shift, factor = self._scale()
         return (latents - shift) * factor
 
     def unscaled(self, latents: Tensor) -> Tensor:
-        """The network's latents of the sampler's."""
+        """Latents in the network's scale, given latents in the sampler's."""
         shift, factor = self._scale()
         return latents / factor + shift
 
@@ -85,7 +85,7 @@ class VideoVae:
         return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        """The network's latents of pixels ``[batch, 3, frames, height, width]`` in [-1, 1]."""
+        """Latents in the network's scale of pixels ``[batch, 3, frames, height, width]`` in [-1, 1]."""
         latents: Tensor = self.network.encode(pixels).latent_dist.mode()
         return latents
 
@@ -96,7 +96,7 @@ class VideoVae:
 
 
 class ImageVae(VideoVae):
-    """The VAE of a generator of images, whose network knows no frames: to others, videos of one frame."""
+    """The VAE of an image generator: its network has no frame dimension, its videos have one frame."""
 
     @override
     def _encode(self, pixels: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ TIMESTEPS = 1000.0
 
 
 class Wan(Generator):
-    """Adapter of ``WanPipeline``, of its models with one transformer and one time for all tokens."""
+    """Adapter of ``WanPipeline``, for models with one transformer and one time for all tokens."""
 
     pipeline_class = "WanPipeline"
 
@@ -31,7 +31,7 @@ class Wan(Generator):
         """Reads the pipeline's configurations.
 
         Raises:
-            ConfigError: settings that it cannot take, or a model of Wan 2.2.
+            ConfigError: unsupported settings, or a model of Wan 2.2.
         """
         index = pipeline.index()
         if index.get("boundary_ratio") is not None:
@@ -70,7 +70,7 @@ class Wan(Generator):
 
     @override
     def with_exact_buffers(self, transformer: nn.Module) -> nn.Module:
-        """The tables of the rotary embedding are buffers here."""
+        """Recomputes the tables of the rotary embedding, which are buffers here, in float32."""
         config = self.transformer_config()
         rope = transformer.get_submodule("rope")
         angles = rotary_angles(int(config["attention_head_dim"]), int(config["rope_max_seq_len"]))
@@ -99,7 +99,7 @@ class Wan(Generator):
 
     @override
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
-        """Always in float32, which this VAE was made to run in."""
+        """Always float32, which this VAE is meant to run in."""
         from diffusers import AutoencoderKLWan
 
         return WanVae.load(AutoencoderKLWan, self.folder, device, torch.float32)
@@ -113,7 +113,7 @@ class Wan(Generator):
 
 
 class WanVae(VideoVae):
-    """Its latents are ``(z - mean) / std`` of the network's ``z``, by channel."""
+    """Wan's VAE, whose latents are ``(z - mean) / std`` of the network's ``z``, by channel."""
 
     @override
     def scaled(self, latents: Tensor) -> Tensor:
@@ -128,9 +128,9 @@ class WanVae(VideoVae):
 
 
 def hold_buffers(module: nn.Module) -> None:
-    """Makes a module's own buffers keep their type in later casts; they still move between devices."""
+    """Makes a module's own buffers keep their type in casts of the module; they still move between devices."""
 
-    class Holding(type(module)):  # type: ignore[misc]  # a base that is known when it runs
+    class Holding(type(module)):  # type: ignore[misc]  # the base is known only at run time
         def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
             exact = dict(self.named_buffers(recurse=False))
             super()._apply(fn, recurse)
@@ -142,9 +142,9 @@ def hold_buffers(module: nn.Module) -> None:
 
 
 def rotary_angles(width: int, length: int) -> NDArray[np.float64]:
-    """Angles ``[length, width]`` of the rotary embedding of a head: channels of time, rows and columns, in pairs.
+    """Angles ``[length, width]`` of a head's rotary embedding: channels of time, rows and columns, in pairs.
 
-    In numpy, because ``zero.Init`` rounds what torch's constructors make.
+    Computed in numpy, because ``zero.Init`` rounds tensors that torch's constructors make.
     """
     side = 2 * (width // 6)
     frequencies = [10000.0 ** (-np.arange(0, part, 2) / part) for part in (width - 2 * side, side, side)]

@@ -1,4 +1,4 @@
-"""What every outcome reward is: decoded videos and their prompts in, one bounded score a video out."""
+"""The interface of outcome rewards: videos and their prompts in, one score a video out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 class OutcomeReward(Protocol):
     """A reward of finished samples.
 
-    Implementations are deterministic, hold their own networks, and raise on input that they cannot score; they never
-    answer a failure with a number.
+    Implementations are deterministic, hold their own networks, and raise on input that they cannot score: a failure
+    never becomes a number.
     """
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores a batch.
+        """Scores a batch of videos.
 
         Args:
             videos: float32 ``[batch, frames, 3, height, width]`` in [0, 1]; images have one frame.

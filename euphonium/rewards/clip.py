@@ -40,7 +40,7 @@ TEXT_TOKENS = 77
 
 
 class FramePreparation:
-    """What CLIP's image processor does to a picture, as its ``preprocessor_config.json`` says, in torch."""
+    """CLIP's image processor in torch, with the settings of its ``preprocessor_config.json``."""
 
     def __init__(self, processor: CLIPImageProcessorPil) -> None:
         size = processor.size
@@ -205,7 +205,7 @@ class _ClipReward(ABC):
         """Scores ``[batch, frames]`` of unit vectors ``[batch, frames, width]``."""
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See :class:`euphonium.rewards.base.OutcomeReward`; the mean over the chosen frames."""
+        """Scores videos, float32 ``[batch]``: the mean over the chosen frames."""
         check_videos(videos, prompts)
         chosen = videos[:, spread(videos.shape[1], self.options.frames)]
         features = self.image_features(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 
 def check_videos(videos: Tensor, prompts: Sequence[str], least_frames: int = 1) -> None:
-    """Refuses what is no batch of videos.
+    """Checks that the input is a batch of videos with a prompt each.
 
     Raises:
         ValueError: another shape than ``[batch, frames, 3, height, width]``, too few frames, or not one prompt each.

@@ -28,12 +28,12 @@ CHUNK = 1 << 16
 
 
 class _NoRedirect(HTTPRedirectHandler):
-    """A redirect would turn the POST into a GET and carry the token to another host."""
+    """Refuses redirects, which would turn the POST into a GET and send the token to another host."""
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> None:
-        """Follows nothing: the status becomes an error."""
+        """Returns None, so that the redirect's status becomes an error."""
         return
 
 
@@ -82,7 +82,7 @@ class HttpReward:
         self._opener = build_opener(_NoRedirect())
 
     def _post(self, body: bytes) -> tuple[str, bytes]:
-        """Content type and bytes of the answer."""
+        """Posts a request; returns content type and bytes of the answer."""
         deadline = time.monotonic() + self.timeout_s
         request = Request(self.url, data=body, headers=self._headers, method="POST")
         held = bytearray()
@@ -107,7 +107,7 @@ class HttpReward:
             raise RewardError(f"cannot reach {self.url}: {error}") from error
 
     def _scores(self, content_type: str, body: bytes) -> Tensor:
-        """Scores in an answer, float32, of any shape."""
+        """Reads the scores in an answer, float32, of any shape."""
         found: Tensor | list[float] | None
         if content_type == SAFETENSORS:
             tensor = load(body).get(self.key)
@@ -128,7 +128,7 @@ class HttpReward:
         return torch.as_tensor(found, dtype=torch.float32)
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See :class:`euphonium.rewards.base.OutcomeReward`; the range is the server's.
+        """Scores videos, float32 ``[batch]``, in the server's range.
 
         Raises:
             RewardError: no answer in time, an error status, or an answer without one finite number a video.

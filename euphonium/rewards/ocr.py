@@ -111,7 +111,7 @@ class OcrReward:
         return " ".join(found.txts or ())
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See :class:`euphonium.rewards.base.OutcomeReward`; in [0, 1], 1 where every letter is right.
+        """Scores videos, float32 ``[batch]`` in [0, 1]; 1 if every letter is right.
 
         Raises:
             ValueError: a prompt without quoted text.

@@ -114,7 +114,7 @@ class OpticalFlowReward:
         return Motion(float(speed) / self.side, sum(changes) / len(changes) / self.side)
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See :class:`euphonium.rewards.base.OutcomeReward`; in [0, 1]; the prompts do not matter.
+        """Scores videos, float32 ``[batch]`` in [0, 1]; ignores the prompts.
 
         Raises:
             ValueError: clips of fewer than three frames.

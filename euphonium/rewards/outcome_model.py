@@ -40,14 +40,14 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class VideoFormat:
-    """How a video and its prompt become inputs.
+    """How a video and its prompt become inputs of the network.
 
     Attributes:
-        frames: evenly spaced frames that are seen; shorter videos repeat some.
+        frames: number of frames that the network sees, evenly spaced; shorter videos repeat some.
         size: side of a frame in pixels.
         tokens_per_frame: image tokens a frame.
-        mean: of the pixels' channels, for normalisation.
-        std: of the pixels' channels.
+        mean: mean of each channel of the pixels, for normalisation.
+        std: standard deviation of each channel.
         image_tokens: ids of the tokens that begin, fill and end a frame; without the first and last if null.
         max_prompt_tokens: prompts are cut to this many.
         before: text before each frame; ``{number}`` counts from 1.
@@ -163,9 +163,9 @@ class OutcomeModel(nn.Module):
         """Inputs of :meth:`forward` for a batch.
 
         Args:
-            frames: of :meth:`frames_of`, one tensor a video.
+            frames: results of :meth:`frames_of`, one tensor a video.
             prompts: one a video.
-            device: to put them on.
+            device: device that the inputs are put on.
 
         Raises:
             ValueError: a prompt that holds an image token.
@@ -267,7 +267,7 @@ class TrainedOutcomeReward:
 
     @torch.inference_mode()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See :class:`euphonium.rewards.base.OutcomeReward`."""
+        """Scores videos, float32 ``[batch]``, unbounded."""
         check_videos(videos, prompts)
         parts = []
         for begin in range(0, len(videos), self.batch):

@@ -1,4 +1,4 @@
-"""Weights and libraries of reward models: where they come from, and what to say when they are missing."""
+"""Weights and optional libraries of reward models: where they come from, and errors when they are missing."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def library(name: str, reward: str) -> ModuleType:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The named device; without a name the GPU if there is one."""
+    """The named device; without a name the GPU, if there is one."""
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def dtype_of(name: Dtype) -> torch.dtype:
-    """The torch type of a name in a recipe."""
+    """The torch type that a recipe names."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
@@ -89,7 +89,7 @@ def pinned(weights: str, revision: str | None, option: str = "weights") -> dict[
 
 @contextmanager
 def loading(option: str, weights: str) -> Iterator[None]:
-    """Turns what ``from_pretrained`` raises for absent or unfit files into a ConfigError that names the option."""
+    """Turns errors of ``from_pretrained`` about missing or unfit files into a ConfigError that names the option."""
     try:
         yield
     except (OSError, KeyError, RuntimeError, ValueError) as error:
@@ -136,7 +136,7 @@ def read_weights(path: Path, option: str) -> dict[str, Tensor]:
 
 
 def fill(network: torch.nn.Module, state: dict[str, Tensor], option: str, source: str) -> None:
-    """Puts all of ``state`` into all of ``network``.
+    """Loads ``state`` into ``network``; both must have the same names.
 
     Raises:
         ConfigError: names or shapes differ; shows a few.

@@ -1,7 +1,7 @@
 """Process reward model: the first blocks of the generator, a query attention and a small head (Euphonium, 4.2).
 
-It scores noisy latents, ``r(x_sigma, sigma, c)``, at every noise level, and its gradient with respect to ``x`` is
-what guides rollouts. It reads the generator's own latents and text embeddings, so it belongs to one generator.
+It scores noisy latents, ``r(x_sigma, sigma, c)``, at every noise level, and its gradient with respect to ``x`` guides
+rollouts. It reads the generator's own latents and text embeddings, so it fits that generator only.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ProcessRewardModel(nn.Module):
 
     @classmethod
     def from_generator(cls, family: Generator, blocks: int, head: dict[str, int] | None = None) -> ProcessRewardModel:
-        """A model whose trunk starts from the generator's own first blocks."""
+        """A new model, whose trunk starts from the generator's own first blocks."""
         model = cls(family, blocks, head)
         wanted = model.trunk.state_dict().keys()
         state = {}
@@ -81,7 +81,7 @@ class ProcessRewardModel(nn.Module):
         """Makes all weights float32 and trainable; the trunk still computes in the generator's type.
 
         Raises:
-            ConfigError: checkpointing was asked of a transformer that cannot.
+            ConfigError: the transformer does not support gradient checkpointing.
         """
         self.float().train().requires_grad_(True)
         if gradient_checkpointing:
@@ -91,7 +91,7 @@ class ProcessRewardModel(nn.Module):
         return self
 
     def _computing(self, device: torch.device) -> AbstractContextManager[object]:
-        """Where float32 weights of a bfloat16 generator are in training, the arithmetic stays the generator's."""
+        """Autocasts to the generator's type while float32 weights of a bfloat16 generator are trained."""
         weight = next(self.trunk.parameters())
         if weight.dtype == self.family.dtype:
             return nullcontext()
@@ -105,9 +105,9 @@ class ProcessRewardModel(nn.Module):
         return scores
 
     def reward_and_gradient(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-        """Rewards ``[batch]`` and their gradients with respect to ``x``; parameters gather none.
+        """Rewards ``[batch]`` and their gradients with respect to ``x``; parameters get no gradients.
 
-        Samples do not interact, so the gradient of the sum holds every sample's own.
+        Samples do not interact, so the gradient of the batch's sum holds each sample's own.
         """
         x = x.detach().requires_grad_(True)
         with torch.enable_grad():
@@ -116,10 +116,10 @@ class ProcessRewardModel(nn.Module):
         return rewards.detach(), gradient
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32, **notes: object) -> None:
-        """Writes weights (safetensors) and description.
+        """Writes the weights (safetensors), and a description as JSON.
 
         Args:
-            folder: made if it is not there.
+            folder: created if it does not exist.
             dtype: type of the weights on disk; :meth:`load` widens them.
             notes: further entries of the description.
         """
@@ -140,7 +140,7 @@ class ProcessRewardModel(nn.Module):
         """Reads a saved model for use with a generator.
 
         Raises:
-            ConfigError: the folder holds none, or it was trained on latents or text embeddings of another generator.
+            ConfigError: the folder holds no model, or one for latents or text embeddings of another generator.
         """
         if not (folder / CONFIG_FILE).is_file():
             raise ConfigError(
@@ -171,22 +171,22 @@ class ProcessRewardModel(nn.Module):
 
 
 class LocalRewards:
-    """A process reward model in this process, for one prompt: a source of rewards and guidance without a server."""
+    """A process reward model in this process, for one prompt: a source of rewards and gradients without a server."""
 
     def __init__(self, model: ProcessRewardModel, conditioning: Conditioning, sigmas: Tensor) -> None:
-        """Computes nothing yet.
+        """Creates a source; nothing is computed.
 
         Args:
-            model: to ask.
-            conditioning: of the prompt, with a leading dimension of 1.
-            sigmas: noise fractions of the states of a walk, ``[num_steps + 1]``.
+            model: the process reward model.
+            conditioning: conditioning of the prompt, with a leading dimension of 1.
+            sigmas: noise levels of the states of a trajectory, ``[num_steps + 1]``.
         """
         self._model = model
         self._conditioning = conditioning
         self._sigmas = sigmas
 
     def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[tuple[Tensor, Tensor | None]]:
-        """Scores states ``[batch, *latent]`` of step k at once: rewards ``[batch]``, and the gradient or None."""
+        """Scores states ``[batch, *latent]`` of step k immediately: rewards ``[batch]``, and the gradient or None."""
         sigmas = torch.full((len(x),), float(self._sigmas[k]), device=x.device)
         prompt = expand(self._conditioning, len(x))
         answer: tuple[Tensor, Tensor | None]
@@ -200,7 +200,7 @@ class LocalRewards:
 
 @contextmanager
 def _captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The first argument of every call of a module while the context is open."""
+    """Collects the first argument of every call of a module while the context is open."""
     captured: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, arguments: captured.append(arguments[0]))
     try:

@@ -1,7 +1,7 @@
 """Outcome rewards by name: the built-in ones, and any ``package.module:Class``.
 
-A class with a nested ``Options(Node)`` is constructed with one of these, made from the recipe's ``options`` and checked
-like the rest of the recipe; a class without gets them as keyword arguments.
+If a class has a nested ``Options(Node)``, the recipe's ``options`` are validated as one, like the rest of the recipe,
+and passed to the constructor; a class without gets them as keyword arguments.
 """
 
 from __future__ import annotations
@@ -43,10 +43,21 @@ Analysers = dict[tuple[type[Analyser[object]], Node], Analyser[object]]
 
 
 def find_reward(config: OutcomeRewardConfig) -> Callable[..., object]:
-    """What makes a reward: the class that ``type`` names.
+    """The class, or other callable, that ``type`` names; it constructs the reward.
 
     Raises:
         ConfigError: an unknown name, or a class that cannot be imported.
+
+    Example:
+        >>> find_reward(OutcomeRewardConfig(name="motion", type="sprite_motion")).__name__
+        'MotionReward'
+        >>> find_reward(OutcomeRewardConfig(name="own", type="collections:OrderedDict")).__name__
+        'OrderedDict'
+        >>> try:
+        ...     find_reward(OutcomeRewardConfig(name="motion", type="sprite_motoin"))
+        ... except ConfigError as error:
+        ...     print(str(error).partition(" Your")[0])
+        rewards.outcome (motion).type: unknown reward 'sprite_motoin'; did you mean 'sprite_motion'?
     """
     path = BUILT_IN.get(config.type, config.type)
     module_name, separator, class_name = path.partition(":")
@@ -69,20 +80,20 @@ def options_of(made_by: Callable[..., object]) -> type[Node] | None:
 
 
 def build_reward(config: OutcomeRewardConfig) -> OutcomeReward:
-    """Constructs a single reward.
+    """Constructs one reward.
 
     Raises:
-        ConfigError: as :func:`build_rewards`.
+        ConfigError: the reward cannot be constructed; names it and the option.
     """
     return _build(config, {})
 
 
 def build_rewards(configs: Sequence[OutcomeRewardConfig]) -> dict[str, OutcomeReward]:
-    """Constructs all rewards of a recipe, by name; those that read the same analysis get the same analyser.
+    """Constructs all rewards of a recipe, by name; rewards that read the same analysis share its analyser.
 
     Raises:
-        ConfigError: a class that cannot be found or is no reward, or options that it does not take or cannot be made
-            with; names the reward and the option.
+        ConfigError: a class is not found or is no reward, or it does not accept its options; names the reward and the
+            option.
     """
     analysers: Analysers = {}
     return {config.name: _build(config, analysers) for config in configs}
@@ -119,7 +130,7 @@ def _shares(made_by: Callable[..., object]) -> TypeGuard[type[SharedReward[objec
 
 
 def _analyser(kind: type[Analyser[object]], options: Node, analysers: Analysers) -> Analyser[object]:
-    """The analyser for a reward's options, made where no other reward has needed it yet."""
+    """The analyser for a reward's options, shared with other rewards that have the same ones."""
     own = kind.Options.model_validate({name: getattr(options, name) for name in kind.Options.model_fields})
     if (kind, own) not in analysers:
         analysers[kind, own] = kind(own)

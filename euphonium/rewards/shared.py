@@ -1,8 +1,7 @@
-"""Rewards that read one analysis of the videos: a network with several outputs looks at a batch once for all of them.
+"""Rewards that share one analysis of the videos, so that a network with several outputs runs once a batch.
 
-An :class:`Analyser` holds what is shared, a :class:`SharedReward` reads its score off the analysis, and a
-:class:`Batch` lets each analyser look at the videos once. Which rewards of a recipe get the same analyser is decided in
-:mod:`euphonium.rewards.registry`.
+An :class:`Analyser` makes the analysis, a :class:`SharedReward` reads its score off it, and a :class:`Batch` runs each
+analyser once. Which rewards of a recipe share an analyser is decided in :mod:`euphonium.rewards.registry`.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ Analysis_co = TypeVar("Analysis_co", covariant=True)
 
 
 class Analyser(ABC, Generic[Analysis_co]):
-    """What looks at the videos: constructed with its :attr:`Options`, and deterministic.
+    """Analyses videos for several rewards; constructed with its :attr:`Options`, and deterministic.
 
     Attributes:
-        Options: what distinguishes one analyser of this class from another; hashable.
+        Options: hashable options; analysers of one class with equal options are interchangeable.
     """
 
     Options: ClassVar[type[Node]] = Node
@@ -34,14 +33,14 @@ class Analyser(ABC, Generic[Analysis_co]):
 
     @abstractmethod
     def analyse(self, videos: Tensor, prompts: Sequence[str]) -> Analysis_co:
-        """Everything that rewards may want to read about a batch.
+        """The analysis of a batch, from which rewards read their scores.
 
         Args:
             videos: float32 ``[batch, frames, 3, height, width]`` in [0, 1].
             prompts: one text a video.
 
         Raises:
-            ValueError: videos or prompts that cannot be analysed.
+            ValueError: the videos or prompts cannot be analysed.
         """
 
 
@@ -49,9 +48,9 @@ class SharedReward(ABC, Generic[Analysis]):
     """A reward that is read off an analysis.
 
     Attributes:
-        analyser_class: what makes the analysis.
-        Options: fields of the analyser's options, and the reward's own.
-        analyser: of this reward, perhaps also of others.
+        analyser_class: class of the analyser.
+        Options: options of the reward, which include the fields of the analyser's.
+        analyser: the analyser, possibly shared with other rewards.
     """
 
     analyser_class: ClassVar[type[Analyser[object]]]
@@ -66,12 +65,12 @@ class SharedReward(ABC, Generic[Analysis]):
         """Scores, float32 ``[batch]``, of the videos that were analysed together with ``prompts``."""
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores a batch that nobody else reads; see :class:`euphonium.rewards.base.OutcomeReward`."""
+        """Scores videos, float32 ``[batch]``, with an analysis of their own; :class:`Batch` shares one."""
         return self.read(self.analyser.analyse(videos, prompts), prompts)
 
 
 class Batch:
-    """Videos that several rewards score one after another; each analyser looks at them once."""
+    """Videos that several rewards score one after another; each analyser runs on them once."""
 
     def __init__(self, videos: Tensor, prompts: Sequence[str]) -> None:
         self._videos = videos
@@ -79,7 +78,7 @@ class Batch:
         self._analyses: dict[Analyser[object], object] = {}
 
     def score(self, reward: OutcomeReward) -> Tensor:
-        """Scores, float32 ``[batch]``, by one reward; raises what the reward raises."""
+        """Scores of one reward, float32 ``[batch]``; raises whatever the reward raises."""
         if not isinstance(reward, SharedReward):
             return reward.score(self._videos, self._prompts)
         if reward.analyser not in self._analyses:

@@ -291,7 +291,7 @@ class SoliReward:
 
     @torch.inference_mode()
     def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See :class:`euphonium.rewards.base.OutcomeReward`; unbounded."""
+        """Scores videos, float32 ``[batch]``, unbounded."""
         check_videos(videos, prompts)
         parts, batch = [], self.options.batch
         for begin in range(0, len(videos), batch):

@@ -1,4 +1,4 @@
-"""What several outcome rewards are worth together."""
+"""The weighted total of several outcome rewards."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def weighted_total(scores: Mapping[str, Array], rewards: Sequence[OutcomeRewardC
     """Weighted sum of the outcome rewards of each sample.
 
     Args:
-        scores: for every reward, ``[samples]``.
-        rewards: of the recipe, with their weights.
+        scores: rewards by name, ``[samples]`` each.
+        rewards: the recipe's rewards, with their weights.
 
     Returns:
         ``[samples]``.
@@ -29,5 +29,5 @@ def weighted_total(scores: Mapping[str, Array], rewards: Sequence[OutcomeRewardC
 
 
 def total_weight(rewards: Sequence[OutcomeRewardConfig]) -> float:
-    """Sum of the weights' sizes, which brings totals to the scale of a single reward."""
+    """Sum of the absolute weights: a total divided by it is on the scale of a single reward."""
     return sum(abs(reward.weight) for reward in rewards)

@@ -64,7 +64,7 @@ def sampled_frames(frames: int, video_fps: float, sample_fps: float) -> list[int
     """Indices of the frames that the network sees: ``sample_fps`` a second, an even number, four at least.
 
     Args:
-        frames: of the video, 2 or more.
+        frames: number of frames of the video, 2 or more.
         video_fps: frames a second at which the video plays.
         sample_fps: frames a second that are looked at.
     """

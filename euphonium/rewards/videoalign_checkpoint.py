@@ -35,7 +35,7 @@ class CheckpointSource:
         base: folder or hub id of the Qwen2-VL that it was trained from; only its configuration files are read.
         base_revision: commit of the hub id in ``base``.
         dtype: type of the network's weights.
-        device: of the network.
+        device: device of the network.
     """
 
     weights: str
@@ -51,14 +51,14 @@ class LoadedCheckpoint:
     """Network, tokenizer and settings of one checkpoint.
 
     Attributes:
-        network: frozen, in evaluation mode.
-        tokenizer: its own, which pads on the right.
+        network: the network, frozen and in evaluation mode.
+        tokenizer: the checkpoint's own tokenizer, which pads on the right.
         special: ids of the tokens at which VQ, MQ and TA are read.
-        mean: of the pixels' channels, for normalisation.
-        std: of the pixels' channels.
+        mean: mean of each channel of the pixels, for normalisation.
+        std: standard deviation of each channel.
         norm: mean and deviation of each aspect's scores over the authors' data.
         fps: frames a second that the network was trained on.
-        most_pixels: of a frame.
+        most_pixels: largest number of pixels of a frame.
     """
 
     network: VideoRewardNetwork

@@ -1,1 +1,1 @@
-"""How the roles talk: the records they exchange, and how answers and weights travel."""
+"""How the roles talk to each other: records, typed handles, deadlines and retries, and the transport of weights."""

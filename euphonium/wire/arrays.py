@@ -1,4 +1,4 @@
-"""Between numpy, which the object store shares without copying, and torch."""
+"""Views of numpy arrays, which Ray's object store shares without copying, as torch tensors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def as_tensor(array: NDArray[Any]) -> Tensor:
-    """A tensor on the same memory.
+    """A tensor that shares the array's memory; it must not be written to.
 
-    Arrays from the object store are read-only, of which ``torch.from_numpy`` warns every time; the view that it gets
-    here only claims to be writable. Nobody may write to the result.
+    Arrays from the object store are read-only, and ``torch.from_numpy`` warns of each of them. The array that it gets
+    here claims to be writable.
     """
     if array.flags.writeable:
         return torch.from_numpy(array)
@@ -24,7 +24,7 @@ def as_tensor(array: NDArray[Any]) -> Tensor:
 
 
 class _Memory:
-    """Memory of an array, kept alive with it."""
+    """An array interface that keeps the owner of its memory alive."""
 
     def __init__(self, interface: dict[str, Any], owner: NDArray[Any]) -> None:
         self.__array_interface__ = interface

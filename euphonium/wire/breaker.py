@@ -1,4 +1,7 @@
-"""Which server of a pool to ask next, from what became of the requests before; it asks nobody itself."""
+"""A circuit breaker: which server of a pool to ask next, given the outcomes of earlier requests.
+
+It sends nothing itself; :mod:`euphonium.wire.clients` does, and reports the outcomes here.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,28 @@ class _Health:
 
 
 class Breaker(Generic[K]):
-    """One caller's books on the servers of a pool.
+    """One caller's record of which servers of a pool answer; thread-safe.
 
-    Requests go round the servers, the near ones if there are any. A failed server is left alone for a moment, longer
-    with every failure in a row; after ``breaker.failures`` of them it is skipped for ``breaker.cool_down_s``, and then
-    gets one request as a probe, whose answer decides. A server that has died for good is not asked again. While every
-    server is being left alone, callers wait for the one that is due first, so that a pool of one survives its restart.
+    Requests go round robin over the servers, over the near ones if there are any. A server that failed is skipped for a
+    moment, longer with every failure in a row; after ``breaker.failures`` of them it is skipped for
+    ``breaker.cool_down_s``, then gets one request as a probe, whose outcome decides. A server that is dead for good is
+    not asked again. While all servers are being skipped, callers wait for the one that is due first, so that a pool of
+    one survives its restart.
 
-    Safe to use from several threads.
+    Example:
+        >>> from euphonium.config import BreakerConfig, OutcomeRewardConfig
+        >>> rewards = [OutcomeRewardConfig(name="motion", type="sprite_motion")]
+        >>> config = RewardsConfig(outcome=rewards, breaker=BreakerConfig(failures=1, cool_down_s=10))
+        >>> now = 0.0
+        >>> breaker = Breaker(lambda: ["a", "b"], config, clock=lambda: now)
+        >>> breaker.choose()  # the server, and the seconds to wait before asking it
+        ('a', 0.0)
+        >>> breaker.failed("a")
+        >>> [breaker.choose()[0] for _ in range(3)]
+        ['b', 'b', 'b']
+        >>> now = 10.0
+        >>> sorted({breaker.choose()[0] for _ in range(4)})  # a is probed
+        ['a', 'b']
     """
 
     def __init__(
@@ -41,14 +58,14 @@ class Breaker(Generic[K]):
         offset: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Knows nothing of any server yet.
+        """Starts without failures.
 
         Args:
-            members: the servers at this moment; pools change while a run goes on.
-            config: breaker, and the deadline, which bounds every pause.
-            near: servers to ask as long as they answer: those on the caller's own node.
-            offset: server to begin with, so that callers do not all begin with the same one.
-            clock: seconds.
+            members: returns the servers at this moment; pools change while a run goes on.
+            config: the breaker's settings, and the deadline, which bounds every pause.
+            near: whether a server is preferred as long as it answers: those on the caller's own node are.
+            offset: index of the first server to ask, so that callers do not all begin with the same one.
+            clock: returns seconds.
         """
         self._members = members
         self._config = config.breaker
@@ -64,7 +81,7 @@ class Breaker(Generic[K]):
         """The server for the next attempt, and the seconds to wait before it.
 
         Raises:
-            LookupError: no server is left; says why the last one died.
+            LookupError: all servers are dead; says why the last one died.
         """
         with self._lock:
             members = list(self._members())
@@ -88,17 +105,17 @@ class Breaker(Generic[K]):
             return server, min(pause, self._config.cool_down_s, self._deadline_s)
 
     def succeeded(self, server: K) -> None:
-        """Notes that a server answered."""
+        """Records that a server answered."""
         with self._lock:
             self._health[server] = _Health()
 
     def failed(self, server: K, *, asked_at: float | None = None, dead: str | None = None) -> None:
-        """Notes that a server did not answer.
+        """Records that a server did not answer.
 
         Args:
-            server: which.
-            asked_at: time of the request; those that were under way together fail together, and count once.
-            dead: why it never will answer again.
+            server: the server.
+            asked_at: time of the request; of requests that were under way together, only one failure counts.
+            dead: why it will never answer again, if it will not.
         """
         with self._lock:
             now = self._clock()

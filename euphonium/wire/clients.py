@@ -1,8 +1,8 @@
-"""Asking a pool of reward servers: a deadline for every answer, and retries elsewhere.
+"""Requests to a pool of reward servers, with a deadline for every attempt and retries on other servers.
 
-There are two ways to ask, on an event loop (:meth:`RewardClient.ask`) and in a plain thread that has other work to do
-before it needs the answer (:meth:`RewardClient.begin`). Both go the same way from server to server; which one is next,
-and after what pause, is the breaker's business (euphonium/wire/breaker.py).
+There are two ways to ask: on an event loop (:meth:`RewardClient.ask`), and from a plain thread that has other work to
+do before it needs the answer (:meth:`RewardClient.submit`). Both choose servers alike; which one is next, and after
+what pause, is decided by the breaker (euphonium/wire/breaker.py).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ A = TypeVar("A")
 
 
 class RewardClient(Generic[S]):
-    """One caller's view of a pool of reward servers; safe to use from several threads.
+    """One caller's view of a pool of reward servers; thread-safe.
 
     Attributes:
-        deadline_s: for each attempt.
-        breaker: what is known of the servers.
+        deadline_s: seconds that an attempt may take.
+        breaker: chooses the server of each attempt.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class RewardClient(Generic[S]):
         node: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Asks nobody yet.
+        """Creates a client; nothing is sent.
 
         Args:
-            role: of the pool, for errors.
-            members: the pool's servers at this moment; pools change while a run goes on.
-            config: deadline, attempts and breaker.
-            offset: server to begin with, so that callers do not all begin with the same one.
-            node: whose servers are asked as long as they answer; empty for no preference.
-            clock: seconds.
+            role: role of the pool, for errors.
+            members: returns the pool's servers at this moment; pools change while a run goes on.
+            config: deadline, number of attempts, and breaker.
+            offset: index of the first server to ask, so that callers do not all begin with the same one.
+            node: id of the Ray node whose servers are preferred; empty for no preference.
+            clock: returns seconds.
         """
         self.deadline_s = config.deadline_s
         self.breaker = Breaker(
@@ -65,17 +65,18 @@ class RewardClient(Generic[S]):
         self._rewards = ("process",) if role == "prm" else tuple(reward.name for reward in config.outcome)
         self._clock = clock
 
-    def begin(self, send: Callable[[ActorProxy[S]], ObjectRef[A]]) -> Later[A]:
-        """Sends a request now, whose answer is fetched later.
+    def submit(self, send: Callable[[ActorProxy[S]], ObjectRef[A]]) -> Later[A]:
+        """Sends a request and returns at once.
 
         Args:
-            send: makes the Ray call.
+            send: makes the Ray call to a server.
 
         Returns:
-            The answer; waiting for it raises a RewardError if no server answered, or the reward itself failed.
+            The answer. Waiting for it makes the retries, and raises a RewardError if no server answered or the reward
+            itself failed.
 
         Raises:
-            RewardError: all servers are dead for good.
+            RewardError: all servers are dead.
         """
         asking = _Asking(self, send)
         # A caller that has other work to do first must not sleep here.
@@ -102,8 +103,8 @@ class RewardClient(Generic[S]):
         """Sends a request and awaits its answer.
 
         Args:
-            send: makes the Ray call.
-            deadline_s: for each attempt, if another than the client's.
+            send: makes the Ray call to a server.
+            deadline_s: seconds that an attempt may take, if not the client's.
 
         Raises:
             RewardError: no server answered, or the reward itself failed.
@@ -138,7 +139,7 @@ class RewardClient(Generic[S]):
 
 
 class _Asking(Generic[S, A]):
-    """One request's way from server to server: whoever waits, and however, tells what became of every attempt."""
+    """The attempts of one request. The caller sends and waits, and reports here what became of each attempt."""
 
     def __init__(self, client: RewardClient[S], send: Callable[[ActorProxy[S]], ObjectRef[A]]) -> None:
         self._client = client
@@ -153,23 +154,23 @@ class _Asking(Generic[S, A]):
 
     @property
     def pause_s(self) -> float:
-        """Seconds from now until the next attempt is due."""
+        """Seconds until the next attempt is due."""
         return max(0.0, self._due - self._client._clock())
 
     def send(self) -> ObjectRef[A]:
-        """Makes the next attempt."""
+        """Sends the request to the server that was chosen for this attempt."""
         self._asked_at = self._client._clock()
         return self._send(self._server.handle)
 
     def answered(self) -> None:
-        """Notes that the attempt brought the answer."""
+        """Records that the attempt succeeded."""
         self._client.breaker.succeeded(self._server)
 
     def failed(self, error: Exception) -> None:
-        """Notes why the attempt failed, and prepares another one.
+        """Records why the attempt failed, and chooses the server of the next one.
 
         Raises:
-            RewardError: another attempt cannot mend it, or there has been the last one.
+            RewardError: this was the last attempt, or another one would fail as well.
         """
         self._failures.append(self._judge(error))
         if len(self._failures) == self._client._attempts:
@@ -181,7 +182,7 @@ class _Asking(Generic[S, A]):
         self._next()
 
     def _judge(self, error: Exception) -> RewardError:
-        """Books a failed attempt and says why it failed; raises what another attempt cannot mend."""
+        """Reports a failure to the breaker and returns it; raises it if another attempt would fail as well."""
         import ray
 
         client, dead = self._client, None

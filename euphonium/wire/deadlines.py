@@ -1,4 +1,4 @@
-"""Waiting on Ray: every wait has a deadline, and says what it waits for."""
+"""Waiting for answers of Ray actors, with a deadline, and with errors that say what was waited for."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def get(ref: Sequence[ObjectRef[_T]], timeout_s: float | None, what: str) -> lis
 @overload
 def get(ref: ObjectRef[_T], timeout_s: float | None, what: str) -> _T: ...
 def get(ref: ObjectRef[_T] | Sequence[ObjectRef[_T]], timeout_s: float | None, what: str) -> _T | list[_T]:
-    """Value of an object reference.
+    """Value of an object reference; blocks the thread.
 
     Args:
         ref: reference, or a list of them.
-        timeout_s: seconds to wait; None for whom something else watches over.
-        what: what is awaited, for the error: "the weights of version 3".
+        timeout_s: seconds to wait; None where something else ends the wait.
+        what: what is awaited, for errors: "the weights of version 3".
 
     Raises:
         TrainingError: it did not come in time.
-        LostActorError: whoever makes it is gone.
-        EuphoniumError: whatever error of ours the remote side raised.
+        LostActorError: the actor or the object is gone.
+        EuphoniumError: the error that the actor raised.
     """
     import ray
 
@@ -50,17 +50,17 @@ def get(ref: ObjectRef[_T] | Sequence[ObjectRef[_T]], timeout_s: float | None, w
 
 
 async def awaited(ref: Awaitable[_T], timeout_s: float | None, what: str) -> _T:
-    """Value of one object reference, for event loops.
+    """Value of one object reference, without blocking the event loop.
 
     Args:
         ref: reference.
-        timeout_s: seconds to wait; None for whom something else watches over.
-        what: what is awaited, for the error.
+        timeout_s: seconds to wait; None where something else ends the wait.
+        what: what is awaited, for errors.
 
     Raises:
         LateError: it did not come in time.
-        LostActorError: whoever makes it is gone.
-        EuphoniumError: whatever error of ours the remote side raised.
+        LostActorError: the actor or the object is gone.
+        EuphoniumError: the error that the actor raised.
     """
     import ray
 
@@ -76,7 +76,7 @@ async def awaited(ref: Awaitable[_T], timeout_s: float | None, what: str) -> _T:
 
 @contextmanager
 def _typed(what: str) -> Iterator[None]:
-    """Turns Ray's errors into ours."""
+    """Turns Ray's errors into the application's."""
     import ray
 
     began = time.monotonic()
@@ -90,7 +90,7 @@ def _typed(what: str) -> Iterator[None]:
 
 
 def remote_error(error: BaseException, what: str) -> EuphoniumError:
-    """The error of ours inside a remote failure, or a typed one that quotes its last line."""
+    """The application's error inside Ray's, or a TrainingError that quotes the cause."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, EuphoniumError):
         return cause
@@ -98,7 +98,7 @@ def remote_error(error: BaseException, what: str) -> EuphoniumError:
 
 
 def describe(error: BaseException) -> str:
-    """One line on why a Ray call failed, with the reason that Ray gives for a dead actor."""
+    """Why a Ray call failed, in one line, with the reason that Ray gives for an actor's death."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = next((line for line in lines if "cause" in line.lower() or "reason" in line.lower()), "")
     head = lines[0] if lines else type(error).__name__

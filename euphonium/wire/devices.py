@@ -1,4 +1,4 @@
-"""Where a role computes."""
+"""The device that a role computes on."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def default_device() -> torch.device:
-    """The GPU that this process may see, else the CPU."""
+    """The GPU if this process sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

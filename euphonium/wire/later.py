@@ -1,4 +1,4 @@
-"""An answer under way: asked for now, awaited when it is needed."""
+"""An answer under way: requested now, waited for when it is needed."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ U = TypeVar("U")
 
 
 class Later(Generic[T]):
-    """A value that may still be under way; for one thread.
+    """A value that may still be under way; to be used from one thread.
 
     Example:
-        >>> answer = Later(lambda: 20).map(lambda value: value + 1)
+        >>> answer = Later(lambda: print("waiting") or 20).map(lambda value: value + 1)
+        >>> answer.result()  # waits once, when the value is first needed
+        waiting
+        21
         >>> answer.result()
         21
     """
 
     def __init__(self, wait: Callable[[], T]) -> None:
-        """Waits for nothing yet.
+        """Does not wait.
 
         Args:
-            wait: gives the value or raises; called once, when the value is first needed.
+            wait: returns the value or raises; called once, when the value is first needed.
         """
         self._wait = wait
         self._outcome: Future[T] = Future()
 
     def result(self) -> T:
-        """The value; waits if it must, and raises what waiting raises, every time."""
+        """The value. The first call waits; an error is raised again by every call."""
         if not self._outcome.done():
             try:
                 self._outcome.set_result(self._wait())
@@ -38,5 +41,5 @@ class Later(Generic[T]):
         return self._outcome.result()
 
     def map(self, function: Callable[[T], U]) -> Later[U]:
-        """What a function makes of the value, once that is needed."""
+        """The function's value of this one; the function is called when the result is first needed."""
         return Later(lambda: function(self.result()))

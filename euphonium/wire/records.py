@@ -1,4 +1,4 @@
-"""Plain records that travel between the roles. Arrays are numpy: Ray moves those without copying."""
+"""The records that roles exchange. Arrays are numpy, which Ray's object store shares without copying."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ OrmAnswer = dict[str, Array]
 
 @dataclass(frozen=True, kw_only=True)
 class Readiness:
-    """What an actor says once its models are loaded, and then every few seconds.
+    """An actor's answer to a ping, from the moment that its models are loaded.
 
     Attributes:
-        device: that it computes on.
+        device: device that it computes on.
         node: id of its Ray node.
-        busy_s: seconds that it has spent computing since it started; None where the caller keeps count.
+        busy_s: seconds that it has computed since it started; None where the caller measures that.
     """
 
     device: str
@@ -39,13 +39,13 @@ class Readiness:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupTask:
-    """An order for one group of samples.
+    """What a rollout actor needs to know to draw one group of samples.
 
     Attributes:
-        group_id: ordinal of the group in the run; never used twice, except to try the same group again.
-        prompt: text of the group.
-        seed: of its noise and of the selection of its trained steps.
-        iteration: from 0, the iteration that it is drawn for; moving windows depend on it.
+        group_id: ordinal of the group in the run; used again only to retry the same group.
+        prompt: the text that all samples of the group share.
+        seed: seed of its noise and of the choice of its trained steps.
+        iteration: iteration (from 0) that it is drawn for; moving windows depend on it.
     """
 
     group_id: int
@@ -56,17 +56,17 @@ class GroupTask:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupInfo:
-    """What the orchestrator needs to know of a finished group; its arrays stay in the object store.
+    """What the orchestrator knows of a finished group, whose arrays stay in the object store.
 
     Attributes:
-        task: the order that it fills.
-        policy_version: of the weights that drew it, the same for all its steps.
-        fingerprint: of the sampler (:meth:`euphonium.dynamics.StepTable.fingerprint`).
-        transitions: trained transitions of each sample, K.
-        process_rewards: float32 ``[group, num_steps]`` that the actions are credited with, 0 where none was asked for;
-            None without process rewards.
+        task: the task that it was drawn for.
+        policy_version: version of the policy that drew it, the same for all of its steps.
+        fingerprint: the sampler's (:meth:`euphonium.dynamics.StepTable.fingerprint`).
+        transitions: K, trained transitions of each sample.
+        process_rewards: float32 ``[group, num_steps]``, process reward that each action is credited with, 0 at steps
+            without one; None without process rewards.
         seconds: wall time by part of the work.
-        payload_bytes: size of the arrays that the learner will fetch.
+        payload_bytes: size of the arrays that the learner group fetches.
     """
 
     task: GroupTask
@@ -80,15 +80,15 @@ class GroupInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupPayload:
-    """Trained transitions of a group, K a sample.
+    """The trained transitions of a group, K of every sample.
 
     Attributes:
         states: float32 ``[group, K, *latent]``, x_k.
-        next_states: float32, like ``states``, x_{k+1} as it was scored.
+        next_states: float32 like ``states``, x_{k+1} exactly as its log-probability was computed.
         steps: int64 ``[group, K]``, k of every transition.
-        log_probs: float32 ``[group, K]`` under the policy that drew them.
-        gradients: float32 like ``states`` when the objective keeps the guidance in the mean, else None.
-        conditioning: arrays of the prompt, with a leading dimension of 1.
+        log_probs: float32 ``[group, K]``, log-probabilities under the policy that drew them.
+        gradients: float32 like ``states``, reward gradients, where the objective keeps guidance in the mean; else None.
+        conditioning: the encoded prompt, arrays with a leading dimension of 1.
     """
 
     states: Array
@@ -100,19 +100,19 @@ class GroupPayload:
 
     @property
     def nbytes(self) -> int:
-        """Size of all arrays."""
+        """Bytes of all arrays."""
         arrays = [self.states, self.next_states, self.steps, self.log_probs, *self.conditioning.values()]
         return sum(a.nbytes for a in arrays) + (self.gradients.nbytes if self.gradients is not None else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingGroup:
-    """A scored group on its way to the learner group.
+    """A group with its advantages, on its way to the learner group.
 
     Attributes:
-        info: what is known of it.
+        info: which group, and by which policy and sampler it was drawn.
         advantages: float32 ``[components, group, num_steps]``.
-        samples: int64, samples to train on, ascending.
+        samples: int64 indices of the samples to train on, ascending.
     """
 
     info: GroupInfo
@@ -121,23 +121,23 @@ class TrainingGroup:
 
     @property
     def rows(self) -> int:
-        """Its trained transitions."""
+        """Number of transitions to train on."""
         return len(self.samples) * self.info.transitions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """Train on an iteration's groups, and publish the new weights.
+    """Order to train on an iteration's groups, and to publish the new weights.
 
     Attributes:
-        version: number of this transaction, from 1; the policy that it yields gets this version.
-        groups: of the iteration.
+        version: number of the iteration, from 1, which becomes the new policy's version.
+        groups: the iteration's groups.
         payloads: references to their transitions, in the same order; the driver owns the arrays.
         publish_average: whether the averaged weights are published too.
-        checkpoint: folder into which every rank writes its part, or None.
-        receivers: names of the rollout actors to which the weights are broadcast.
-        history: of the weights, see :class:`euphonium.wire.roles.RolloutContext`.
-        stop: leave afterwards.
+        checkpoint: folder into which every rank writes its part of a checkpoint, or None.
+        receivers: names of the rollout actors that take part in a broadcast of the weights; empty for none.
+        history: history of the weights, see :class:`euphonium.wire.roles.RolloutContext`.
+        stop: whether the learner group ends afterwards.
     """
 
     version: int
@@ -152,12 +152,12 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Publish:
-    """Publish the weights that are held once more.
+    """Order to publish the present weights once more.
 
     Attributes:
-        version: of the policy that is held.
+        version: the policy version that the learner group holds.
         average: whether the averaged weights are published too.
-        stop: leave afterwards.
+        stop: whether the learner group ends afterwards.
     """
 
     version: int
@@ -167,12 +167,12 @@ class Publish:
 
 @dataclass(frozen=True, kw_only=True)
 class Save:
-    """Write a checkpoint.
+    """Order to write a checkpoint.
 
     Attributes:
-        version: of the policy that is held.
-        folder: into which every rank writes its part.
-        stop: leave afterwards.
+        version: the policy version that the learner group holds.
+        folder: folder into which every rank writes its part.
+        stop: whether the learner group ends afterwards.
     """
 
     version: int
@@ -186,16 +186,16 @@ UpdateOrder = Update | Publish | Save
 
 @dataclass(frozen=True, kw_only=True)
 class WeightOrder:
-    """What a rollout actor is told about a broadcast of weights.
+    """Order to a rollout actor to take part in a broadcast of weights.
 
     Attributes:
-        version: policy version.
-        kind: of weights.
-        history: of the weights, see :class:`euphonium.wire.roles.RolloutContext`.
+        version: policy version of the weights.
+        kind: the policy's weights or their moving average.
+        history: history of the weights, see :class:`euphonium.wire.roles.RolloutContext`.
         address: ``host:port`` where the channel's members meet.
         transfer: number of the broadcast in this channel.
-        rank: of the actor in the channel, from 1.
-        size: number of members of the channel.
+        rank: the actor's rank in the channel, from 1.
+        size: number of members of the channel, the sender included.
     """
 
     version: int
@@ -209,11 +209,11 @@ class WeightOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
-    """What the learner group did with an order.
+    """The learner group's report that an order is done.
 
     Attributes:
-        version: of the order.
-        metrics: numbers of the update, already reduced over the ranks.
+        version: version of the order.
+        metrics: metrics of an update, reduced over the ranks, and durations.
     """
 
     version: int
@@ -222,14 +222,14 @@ class UpdateReport:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerState:
-    """What the run loop hears while it waits for the learner group.
+    """State of the learner group, as the mailbox tells it to the run loop.
 
     Attributes:
-        report: of the awaited order, or None while it is under way.
+        report: report of the order that is waited for, or None while it is under way.
         failure: why the group gave up, or None.
-        generation: how often a group has joined.
-        ready: whether it can take orders.
-        resumed: policy version of the checkpoint from which it started last.
+        generation: how many times a learner group has joined the mailbox.
+        ready: whether the group can take orders.
+        resumed: policy version of the checkpoint from which it started.
     """
 
     report: UpdateReport | None
@@ -244,9 +244,9 @@ class PoolSnapshot:
     """What ``euphonium status`` shows of a pool.
 
     Attributes:
-        wanted: members that were asked for.
-        present: members that take work.
-        working: members that do something; None where it is not known.
+        wanted: size of the pool that was asked for.
+        present: number of members that take work.
+        working: number of members that work for a caller; None where it is not known.
         busy: share of its members' time that the pool worked in the last iteration.
         members: state of every member, by name.
     """
@@ -263,13 +263,13 @@ class RunSnapshot:
     """What ``euphonium status`` shows of a run.
 
     Attributes:
-        phase: what is under way.
-        version: of the policy, the iterations done.
-        iterations: of the whole run.
-        pools: by role.
-        groups: in the trajectory buffer.
-        nbytes: of these groups.
-        last: line of the last iteration.
+        phase: what is under way, as a phrase.
+        version: policy version, which is the number of iterations done.
+        iterations: number of iterations of the whole run.
+        pools: pools by role.
+        groups: number of groups in the trajectory buffer.
+        nbytes: bytes of these groups.
+        last: the line that was printed for the last iteration.
     """
 
     phase: str

@@ -1,1 +1,1 @@
-"""The only code that knows DeepSpeed."""
+"""Engines that hold a model in training, in one process or partitioned by DeepSpeed, which only this package knows."""

@@ -1,4 +1,4 @@
-"""Numbers over all ranks of the learner group; every rank must make each call."""
+"""Reductions of numbers over all ranks of the learner group; every rank must make each call."""
 
 from __future__ import annotations
 

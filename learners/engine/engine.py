@@ -1,9 +1,9 @@
-"""A model in training: what a process holds of it, how it is stepped, averaged, read out and restored.
+"""A model in training: how it is stepped, averaged, gathered, saved and restored.
 
-Training loops see an :class:`Engine`; whether the weights lie in this process (learners/engine/local.py) or in pieces
-on the ranks of a group (learners/engine/zero3.py) is the engine's business. Every rank holds one contiguous piece of
-every flattened parameter, of its float32 master, of Adam's moments and of its moving average; in one process a piece
-is the whole.
+Training loops use an :class:`Engine`, and need not know whether the weights are whole in this process
+(learners/engine/local.py) or partitioned over the ranks of a group (learners/engine/zero3.py). Every rank holds one
+contiguous piece of every flattened parameter, of its float32 master copy, of Adam's moments and of its moving average;
+in one process a piece is the whole.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Engine(ABC):
     """One rank's part of a model in training, with its optimizer.
 
     Attributes:
-        model: to call; under ZeRO-3 the engine that gathers parameters for each layer.
-        parameters: the trained ones by name, in a fixed order.
-        optimizer: of these.
-        device: of the model.
+        model: the module to call; under ZeRO-3 DeepSpeed's engine, which gathers parameters layer by layer.
+        parameters: the trained parameters by name, in a fixed order.
+        optimizer: optimizer of these parameters.
+        device: device of the model.
         averages: float32 moving averages of this rank's pieces by name, or None.
-        rank: of this process.
-        world_size: processes that train together.
+        rank: rank of this process.
+        world_size: number of processes that train together.
     """
 
     rank = 0
@@ -59,32 +59,32 @@ class Engine(ABC):
 
     @abstractmethod
     def weights_changed(self) -> None:
-        """Has whole parameters that are held anywhere show the pieces, which have changed."""
+        """Must follow overwritten pieces: refreshes the whole copies of parameters that the engine keeps."""
 
     @abstractmethod
     def _held(self, kind: HeldKind, parameter: nn.Parameter) -> Tensor:
-        """This rank's piece of a parameter, its master or a moment, flat; of a parameter as memory of the model."""
+        """This rank's flat piece of a parameter, its master copy or a moment; for weights, the model's own memory."""
 
     @abstractmethod
     def _set_held(self, kind: HeldKind, parameter: nn.Parameter, piece: Tensor) -> None:
-        """Overwrites one of this rank's pieces; a parameter and its master are set together."""
+        """Overwrites one of this rank's pieces; weights and master copy are set together."""
 
     @abstractmethod
     def _stepped(self) -> Iterable[Tensor]:
-        """The tensors that the optimizer steps."""
+        """The tensors that the optimizer updates."""
 
     def set_learning_rate(self, rate: float) -> None:
-        """Sets the rate of the next update."""
+        """Sets the learning rate of the next update."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
     @property
     def steps(self) -> int:
-        """Updates that Adam has counted; 0 before the first, when it has no moments yet."""
+        """Number of updates that Adam has made; 0 before the first, when it has no moments."""
         return max((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), default=0)
 
     def make_moments(self, steps: int) -> None:
-        """Has Adam's moments exist before the first update, as of ``steps`` updates."""
+        """Creates Adam's moments before the first update, with a count of ``steps`` updates."""
         for tensor in self._stepped():
             state = self.optimizer.state[tensor]
             if "step" not in state:
@@ -92,7 +92,7 @@ class Engine(ABC):
             state["step"].fill_(float(steps))
 
     def piece(self, kind: Kind, name: str) -> Tensor:
-        """This rank's piece of a tensor, flat; to be read."""
+        """This rank's flat piece of a tensor, for reading."""
         return self._averages()[name] if kind == "average" else self._held(kind, self.parameters[name])
 
     def set_piece(self, kind: Kind, name: str, piece: Tensor) -> None:
@@ -103,13 +103,13 @@ class Engine(ABC):
             self._set_held(kind, self.parameters[name], piece)
 
     def update_averages(self, decay: float) -> None:
-        """Moves the averages, if there are any, towards the current weights."""
+        """Updates the moving averages, if there are any, with the current weights."""
         # One by one: all pieces at once in float32 would be a second copy of what this rank holds.
         for name, average in (self.averages or {}).items():
             average.lerp_(self.piece("weights", name).float(), 1 - decay)
 
     def restore_averages(self, read: Callable[[str], Tensor]) -> None:
-        """Takes over whole tensors, which ``read`` gives by name, as the averages."""
+        """Sets the moving averages to whole tensors, which ``read`` returns by name."""
         for name, average in self._averages().items():
             fill_piece(average, read(name), self.rank)
 
@@ -137,7 +137,7 @@ class Engine(ABC):
     # --- among the ranks; all must call these ---------------------------------------------------------------------
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks, on every rank."""
+        """Sum over the ranks, the same on every rank."""
         if self.world_size == 1:
             return values
         there = values.to(self.device)
@@ -145,7 +145,7 @@ class Engine(ABC):
         return there.to(values.device)
 
     def barrier(self) -> None:
-        """Returns when all ranks have come here."""
+        """Waits until all ranks have called it."""
         if self.world_size > 1:
             torch.distributed.barrier()
 
@@ -157,11 +157,11 @@ class Engine(ABC):
         return found
 
     def gathered(self, bucket_bytes: int, *, average: bool = False) -> Iterator[dict[str, Tensor]]:
-        """Collects full weights on rank 0, bucket by bucket; all ranks must iterate to the end.
+        """Gathers whole weights on rank 0, bucket by bucket; all ranks must iterate to the end.
 
         Args:
-            bucket_bytes: size of a bucket, by what its tensors take when whole.
-            average: collect the moving averages, if there are any, instead of the weights, in the weights' type.
+            bucket_bytes: bytes of a bucket's whole tensors.
+            average: gather the moving averages, if there are any, instead of the weights, in the weights' type.
 
         Yields:
             On rank 0 the tensors of the bucket by name, on the CPU; elsewhere an empty mapping.
@@ -177,7 +177,7 @@ class Engine(ABC):
             if self.world_size > 1:
                 everywhere = [torch.empty_like(flat) for _ in range(self.world_size)] if self.rank == 0 else []
                 torch.distributed.gather(flat, everywhere or None, dst=0)
-            # Of each rank's part, cut as the bucket was put together.
+            # Each rank's part is cut into the pieces that the bucket was made of.
             parts = [part.split([piece.numel() for piece in pieces]) for part in everywhere]
             yield {
                 name: _joined([part[i] for part in parts], whole_shape(self.parameters[name]))
@@ -186,24 +186,24 @@ class Engine(ABC):
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Shape of a parameter when whole, also of one that is partitioned."""
+    """Shape of the whole parameter, also if it is partitioned."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 def fill_piece(piece: Tensor, whole: Tensor, rank: int) -> None:
-    """Overwrites a rank's flat piece of a tensor with its part of the whole one; padding stays."""
+    """Overwrites a rank's flat piece of a tensor with its part of the whole tensor; padding stays as it is."""
     mine = whole.flatten()[rank * piece.numel() :][: piece.numel()]
     piece[: mine.numel()].copy_(mine)
 
 
 def _joined(pieces: list[Tensor], shape: torch.Size) -> Tensor:
-    """The whole tensor of all ranks' pieces, on the CPU; what is beyond its end is padding."""
+    """Joins all ranks' pieces to the whole tensor, on the CPU, without padding."""
     return torch.cat(pieces)[: shape.numel()].view(shape).cpu()
 
 
 def adamw(parameters: Iterable[nn.Parameter], settings: OptimizerConfig | RewardOptimizerConfig) -> torch.optim.AdamW:
-    """The optimizer of a recipe; its rate is set before every update."""
+    """The optimizer of a recipe; its learning rate is set before every update."""
     betas = settings.betas if isinstance(settings, OptimizerConfig) else (0.9, 0.999)
     return torch.optim.AdamW(
         list(parameters), lr=settings.learning_rate, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay

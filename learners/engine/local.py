@@ -1,4 +1,4 @@
-"""The engine of one process: plain torch, every piece a whole parameter."""
+"""The engine of a single process: plain torch, where every piece is a whole parameter."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from learners.engine.engine import Engine, HeldKind, adamw
 
 
 class LocalEngine(Engine):
-    """A float32 model in this process.
+    """Trains a float32 model in this process.
 
     Args:
-        model: trained where its parameters require gradients.
-        settings: of the optimisation.
-        device: that the model is moved to.
+        model: the model; parameters that require gradients are trained.
+        settings: settings of the optimiser.
+        device: device that the model is moved to.
         averages: whether to keep moving averages.
-        unreached: whether weights that no gradient reaches (what a trunk does after its last block) are stepped too,
-            which makes them decay, as under ZeRO-3.
+        unreached: whether parameters without gradients (those after the last block that a trunk uses) are updated too,
+            so that weight decay applies to them, as under ZeRO-3.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class LocalEngine(Engine):
 
     @override
     def weights_changed(self) -> None:
-        """Nothing to do: pieces are the parameters."""
+        """Does nothing: pieces are the parameters themselves."""
 
     @override
     def _stepped(self) -> Iterable[Tensor]:

@@ -1,6 +1,7 @@
-"""Transformers of generators that are partitioned from the start: the policy in training, and frozen copies of it.
+"""Transformers that are partitioned by ZeRO-3 from the start: the policy in training, and frozen copies of it.
 
-They are built with only this rank's pieces of their parameters, which are then filled from the safetensors files.
+No rank ever holds a whole transformer: each builds only its pieces of the parameters, and fills them from the
+safetensors files.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from learners.engine.zero3 import Options, ZeroEngine, frozen_options, shard, tr
 
 
 class ZeroPolicy(ZeroEngine):
-    """A generator's transformer in training.
+    """The policy in training: a generator's transformer under ZeRO-3.
 
-    Its averages, if the recipe has any, follow by themselves.
+    Every update also updates the moving averages, if the recipe has any.
 
     Attributes:
         module: the partitioned transformer; ``model`` is DeepSpeed's engine around it.
@@ -43,13 +44,13 @@ class ZeroPolicy(ZeroEngine):
         """Builds, loads and partitions the transformer.
 
         Args:
-            family: of the generator.
-            pool: how it is partitioned.
-            optimizer: how it is trained.
-            lora: train adapters instead of all weights.
-            frozen_adapters: names of further adapters, for references.
+            family: the generator.
+            pool: settings of the learner group.
+            optimizer: settings of the optimiser.
+            lora: settings of the low-rank adapter that is trained; None trains all weights.
+            frozen_adapters: names of further adapters, for frozen references.
         """
-        # References are refreshed piece by piece; a small parameter that is kept whole would not see it.
+        # References are refreshed piece by piece, which would not reach small parameters that are kept whole.
         whole_below = 0 if frozen_adapters else pool.persistence_threshold
         options = training_options(pool, optimizer, family.dtype, whole_below=whole_below)
         adapters = (ADAPTER, *frozen_adapters) if lora is not None else ()
@@ -73,10 +74,10 @@ class ZeroPolicy(ZeroEngine):
 
 
 def frozen_transformer(family: Generator, pool: LearnerPoolConfig) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A partitioned transformer that is not trained, with arbitrary weights.
+    """A partitioned transformer that is not trained; its weights are arbitrary until they are filled in.
 
     Returns:
-        DeepSpeed's engine around it, and the memory of this rank's pieces by name.
+        DeepSpeed's engine around it, and this rank's pieces by name, which may be overwritten.
     """
     import deepspeed
 
@@ -92,12 +93,12 @@ def frozen_transformer(family: Generator, pool: LearnerPoolConfig) -> tuple[nn.M
 
 
 def gather_by_block(module: nn.Module) -> None:
-    """Has ZeRO-3 gather, release and reduce each transformer block as one, not layer by layer.
+    """Makes ZeRO-3 gather, release and reduce each transformer block as a whole, not layer by layer.
 
-    DeepSpeed's hooks then run around some tens of blocks instead of hundreds of layers, and its collectives are fewer
-    and larger; a rank holds the weights and gradients of a whole block at a time. To be called before
-    ``deepspeed.initialize``. DeepSpeed reduces a block's gradients when those of its inputs are there: every block must
-    have an input that needs a gradient, and be passed once in a forward pass.
+    DeepSpeed's hooks then run for some tens of blocks instead of hundreds of layers, and its collectives are fewer and
+    larger; a rank holds the weights and gradients of one whole block at a time. Must be called before
+    ``deepspeed.initialize``. DeepSpeed reduces a block's gradients once those of its inputs are there, so every block
+    must have an input that needs a gradient, and be called once in a forward pass.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
@@ -111,7 +112,7 @@ def gather_by_block(module: nn.Module) -> None:
 def _positional(
     signature: inspect.Signature, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Passes a block's inputs by position: neither DeepSpeed's hooks nor torch's see those passed by name."""
+    """Passes a block's inputs by position, because hooks of DeepSpeed and torch do not see keyword arguments."""
     bound = signature.bind(*args, **kwargs)
     if torch.is_grad_enabled() and not any(isinstance(a, Tensor) and a.requires_grad for a in bound.args):
         raise TrainingError(
@@ -122,10 +123,10 @@ def _positional(
 
 
 def _loaded(family: Generator, lora: LoraConfig | None, adapters: Sequence[str], options: Options) -> nn.Module:
-    """The partitioned transformer with its weights, and with adapters whose values are arbitrary."""
+    """The partitioned transformer with its weights, and with adapters whose values are still arbitrary."""
     import deepspeed
 
-    # Init patches torch's constructors while it is open; a library imported under it may break on them.
+    # zero.Init patches torch's constructors, which may break a library that is imported meanwhile.
     family.transformer_class()
     with deepspeed.zero.Init(config_dict_or_path=options):
         module = family.build_transformer()
@@ -140,7 +141,7 @@ def _load(module: nn.Module, family: Generator) -> None:
     """Fills a partitioned transformer from the family's files; every rank reads all and keeps its own pieces.
 
     Raises:
-        ValueError: a parameter that no file holds.
+        ValueError: a parameter is in no file.
     """
     parameters = dict(module.named_parameters())
     missing = set(parameters)
@@ -155,7 +156,7 @@ def _load(module: nn.Module, family: Generator) -> None:
 
 
 def _train_adapter(module: nn.Module, adapters: Sequence[str]) -> None:
-    """Gives all adapters the same starting values, and has the policy's alone trained."""
+    """Gives all adapters the same initial values, and makes only the policy's trainable."""
     for adapter in adapters:
         _fill_adapter(adapter_parameters(module, adapter), adapter)
     module.set_adapter(ADAPTER)  # type: ignore[operator]
@@ -165,7 +166,7 @@ def _train_adapter(module: nn.Module, adapters: Sequence[str]) -> None:
 
 
 def _fill_adapter(parameters: Mapping[str, nn.Parameter], adapter: str) -> None:
-    """Sets the starting values piece by piece: peft's own do not reach partitioned parameters."""
+    """Sets the initial values piece by piece: peft's own initialisation does not reach partitioned parameters."""
     names_of_policy = {n: n.replace(f".{adapter}.", f".{ADAPTER}.") for n in parameters}
     values = initial_adapter({names_of_policy[n]: whole_shape(p) for n, p in parameters.items()})
     for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""How a learning rate goes from update to update."""
+"""Learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ Shape = Literal["constant", "linear", "cosine", "whole_cosine"]
 
 
 def learning_rate(peak: float, done: int, updates: int, warmup: int, shape: Shape) -> float:
-    """Rate of the next update.
+    """Learning rate of the next update.
 
     Args:
         peak: highest rate.
-        done: updates done.
-        updates: of the whole training.
-        warmup: updates over which the rate rises linearly.
-        shape: of the way from the peak to zero after the warm-up; a ``whole_cosine`` spans all updates, and the
-            warm-up lies under it.
+        done: number of updates done.
+        updates: number of updates of the whole training.
+        warmup: number of updates over which the rate rises linearly.
+        shape: decay from the peak to zero after the warm-up. A ``whole_cosine`` spans all updates instead; the rate is
+            the lower one of warm-up and cosine.
     """
     if shape == "whole_cosine":
         return peak * min((done + 1) / warmup, 0.5 * (1 + math.cos(math.pi * done / updates)))

@@ -1,8 +1,8 @@
-"""The one format of training states: each rank's pieces in a safetensors file of its own, by kind and name.
+"""The format of training states: a safetensors file for each rank, with its pieces by kind and name.
 
-A piece is a contiguous range of the flattened parameter, so that a group of another size only has to cut the ranges
-anew: a training goes on with any number of ranks, and a group takes up what one process wrote. Nothing in it is a
-pickle. How a folder of shards becomes a checkpoint is the callers' business (euphonium/files.py).
+A piece is a contiguous range of the flattened parameter. Readers cut the ranges anew, so a training can be resumed
+with any number of ranks, also one that a single process began. Nothing in it is a pickle. How a folder of shards
+becomes a checkpoint is up to the callers (euphonium/files.py).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from learners.engine.engine import MOMENTS, Engine, Kind, whole_shape
 
 
 def write_shard(engine: Engine, folder: Path, more: Mapping[str, Tensor] | None = None) -> None:
-    """Writes this rank's masters, moments and averages.
+    """Writes this rank's pieces of master weights, moments and moving averages.
 
     Args:
-        engine: to save.
-        folder: exists.
+        engine: the engine to save.
+        folder: an existing folder.
         more: further pieces of this rank by key, ``kind/name``.
     """
     pieces = {f"{kind}/{name}": engine.piece(kind, name) for kind, name in _stored(engine, engine.steps)}
@@ -36,15 +36,15 @@ def write_shard(engine: Engine, folder: Path, more: Mapping[str, Tensor] | None 
 
 
 def read_shards(engine: Engine, shards: Shards, steps: int) -> None:
-    """Takes over what :func:`write_shard` wrote on any number of ranks; all ranks must call it.
+    """Restores what :func:`write_shard` wrote on any number of ranks; all ranks must call it.
 
     Args:
-        engine: whose weights, moments and averages are overwritten.
-        shards: open ones.
-        steps: updates that the moments come from; 0 if there were none, and there are no moments.
+        engine: the engine whose weights, moments and averages are overwritten.
+        shards: the open shards.
+        steps: number of updates behind the moments; 0 if there are no moments.
 
     Raises:
-        CheckpointError: the shards are of another model.
+        CheckpointError: the shards belong to another model.
     """
     if steps:
         engine.make_moments(steps)
@@ -60,7 +60,7 @@ def read_shards(engine: Engine, shards: Shards, steps: int) -> None:
 
 
 def shard_name(rank: int, world_size: int) -> str:
-    """File of a rank's pieces."""
+    """Name of the file with a rank's pieces."""
     return f"shard_{rank:05d}_of_{world_size:05d}.safetensors"
 
 
@@ -76,7 +76,7 @@ def _stored(engine: Engine, steps: int) -> Iterator[tuple[Kind, str]]:
 
 
 class Shards:
-    """The shards of one checkpoint, cut anew for a group of any size; tensors are read only where they are needed."""
+    """The shards of one checkpoint, readable by a group of any size; only the requested ranges are read from disk."""
 
     def __init__(self, folder: Path, world_size: int) -> None:
         self._files = [folder / shard_name(r, world_size) for r in range(world_size)]
@@ -94,19 +94,19 @@ class Shards:
         self._stack.close()
 
     def piece(self, key: str, numel: int, size: int, rank: int) -> Tensor:
-        """One rank's piece of a flattened tensor.
+        """Reads one rank's piece of a flattened tensor.
 
         Args:
-            key: of the tensor in the shards.
-            numel: elements of the whole tensor; what the shards hold beyond is padding.
-            size: elements of a piece in the group that reads.
-            rank: that reads.
+            key: the tensor's key in the shards.
+            numel: number of elements of the whole tensor; the shards may hold padding beyond it.
+            size: number of elements of a piece in the group that reads.
+            rank: rank that reads.
 
         Returns:
             ``[size]``, zeros beyond the end of the tensor.
 
         Raises:
-            CheckpointError: the shards hold no such tensor, or a shorter one.
+            CheckpointError: the shards do not have this tensor, or a shorter one.
         """
         try:
             slices = [file.get_slice(key) for file in self._open]

@@ -1,8 +1,8 @@
 """The engine of a rank under DeepSpeed ZeRO-3, and how it is set up.
 
-Every rank holds one contiguous piece of every (flattened) parameter in ``parameter.ds_tensor``; the last rank's may end
-in padding. Reading weights out and taking them over work on these pieces: neither ever holds a second copy of the
-model, and neither needs DeepSpeed to materialise parameters.
+Every rank holds one contiguous piece of every flattened parameter in ``parameter.ds_tensor``; the last rank's may end
+in padding. Weights are gathered and overwritten piece by piece, so neither needs a second copy of the model, and
+DeepSpeed need not materialise parameters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Options = dict[str, object]
 
 
 def quiet_deepspeed() -> None:
-    """Keeps DeepSpeed to warnings, and from compiling a shared-memory op that training never calls."""
+    """Limits DeepSpeed's log to warnings, and keeps it from compiling a shared-memory op that training never calls."""
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -33,10 +33,10 @@ def quiet_deepspeed() -> None:
 
 
 def join_group() -> torch.device:
-    """Makes this process a rank of the group that its environment variables name.
+    """Makes this process a rank of the group that its environment variables describe.
 
     Returns:
-        Where the rank computes.
+        The device that the rank computes on.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
@@ -51,14 +51,14 @@ def join_group() -> torch.device:
 def training_options(
     pool: LearnerPoolConfig, settings: OptimizerConfig | RewardOptimizerConfig, dtype: torch.dtype, *, whole_below: int
 ) -> Options:
-    """Options of a model in training; accumulation is driven by hand, so it stays at 1 there.
+    """DeepSpeed options of a model in training; gradients are accumulated by hand, so accumulation is 1 there.
 
     Args:
-        pool: how the model is partitioned.
-        settings: of the optimisation.
-        dtype: of the weights.
-        whole_below: parameters of fewer elements are kept whole on every rank; they do not see pieces that are
-            overwritten, but for :meth:`ZeroEngine.weights_changed`.
+        pool: settings of the learner group.
+        settings: settings of the optimiser.
+        dtype: type of the weights.
+        whole_below: parameters with fewer elements are kept whole on every rank; after pieces are overwritten, they
+            need :meth:`ZeroEngine.weights_changed`.
     """
     zero: Options = {
         "stage3_param_persistence_threshold": whole_below,
@@ -75,7 +75,7 @@ def training_options(
 
 
 def frozen_options(pool: LearnerPoolConfig, dtype: torch.dtype) -> Options:
-    """Options of a model that is not trained, and whose pieces may be overwritten at any time."""
+    """DeepSpeed options of a model that is not trained, and whose pieces may be overwritten at any time."""
     zero: Options = {"stage3_param_persistence_threshold": 0}
     if pool.offload_references:
         zero["offload_param"] = _host_memory()
@@ -99,12 +99,12 @@ def _host_memory() -> Options:
 
 
 class ZeroEngine(Engine):
-    """One rank of a group; torch.distributed must be up.
+    """Trains a model as one rank of a group; torch.distributed must be initialised.
 
     Args:
-        module: partitioned already, or whole on every rank; trained where its parameters require gradients.
-        settings: of the optimisation.
-        options: of DeepSpeed.
+        module: the model, partitioned already or whole on every rank; parameters that require gradients are trained.
+        settings: settings of the optimiser.
+        options: options of DeepSpeed.
         averages: whether to keep moving averages.
     """
 
@@ -131,7 +131,7 @@ class ZeroEngine(Engine):
         self._deepspeed.step()
 
     def grad_norm(self) -> float:
-        """Global norm of the latest update's gradients, before clipping."""
+        """Global gradient norm of the latest update, before clipping."""
         norm = self._deepspeed.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
@@ -143,13 +143,13 @@ class ZeroEngine(Engine):
             whole[0].partition(whole)
             whole[0].all_gather(whole)
         else:
-            # DeepSpeed keeps what the next pass of the same kind will want first; passes without gradients never end
-            # one.
+            # DeepSpeed keeps the parameters that the next pass of the same kind needs first; a pass without gradients
+            # never releases them.
             self._deepspeed.empty_partition_cache()
 
     @override
     def _stepped(self) -> Iterable[Tensor]:
-        # DeepSpeed has no way of its own to have moments before the first step.
+        # DeepSpeed offers no way to create moments before the first step.
         flat: list[Tensor] = self._deepspeed.optimizer.fp32_partitioned_groups_flat
         return flat
 
@@ -178,20 +178,20 @@ class ZeroEngine(Engine):
 
 
 def reward_engine(model: nn.Module, settings: RewardOptimizerConfig, pool: LearnerPoolConfig) -> ZeroEngine:
-    """The engine of a float32 reward model, whole on every rank before, with moving averages."""
-    # Averages are swapped in piece by piece; a parameter that is kept whole would not see it.
+    """The engine of a float32 reward model, which is whole on every rank before, with moving averages."""
+    # Averages are swapped in piece by piece, which would not reach parameters that are kept whole.
     options = training_options(pool, settings, torch.float32, whole_below=0)
     return ZeroEngine(model, settings, options, averages=True)
 
 
 def shard(parameter: nn.Parameter) -> Tensor:
-    """This rank's piece of a partitioned parameter, flat; the last rank's may end in padding."""
+    """This rank's flat piece of a partitioned parameter; the last rank's may end in padding."""
     piece: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
     return piece.detach()
 
 
 def _register_attention(model: nn.Module) -> None:
-    """Has ZeRO-3 gather what an attention's forward reads of a submodule that it never calls."""
+    """Makes ZeRO-3 gather the parameters that an attention layer reads from a submodule that it never calls."""
     import deepspeed
 
     for module in model.modules():

@@ -1,1 +1,1 @@
-"""GRPO updates of the policy."""
+"""Training of the policy: what each rank of the learner group does."""

@@ -1,7 +1,7 @@
-"""Cuts groups into micro-batches and shares them among the ranks, equally many each.
+"""Cuts groups into micro-batches, the same number for every rank.
 
 Under ZeRO-3 every rank takes part in every forward and backward pass, so all ranks must run the same number of
-micro-batches: whoever has fewer repeats one with weight 0. Nothing has to divide anything.
+micro-batches: a rank with fewer repeats one with weight 0. No number has to be a multiple of another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from learners.policy.objective import Transitions
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Rows ``begin:end`` of one group's transitions, flattened sample by sample.
+    """Rows ``begin:end`` of one group; a row is a transition of a sample, and rows are ordered sample by sample.
 
     Attributes:
         group: position of the group in the iteration.
@@ -38,19 +38,28 @@ class MicroBatch:
 def plan_updates(
     rows_per_group: Sequence[int], updates: int, rows_per_micro_batch: int, world_size: int
 ) -> list[list[list[MicroBatch]]]:
-    """Plans all updates of an iteration.
+    """Plans the micro-batches of all updates of an iteration.
 
     Groups are dealt to the updates in turn; a micro-batch never mixes groups. The loss of an update is the mean over
-    its rows: ``weight`` is ``world_size / rows``, because the gradients are averaged over the ranks.
+    its rows: ``weight`` is ``world_size / rows``, because gradients are averaged over the ranks.
 
     Args:
-        rows_per_group: transitions of each group.
-        updates: optimiser steps; fewer are planned when there are fewer groups.
+        rows_per_group: number of rows of each group.
+        updates: number of optimiser steps; fewer are planned if there are fewer groups.
         rows_per_micro_batch: largest micro-batch.
         world_size: number of ranks.
 
     Returns:
         ``plan[update][rank]``: the rank's micro-batches, equally many on every rank.
+
+    Example:
+        >>> (update,) = plan_updates([5, 2], updates=1, rows_per_micro_batch=3, world_size=2)
+        >>> for rank, batches in enumerate(update):
+        ...     print(rank, [(b.group, b.begin, b.end, round(b.weight, 2)) for b in batches])
+        0 [(0, 0, 3, 0.29), (1, 0, 2, 0.29)]
+        1 [(0, 3, 5, 0.29), (0, 3, 5, 0.0)]
+        >>> round(sum((b.end - b.begin) * b.weight for batches in update for b in batches), 6)  # the world size
+        2.0
     """
     plan = []
     count = min(updates, len(rows_per_group))
@@ -75,19 +84,19 @@ def plan_updates(
 
 
 def load_rows(batch: MicroBatch, group: TrainingGroup, payload: GroupPayload, device: torch.device) -> Transitions:
-    """Cuts the rows of a micro-batch out of its group.
+    """Selects the rows of a micro-batch from its group.
 
     Args:
-        batch: which rows, counted over the trained samples and their transitions.
-        group: the group.
-        payload: its transitions.
-        device: where the learner computes.
+        batch: which rows, counted over the samples that are trained and their transitions.
+        group: the group, with advantages.
+        payload: the group's transitions.
+        device: device that the learner computes on.
     """
     kept = payload.steps.shape[1]
     index = np.arange(batch.begin, batch.end)
     samples, columns = group.samples[index // kept], index % kept
     steps = payload.steps[samples, columns]
-    # A run of whole samples is a view of the shared memory that the group lies in; anything else is gathered.
+    # If all samples are trained, the rows are a view of the shared memory that the group is in; else they are copied.
     whole = len(group.samples) == payload.steps.shape[0]
 
     def flat(array: Array) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""The learner group's part of a checkpoint: shards of the training state, and full weights, all in safetensors.
+"""The learner group's part of a checkpoint: shards of the training state, and whole weights, all in safetensors.
 
-Beside its masters, moments and averages (learners/engine/shards.py), every rank writes its pieces of the KL's anchor;
-rank 0 writes where the training stands, and the weights as files that evaluation and export read.
+Besides master weights, moments and averages (learners/engine/shards.py), every rank writes its pieces of the KL
+penalty's anchor; rank 0 writes the training's counters, and the whole weights, which evaluation and export read.
 
-The ranks only fill a folder; the orchestrator makes a checkpoint of it (orchestrator/state/checkpoints.py), with the
-manifest whose hashes are verified before anything in it is loaded.
+The ranks only fill a folder. The orchestrator makes it a checkpoint (orchestrator/state/checkpoints.py), with a
+manifest against which everything is verified before it is loaded.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ TRAINER_FILE = "trainer.json"
 
 
 class TrainingState(Protocol):
-    """What a rank of the learner group needs to go on.
+    """The state that a rank of the learner group saves and restores.
 
     Attributes:
         policy: weights, moments and averages.
         anchor: frozen reference of the KL penalty, or None.
-        controller: of the penalty's weight, or None.
-        updates_done: optimiser steps so far; restored.
-        version: policy version, for errors.
+        controller: controller of the penalty's weight, or None.
+        updates_done: number of optimiser steps so far.
+        version: policy version, for errors; it is not saved here.
     """
 
     policy: ZeroPolicy
@@ -50,14 +50,14 @@ class TrainingState(Protocol):
 
 
 def save_rank_state(state: TrainingState, folder: Path) -> None:
-    """Writes everything that this rank needs to go on; all ranks must call it.
+    """Writes the state of this rank; all ranks must call it.
 
     Args:
-        state: to save.
-        folder: exists, and is on storage that all ranks and the orchestrator share.
+        state: the state to save.
+        folder: an existing folder on storage that all ranks and the orchestrator share.
 
     Raises:
-        CheckpointError: the file system refused.
+        CheckpointError: the file system refused, for example because it is full.
     """
     policy, target = state.policy, folder / FOLDER
     with writing(f"the learner's part of the checkpoint of iteration {state.version}", folder):
@@ -73,10 +73,10 @@ def save_rank_state(state: TrainingState, folder: Path) -> None:
 
 
 def load_rank_state(state: TrainingState, folder: Path) -> None:
-    """Restores what :func:`save_rank_state` wrote, with any number of ranks; all ranks must call it.
+    """Restores what :func:`save_rank_state` wrote on any number of ranks; all ranks must call it.
 
     Raises:
-        CheckpointError: shards are missing or of another model.
+        CheckpointError: shards are missing, or belong to another model.
     """
     policy, source = state.policy, folder / FOLDER
     try:
@@ -100,14 +100,14 @@ def load_rank_state(state: TrainingState, folder: Path) -> None:
 
 
 def weights_file(folder: Path, *, policy: bool = False) -> Path:
-    """The weights of a checkpoint that evaluation and export use: the moving average where there is one.
+    """File with the weights that evaluation and export use: the moving average where there is one.
 
     Args:
-        folder: of the checkpoint.
-        policy: the policy itself in any case.
+        folder: the checkpoint's folder.
+        policy: take the policy itself even if there is a moving average.
 
     Raises:
-        CheckpointError: the folder holds none.
+        CheckpointError: the folder holds no weights.
     """
     average = folder / AVERAGE_FILE
     file = average if average.is_file() and not policy else folder / POLICY_FILE

@@ -1,6 +1,6 @@
-"""One rank of the learner group: the policy under ZeRO-3, its references, and the updates of an iteration.
+"""One rank of the learner group: the policy under ZeRO-3, its frozen references, and the updates of an iteration.
 
-It knows neither Ray nor the mailbox; what a rank does with the orders that it gets is in train_loop.py.
+It knows neither Ray nor the mailbox; train_loop.py fetches orders and calls it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Learner:
     Attributes:
         policy: the transformer under ZeRO-3.
         anchor: frozen reference of the KL penalty, or None.
-        previous: the policy that drew the groups, where more than log-probabilities is needed of it, or None.
-        controller: of the KL's weight, or None.
-        updates_done: optimiser steps so far.
-        version: policy version that it holds, the number of iterations trained.
+        previous: copy of the policy that drew the groups, if its means are needed, or None.
+        controller: controller of the KL penalty's weight, or None.
+        updates_done: number of optimiser steps so far.
+        version: policy version, which is the number of iterations trained.
     """
 
     def __init__(self, config: RunConfig, rank: int, world_size: int, device: torch.device) -> None:
@@ -72,25 +72,26 @@ class Learner:
         return FrozenCopy(self.family, self.config.pools.learner, self.policy)
 
     def velocity(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """Velocity of the policy in training."""
+        """The output of the policy in training, with gradients."""
         return self.family.velocity(self.policy.model, x, time, conditioning)
 
     def groups_needed(self, groups: Sequence[TrainingGroup]) -> set[int]:
-        """Positions of the groups of which this rank trains a row."""
+        """Positions of the groups from which this rank trains at least one row."""
         return {batch.group for shares in self._plan(groups) for batch in shares[self.rank]}
 
     def update(self, groups: Sequence[TrainingGroup], payloads: Mapping[int, GroupPayload]) -> dict[str, float]:
-        """Runs all updates of an iteration.
+        """Makes all updates of an iteration; all ranks must call it.
 
         Args:
-            groups: of the iteration.
-            payloads: transitions of those that this rank needs, by position.
+            groups: the iteration's groups.
+            payloads: transitions of the groups that this rank needs, by position.
 
         Returns:
-            Metrics over all ranks.
+            Metrics, reduced over all ranks.
 
         Raises:
-            TrainingError: groups of another sampler, or rollout and learner that disagree on the policy.
+            TrainingError: a group was drawn by another sampler, or the first update's importance ratios are not 1, so
+                that rollout and learner disagree on the policy.
         """
         tables = {position: self._table_of(position, groups[position]) for position in payloads}
         plan = self._plan(groups)
@@ -111,7 +112,7 @@ class Learner:
                 value = evaluate_objective(self.config.objective, tables[batch.group], self.velocity, rows, references)
                 self.policy.backward(value.loss, last=position == len(own) - 1)
                 if batch.weight > 0:
-                    # On later updates, or of an earlier policy's group, the ratio to 1 is no check of anything.
+                    # Ratios must be 1 only on the first update, and only for groups that the present policy drew.
                     first = index == 0 and groups[batch.group].info.policy_version == self.version
                     statistics.add(value, on_policy=first)
             self.updates_done += 1
@@ -182,7 +183,7 @@ class Learner:
         cut: Callable[[MicroBatch], Transitions],
         tables: Mapping[int, StepTable],
     ) -> dict[tuple[int, int], Tensor]:
-        """Log-probabilities of all of this rank's micro-batches before the first update."""
+        """Log-probabilities of this rank's micro-batches before the first update, by update and position."""
         return {
             (index, position): replayed_log_probs(tables[batch.group], self.velocity, cut(batch))
             for index, shares in enumerate(plan)

@@ -22,16 +22,16 @@ Velocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Transitions:
-    """Rows of one micro-batch: one transition of one sample each.
+    """Rows of one micro-batch, each a transition of one sample.
 
     Attributes:
         states: float32 ``[rows, *latent]``, x_k.
         next_states: float32 like ``states``, x_{k+1}.
         steps: int64 ``[rows]``, k.
-        log_probs: float32 ``[rows]`` under the behaviour policy.
+        log_probs: float32 ``[rows]``, log-probabilities under the behaviour policy.
         advantages: float32 ``[components, rows]``; each component has a clipped loss of its own.
         gradients: float32 like ``states``, reward gradients that belong to the mean, or None.
-        conditioning: of the rows.
+        conditioning: conditioning of the rows.
         weight: weight of a row in the loss; 0 in micro-batches that only keep the ranks in step.
     """
 
@@ -47,10 +47,10 @@ class Transitions:
 
 @dataclass(frozen=True, kw_only=True)
 class References:
-    """Frozen policies that the objective compares with, and the weight of doing so.
+    """Frozen policies that the objective compares with, and the weight of the KL penalty.
 
     Attributes:
-        anchor: velocity of the KL's anchor, or None.
+        anchor: velocity of the KL penalty's anchor, or None.
         previous: velocity of the policy that drew the rows, or None where log-probabilities suffice.
         kl_weight: lambda_KL of this update.
     """
@@ -62,7 +62,7 @@ class References:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveValue:
-    """Loss of a micro-batch and what its rows say about the policy.
+    """Loss of a micro-batch, and statistics of its rows.
 
     Attributes:
         loss: scalar, the weighted sum over rows.
@@ -80,10 +80,23 @@ class ObjectiveValue:
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-    """``-min(w A, clip(w, 1 - c, 1 + c) A)`` of every row.
+    """The clipped surrogate loss ``-min(w A, clip(w, 1 - c, 1 + c) A)``.
+
+    Args:
+        ratio: importance ratios w, ``[rows]``.
+        advantages: A, ``[components, rows]``.
+        clip_range: c.
 
     Returns:
-        Losses like ``advantages``, and bool where the clipped branch is taken and has no gradient.
+        Losses like ``advantages``, and bool where the clip is active, so that there is no gradient.
+
+    Example:
+        >>> ratio, advantages = torch.tensor([0.5, 0.5, 2.0, 2.0]), torch.tensor([[-1.0, 1.0, -1.0, 1.0]])
+        >>> loss, clipped = clipped_surrogate(ratio, advantages, clip_range=0.25)
+        >>> loss.tolist()
+        [[0.75, -0.5, 2.0, -1.25]]
+        >>> clipped.tolist()  # only where the policy has already moved far enough in the advantage's direction
+        [[True, False, False, True]]
     """
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
     free, held = ratio * advantages, bounded * advantages
@@ -109,14 +122,17 @@ def evaluate_objective(
     rows: Transitions,
     references: References | None = None,
 ) -> ObjectiveValue:
-    """Scores transitions under the current policy.
+    """The objective of one micro-batch under the current policy.
 
     Args:
         config: kind of objective and its options.
         table: the sampler that drew the rows.
-        velocity: of the current policy, differentiable in its parameters.
-        rows: one micro-batch.
-        references: needed for a KL penalty and for ratio normalisation.
+        velocity: the current policy's velocity, differentiable in its parameters.
+        rows: the micro-batch.
+        references: frozen policies; needed for a KL penalty and for ratio normalisation.
+
+    Raises:
+        ValueError: the options need the previous policy, and ``references`` does not have it.
     """
     references = references or References()
     mean, log_prob = _score(table, velocity, rows)
@@ -155,7 +171,7 @@ def evaluate_objective(
 
 
 def _anchor_divergence(table: StepTable, anchor: Velocity, rows: Transitions, mean: Tensor) -> Tensor:
-    """KL of the rows' steps from those of the anchor, ``[rows]``."""
+    """KL divergence of the rows' transitions from the anchor's, ``[rows]``."""
     with torch.no_grad():
         anchor_mean, _ = _score(table, anchor, rows)
     return table.kl(rows.steps, mean, anchor_mean)
@@ -164,7 +180,7 @@ def _anchor_divergence(table: StepTable, anchor: Velocity, rows: Transitions, me
 def _previous_divergence(
     kl: KlConfig, table: StepTable, rows: Transitions, score: tuple[Tensor, Tensor], previous_mean: Tensor | None
 ) -> Tensor:
-    """The estimate that ``kl.previous`` names of the KL from the policy that drew the rows, ``[rows]``."""
+    """Estimate of the KL divergence from the policy that drew the rows, ``[rows]``, by the method ``kl.previous``."""
     mean, log_prob = score
     if kl.previous == "log_ratio":
         return log_ratio_estimate(log_prob, rows.log_probs)

@@ -1,7 +1,7 @@
-"""Publishes the learner group's weights: all ranks collect them together, and rank 0 gives them to a sender.
+"""Publishes the learner group's weights: all ranks gather them together, and rank 0 hands them to a sender.
 
-How they travel is the sender's business (euphonium/wire/weights/sender.py). Because every rank must take part in
-collecting, whatever fails on rank 0 is agreed upon before anything is repeated.
+How they travel is up to the sender (euphonium/wire/weights/sender.py). Because every rank must take part in gathering,
+a failure on rank 0 is first made known to all ranks, then all of them retry.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEGABYTE = 1 << 20
 
 
 class Publisher:
-    """One rank's part in publishing."""
+    """One rank's part in publications."""
 
     def __init__(self, config: RunConfig, rank: int, device: torch.device, policy: ZeroPolicy) -> None:
         self._pool = config.pools.learner
@@ -47,17 +47,17 @@ class Publisher:
         self._broadcast = BroadcastSender(self._pool.weight_broadcast_timeout_s, device)
 
     def publish(self, store: ActorProxy[WeightDirectory], publication: Publication) -> dict[str, float]:
-        """Gives out the weights; every rank of the group must call this at the same time.
+        """Publishes the weights; every rank of the group must call this at the same time.
 
         Args:
             store: handle of the weight store.
             publication: which weights, and to whom.
 
         Returns:
-            Metrics, on rank 0: the bytes, and the number of actors that got them by broadcast.
+            Metrics: bytes, and the number of actors that got them by broadcast; both are 0 on other ranks than 0.
 
         Raises:
-            LostActorError: the store does not come back.
+            LostActorError: all attempts failed; the weight store does not come back.
         """
         sender: WeightSender = ObjectStoreSender(store, self._pool.update_timeout_s)
         if publication.receivers:
@@ -71,7 +71,7 @@ class Publisher:
         )
 
     def _attempt(self, sender: WeightSender, publication: Publication) -> Sent | None:
-        """One attempt of all ranks; None if it has failed and may be repeated."""
+        """One attempt by all ranks; None if it failed and may be repeated."""
         sent, failure = Sent(), None
         if self._rank == 0:
             try:
@@ -86,7 +86,7 @@ class Publisher:
                 sent = sender.send(publication, buckets)
             except (LostActorError, WeightsMissingError) as error:
                 failure = error
-        # On the other ranks, and on rank 0 after a failure: all collect to the end.
+        # The other ranks, and rank 0 after a failure, gather to the end without sending.
         for _ in buckets:
             pass
         return None if self._failed_somewhere(failure) else sent

@@ -1,11 +1,12 @@
-"""Frozen copies of the policy under ZeRO-3: the KL's anchor, and the policy that drew the groups.
+"""Frozen references under ZeRO-3: the KL penalty's anchor, and the policy that drew the groups.
 
-A copy is a module of its own whose parameters are partitioned like the policy's, without optimizer states: it costs
-``parameters * bytes / world size`` on every rank, and nothing on the GPU with ``offload`` (the pieces then live in
-host memory and travel layer by layer). Refreshing it copies pieces within each rank; nothing is communicated.
+A frozen copy is a module of its own whose parameters are partitioned like the policy's, without optimizer states. It
+costs ``parameters * bytes / world size`` on every rank, or nothing on the GPU with ``offload_references`` (the pieces
+are then in host memory and travel layer by layer). Refreshing it copies pieces within each rank, without
+communication.
 
-With low-rank adapters no copy of the base is needed: the references are further adapters of the same module
-(:class:`AdapterReference`), and the anchor before training is the base with all adapters off.
+With low-rank adapters no copy of the base model is needed: references are further adapters of the same module
+(:class:`AdapterReference`), and the policy before training is the base model with all adapters off.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ class Reference(Protocol):
     """A frozen policy."""
 
     def refresh(self, policy: ZeroPolicy) -> None:
-        """Takes over the policy's current weights."""
+        """Copies the policy's current weights."""
         ...
 
     def velocity(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        """Its output, without gradients."""
+        """The reference's output, without gradients."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -40,12 +41,12 @@ class Reference(Protocol):
         ...
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes over pieces of :meth:`state`."""
+        """Restores pieces that :meth:`state` returned."""
         ...
 
 
 class _Pieces(Reference):
-    """What both kinds of references share: this rank's pieces of them, under the policy's names."""
+    """Base of both kinds of references: this rank's pieces, under the policy's names."""
 
     _pieces: dict[str, Tensor]
 
@@ -65,12 +66,12 @@ class _Pieces(Reference):
 
 
 class FrozenCopy(_Pieces):
-    """A reference of its own under ZeRO-3, for policies that are trained whole.
+    """A reference with a transformer of its own, for policies whose weights are all trained.
 
     Args:
-        family: of the generator.
-        pool: how the copy is partitioned.
-        policy: whose weights it begins with.
+        family: the generator.
+        pool: settings of the learner group.
+        policy: the policy whose weights are copied at the start.
     """
 
     def __init__(self, family: Generator, pool: LearnerPoolConfig, policy: ZeroPolicy) -> None:
@@ -85,12 +86,12 @@ class FrozenCopy(_Pieces):
 
 
 class AdapterReference(_Pieces):
-    """A reference that is another adapter of the policy's own module, or the module without any, which never changes.
+    """A reference that is another adapter of the policy's own module, or that module with all adapters off.
 
     Args:
-        family: of the generator.
-        policy: whose module it is.
-        adapter: name of a frozen adapter, or None for the base without any.
+        family: the generator.
+        policy: the policy whose module is used.
+        adapter: name of a frozen adapter, or None for the base model, which never changes.
     """
 
     def __init__(self, family: Generator, policy: ZeroPolicy, adapter: str | None) -> None:
@@ -124,7 +125,7 @@ class AdapterReference(_Pieces):
 
 
 def _trainable(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-    """Restores which parameters are trained: switching adapters changes it."""
+    """Restores which parameters require gradients: switching adapters changes it."""
     trained = {id(p) for p in parameters.values()}
     for parameter in module.parameters():
         parameter.requires_grad_(id(parameter) in trained)

@@ -1,4 +1,4 @@
-"""What changes from update to update of a run: the learning rate, and the weight of the KL penalty."""
+"""The policy's learning rate and the weight of the KL penalty, which change from update to update."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from learners.engine import schedule
 
 
 def learning_rate(config: RunConfig, updates_done: int) -> float:
-    """Rate of the next update: linear warm-up, then the schedule over all updates of the run."""
+    """Learning rate of the next update: linear warm-up, then a decay over all updates of the run."""
     optimizer = config.optimizer
     total = config.iterations * config.objective.updates_per_iteration
     return schedule.learning_rate(
@@ -17,7 +17,7 @@ def learning_rate(config: RunConfig, updates_done: int) -> float:
 
 
 def kl_controller(kl: KlConfig | None) -> KlController | None:
-    """The controller of the penalty's weight in its initial state, if the recipe has one."""
+    """The controller of the KL penalty's weight in its initial state, or None if the recipe has none."""
     return None if kl is None or kl.controller is None else KlController(**kl.controller.model_dump())
 
 

@@ -1,4 +1,4 @@
-"""What the rows of an iteration's updates say about the policy, summed up."""
+"""Metrics of an iteration's updates: sums over rows, reduced over the ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class UpdateStatistics:
     """Sums over one rank's micro-batches of an iteration.
 
     Attributes:
-        norms: gradient norm of every update so far.
+        norms: gradient norm of each update so far.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -25,15 +25,15 @@ class UpdateStatistics:
         self._first_deviation = 0.0
 
     def begin_update(self) -> None:
-        """Marks where :meth:`of_this_update` counts from."""
+        """Makes :meth:`of_this_update` count from here."""
         self._before = dict(self._sums)
 
     def add(self, value: ObjectiveValue, *, on_policy: bool) -> None:
-        """Takes in a micro-batch.
+        """Adds a micro-batch.
 
         Args:
-            value: its loss and rows.
-            on_policy: whether the policy that is updated for the first time has drawn it: its ratios must be 1.
+            value: its loss and the statistics of its rows.
+            on_policy: whether it belongs to the first update and was drawn by the present policy: its ratios must be 1.
         """
         sums = self._sums
         sums["rows"] += len(value.ratio)
@@ -54,7 +54,7 @@ class UpdateStatistics:
         """Metrics over all ranks, each of which must call this.
 
         Args:
-            device: for the collective operations.
+            device: device of the collective operations.
         """
         totals = reduced(device, self._sums, "sum")
         deviation = reduced(device, {"deviation": self._first_deviation}, "max")["deviation"]

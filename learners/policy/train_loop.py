@@ -1,11 +1,10 @@
-"""What every rank of the learner group runs: fetch an order, carry it out, report, again.
+"""The loop of every rank of the learner group: lease an order from the mailbox, carry it out, acknowledge it.
 
-Nobody can call into a Ray Train worker, so the group pulls: each rank leases the next order from the mailbox, and
-reports there what was done. All ranks take the same decisions from the same order; a rank that cannot go on says why to
-the mailbox before it raises, so that the run ends with that message.
+Nobody can call into a Ray Train worker, so the group pulls its orders. All ranks take the same decisions from the same
+order. A rank that cannot go on tells the mailbox why before it raises, so that the run ends with that message.
 
-Waits for: the next order, without a deadline of its own, since the run loop ends the run if rollouts stop coming; the
-groups of an update and the mailbox's receipts, each with ``pools.learner.update_timeout_s``.
+Waits for: the next order, without a deadline of its own, since the run loop ends the run if rollouts stop; the groups
+of an update and the mailbox's receipts, each with ``pools.learner.update_timeout_s``.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker.
 
     Args:
-        settings: ``config`` (the run's configuration as JSON values), ``namespace`` and names of the ``mailbox`` and
-            ``store`` actors.
+        settings: ``config`` (the run's configuration as JSON values), ``namespace``, and the names of the actors
+            ``mailbox`` and ``store``.
     """
     import ray.train
 
@@ -71,10 +70,10 @@ def train_loop(settings: dict[str, Any]) -> None:
             get(receipt, timeout, f"the mailbox's receipt for iteration {order.version}")
             stopped = order.stop
     except LostActorError:
-        # Not this group's fault, and curable: Ray Train starts the group anew, which then joins again.
+        # Not this group's fault, and temporary: Ray Train restarts the group, which then joins again.
         raise
     except EuphoniumError as error:
-        # Not a call that could fail in its turn: the error that counts is the one that is raised.
+        # ray.wait does not raise if this call fails: the error that counts is the one that is raised below.
         ray.wait([mailbox.fail.remote(attempt, f"learner rank {rank} of {world_size}: {error}")], timeout=timeout)
         raise
 
@@ -82,19 +81,19 @@ def train_loop(settings: dict[str, Any]) -> None:
 def carry_out(
     order: UpdateOrder, learner: Learner, store: ActorProxy[WeightDirectory], timeout_s: float
 ) -> dict[str, float]:
-    """Does what an order says; every rank of the group does so at the same time.
+    """Carries out an order; every rank of the group does so at the same time.
 
     Args:
-        order: what to do.
+        order: the order.
         learner: this rank.
-        store: takes the references to published weights.
+        store: handle of the weight store.
         timeout_s: longest wait for the groups.
 
     Returns:
-        Metrics.
+        Metrics, empty for some orders.
 
     Raises:
-        TrainingError: the order does not follow what was done before.
+        TrainingError: the order's version does not follow the learner's.
     """
     follows = learner.version + isinstance(order, Update)
     if order.version != follows:
@@ -143,7 +142,7 @@ def _save(order: Save, learner: Learner) -> dict[str, float]:
 
 
 def _common_name() -> str:
-    """A name that all ranks of this start of the group share, and no other start."""
+    """A new name for this start of the group, the same on all ranks."""
     import torch.distributed as dist
 
     names = [uuid.uuid4().hex]

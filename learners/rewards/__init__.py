@@ -1,1 +1,1 @@
-"""Training of reward models: process and outcome, before a run and during it."""
+"""Training of process and outcome reward models on preferences, before a run and during it."""

@@ -36,10 +36,10 @@ CACHED_VIDEOS = 512
 
 
 def rao_kupper(gap: Tensor, tie: Tensor, theta: float) -> Tensor:
-    """Negative log-likelihood of each pair.
+    """Negative log-likelihood of each pair in the Rao-Kupper model.
 
     Args:
-        gap: reward of the first less that of the second, ``[pairs]``.
+        gap: reward of the first sample minus that of the second, ``[pairs]``.
         tie: whether neither won, bool ``[pairs]``; else the first did.
         theta: threshold, above 1.
     """
@@ -50,7 +50,7 @@ def rao_kupper(gap: Tensor, tie: Tensor, theta: float) -> Tensor:
 
 
 class OrmTask:
-    """An outcome reward model's preferences, as :class:`learners.rewards.training.Task`."""
+    """Training and measurement of an outcome reward model; implements :class:`learners.rewards.training.Task`."""
 
     def __init__(
         self, model: OutcomeModel, train: PreferenceTable, held_out: PreferenceTable, config: OrmConfig,
@@ -75,12 +75,15 @@ class OrmTask:
         return len(table.pairs) + (len(_labelled(table)) if self.config.objective == "bce" else 0)
 
     def batch(self, update: int) -> NDArray[np.int64]:
-        """See :class:`learners.rewards.training.Task`; prompts come equally often."""
+        """The batch of an update, int64 ``[pairs_per_update, 3]``, with all prompts equally likely.
+
+        A row is the first sample, the second (the first again for labels), and whether it is a tie or has label 1.
+        """
         rng = np.random.default_rng([self.config.seed, update])
         return self._drawn.draw(self.config.optimizer.pairs_per_update, rng)
 
     def losses(self, model: nn.Module, batch: NDArray[np.int64], part: slice) -> Tensor:
-        """See :class:`learners.rewards.training.Task`."""
+        """Losses of some rows of a batch, ``[rows]``."""
         items = batch[part]
         flag = torch.from_numpy(items[:, 2]).to(self.device)
         if self.config.objective == "bce":
@@ -92,7 +95,7 @@ class OrmTask:
         return bradley_terry(first, second)
 
     def rewards(self, model: nn.Module, table: PreferenceTable, samples: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        """Rewards of some samples, ``[samples]``."""
+        """Rewards of some samples of a table, ``[samples]``."""
         frames = [self._frames(table.files[i]) for i in samples]
         prompts = [table.prompts[table.prompt[i]] for i in samples]
         found: Tensor = model(**self._model.inputs(frames, prompts, self.device))
@@ -102,7 +105,7 @@ class OrmTask:
         return self._model.frames_of(torch.from_numpy(read_frames(path)).permute(0, 3, 1, 2))
 
     def evaluate(self, engine: Engine, pairs: int) -> Measurement:
-        """Accuracy and calibration error on at most ``pairs`` held-out pairs; with labels, theirs too."""
+        """Accuracy and calibration error on at most ``pairs`` held-out pairs; with labels, also their accuracy."""
         table, found = self.held_out, Measurement(mean_accuracy=math.nan)
         rng = np.random.default_rng(0)
         if len(table.pairs):
@@ -120,7 +123,7 @@ class OrmTask:
         return found
 
     def _scored(self, engine: Engine, samples: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Rewards of held-out samples; ranks share the work, and all make the same number of passes."""
+        """Rewards of held-out samples, the same on every rank; the ranks share the work."""
         size = 2 * self.config.optimizer.pairs_per_micro_batch
         rewards = torch.zeros(len(samples), dtype=torch.float64)
         starts = list(range(0, len(samples), size))
@@ -135,7 +138,7 @@ class OrmTask:
 
 
 class OrmTraining:
-    """An outcome reward model's part of a training; see :class:`learners.rewards.worker.RewardTraining`."""
+    """Model and preferences of an outcome reward model; implements :class:`learners.rewards.worker.RewardTraining`."""
 
     def __init__(self, config: OrmConfig, device: torch.device) -> None:
         self.config = config
@@ -148,7 +151,7 @@ class OrmTraining:
         elif config.model.trained == "language":
             backbone.model.vision_tower.requires_grad_(False)
         if backbone.lm_head.weight is not backbone.get_input_embeddings().weight:
-            # The head of words is no part of the reward.
+            # The language-model head is no part of the reward.
             backbone.lm_head.requires_grad_(False)
         if config.gradient_checkpointing:
             backbone.gradient_checkpointing_enable()
@@ -160,7 +163,7 @@ class OrmTraining:
         return OutcomeModel.from_backbone(self.config.model)
 
     def result(self, engine: Engine) -> Measurement:
-        """Numbers on more held-out pairs than during training; all ranks call it."""
+        """The final measurement, on more held-out pairs than during training; all ranks must call it."""
         return self.task.evaluate(engine, FINAL_MEASUREMENT * self.settings.evaluation_pairs)
 
     def save(self, weights: dict[str, Tensor], result: Measurement) -> None:

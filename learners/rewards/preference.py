@@ -1,4 +1,4 @@
-"""Bradley-Terry training of process reward models on preferences (Euphonium, Eq. 13), and what they learned."""
+"""Bradley-Terry training of process reward models on preferences (Euphonium, Eq. 13), and their accuracy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EVALUATION_BATCH = 64
 
 
 class Latents(Protocol):
-    """Clean latents by number; a tensor is one, memory-mapped ones and files are others."""
+    """Clean latents by index: a tensor, possibly memory-mapped, or :class:`LatentFiles`."""
 
     def __getitem__(self, chosen: NDArray[np.int64]) -> Tensor:
         """float32 ``[chosen, *latent]``."""
@@ -36,7 +36,7 @@ class Latents(Protocol):
 
 
 class LatentFiles:
-    """Latents in one file each, read when they are asked for."""
+    """Latents in one file each, read when they are indexed."""
 
     def __init__(self, files: Sequence[Path], shape: tuple[int, ...]) -> None:
         self.files = files
@@ -47,11 +47,11 @@ class LatentFiles:
 
 
 def read_latent(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """One clean latent, float32, as the generator's sampler ends with it (scaled, not as the VAE gives it).
+    """Reads one clean latent, float32, in the scale of the generator's samples (not the VAE's own).
 
     Args:
-        path: ``.npy``, or ``.safetensors`` with one tensor.
-        shape: that the generator's latents have.
+        path: ``.npy`` file, or ``.safetensors`` with one tensor.
+        shape: shape of the generator's latents.
 
     Raises:
         ConfigError: another shape, several tensors, or values that are not finite.
@@ -85,11 +85,11 @@ class Preferences:
     """Pairs of finished samples.
 
     Attributes:
-        latents: of the samples.
-        latent_shape: of one of them.
+        latents: latents of the samples.
+        latent_shape: shape of one latent.
         prompt: int64 ``[samples]``, index of each sample's prompt.
-        conditioning: per prompt, stacked to one batch.
-        pairs: int64 ``[pairs, 2]``, winner and loser, of one prompt each.
+        conditioning: conditioning of all prompts, as one batch.
+        pairs: int64 ``[pairs, 2]``, winner and loser, both of one prompt.
     """
 
     latents: Latents
@@ -102,17 +102,17 @@ class Preferences:
 def paired_rewards(
     model: nn.Module, data: Preferences, pairs: Pairs, sigma: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rewards of winners and losers, each pair under one noise level and one noise.
+    """Rewards of winners and losers, both noised with the same noise level and the same noise.
 
     Args:
         model: a process reward model, or the engine around one.
-        data: samples.
+        data: the samples.
         pairs: ``[batch, 2]``.
-        sigma: float32 ``[batch]``, on the model's device.
-        noise: float32 ``[batch, *latent]``, there too.
+        sigma: noise levels, float32 ``[batch]``, on the model's device.
+        noise: float32 ``[batch, *latent]``, on the model's device.
 
     Returns:
-        ``[batch]`` each.
+        Winners' and losers' rewards, ``[batch]`` each.
     """
     device = sigma.device
     clean = torch.cat([data.latents[pairs[:, 0]], data.latents[pairs[:, 1]]]).to(device)
@@ -125,7 +125,7 @@ def paired_rewards(
 
 
 def bradley_terry(winners: Tensor, losers: Tensor) -> Tensor:
-    """``-log sigmoid(r_w - r_l)`` of each pair (Eq. 13)."""
+    """The Bradley-Terry loss ``-log sigmoid(r_w - r_l)`` of each pair (Eq. 13)."""
     return -functional.logsigmoid(winners - losers)
 
 
@@ -134,13 +134,19 @@ Drawn = tuple[Pairs, Tensor, Tensor]
 
 
 class PairSampler:
-    """Draws batches of pairs with prompts equally often, each with its noise level and noise.
+    """Draws batches of pairs, with all prompts equally likely, and a noise level and noise for each pair.
 
-    A batch follows from the seed and its number alone.
+    A batch depends only on the seed and its number.
     """
 
     def __init__(self, data: Preferences, count: int, seed: int) -> None:
-        """Args: data to draw from; pairs in a batch; seed of everything."""
+        """Creates a sampler.
+
+        Args:
+            data: preferences to draw from.
+            count: number of pairs in a batch.
+            seed: seed of pairs, noise levels and noise.
+        """
         self.data, self.count, self.seed = data, count, seed
         self._pairs = PromptwiseItems(data.pairs, data.prompt[data.pairs[:, 0]])
 
@@ -156,14 +162,14 @@ class PairSampler:
 
 
 class PairObjective:
-    """Bradley-Terry on a process reward model's preferences, as :class:`learners.rewards.training.Objective`.
+    """The Bradley-Terry loss of a process reward model; implements :class:`learners.rewards.training.Objective`.
 
     Args:
-        data: to draw from.
-        count: pairs in a batch.
-        seed: of everything.
-        device: of the model.
-        first: number of the batch of update 0.
+        data: preferences to draw from.
+        count: number of pairs in a batch.
+        seed: seed of pairs, noise levels and noise.
+        device: device of the model.
+        first: number of the batch that update 0 takes.
     """
 
     def __init__(self, data: Preferences, count: int, seed: int, device: torch.device, first: int = 0) -> None:
@@ -185,7 +191,7 @@ class PairObjective:
 
 
 class PrmTask(PairObjective):
-    """A process reward model's preferences, as :class:`learners.rewards.training.Task`."""
+    """Training and measurement of a process reward model; implements :class:`learners.rewards.training.Task`."""
 
     def __init__(
         self, train: Preferences, held_out: Preferences, settings: RewardOptimizerConfig, seed: int,
@@ -201,21 +207,21 @@ class PrmTask(PairObjective):
         self.held_out = held_out
 
     def evaluate(self, engine: Engine, pairs: int) -> Measurement:
-        """Accuracy and calibration error by tenth of sigma, of ``pairs`` held-out pairs each."""
+        """Accuracy and calibration error for each tenth of sigma, on ``pairs`` held-out pairs each."""
         return measured(gaps_by_noise(engine, self.held_out, self.held_out.pairs, per_tenth=pairs))
 
 
 def gaps_by_noise(
     engine: Engine, data: Preferences, pairs: Pairs, *, per_tenth: int, seed: int = 0
 ) -> NDArray[np.float64]:
-    """``r_w - r_l`` of held-out pairs, for every tenth of sigma; ranks share the work.
+    """Reward differences ``r_w - r_l`` of held-out pairs, for each tenth of sigma; the ranks share the work.
 
     Args:
-        engine: whose model is measured, as it is.
+        engine: engine of the model that is measured, with its present weights.
         data: held-out samples.
-        pairs: as many as asked for are drawn anew for each tenth, with replacement where there are fewer.
-        per_tenth: pairs a tenth.
-        seed: of pairs, noise levels and noise.
+        pairs: pairs to draw from, anew for each tenth, with replacement if there are too few.
+        per_tenth: number of pairs for each tenth.
+        seed: seed of pairs, noise levels and noise.
 
     Returns:
         ``[TENTHS, per_tenth]``, the same on every rank.
@@ -240,7 +246,7 @@ def gaps_by_noise(
 
 
 def measured(gaps: NDArray[np.float64]) -> Measurement:
-    """Accuracy (the paper's Figure 3) and calibration error of every row of ``r_w - r_l``."""
+    """Accuracy (the paper's Figure 3) and calibration error of each row of ``r_w - r_l``, ``[rows, pairs]``."""
     accuracy = accuracies(gaps)
     return {
         "accuracy": accuracy,
@@ -251,16 +257,16 @@ def measured(gaps: NDArray[np.float64]) -> Measurement:
 
 
 def accuracies(gaps: NDArray[np.float64]) -> list[float]:
-    """Share of the pairs whose winner has the higher reward, of every row of ``r_w - r_l``."""
+    """Share of the pairs whose winner has the higher reward, for each row of ``r_w - r_l``."""
     return [float((row > 0).mean()) for row in gaps]
 
 
 def calibration_error(gaps: NDArray[np.float64]) -> float:
     """Expected calibration error of ``sigmoid(r_w - r_l)`` as the probability that the winner wins.
 
-    A pair's order is a label of ours, so the prediction is folded: the model names as winner whichever has the higher
-    reward, with confidence ``sigmoid(|gap|)`` in [0.5, 1]. The error is the distance between mean confidence and
-    share of right answers, averaged over bins of confidence by the pairs in them.
+    The order of a pair is arbitrary to the model, so predictions are folded: it predicts that the sample with the
+    higher reward wins, with confidence ``sigmoid(|gap|)`` in [0.5, 1]. The error is the difference between mean
+    confidence and share of right predictions, averaged over bins of confidence, weighted by the pairs in them.
 
     Args:
         gaps: ``r_w - r_l``, ``[pairs]``.

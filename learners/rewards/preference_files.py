@@ -31,13 +31,13 @@ class PreferenceTable:
     """Preferences over files.
 
     Attributes:
-        prompts: texts.
-        files: of the samples; a file under two prompts is two samples.
+        prompts: texts of the prompts.
+        files: file of each sample; a file under two prompts is two samples.
         prompt: int64 ``[samples]``, index of each sample's prompt.
         label: int64 ``[samples]``: 1, 0, or -1 for samples without a label.
         pairs: int64 ``[pairs, 2]``, winner and loser.
         ties: int64 ``[ties, 2]``.
-        images: pictures by prompt, where lines name them.
+        images: first frames by prompt, where lines name them.
     """
 
     prompts: list[str]
@@ -49,7 +49,7 @@ class PreferenceTable:
     images: dict[str, Path] = field(default_factory=dict)
 
     def of_prompts(self, chosen: Sequence[int]) -> PreferenceTable:
-        """The preferences of some prompts alone."""
+        """The preferences of the prompts with these indices, renumbered."""
         kept = np.isin(self.prompt, chosen)
         renumbered = np.cumsum(kept) - 1
         new_prompt = {old: new for new, old in enumerate(chosen)}
@@ -85,11 +85,11 @@ def read_preferences(path: Path, name: str) -> PreferenceTable:
     """Reads and checks a preference file.
 
     Args:
-        path: of the file.
-        name: of the recipe's field that names it, for errors.
+        path: the file.
+        name: the recipe's field that names it, for errors.
 
     Raises:
-        ConfigError: names file, line and field.
+        ConfigError: the file cannot be read, or a line is not valid; names file, line and field.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -106,14 +106,14 @@ def read_preferences(path: Path, name: str) -> PreferenceTable:
 
 
 def open_preferences(settings: PreferencesConfig, seed: int) -> tuple[PreferenceTable, PreferenceTable]:
-    """Training and held-out preferences, which share no prompt.
+    """Reads training and held-out preferences, which share no prompt.
 
     Args:
-        settings: names the files.
-        seed: of the choice of held-out prompts, where they have no file.
+        settings: the files.
+        seed: seed of the choice of held-out prompts, if they have no file.
 
     Raises:
-        ConfigError: an unreadable file, or prompts in both.
+        ConfigError: a file cannot be read, prompts are in both, or there are too few to hold any out.
     """
     train = read_preferences(settings.train, "preferences.train")
     if settings.held_out is not None:
@@ -136,7 +136,7 @@ def open_preferences(settings: PreferencesConfig, seed: int) -> tuple[Preference
 
 @dataclass
 class _Rows:
-    """Lines read so far."""
+    """Collects the lines of a preference file."""
 
     folder: Path
     prompts: dict[str, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The folder in which samples of a process reward model wait for its training: written once, mapped by every rank."""
+"""The folder with the prepared samples of a process reward model's training: written once, read by every rank."""
 
 from __future__ import annotations
 
@@ -23,71 +23,71 @@ SAMPLES_FILE = "samples.npz"
 CONDITIONING_FILE = "conditioning.safetensors"
 
 
-def is_prepared(folder: Path, mark: str) -> bool:
-    """Whether the folder is complete, and was made for the same settings."""
+def is_prepared(folder: Path, fingerprint: str) -> bool:
+    """Whether the folder is complete, and was prepared with the same settings."""
     index = folder / INDEX_FILE
-    return index.is_file() and json.loads(index.read_text())["mark"] == mark
+    return index.is_file() and json.loads(index.read_text())["mark"] == fingerprint
 
 
 def write_scored(
-    folder: Path, mark: str, latents: NDArray[np.float32], prompt: NDArray[np.int64], score: NDArray[np.float64],
+    folder: Path, fingerprint: str, latents: NDArray[np.float32], prompt: NDArray[np.int64], score: NDArray[np.float64],
     conditioning: Conditioning,
 ) -> None:  # fmt: skip
-    """Writes drawn samples with the scores that will rank them.
+    """Writes drawn samples with their scores, by which they will be paired.
 
     Args:
-        folder: is made.
-        mark: of the settings that they were drawn with.
+        folder: created if it does not exist.
+        fingerprint: fingerprint of the settings that they were drawn with.
         latents: ``[samples, *latent]``.
-        prompt: ``[samples]``.
+        prompt: ``[samples]``, index of each sample's prompt.
         score: ``[samples]``.
-        conditioning: per prompt.
+        conditioning: conditioning of all prompts, as one batch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / LATENTS_FILE, latents)
     np.savez(folder / SAMPLES_FILE, prompt=prompt, score=score)
-    _finish(folder, mark, latents.shape[1:], None, conditioning)
+    _finish(folder, fingerprint, latents.shape[1:], None, conditioning)
 
 
 def write_paired(
-    folder: Path, mark: str, files: Sequence[Path], shape: tuple[int, ...], prompt: NDArray[np.int64], pairs: Pairs,
-    conditioning: Conditioning,
+    folder: Path, fingerprint: str, files: Sequence[Path], shape: tuple[int, ...], prompt: NDArray[np.int64],
+    pairs: Pairs, conditioning: Conditioning,
 ) -> None:  # fmt: skip
     """Writes preferences over latent files, which stay where they are.
 
     Args:
-        folder: is made.
-        mark: of the settings.
-        files: of the samples.
-        shape: of a latent.
-        prompt: ``[samples]``.
-        pairs: ``[pairs, 2]``.
-        conditioning: per prompt.
+        folder: created if it does not exist.
+        fingerprint: fingerprint of the settings.
+        files: latent file of each sample.
+        shape: shape of a latent.
+        prompt: ``[samples]``, index of each sample's prompt.
+        pairs: ``[pairs, 2]``, winner and loser.
+        conditioning: conditioning of all prompts, as one batch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / SAMPLES_FILE, prompt=prompt, pairs=pairs)
-    _finish(folder, mark, shape, [str(file.resolve()) for file in files], conditioning)
+    _finish(folder, fingerprint, shape, [str(file.resolve()) for file in files], conditioning)
 
 
 def _finish(
-    folder: Path, mark: str, shape: tuple[int, ...], files: list[str] | None, conditioning: Conditioning
+    folder: Path, fingerprint: str, shape: tuple[int, ...], files: list[str] | None, conditioning: Conditioning
 ) -> None:
     save_file({name: t.cpu().contiguous() for name, t in conditioning.items()}, folder / CONDITIONING_FILE)
-    index = {"mark": mark, "latent_shape": list(shape), "files": files}
+    index = {"mark": fingerprint, "latent_shape": list(shape), "files": files}
     for name in (LATENTS_FILE, SAMPLES_FILE, CONDITIONING_FILE):
         if (folder / name).is_file():
             flush(folder / name)
-    # The index comes last, in one step: a folder with an index is complete.
+    # The index is written last and atomically: a folder with an index is complete.
     with written_aside(folder / INDEX_FILE) as aside:
         aside.write_text(json.dumps(index) + "\n")
 
 
 def open_prepared(folder: Path, margin: float) -> Preferences:
-    """Opens a complete folder; latents stay on disk, mapped or in their files.
+    """Opens a complete folder; latents stay on disk, memory-mapped or in their files.
 
     Args:
-        folder: of :func:`write_scored` or :func:`write_paired`.
-        margin: least difference of two scores that makes a pair; given pairs are taken as they are.
+        folder: a folder that :func:`write_scored` or :func:`write_paired` wrote.
+        margin: smallest difference of two scores that makes a pair; written pairs are taken as they are.
     """
     index = json.loads((folder / INDEX_FILE).read_text())
     samples = np.load(folder / SAMPLES_FILE)
@@ -109,7 +109,7 @@ def open_prepared(folder: Path, margin: float) -> Preferences:
 
 
 def is_scored(folder: Path) -> bool:
-    """Whether a complete folder holds scores, so that pairs depend on a margin."""
+    """Whether a complete folder holds scores, so that its pairs depend on the margin."""
     return json.loads((folder / INDEX_FILE).read_text())["files"] is None
 
 

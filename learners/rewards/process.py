@@ -1,4 +1,4 @@
-"""Training of a process reward model on a prepared folder, by one process or by the ranks of a group."""
+"""Training of a process reward model on prepared samples, by one process or by the ranks of a group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from learners.rewards.training import FINAL_MEASUREMENT, Measurement
 
 
 class PrmTraining:
-    """A process reward model's part of a training; see :class:`learners.rewards.worker.RewardTraining`."""
+    """Model and preferences of a process reward model; implements :class:`learners.rewards.worker.RewardTraining`."""
 
     def __init__(self, config: PrmConfig, device: torch.device) -> None:
         self.config = config
@@ -34,7 +34,7 @@ class PrmTraining:
         self.scored = is_scored(data / "held_out")
 
     def result(self, engine: Engine) -> Measurement:
-        """Numbers on held-out pairs, more of them than during training; all ranks call it."""
+        """The final measurement, on more held-out pairs than during training; all ranks must call it."""
         count = FINAL_MEASUREMENT * self.settings.evaluation_pairs
         found = self.task.evaluate(engine, count)
         found["training_pairs"], found["held_out_pairs"] = self.pairs

@@ -1,12 +1,12 @@
-"""Keeps a process reward model up with the policy: Bradley-Terry updates on the policy's own newest samples.
+"""The refresh of a process reward model during a run: training on the policy's own newest samples.
 
-A process reward model that was trained on the first policy's samples knows less and less of the current one's, and a
-policy that follows its gradient finds what it overrates. The outcome rewards of every iteration rank fresh samples at
-no cost; training on them between iterations keeps the model honest where the policy now is.
+A process reward model that was trained on the initial policy's samples ranks the current one's worse and worse, and a
+policy that follows its gradient finds what it overrates. The outcome rewards of every iteration rank new samples at no
+cost; training on them between iterations keeps the model accurate where the policy is now.
 
-Every refresh begins at the weights of the start and takes all samples that are kept. A model that goes on from the
-last refresh has long learned its older samples by heart, and ranks new ones worse for it (as Ash and Adams, 2020,
-found for warm starts in general).
+Every refresh starts from the weights that the run began with, and trains on all samples in the buffer. A model that
+continues from the last refresh has memorised its older samples, and ranks new ones worse for it (as Ash and Adams,
+2020, found for warm starts in general).
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from learners.rewards.training import train_update
 
 STATE_FILE = "refresh.json"
 TENSORS_FILE = "refresh.safetensors"
-# Pairs of the newest groups on which a refresh is judged before it starts.
-JUDGED_PAIRS = 64
+# Pairs of the newest groups on which the model's accuracy is measured before a refresh.
+ACCURACY_PAIRS = 64
 
 
 @dataclass(frozen=True)
 class ReplayedGroup:
-    """One group of the policy's samples.
+    """One group in the buffer.
 
     Attributes:
-        iteration: that drew it.
+        iteration: the iteration that it was drawn for.
         latents: float32 ``[group, *latent]``, clean.
-        totals: float64 ``[group]``, weighted outcome rewards.
-        conditioning: of its prompt, with a leading dimension of 1.
+        totals: float64 ``[group]``, weighted outcome rewards of the samples.
+        conditioning: conditioning of its prompt, with a leading dimension of 1.
     """
 
     iteration: int
@@ -62,11 +62,11 @@ class ReplayedGroup:
 
 
 class PrmRefresh:
-    """The newest groups, and the model that is trained on them.
+    """The buffer of the newest groups, and the model that is trained on them.
 
     Attributes:
-        model: float32; what the servers get.
-        version: refreshes so far.
+        model: the process reward model, float32, which the servers get.
+        version: number of refreshes so far.
         pending: iteration whose refresh is due and not done, or None.
     """
 
@@ -77,7 +77,7 @@ class PrmRefresh:
             pairs_per_update=settings.pairs_per_update,
             pairs_per_micro_batch=settings.pairs_per_update,
             learning_rate=settings.learning_rate,
-            # The weights are good already: no decay pulls them to zero.
+            # The weights are already trained: no decay pulls them towards zero.
             weight_decay=0.0,
         )
         self.model = model.to(device).for_training()
@@ -87,13 +87,13 @@ class PrmRefresh:
         self._start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
     def add(self, iteration: int, latents: Array, totals: Array, conditioning: dict[str, Array]) -> None:
-        """Takes in a group; the oldest one goes when there are ``buffer_groups``.
+        """Adds a group to the buffer; with more than ``buffer_groups``, the oldest one is dropped.
 
         Args:
-            iteration: that drew it.
+            iteration: the iteration that it was drawn for.
             latents: float32 ``[group, *latent]``, clean.
-            totals: ``[group]``, weighted outcome rewards.
-            conditioning: of its prompt, with a leading dimension of 1.
+            totals: ``[group]``, weighted outcome rewards of the samples.
+            conditioning: conditioning of its prompt, with a leading dimension of 1.
         """
         self._groups.append(
             ReplayedGroup(
@@ -105,16 +105,16 @@ class PrmRefresh:
         )
 
     def due(self, iteration: int) -> bool:
-        """Whether a refresh follows an iteration, counted from 1."""
+        """Whether a refresh is due after an iteration (from 1)."""
         return iteration % self.settings.every == 0
 
     def begin(self, iteration: int) -> None:
-        """Notes that an iteration is done; :attr:`pending` says whether a refresh follows."""
+        """Notes that an iteration is done: sets :attr:`pending` if a refresh is due."""
         if self.due(iteration):
             self.pending = iteration
 
     def update(self) -> dict[str, float]:
-        """One whole :meth:`refresh`; its metrics."""
+        """Makes one whole refresh, and returns its metrics."""
         training = self.refresh()
         while True:
             try:
@@ -124,24 +124,24 @@ class PrmRefresh:
                 return metrics
 
     def refresh(self) -> Generator[None, None, dict[str, float]]:
-        """One refresh, update by update; closed before its end, it leaves the weights that it found.
+        """One refresh as a generator, which yields after every update; closing it early restores the weights.
 
         Returns:
-            Metrics; accuracy is measured first, on pairs of the newest iteration's groups, which the model has not
-            seen. Without any pair (all totals closer than the margin) nothing is trained and nothing returned.
+            Metrics. Accuracy is measured first, on pairs of the newest iteration's groups, which the model has not been
+            trained on. Without any pair (all totals closer than the margin) nothing is trained, and metrics are empty.
 
         Raises:
-            TrainingError: a loss that is not finite.
+            TrainingError: the loss is not finite.
         """
         data = self._preferences(list(self._groups))
         if not len(data.pairs):
             self.pending = None
             return {}
-        metrics = self._judged()
+        metrics = self._accuracy_on_newest()
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.model.load_state_dict(self._start)
         engine = LocalEngine(self.model, self._training, self.device, averages=False, unreached=False)
-        # The numbers of batches go on from refresh to refresh.
+        # Batches are numbered through all refreshes, so that no refresh repeats the random choices of another.
         first = self.version * self.settings.updates
         objective = PairObjective(data, self.settings.pairs_per_update, self.seed, self.device, first)
         losses = []
@@ -165,22 +165,22 @@ class PrmRefresh:
         }
 
     def weights(self) -> dict[str, Array]:
-        """All weights by name, as :meth:`reward_servers.prm.PrmScorer.load_weights` takes them; copies."""
+        """Copies of all weights by name, for :meth:`reward_servers.prm.PrmScorer.load_weights`."""
         return {name: np.array(tensor.detach().cpu().numpy()) for name, tensor in self.model.state_dict().items()}
 
-    def _judged(self) -> dict[str, float]:
+    def _accuracy_on_newest(self) -> dict[str, float]:
         newest = self._groups[-1].iteration
         data = self._preferences([group for group in self._groups if group.iteration == newest])
         if not len(data.pairs):
             return {}
-        pairs, sigma, noise = PairSampler(data, JUDGED_PAIRS, self.seed + 1).draw(self.version)
+        pairs, sigma, noise = PairSampler(data, ACCURACY_PAIRS, self.seed + 1).draw(self.version)
         self.model.eval()
         with torch.no_grad():
             winners, losers = paired_rewards(self.model, data, pairs, sigma.to(self.device), noise.to(self.device))
         return {"process/refresh_accuracy": float((winners > losers).float().mean())}
 
     def _preferences(self, groups: list[ReplayedGroup]) -> Preferences:
-        # A group is a prompt of its own here, even where two have the same text: their noise may differ.
+        # Every group counts as a prompt of its own, also if two have the same text: their noise may differ.
         prompt = np.repeat(np.arange(len(groups)), [len(group.latents) for group in groups])
         latents = torch.cat([group.latents for group in groups])
         return Preferences(
@@ -192,7 +192,7 @@ class PrmRefresh:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes model and replay; the folder is also a process reward model that can be loaded."""
+        """Writes model and buffer; the folder can also be loaded as a process reward model."""
         self.model.save(folder, refreshes=self.version)
         tensors: dict[str, Tensor] = {}
         for i, group in enumerate(self._groups):
@@ -207,7 +207,7 @@ class PrmRefresh:
         (folder / STATE_FILE).write_text(json.dumps(state) + "\n")
 
     def restore(self, folder: Path) -> None:
-        """Takes up what :meth:`save` wrote."""
+        """Restores what :meth:`save` wrote."""
         from euphonium.rewards.process import WEIGHTS_FILE
 
         self.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
@@ -228,7 +228,11 @@ class PrmRefresh:
 
 
 class PrmRefreshActor:
-    """A :class:`PrmRefresh` as a Ray actor. It takes no groups before :meth:`restore`, so that a restart is noticed."""
+    """The Ray actor around a :class:`PrmRefresh`.
+
+    A restarted actor has lost its buffer. So that this is noticed, ``add``, ``begin``, ``go_on`` and ``save`` raise
+    until :meth:`restore` has been called.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         torch.set_num_threads(config.pools.refresh_pool.threads)
@@ -253,7 +257,7 @@ class PrmRefreshActor:
         return Readiness(device=str(self.refresh.device), node=node_id())
 
     def restore(self, folder: str | None) -> int:
-        """Goes back to a checkpoint's state, or to the start where it has none; the number of refreshes until then."""
+        """Restores a checkpoint's state, or the initial one if there is none; returns the refreshes so far."""
         self._give_up()
         self.refresh = self._fresh()
         if folder is not None and (Path(folder) / STATE_FILE).is_file():
@@ -269,29 +273,32 @@ class PrmRefreshActor:
             )
 
     def add(self, iteration: int, latents: Array, totals: Array, conditioning: dict[str, Array]) -> None:
-        """See :meth:`PrmRefresh.add`.
+        """Adds a group to the buffer; the arguments are those of :meth:`PrmRefresh.add`.
 
         Raises:
-            LostActorError: it was restarted, and :meth:`restore` has not been called since.
+            LostActorError: the actor was restarted, and :meth:`restore` has not been called since.
         """
         self._must_be_restored()
         self.refresh.add(iteration, latents, totals, conditioning)
 
     def begin(self, iteration: int) -> None:
-        """See :meth:`PrmRefresh.begin`.
+        """Notes that an iteration is done, after which a refresh may be due.
 
         Raises:
-            LostActorError: it was restarted, and :meth:`restore` has not been called since.
+            LostActorError: the actor was restarted, and :meth:`restore` has not been called since.
         """
         self._must_be_restored()
         self.refresh.begin(iteration)
 
     def go_on(self, seconds: float) -> tuple[int, dict[str, float] | None]:
-        """Trains on a refresh that is due for some seconds; refreshes so far, and metrics once nothing is left to do.
+        """Works for some seconds on the refresh that is due, if one is.
+
+        Returns:
+            Number of refreshes so far, and the metrics once nothing is left to do, None before.
 
         Raises:
-            LostActorError: it was restarted, and :meth:`restore` has not been called since.
-            TrainingError: a loss that is not finite.
+            LostActorError: the actor was restarted, and :meth:`restore` has not been called since.
+            TrainingError: the loss is not finite.
         """
         self._must_be_restored()
         if self.refresh.pending is None:
@@ -308,10 +315,10 @@ class PrmRefreshActor:
         return self.refresh.version, None
 
     def save(self, folder: str) -> None:
-        """Writes model and samples; a refresh under way is given up, and stays to be done.
+        """Writes model and buffer; a refresh under way is abandoned, and stays due.
 
         Raises:
-            LostActorError: it was restarted, and :meth:`restore` has not been called since.
+            LostActorError: the actor was restarted, and :meth:`restore` has not been called since.
         """
         self._must_be_restored()
         self._give_up()
@@ -323,5 +330,5 @@ class PrmRefreshActor:
             self._training = None
 
     def weights(self) -> dict[str, Array]:
-        """See :meth:`PrmRefresh.weights`."""
+        """Copies of all weights by name."""
         return self.refresh.weights()

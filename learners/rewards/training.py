@@ -1,8 +1,7 @@
-"""The training loop of process and outcome reward models: batches, micro-batches, averages, checkpoints, stopping.
+"""The training loop of reward models: updates, moving averages, measurements, checkpoints, early stopping.
 
-What is trained is a :class:`Task`; how it is stepped is a :class:`~learners.engine.engine.Engine`. A batch follows
-from the seed and the number of the update alone, so a training that was killed and taken up again ends with the
-weights of one that was not.
+A :class:`Task` says what is trained, a :class:`~learners.engine.engine.Engine` how. A batch depends only on the seed
+and the number of the update, so a training that was killed and resumed ends with the same weights as one that was not.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ PROGRESS_FILE = "progress.jsonl"
 PROGRESS_EVERY_S = 10.0
 # The last measurement takes this many times the pairs of those during training.
 FINAL_MEASUREMENT = 5
-# Of checkpoints; 1 had whole tensors.
+# Format of checkpoints; format 1 had whole tensors.
 FORMAT = 2
 
 Batch = TypeVar("Batch")
@@ -47,7 +46,7 @@ Report = Callable[[Mapping[str, object]], None]
 
 
 class Measurement(TypedDict, total=False):
-    """Numbers on held-out preferences; those of process reward models are lists, by tenth of sigma.
+    """Results on held-out preferences; process reward models have lists, with a value for each tenth of sigma.
 
     The best weights are those of the highest ``mean_accuracy``.
     """
@@ -64,22 +63,22 @@ class Measurement(TypedDict, total=False):
 
 
 class Objective(Protocol[Batch]):
-    """What a reward model is trained on."""
+    """The training loss of a reward model: batches and their losses."""
 
     def batch(self, update: int) -> Batch:
         """The batch of an update: ``pairs_per_update`` items, the same on every rank."""
         ...
 
     def losses(self, model: nn.Module, batch: Batch, part: slice) -> Tensor:
-        """Losses of some items of a batch, ``[items]``."""
+        """Losses of the items in a part of a batch, ``[items]``."""
         ...
 
 
 class Task(Objective[Batch], Protocol[Batch]):
-    """What a reward model is trained and measured on."""
+    """Training loss and measurement of a reward model."""
 
     def evaluate(self, engine: Engine, pairs: int) -> Measurement:
-        """Numbers on held-out pairs; all ranks call it, and get the same."""
+        """Measures the model on held-out pairs; all ranks must call it, and get the same result."""
         ...
 
 
@@ -88,12 +87,12 @@ class Progress:
     """Where a training stands.
 
     Attributes:
-        update: updates done.
-        losses: since the last measurement.
+        update: number of updates done.
+        losses: loss of each update since the last measurement.
         best: best mean accuracy so far.
-        best_update: when it was measured.
-        stale: measurements since then.
-        stopped: whether patience ran out.
+        best_update: number of updates at which it was measured.
+        stale: number of measurements since then.
+        stopped: whether training stopped early, because patience ran out.
     """
 
     update: int = 0
@@ -105,11 +104,11 @@ class Progress:
 
 
 class PromptwiseItems:
-    """Items to draw batches from with prompts equally often.
+    """Draws items with all prompts equally likely, however many items each has.
 
     Args:
         items: ``[items, columns]``.
-        prompts: ``[items]``.
+        prompts: ``[items]``, index of each item's prompt.
     """
 
     def __init__(self, items: NDArray[np.int64], prompts: NDArray[np.int64]) -> None:
@@ -117,15 +116,15 @@ class PromptwiseItems:
         self._by_prompt = np.split(items[order], np.flatnonzero(np.diff(prompts[order])) + 1)
 
     def draw(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """``[count, columns]``."""
+        """Draws items ``[count, columns]``, with replacement."""
         prompts = rng.integers(len(self._by_prompt), size=count)
         return np.stack([self._by_prompt[p][rng.integers(len(self._by_prompt[p]))] for p in prompts])
 
 
 def shared_passes(engine: Engine, count: int) -> Iterator[tuple[int, bool]]:
-    """Numbers of a measurement's passes that this rank makes, and whether their results count.
+    """Indices of the passes of a measurement that this rank makes, and whether their results count.
 
-    All ranks make the same number of passes, as ZeRO-3 needs; a rank without one repeats the last.
+    All ranks make the same number of passes, as ZeRO-3 requires; a rank without one of its own repeats the last one.
     """
     for first in range(0, count, engine.world_size):
         mine = first + engine.rank
@@ -133,26 +132,26 @@ def shared_passes(engine: Engine, count: int) -> Iterator[tuple[int, bool]]:
 
 
 def fit(
-    engine: Engine, task: Task[Batch], settings: RewardOptimizerConfig, folder: Path, mark: str, report: Report
+    engine: Engine, task: Task[Batch], settings: RewardOptimizerConfig, folder: Path, fingerprint: str, report: Report
 ) -> Progress:
     """Trains to the last update or until patience runs out, from the newest checkpoint if there is one.
 
     Args:
-        engine: holds the model.
-        task: holds the preferences.
-        settings: of the optimisation.
-        folder: of checkpoints and of the best weights; shared by all ranks.
-        mark: of the recipe; a checkpoint of another one is refused.
-        report: takes records of progress, on rank 0.
+        engine: engine of the model.
+        task: training loss and measurement.
+        settings: settings of the optimiser.
+        folder: folder of checkpoints and of the best weights, shared by all ranks.
+        fingerprint: fingerprint of the recipe; a checkpoint with another one is refused.
+        report: called with records of progress, on rank 0.
 
     Returns:
         Where the training ended.
 
     Raises:
         CheckpointError: the folder belongs to another recipe.
-        TrainingError: a loss that is not finite.
+        TrainingError: the loss is not finite.
     """
-    progress = load_newest(engine, folder, mark)
+    progress = load_newest(engine, folder, fingerprint)
     if engine.rank == 0 and progress.update:
         report({"resumed": progress.update})
     began, first, shown = time.monotonic(), progress.update, time.monotonic()
@@ -176,27 +175,27 @@ def fit(
             report({"loss": float(np.mean(progress.losses or [0.0]))} | record)
             shown = time.monotonic()
         if last or progress.stopped or done % settings.checkpoint_every == 0:
-            save(engine, folder, progress, mark)
+            save(engine, folder, progress, fingerprint)
     return progress
 
 
 def rate(settings: RewardOptimizerConfig, update: int) -> float:
-    """Rate of an update, counted from 0: linear over the first twentieth, under a cosine to zero."""
+    """Learning rate of an update (from 0): a linear rise over the first twentieth, and a cosine to zero."""
     warmup = max(1, settings.updates // 20)
     return learning_rate(settings.learning_rate, update, settings.updates, warmup, "whole_cosine")
 
 
 def train_update(engine: Engine, objective: Objective[Batch], settings: RewardOptimizerConfig, update: int) -> float:
-    """One optimiser step on a batch, of which every rank takes its share; all ranks must call it.
+    """Makes one optimiser step on a batch, of which every rank takes its share; all ranks must call it.
 
     Args:
-        engine: holds the model.
-        objective: gives batch and losses.
-        settings: of the optimisation.
-        update: number of the batch, from 0.
+        engine: engine of the model.
+        objective: training loss.
+        settings: settings of the optimiser.
+        update: number of the update, from 0.
 
     Returns:
-        The mean loss over the ranks, which may be no finite number.
+        The mean loss over the ranks, which may not be finite.
     """
     engine.set_learning_rate(rate(settings, update))
     batch, count = objective.batch(update), settings.pairs_per_update
@@ -237,9 +236,9 @@ def _measure(
 def final_weights(
     engine: Engine, progress: Progress, settings: RewardOptimizerConfig, folder: Path
 ) -> dict[str, Tensor]:
-    """The averaged weights to publish, on rank 0: of the best measurement with patience, else of the last update.
+    """The averaged weights to keep, whole on rank 0: the best measured ones with ``patience``, else the last.
 
-    The engine's averages become these weights, on all ranks.
+    The engine's averages are set to these weights, on all ranks.
     """
     if settings.patience is not None and progress.best_update != progress.update:
         with safe_open(folder / BEST_FILE, framework="pt") as stream:
@@ -247,8 +246,8 @@ def final_weights(
     return engine.whole("average")
 
 
-def save(engine: Engine, folder: Path, progress: Progress, mark: str) -> None:
-    """Writes a checkpoint: whole or not there, and the one before it goes when it is. All ranks must call it."""
+def save(engine: Engine, folder: Path, progress: Progress, fingerprint: str) -> None:
+    """Writes a checkpoint atomically, then removes older ones; all ranks must call it."""
     target = folder / f"update_{progress.update:07d}"
     aside = folder / f"{target.name}.tmp"
     if engine.rank == 0:
@@ -258,7 +257,7 @@ def save(engine: Engine, folder: Path, progress: Progress, mark: str) -> None:
     write_shard(engine, aside)
     engine.barrier()
     if engine.rank == 0:
-        state = {"format": FORMAT, "mark": mark, "world_size": engine.world_size, **asdict(progress)}
+        state = {"format": FORMAT, "mark": fingerprint, "world_size": engine.world_size, **asdict(progress)}
         (aside / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
         commit_folder(aside, target, FORMAT)
         for old in folder.glob("update_*"):
@@ -266,11 +265,11 @@ def save(engine: Engine, folder: Path, progress: Progress, mark: str) -> None:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def load_newest(engine: Engine, folder: Path, mark: str) -> Progress:
-    """Takes up the newest whole checkpoint of a folder; all ranks must call it.
+def load_newest(engine: Engine, folder: Path, fingerprint: str) -> Progress:
+    """Restores the newest undamaged checkpoint of a folder, if there is one; all ranks must call it.
 
     Raises:
-        CheckpointError: it was made with another recipe, or by a version with another format.
+        CheckpointError: it belongs to another recipe, or has another format.
     """
     for found in sorted(folder.glob("update_*"), reverse=True):
         if found.suffix == ".tmp":
@@ -282,7 +281,7 @@ def load_newest(engine: Engine, folder: Path, mark: str) -> Progress:
                 f"{found} has checkpoint format {version}, this version reads format {FORMAT}; go on with the version "
                 f"that wrote it, give this training another name, or remove {folder}"
             )
-        if state.pop("mark") != mark:
+        if state.pop("mark") != fingerprint:
             raise CheckpointError(
                 f"{found} belongs to a training with another recipe; give this one another name, or remove {folder}"
             )

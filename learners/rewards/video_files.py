@@ -1,4 +1,4 @@
-"""Videos from files: frames of GIFs, stills, numpy arrays and, with PyAV, of mp4 and its kin."""
+"""Reads the frames of video files: GIFs, still images, numpy arrays and, with PyAV, mp4 and similar formats."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PYAV = {".mp4", ".webm", ".mov", ".mkv", ".avi"}
 
 
 def read_frames(path: Path) -> Frames:
-    """All frames of a video, uint8 ``[frames, height, width, 3]``.
+    """Reads all frames of a video, uint8 ``[frames, height, width, 3]``.
 
     Args:
         path: an image or GIF, a ``.npy`` of uint8 frames, or a video that PyAV decodes.
 
     Raises:
-        ConfigError: names the file, and what is wrong with it.
+        ConfigError: the file cannot be read; names it, and what is wrong.
     """
     suffix = path.suffix.lower()
     if suffix == ".npy":

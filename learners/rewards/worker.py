@@ -1,4 +1,4 @@
-"""Runs a reward model's training: in this process, or on every rank of a group under Ray Train."""
+"""Runs the training of a reward model, in this process or on every rank of a group under Ray Train."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ INCIDENTAL_OPTIMIZER = {"checkpoint_every", "evaluate_every", "evaluation_pairs"
 
 
 class RewardTraining(Protocol):
-    """What differs between the kinds of reward models."""
+    """Model, loss and result of one kind of reward model."""
 
     @property
     def model(self) -> nn.Module:
-        """On the CPU, with the trained parameters requiring gradients."""
+        """The model, on the CPU; the parameters to train require gradients."""
         ...
 
     @property
     def task(self) -> Task[Any]:
-        """Losses and measurements."""
+        """Training loss and measurement."""
         ...
 
     @property
     def settings(self) -> RewardOptimizerConfig:
-        """Of the optimisation."""
+        """Settings of the optimiser."""
         ...
 
     def result(self, engine: Engine) -> Measurement:
-        """The final numbers, of the engine's model as it is; all ranks call it."""
+        """The final measurement of the engine's model as it is; all ranks must call it."""
         ...
 
     def save(self, weights: dict[str, Tensor], result: Measurement) -> None:
-        """Writes the trained model; rank 0 calls it."""
+        """Writes the trained model; called on rank 0."""
         ...
 
 
@@ -62,24 +62,24 @@ def open_training(config: PrmConfig | OrmConfig, device: torch.device) -> Reward
     return OrmTraining(config, device)
 
 
-def recipe_mark(config: RewardTrainingConfig) -> str:
-    """Mark of everything in a recipe that decides what is learned."""
+def recipe_fingerprint(config: RewardTrainingConfig) -> str:
+    """Hash of all fields of a recipe that affect the trained weights."""
     values = config.model_dump(mode="json", exclude=INCIDENTAL)
     values["optimizer"] = {n: v for n, v in values["optimizer"].items() if n not in INCIDENTAL_OPTIMIZER}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def train(config: PrmConfig | OrmConfig, engine: Engine, training: RewardTraining, report: Report) -> None:
-    """Trains, measures and writes the model and ``result.json``; all ranks call it.
+    """Trains, measures, and writes the model and ``result.json``; all ranks must call it.
 
     Args:
         config: the recipe.
-        engine: around ``training.model``.
+        engine: engine of ``training.model``.
         training: model and task.
-        report: takes records of progress, on rank 0.
+        report: called with records of progress, on rank 0.
     """
     folder = config.run_dir / CHECKPOINTS
-    progress = fit(engine, training.task, training.settings, folder, recipe_mark(config), report)
+    progress = fit(engine, training.task, training.settings, folder, recipe_fingerprint(config), report)
     weights = final_weights(engine, progress, training.settings, folder)
     with engine.averaged():
         result = training.result(engine)
@@ -98,7 +98,7 @@ def train_here(config: PrmConfig | OrmConfig, report: Report) -> None:
 
 
 def train_rank(config: PrmConfig | OrmConfig, report: Report) -> None:
-    """Trains as one rank of a group, whose environment variables say which."""
+    """Trains as one rank of a group, which environment variables describe."""
     assert config.learner is not None
     torch.set_num_threads(config.learner.threads)
     device = join_group()
@@ -110,7 +110,7 @@ def reward_train_loop(settings: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker.
 
     Args:
-        settings: ``kind`` (prm or orm) and ``config``, the recipe as JSON values.
+        settings: ``kind`` (``prm`` or ``orm``), and ``config``, the recipe as JSON values.
     """
     kind = PrmConfig if settings["kind"] == "prm" else OrmConfig
     config: PrmConfig | OrmConfig = kind.model_validate(settings["config"])
@@ -118,7 +118,7 @@ def reward_train_loop(settings: dict[str, Any]) -> None:
 
 
 def progress_file(run_dir: Path) -> Report:
-    """A report that appends to the training's progress file, from which the driver reads."""
+    """A report function that appends to the training's progress file, which the driver reads."""
 
     def report(record: Mapping[str, object]) -> None:
         with (run_dir / PROGRESS_FILE).open("a") as stream:

@@ -126,7 +126,7 @@ def scale(
 
 @contextlib.contextmanager
 def _running(run: str | None) -> Iterator[tuple[str, ActorProxy[Desk]]]:
-    """Name and control actor of a running job; connected while the context is open."""
+    """Name and control desk of a running job; connected to its cluster while the context is open."""
     from orchestrator.commands.control import find_desk
     from orchestrator.pools.ray_session import join_ray
 
@@ -277,7 +277,7 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    """Console script: turns errors of ours into one readable message and an exit status of their own."""
+    """Entry point of the console script: turns the application's errors into a message and an exit status."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for chatty in ("ray", "diffusers", "transformers", "httpx", "DeepSpeed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -300,7 +300,7 @@ def main() -> None:
         status = EuphoniumError.exit_status
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: Ray Train's thread may still be in a call, and taking the interpreter down under it has crashed.
+    # Not sys.exit: Ray Train's thread may still be in a call, and shutting the interpreter down meanwhile has crashed.
     os._exit(status)
 
 

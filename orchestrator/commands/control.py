@@ -22,10 +22,10 @@ ANSWER_TIMEOUT_S = 30.0
 
 
 def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:
-    """``rollout=6`` and so on.
+    """Parses sizes of pools such as ``rollout=6``.
 
     Raises:
-        ConfigError: not of that form, or not a pool.
+        ConfigError: not of that form, or not the name of a pool.
     """
     sizes = {}
     for argument in arguments:
@@ -37,10 +37,10 @@ def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:
 
 
 def find_desk(run: str | None) -> tuple[str, ActorProxy[Desk]]:
-    """Name and control actor of a run in the connected cluster.
+    """Name and control desk of a run in the connected cluster.
 
     Args:
-        run: its name; None if there is only one.
+        run: name of the run; None if there is only one.
 
     Raises:
         PreflightError: there is no such run, or several to choose from.

@@ -1,4 +1,4 @@
-"""Sampling and scoring outside of a run: what ``generate`` and ``evaluate`` do, in this process.
+"""Sampling and scoring outside of a run, in this process: the commands ``generate`` and ``evaluate``.
 
 Three protocols (Euphonium, Table 6): ``distilled`` and ``implicit`` sample the policy alone, ``inference_rgg`` keeps
 the reward gradient in the ODE and needs the process reward model.
@@ -28,10 +28,10 @@ Protocol = Literal["implicit", "inference_rgg", "distilled"]
 
 
 def open_checkpoint(path: Path) -> tuple[Checkpoint, RunConfig]:
-    """A verified checkpoint, given its folder or the run's, and the configuration of its run.
+    """Opens a checkpoint, given its folder or the run's; returns it with the configuration of its run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no undamaged checkpoint.
     """
     if (path / "checkpoints").is_dir():
         checkpoint = CheckpointStore(path / "checkpoints", keep_last=1).newest()
@@ -44,13 +44,13 @@ def open_checkpoint(path: Path) -> tuple[Checkpoint, RunConfig]:
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """A policy ready to sample, by one protocol.
+    """A policy ready to sample by one protocol.
 
     Attributes:
-        config: of its run.
-        worker: with the policy's weights.
-        guidance: the reward gradient that sampling keeps, or None.
-        make_source: where that gradient comes from.
+        config: configuration of its run.
+        worker: a rollout worker with the policy's weights.
+        guidance: guidance of the sampling, or None.
+        make_source: source of the reward gradient, or None.
     """
 
     config: RunConfig
@@ -59,7 +59,7 @@ class TrainedPolicy:
     make_source: SourceFactory | None
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Array:
-        """Latents ``[len(prompts), *latent]``, one a prompt and seed."""
+        """Draws latents ``[len(prompts), *latent]``, one a prompt and seed."""
         return self.worker.evaluate(prompts, seeds, self.make_source, self.guidance)
 
 
@@ -69,13 +69,13 @@ def open_policy(
     """Loads the policy of a checkpoint (its moving average where there is one).
 
     Args:
-        checkpoint: of the run.
-        config: of the run.
-        base: the generator before training instead.
+        checkpoint: the checkpoint.
+        config: configuration of its run.
+        base: load the generator before training instead.
         protocol: None takes the one that fits the run's objective.
 
     Raises:
-        ConfigError: a protocol that this run has not trained for.
+        ConfigError: this run has not trained for the protocol.
     """
     from safetensors.torch import load_file
 
@@ -102,10 +102,10 @@ def open_policy(
 
 
 def inference_guidance(config: RunConfig) -> GuidanceConfig:
-    """The guidance of a run's rollouts, for an ODE of any number of steps: its window as a range of time.
+    """The guidance of a run's rollouts for an ODE with any number of steps: its window becomes a range of time.
 
     Raises:
-        ConfigError: a run whose guidance cannot be kept at inference.
+        ConfigError: this run's guidance cannot be kept at inference.
     """
     guidance = config.sampler.guidance
     if guidance is None or guidance.source != "prm":
@@ -133,15 +133,15 @@ def _prm_in_process(config: RunConfig, device: torch.device) -> SourceFactory:
 def generate_clips(
     model: Path, prompts: list[str], output: Path, *, seed: int, steps: int, protocol: Protocol | None = None
 ) -> list[Path]:
-    """Draws one clip a prompt.
+    """Draws one clip a prompt, and saves them.
 
     Args:
         model: diffusers folder, checkpoint, or run folder (whose newest checkpoint is taken).
         prompts: texts.
         output: folder for GIFs and contact sheet.
-        seed: of the noise; prompt number i uses ``seed + i``.
-        steps: ODE steps.
-        protocol: see :func:`open_policy`; a diffusers folder knows no other than sampling the model alone.
+        seed: seed of the noise; prompt number i uses ``seed + i``.
+        steps: number of ODE steps.
+        protocol: as for :func:`open_policy`; a diffusers folder can only be sampled without the reward gradient.
 
     Returns:
         The files written.
@@ -166,7 +166,7 @@ def generate_clips(
 
 
 def _draw_with_diffusers(folder: Path, prompts: list[str], seed: int, steps: int) -> Array:
-    """Videos ``[prompts, frames, height, width, 3]`` in [0, 1] by nothing but the pipeline."""
+    """Videos ``[prompts, frames, height, width, 3]`` in [0, 1], drawn by the diffusers pipeline itself."""
     from diffusers import DiffusionPipeline
 
     shape: dict[str, Any] = {}
@@ -196,7 +196,7 @@ def evaluate_model(
         path: checkpoint or run folder.
         base: score the generator before training.
         changes: fields of the run's ``evaluation`` to replace.
-        protocol: see :func:`open_policy`.
+        protocol: as for :func:`open_policy`.
 
     Returns:
         Mean and standard error of every reward and of their weighted total.

@@ -1,4 +1,4 @@
-"""Before a run: checks before anything starts, and the run's folder."""
+"""What ``euphonium train`` does before it starts anything: checks, and the run's folder."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     """Checks everything that can be checked without starting anything.
 
     Returns:
-        The plan of the run, for people to read.
+        The plan of the run, as text by name.
 
     Raises:
-        ConfigError: names the field, and what to do.
+        ConfigError: the run cannot work; names the field, and what to do.
     """
     from actors.sampler import select_steps
     from euphonium.generators.generator import images_for
@@ -82,13 +82,13 @@ def _ranges(steps: list[int]) -> str:
 
 
 def prepare_run_dir(config: RunConfig) -> Checkpoint | None:
-    """Makes the run's folder, or finds where an earlier run in it left off.
+    """Creates the run's folder, or finds the checkpoint that an earlier run in it is resumed from.
 
     Nothing is ever overwritten: with ``resume: never`` an old folder is moved aside.
 
     Raises:
-        CheckpointError: there is an old run but no good checkpoint to resume from.
-        ConfigError: the run to resume was another one.
+        CheckpointError: there is an earlier run, but all of its checkpoints are damaged.
+        ConfigError: the checkpoint belongs to another run.
     """
     folder, resume = config.run_dir, config.resume
     checkpoint = None
@@ -120,7 +120,7 @@ def prepare_run_dir(config: RunConfig) -> Checkpoint | None:
 
 
 def is_complete(config: RunConfig, checkpoint: Checkpoint) -> bool:
-    """Whether the run of a checkpoint has nothing left to do: trained, evaluated and exported."""
+    """Whether a resumed run has nothing left to do: it is trained, evaluated and exported."""
     done = checkpoint.state.iteration
     if done != config.iterations:
         return done > config.iterations

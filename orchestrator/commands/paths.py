@@ -1,4 +1,4 @@
-"""Files of a recipe by absolute path: actors, tasks and workers do not share the driver's working directory."""
+"""Makes the paths of a recipe absolute: actors, tasks and workers do not share the driver's working directory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 from euphonium.config import OrmConfig, PrmConfig, RunConfig
 from euphonium.config.base import Node
 
-# Prompts of a reward training are not among them: the driver alone reads them.
+# Prompts of a reward training are not among them: only the driver reads them.
 OF_A_RUN = ("output_dir", "model.path", "rewards.process.path", "prompts.train", "prompts.evaluation")
 OF_A_TRAINING = ("output_dir", "model.path", "target", "preferences.train", "preferences.held_out")
 
@@ -17,7 +17,7 @@ _Node = TypeVar("_Node", bound=Node)
 
 
 def absolute_paths(config: _Recipe) -> _Recipe:
-    """The same recipe with its files by absolute path; a model that is no folder here stays a hub id."""
+    """The same recipe with absolute paths; a ``model.path`` that does not exist here stays a hub id."""
     for field in OF_A_RUN if isinstance(config, RunConfig) else OF_A_TRAINING:
         if field != "model.path" or Path(config.model.path).exists():
             config = _absolute(config, field)

@@ -1,7 +1,7 @@
-"""Reference pages made from the declarations: every field of a recipe, every option of a reward, every metric.
+"""Generates the reference pages: every field of a recipe, every option of a reward, every metric.
 
 ``python -m orchestrator.commands.reference`` writes ``docs/configuration.md``, ``docs/metrics.md`` and
-``docs/migration.md``; a test keeps them true.
+``docs/migration.md``; a test fails when they are not current.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Field:
     """One field of a recipe, as a user sees it.
 
     Attributes:
-        path: from the recipe's root.
-        kind: what values it takes.
-        default: as JSON, or ``required``.
-        description: in a sentence or two.
+        path: dotted path from the recipe's root.
+        kind: type of its values, in words.
+        default: default value as JSON, or ``required``.
+        description: its meaning, in a sentence or two.
     """
 
     path: str
@@ -75,7 +75,7 @@ def fields_with_reward_options(model: type[BaseModel]) -> Iterator[Field]:
 
 
 def _nested(annotation: object) -> tuple[type[BaseModel] | None, bool, bool]:
-    """The model inside an annotation, whether it is in a list, and whether it may be null."""
+    """The configuration class in an annotation, whether it is in a list, and whether it may be null."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False, False
     arguments = get_args(annotation)
@@ -110,7 +110,7 @@ def _kind(annotation: object) -> str:
 
 
 def _table(rows: Iterable[Field]) -> list[str]:
-    """Rows of fields as a table of Markdown."""
+    """Fields as the lines of a Markdown table."""
     return [
         "| field | type | default | meaning |",
         "|---|---|---|---|",
@@ -123,7 +123,7 @@ def _table(rows: Iterable[Field]) -> list[str]:
 
 
 def configuration_page() -> str:
-    """``docs/configuration.md``."""
+    """Text of ``docs/configuration.md``."""
     from euphonium.config import OrmConfig, PrmConfig, RunConfig
 
     parts = [
@@ -156,7 +156,7 @@ def configuration_page() -> str:
 
 
 def metrics_page() -> str:
-    """``docs/metrics.md``."""
+    """Text of ``docs/metrics.md``."""
     from orchestrator.report.metrics import METRICS, PREFIX
 
     parts = [
@@ -177,7 +177,7 @@ def metrics_page() -> str:
 
 
 def migration_page() -> str:
-    """``docs/migration.md``."""
+    """Text of ``docs/migration.md``."""
     from euphonium.config.foreign import projects
 
     parts = [

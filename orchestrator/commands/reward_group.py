@@ -1,4 +1,4 @@
-"""Where a reward model's training runs: in this process, or on a group of learners under Ray Train."""
+"""Runs the training of a reward model, and the preparation of its data, in this process or on a group of learners."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from euphonium.wire.deadlines import get
 from learners.rewards.training import PROGRESS_FILE
 from orchestrator.learning.launcher import Launch, torch_trainer
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 SAY_EVERY_S = 15.0
 POLL_S = 0.5
@@ -26,7 +26,7 @@ _P = ParamSpec("_P")
 
 @contextmanager
 def cluster(config: PrmConfig | OrmConfig) -> Iterator[None]:
-    """Joins or starts a Ray cluster if the recipe has a group, and leaves it at the end."""
+    """Joins or starts a Ray cluster if the recipe has a learner group, and disconnects at the end."""
     if config.learner is None:
         yield
         return
@@ -48,30 +48,30 @@ def map_shares(
     work: Callable[Concatenate[Iterable[int], _P], _T],
     pool: LearnerPoolConfig | None,
     count: int,
-    say: Say,
+    say: PrintLine,
     what: str,
     *arguments: _P.args,
     **named: _P.kwargs,
 ) -> list[_T]:
-    """Does numbered work, each learner's share in a task on its resources; in this process without a group.
+    """Splits numbered work into one Ray task for each learner; without a group, does it all in this process.
 
     Args:
-        work: called with numbers below ``count``, and the arguments.
-        pool: of learners, or None.
-        count: of numbers.
-        say: takes progress lines.
-        what: the work, for them.
-        arguments: of ``work``.
-        named: of ``work``.
+        work: called with a share of the numbers below ``count``, and the arguments.
+        pool: the learner group, whose resources the tasks use, or None.
+        count: number of work items.
+        say: prints progress.
+        what: name of the work, for progress and errors.
+        arguments: further arguments of ``work``.
+        named: keyword arguments of ``work``.
 
     Returns:
-        Results of the shares, in the order of their numbers.
+        Result of each share, in the order of their numbers.
 
     Raises:
         EuphoniumError: whatever the work raised.
     """
     if pool is None:
-        return [work(_told(count, say, what), *arguments, **named)]
+        return [work(_with_progress(count, say, what), *arguments, **named)]
     import ray
 
     shares = min(pool.num_workers, count)
@@ -97,7 +97,7 @@ def _task(work: Callable[..., _T], threads: int, share: range, named: dict[str, 
     return work(share, *arguments, **named)
 
 
-def _told(count: int, say: Say, what: str) -> Iterator[int]:
+def _with_progress(count: int, say: PrintLine, what: str) -> Iterator[int]:
     began = said = time.monotonic()
     for number in range(count):
         yield number
@@ -106,8 +106,8 @@ def _told(count: int, say: Say, what: str) -> Iterator[int]:
             say(f"{what}: {number + 1}/{count}, {said - began:.0f} s")
 
 
-def run_training(kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, say: Say) -> None:
-    """Trains to the end, from the newest checkpoint if there is one; ``result.json`` and the model are then written.
+def run_training(kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, say: PrintLine) -> None:
+    """Trains to the end, from the newest checkpoint if there is one, and writes ``result.json`` and the model.
 
     Raises:
         CheckpointError: the folder belongs to another recipe.
@@ -120,7 +120,7 @@ def run_training(kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, say
         _train_on_group(kind, config, config.learner, say)
 
 
-def _train_here(config: PrmConfig | OrmConfig, say: Say) -> None:
+def _train_here(config: PrmConfig | OrmConfig, say: PrintLine) -> None:
     from learners.rewards.worker import progress_file, train_here
 
     write = progress_file(config.run_dir)
@@ -133,7 +133,7 @@ def _train_here(config: PrmConfig | OrmConfig, say: Say) -> None:
 
 
 def _train_on_group(
-    kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, pool: LearnerPoolConfig, say: Say
+    kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, pool: LearnerPoolConfig, say: PrintLine
 ) -> None:
     from learners.rewards.worker import reward_train_loop
 
@@ -155,7 +155,7 @@ def _train_on_group(
 
 
 def progress_line(record: Mapping[str, Any]) -> str:
-    """A record of progress, for people."""
+    """A record of progress as a readable line."""
     if "resumed" in record:
         return f"going on from the checkpoint of update {record['resumed']}"
     left = (record["updates"] - record["update"]) / max(record["updates_per_s"], 1e-9)

@@ -1,4 +1,4 @@
-"""``euphonium train-orm``: trains an outcome reward model on preferences over videos, and says what it learned."""
+"""``euphonium train-orm``: trains an outcome reward model on preferences over videos, and prints its accuracy."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from orchestrator.commands.reward_group import cluster, run_training
 
 
 def train_orm(config: OrmConfig, say: Callable[[str], None]) -> dict[str, Any]:
-    """Trains an outcome reward model as a recipe says, and writes it to ``config.target``.
+    """Trains an outcome reward model by a recipe, and writes it to ``config.target``.
 
     Args:
         config: the recipe.
-        say: takes progress lines.
+        say: prints progress.
 
     Returns:
-        Numbers on held-out preferences.
+        Results on held-out preferences.
 
     Raises:
-        ConfigError: preferences or a backbone that cannot be used.
+        ConfigError: preferences or backbone cannot be used.
         TrainingError: the group was lost for good, or the loss is not finite.
     """
     config = absolute_paths(config)

@@ -1,6 +1,6 @@
-"""``euphonium train-prm``: gets preferences ready, trains a process reward model on them, shows what it learned.
+"""``euphonium train-prm``: prepares preferences, trains a process reward model on them, and prints its accuracy.
 
-Preferences come from files, or are samples of the generator itself, ranked by outcome rewards. Getting them ready
+Preferences come from files, or are samples of the generator itself, ranked by outcome rewards. Preparing them
 (drawing, scoring, encoding prompts and videos) is done by tasks on the learners' resources if there is a group.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from learners.rewards.prm_data import is_prepared, write_paired, write_scored
 from learners.rewards.video_files import read_frames
 from learners.rewards.worker import RESULT_FILE
 from orchestrator.commands.paths import absolute_paths
-from orchestrator.commands.reward_group import cluster, map_shares, run_training
+from orchestrator.commands.reward_group import PrintLine, cluster, map_shares, run_training
 from orchestrator.groups.prompts import read_prompts
 from orchestrator.report.charts import line_chart
 from reward_servers.orm import OrmScorer
@@ -42,21 +42,19 @@ PARTS = ("train", "held_out")
 ACCURACY_FILE = "accuracy.json"
 CHART_FILE = "accuracy.png"
 
-Say = Callable[[str], None]
 
-
-def train_prm(config: PrmConfig, say: Say) -> list[float]:
-    """Trains a process reward model as a recipe says, and writes it to ``config.target``.
+def train_prm(config: PrmConfig, say: PrintLine) -> list[float]:
+    """Trains a process reward model by a recipe, and writes it to ``config.target``.
 
     Args:
         config: the recipe.
-        say: takes progress lines.
+        say: prints progress.
 
     Returns:
         Held-out pairwise accuracy by tenth of sigma.
 
     Raises:
-        ConfigError: preferences that cannot be used.
+        ConfigError: the preferences cannot be used.
         TrainingError: the group was lost for good, or the loss is not finite.
     """
     config = absolute_paths(config)
@@ -82,7 +80,7 @@ def train_prm(config: PrmConfig, say: Say) -> list[float]:
 
 
 def accuracy_table(result: dict[str, Any]) -> str:
-    """Accuracies and calibration by noise level, for people."""
+    """Accuracy and calibration error by noise level, as a table to print."""
     columns: dict[str, Sequence[float]] = {"accuracy": result["accuracy"]}
     if "accuracy_without_margin" in result:
         columns = {f"pairs {result['margin']:g} apart": result["accuracy"]}
@@ -96,7 +94,7 @@ def accuracy_table(result: dict[str, Any]) -> str:
 
 
 def accuracy_chart(result: dict[str, Any], title: str) -> Any:
-    """The paper's Figure 3: accuracy over the noise level, and the calibration error below."""
+    """The paper's Figure 3: accuracy over the noise level, with the calibration error."""
     centres = [(tenth + 0.5) / TENTHS for tenth in range(TENTHS)]
     series = {"accuracy": result["accuracy"]}
     if "accuracy_without_margin" in result:
@@ -111,7 +109,7 @@ def accuracy_chart(result: dict[str, Any], title: str) -> Any:
 # --- preferences from files ------------------------------------------------------------------------------------
 
 
-def _encode(config: PrmConfig, say: Say) -> None:
+def _encode(config: PrmConfig, say: PrintLine) -> None:
     """Reads preference files, and encodes their prompts and videos."""
     assert config.preferences is not None
     family = open_generator(config.model)
@@ -123,9 +121,11 @@ def _encode(config: PrmConfig, say: Say) -> None:
                 "prompt with both labels"
             )
         images = {prompt: str(image) for prompt, image in table.images.items()}
-        mark = _mark(config, family, [[str(f) for f in table.files], table.prompts, table.pairs.tolist(), images])
+        fingerprint = _fingerprint(
+            config, family, [[str(f) for f in table.files], table.prompts, table.pairs.tolist(), images]
+        )
         folder = config.run_dir / "data" / part
-        if is_prepared(folder, mark):
+        if is_prepared(folder, fingerprint):
             say(f"{part}: {len(table.files)} samples ready in {folder}")
             continue
         began = time.monotonic()
@@ -134,13 +134,13 @@ def _encode(config: PrmConfig, say: Say) -> None:
         )
         files = [file for share in shares for file in share]
         conditioning = _encoded_prompts(config, table.prompts, table.images, say, part)
-        write_paired(folder, mark, files, family.latent_shape, table.prompt, table.pairs, conditioning)
+        write_paired(folder, fingerprint, files, family.latent_shape, table.prompt, table.pairs, conditioning)
         say(f"{part}: {len(files)} samples of {len(table.prompts)} prompts, {len(table.pairs)} pairs, "
             f"{time.monotonic() - began:.0f} s")  # fmt: skip
 
 
 def _latent_files(share: Iterable[int], config: PrmConfig, table: PreferenceTable, folder: Path) -> list[Path]:
-    """Latent files of some samples: given ones are checked, videos are encoded."""
+    """Latent files of some samples: given ones are checked, and videos are encoded to new ones."""
     from safetensors.torch import save_file
 
     from euphonium.generators.encoding import load_encoder
@@ -179,8 +179,8 @@ def _holds_latent(file: Path) -> bool:
 # --- samples that are drawn ------------------------------------------------------------------------------------
 
 
-def _draw(config: PrmConfig, part: str, say: Say) -> None:
-    """Samples of every prompt with their weighted outcome rewards; kept in the run's folder for the next time."""
+def _draw(config: PrmConfig, part: str, say: PrintLine) -> None:
+    """Draws samples of every prompt and scores them by the outcome rewards; reuses those in the training's folder."""
     assert config.prompts is not None
     training = part == "train"
     prompts = read_prompts(
@@ -190,9 +190,9 @@ def _draw(config: PrmConfig, part: str, say: Say) -> None:
     count = config.pairs.samples_per_prompt if training else config.pairs.held_out_samples_per_prompt
     family = open_generator(config.model)
     settings = [config.pairs.num_steps, config.pairs.shift, [r.model_dump(mode="json") for r in config.outcome]]
-    mark = _mark(config, family, [prompts, count, *settings])
+    fingerprint = _fingerprint(config, family, [prompts, count, *settings])
     folder = config.run_dir / "data" / part
-    if is_prepared(folder, mark):
+    if is_prepared(folder, fingerprint):
         say(f"{part}: {len(prompts) * count} samples from {folder}")
         return
     conditioning = _encoded_prompts(config, prompts, images_for(family, config.prompts), say, part)
@@ -200,13 +200,13 @@ def _draw(config: PrmConfig, part: str, say: Say) -> None:
     batches = -(-len(index) // BATCH)
     shares = map_shares(_samples, config.learner, batches, say, part, config, prompts, index, conditioning)
     latents, score = (np.concatenate(arrays) for arrays in zip(*shares, strict=True))
-    write_scored(folder, mark, latents, index, score, conditioning)
+    write_scored(folder, fingerprint, latents, index, score, conditioning)
     say(f"{part}: {len(latents)} samples, mean score {score.mean():.3f}, spread within a prompt "
         f"{score.reshape(len(prompts), count).std(axis=1).mean():.3f}")  # fmt: skip
 
 
 def _encoded_prompts(
-    config: PrmConfig, prompts: list[str], images: dict[str, Path], say: Say, part: str
+    config: PrmConfig, prompts: list[str], images: dict[str, Path], say: PrintLine, part: str
 ) -> Conditioning:
     absolute_images = {prompt: image.resolve() for prompt, image in images.items()}
     return map_shares(_conditioning, config.learner, 1, say, f"{part} prompts", config, prompts, absolute_images)[0]
@@ -224,7 +224,7 @@ def _conditioning(
 def _samples(
     share: Iterable[int], config: PrmConfig, prompts: Sequence[str], index: Array, conditioning: Conditioning
 ) -> tuple[Array, Array]:
-    """Draws and scores some batches: latents ``[samples, *latent]`` and scores ``[samples]``."""
+    """Draws and scores some batches; returns latents ``[samples, *latent]`` and scores ``[samples]``."""
     family, device = open_generator(config.model), _device()
     transformer = family.load_transformer(device).requires_grad_(False)
     scorer = OrmScorer(config.outcome, family, device, RewardPoolConfig().max_batch)
@@ -248,9 +248,9 @@ def _samples(
     return np.concatenate(latents), np.concatenate(scores) / total_weight(config.outcome)
 
 
-def _mark(config: PrmConfig, family: Generator, what: list[object]) -> str:
-    """Mark of prepared samples: the generator, and what was asked of it."""
-    generator = [family.fingerprint(), family.pipeline.mark(family.backbone)]
+def _fingerprint(config: PrmConfig, family: Generator, what: list[object]) -> str:
+    """Hash of everything that prepared samples depend on: the generator, its settings, and what is prepared."""
+    generator = [family.fingerprint(), family.pipeline.fingerprint(family.backbone)]
     values = [config.model.model_dump(mode="json"), config.seed, generator, what]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 

@@ -1,1 +1,1 @@
-"""Groups of samples: which prompts, how far ahead, drawn and scored."""
+"""Groups of samples: their prompts, how far ahead they are drawn, the trajectory buffer, and their advantages."""

@@ -1,11 +1,11 @@
-"""Draws and scores the groups of the iterations to come, into the trajectory buffer.
+"""Has the groups of the coming iterations drawn and scored, and collects them in the trajectory buffer.
 
-As many batches are under way as ``rollout.max_staleness`` allows (staleness.py), while the run loop takes them in
-order. A group whose rewards cannot be had is tried again, then dropped and counted.
+A batch is the groups of one iteration. As many batches are under way as ``rollout.max_staleness`` allows
+(staleness.py), and the run loop takes them in order. A group whose rewards cannot be computed is dropped and counted.
 
-Waits for: room in the buffer, an idle rollout actor, the answers of ORM servers (each with a deadline). Unblocked by:
-whatever of these comes; a policy version that is still being trained blocks nothing, since every order says which
-version it takes at least.
+A batch waits for: room in the buffer, which trained iterations make; an idle rollout actor; the answers of ORM servers,
+each with a deadline. It does not wait for a policy version that is still being trained, since every task says which
+version it needs at least.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from orchestrator.state.position import Position
 
 
 class BatchSource:
-    """Draws and scores batches, each once, as far ahead as the bounds allow.
+    """Has batches drawn and scored, each once, as far ahead as the bounds allow.
 
     Attributes:
-        buffer: where the groups wait for their iteration.
+        buffer: the trajectory buffer, in which groups wait for their iteration.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class BatchSource:
         prompts: PromptStream,
         failures: RewardFailures,
     ) -> None:
-        """Nothing is drawn yet.
+        """Creates a source; nothing is drawn.
 
         Args:
-            config: of the run.
-            rollouts: that draws and scores.
-            position: of the run.
-            prompts: where the groups come from.
-            failures: counts the rewards that could not be had.
+            config: configuration of the run.
+            rollouts: draws and scores groups.
+            position: where the run stands.
+            prompts: the tasks of the groups.
+            failures: counts failed rewards.
         """
         self._config = config
         self._rollouts = rollouts
@@ -58,7 +58,7 @@ class BatchSource:
         self._ahead: dict[int, asyncio.Task[Batch]] = {}
 
     def draw_ahead(self) -> None:
-        """Begins the batches that may be begun."""
+        """Starts the batches that staleness allows."""
         version = self._position.iteration
         for iteration in range(version, self._config.iterations):
             if not may_start(iteration, version, self._config.rollout.max_staleness):
@@ -67,22 +67,22 @@ class BatchSource:
                 self._ahead[iteration] = asyncio.ensure_future(self._collect(iteration))
 
     async def next(self) -> Batch:
-        """The batch that is trained next; begins what may be begun.
+        """Waits for the batch of the iteration that is trained next.
 
         Raises:
-            RewardError: too many of its groups were lost.
+            RewardError: too many of its groups were dropped.
             TrainingError: a pool has no actor left.
         """
         self.draw_ahead()
         return await self._ahead[self._position.iteration]
 
     async def trained(self, batch: Batch) -> None:
-        """Makes room: the position has moved past this batch."""
+        """Makes room in the buffer, once the run's position has moved past this batch."""
         self._ahead.pop(self._position.iteration - 1, None)
         await self.buffer.release(batch.next_group)
 
     async def forget(self) -> None:
-        """Gives up what was drawn ahead."""
+        """Drops everything that has been drawn ahead."""
         batches = list(self._ahead.values())
         self._ahead.clear()
         for batch in batches:
@@ -91,7 +91,7 @@ class BatchSource:
         self.buffer.clear()
 
     async def _collect(self, iteration: int) -> Batch:
-        """Draws and scores an iteration's groups; those whose rewards cannot be had are dropped and counted."""
+        """Has an iteration's groups drawn and scored; groups that fail are dropped and counted."""
         began = time.monotonic()
         count, state = self._config.rollout.prompts_per_iteration, self._position.state
         first = state.next_group + (iteration - state.iteration) * count
@@ -112,12 +112,12 @@ class BatchSource:
         return Batch(groups, len(lost), first + count, time.monotonic() - began)
 
     async def _fill(self, task: GroupTask) -> str | None:
-        """Draws and scores a group into the buffer once there is room for it; why it was given up, if it was."""
+        """Puts a group into the buffer, once there is room for it; returns why it was dropped, or None."""
         await self.buffer.admit(task)
         try:
             group = await self._draw_and_score(task)
         except RewardError as error:
-            # Every request has been tried on all servers; the same group again would ask them the same.
+            # Its requests have been retried on other servers already; drawing the group again would repeat them.
             self._failures.note(error)
             reason = str(error)
         except (LostActorError, WeightsMissingError) as error:

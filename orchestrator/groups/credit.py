@@ -1,7 +1,7 @@
-"""Credit assignment: what rewards say about each action of each sample, and which samples are trained.
+"""Credit assignment: an advantage for each action of each sample, and the choice of the samples to train on.
 
-Euphonium, Eq. 16: ``A_k = sum_m w_m norm(r_m(x_T)) + w_p norm(r_p(x_k))``. A group of scored samples becomes what the
-learner group trains on; whatever has a global scope needs all groups of the iteration at once.
+Euphonium, Eq. 16: ``A_k = sum_m w_m norm(r_m(x_T)) + w_p norm(r_p(x_k))``, where an action is step k of a sample. All
+groups of an iteration are treated together, because normalisation may span them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """A group with its outcome rewards.
+    """A drawn group with its outcome rewards.
 
     Attributes:
-        info: what is known of it.
+        info: description of the group, with its process rewards.
         latents: reference to its final latents, float32 ``[group, *latent]``.
         payload: reference to its trained transitions.
-        scores: rewards by name, ``[group]`` each.
-        scoring_s: seconds that they took.
+        scores: outcome rewards by name, ``[group]`` each.
+        scoring_s: seconds that scoring took.
     """
 
     info: GroupInfo
@@ -46,10 +46,10 @@ class Batch:
     """The groups of one iteration.
 
     Attributes:
-        groups: those that were drawn and scored.
-        dropped: number of those that were given up.
-        next_group: ordinal of the first group of the iteration after.
-        seconds: from the first order to the last score.
+        groups: the groups that were drawn and scored.
+        dropped: number of groups that were dropped.
+        next_group: ordinal of the first group of the next iteration.
+        seconds: time from the first task to the last score.
     """
 
     groups: list[ScoredGroup]
@@ -61,7 +61,7 @@ class Batch:
 def advantages(
     config: RunConfig, infos: Sequence[GroupInfo], scores: Sequence[Mapping[str, Array]]
 ) -> list[Advantages]:
-    """Advantages of all groups of an iteration, from their outcome rewards ``[group]`` and process rewards."""
+    """Advantages of all groups of an iteration, given their outcome rewards by name, ``[group]`` each."""
     rewards = [
         GroupRewards(
             {name: torch.tensor(values) for name, values in group.items()},
@@ -73,7 +73,7 @@ def advantages(
 
 
 def training_group(config: RunConfig, info: GroupInfo, result: Advantages) -> TrainingGroup:
-    """A group as the learner group takes it; advantages that are the same for all steps are spread over them."""
+    """The group with advantages for every step, as the learner group takes it."""
     return TrainingGroup(
         info=info,
         advantages=result.values.expand(-1, -1, config.sampler.num_steps).numpy(),

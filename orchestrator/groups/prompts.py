@@ -1,4 +1,4 @@
-"""Prompt files, and the order in which a run draws from them."""
+"""The order in which a run takes the prompts of its file."""
 
 from __future__ import annotations
 
@@ -14,25 +14,35 @@ from euphonium.wire.records import GroupTask
 
 
 def read_prompts(path: Path, field: str) -> list[str]:
-    """Texts of the prompts of a file; arguments and errors of :func:`euphonium.prompt_files.read_prompt_file`."""
+    """Texts of a prompt file; arguments and errors are those of :func:`euphonium.prompt_files.read_prompt_file`."""
     return [prompt.text for prompt in read_prompt_file(path, field)]
 
 
 class PromptStream:
-    """Tasks by ordinal: a fresh shuffle of the prompts every epoch, a seed of its own for every group.
+    """The tasks of a run by ordinal: prompts are shuffled anew every epoch, and every group has a seed of its own.
 
-    The stream has no state: a run's place in it is the number of groups that it has consumed, so a resumed run
-    neither skips nor repeats a prompt.
+    The stream has no state: a task depends only on its ordinal, and a run only has to remember how many groups it has
+    consumed. A resumed run therefore neither skips nor repeats a prompt.
+
+    Example:
+        >>> stream = PromptStream(["a", "b", "c"], seed=0)
+        >>> epochs = [[stream.task(3 * epoch + i).prompt for i in range(3)] for epoch in range(2)]
+        >>> [sorted(epoch) for epoch in epochs]
+        [['a', 'b', 'c'], ['a', 'b', 'c']]
+        >>> stream.task(4) == PromptStream(["a", "b", "c"], seed=0).task(4)
+        True
+        >>> len({stream.task(ordinal).seed for ordinal in range(6)})
+        6
     """
 
     def __init__(self, prompts: Sequence[str], seed: int) -> None:
         self._prompts = list(prompts)
         self._seed = seed
-        # Two epochs meet in the batches that are drawn ahead.
+        # Batches that are drawn ahead may span two epochs.
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def task(self, ordinal: int, iteration: int = 0) -> GroupTask:
-        """The task with this ordinal, drawn for an iteration (from 0)."""
+        """The task with this ordinal, to be drawn for an iteration (from 0)."""
         epoch, position = divmod(ordinal, len(self._prompts))
         noise = np.random.SeedSequence([self._seed, 1, ordinal]).generate_state(1, np.uint64)[0]
         return GroupTask(
@@ -47,6 +57,6 @@ class PromptStream:
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:
-    """At most ``count`` prompts, evenly spaced over the file."""
+    """At most ``count`` prompts, evenly spaced over all."""
     chosen = np.linspace(0, len(prompts) - 1, min(count, len(prompts))).round().astype(int)
     return [prompts[i] for i in chosen]

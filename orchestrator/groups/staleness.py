@@ -1,8 +1,8 @@
-"""How far drawing may run ahead of training: the rule, as a function of plain numbers.
+"""How far drawing may run ahead of training, as functions of plain numbers.
 
 Iteration ``j`` (from 0) trains the policy from version ``j`` to version ``j + 1``. A group drawn for iteration ``j``
 by version ``v`` is ``j - v`` versions stale when it is trained. Drawing ahead is bounded twice: in staleness, because
-the objective trusts old log-probabilities only so far, and in what waits, because trajectories take memory.
+importance ratios correct for an older policy only so far, and in what is held, because trajectories take memory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class Bounds:
 
     Attributes:
         max_staleness: versions by which a group may lag behind the policy that it trains; 0 is strictly on-policy.
-        groups: groups that may be held, under way or finished, for later iterations than the next.
-        nbytes: bytes that all held groups may take before drawing ahead pauses.
+        groups: number of groups, being drawn or finished, up to which groups for later iterations may be started.
+        nbytes: bytes up to which they may be started.
     """
 
     max_staleness: int
@@ -27,12 +27,12 @@ class Bounds:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """Groups that have been begun and not yet been trained on.
+    """Groups that have been started and not yet been trained on.
 
     Attributes:
         groups: their number.
-        nbytes: their size; groups under way count as much as the largest so far.
-        each: expected size of one more.
+        nbytes: their size; groups that are being drawn count as much as the largest so far.
+        each: expected size of one more, in bytes.
     """
 
     groups: int
@@ -46,9 +46,21 @@ def may_start(iteration: int, version: int, max_staleness: int) -> bool:
 
 
 def may_draw(iteration: int, version: int, bounds: Bounds, held: Held) -> bool:
-    """Whether one more group for an iteration may be begun.
+    """Whether one more group for an iteration may be started when the policy has been trained to ``version``.
 
     Groups of the iteration that is trained next always may: without them nothing that is held can ever be trained.
+
+    Example:
+        >>> bounds = Bounds(max_staleness=1, groups=4, nbytes=100)
+        >>> full = Held(groups=4, nbytes=40, each=10)
+        >>> may_draw(iteration=7, version=7, bounds=bounds, held=full)  # of the next iteration
+        True
+        >>> may_draw(iteration=8, version=7, bounds=bounds, held=full)  # one ahead, but the buffer is full
+        False
+        >>> may_draw(iteration=8, version=7, bounds=bounds, held=Held(groups=3, nbytes=30, each=10))
+        True
+        >>> may_draw(iteration=9, version=7, bounds=bounds, held=Held(groups=0, nbytes=0, each=10))  # too far ahead
+        False
     """
     if not may_start(iteration, version, bounds.max_staleness):
         return False
@@ -58,5 +70,9 @@ def may_draw(iteration: int, version: int, bounds: Bounds, held: Held) -> bool:
 
 
 def staleness(iteration: int, policy_version: int) -> int:
-    """Versions by which a group drawn by ``policy_version`` lags when its iteration is trained."""
+    """Versions by which a group drawn by ``policy_version`` lags when its iteration (from 0) is trained.
+
+    >>> staleness(iteration=7, policy_version=7), staleness(iteration=8, policy_version=7)
+    (0, 1)
+    """
     return iteration - policy_version

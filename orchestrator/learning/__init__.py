@@ -1,1 +1,1 @@
-"""The learner group as the run sees it: plans one way, reports the other."""
+"""The learner group as the run sees it: how it is started, gets orders and reports, and the refresh of the PRM."""

@@ -1,4 +1,4 @@
-"""The learner group: a Ray Train run on a thread of the driver, watched from the run loop."""
+"""The learner group: a Ray Train run, which a thread of the driver waits for and the run loop polls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class LearnerGroup:
-    """Runs ``learners.policy.train_loop`` on every worker until an order says stop."""
+    """Runs ``learners.policy.train_loop`` on every worker, until an order says stop."""
 
     def __init__(self, config: RunConfig, namespace: str, mailbox: str, store: str) -> None:
         self._config = config
@@ -27,10 +27,10 @@ class LearnerGroup:
         self._launch.start()
 
     def check(self) -> None:
-        """Raises if the group has ended.
+        """Raises if the group has ended, unless it was dismissed.
 
         Raises:
-            TrainingError: with the reason that Ray Train gives.
+            TrainingError: it has; gives Ray Train's reason.
         """
         if self._dismissed:
             return
@@ -39,11 +39,11 @@ class LearnerGroup:
             raise TrainingError("the learner group has ended before the run did")
 
     def dismiss(self) -> None:
-        """Notes that the group has done its last order and may end, while the run has still something to do."""
+        """Notes that the group has done its last order and may end, while the run goes on."""
         self._dismissed = True
 
     def join(self, timeout_s: float) -> None:
-        """Waits for the group to end, after a plan that says stop."""
+        """Blocks until the group has ended, after an order that says stop."""
         if not self._launch.join(timeout_s):
             log.warning("the learner group has not ended within %.0f s; going on without it", timeout_s)
 

@@ -1,4 +1,4 @@
-"""Ray Train runs, and the thread of the driver that waits for one; its owner asks how it stands, and never waits."""
+"""Starts Ray Train runs on a thread of the driver, so that the run loop can poll them instead of waiting."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from euphonium.errors import TrainingError
 
 
 class Launch:
-    """Blocking work on a thread of its own, whose error waits for whoever asks.
+    """Blocking work on a thread of its own; an error is kept until :meth:`check` is called.
 
     Args:
-        work: to do, for example a run of :func:`torch_trainer`.
-        name: of the thread.
+        work: the work, for example ``fit`` of a :func:`torch_trainer`.
+        name: name of the thread.
     """
 
     def __init__(self, work: Callable[[], object], name: str) -> None:
@@ -36,18 +36,18 @@ class Launch:
         return self._thread.is_alive()
 
     def join(self, timeout_s: float) -> bool:
-        """Waits for the end of the work; whether it came in time."""
+        """Blocks until the work has ended or the timeout is over; returns whether it has ended."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def check(self, what: str) -> None:
-        """Raises what has ended the work.
+        """Raises if the work has failed.
 
         Args:
-            what: works, for the error: "the learner group".
+            what: name of the work, for the error: "the learner group".
 
         Raises:
-            TrainingError: with the reason that Ray Train gives.
+            TrainingError: it has; gives Ray Train's reason.
         """
         if self._error is not None:
             raise TrainingError(f"{what} is gone: {deepest_reason(self._error)}") from self._error
@@ -62,14 +62,14 @@ class Launch:
 def torch_trainer(
     loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], pool: LearnerPoolConfig, name: str, run_dir: Path
 ) -> Any:
-    """A Ray Train run of a loop on every worker of a group.
+    """A Ray Train run of a function on every worker of a group.
 
     Args:
-        loop: what each of them runs.
+        loop: the function that each worker runs.
         settings: its argument.
-        pool: the group's size, and what each worker takes.
-        name: of the run.
-        run_dir: under which Ray Train keeps its own files.
+        pool: the group's size, and the resources of each worker.
+        name: name of the run.
+        run_dir: folder under which Ray Train keeps its own files.
     """
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(pool.start_timeout_s)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -90,7 +90,7 @@ def torch_trainer(
             label_selector=dict(pool.labels) or None,
         ),
         run_config=RunConfig(
-            # A name that was used before would make Ray Train resume on its own; resuming is ours to decide.
+            # With a name that was used before, Ray Train would resume on its own; the orchestrator decides that.
             name=f"{name}-{uuid.uuid4().hex[:8]}",
             storage_path=str((run_dir / "ray_train").resolve()),
             failure_config=FailureConfig(max_failures=pool.max_failures, controller_failure_limit=3),
@@ -100,6 +100,6 @@ def torch_trainer(
 
 
 def deepest_reason(error: BaseException) -> str:
-    """The last line of the deepest cause: Ray Train wraps the worker's error in its own."""
+    """The last line of an error's text: the worker's own error, which Ray Train wraps in others."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,10 +1,10 @@
-"""The run loop's line to the learner group: orders one way, reports the other, through the mailbox.
+"""The run loop's link to the learner group: sends orders and gets reports, through the mailbox.
 
-The mailbox counts how often a learner group has joined it, the *generation*; an order that was meant for an earlier
-generation than the present one is refused, and the run loop learns of the restart by that.
+The mailbox counts how many times a learner group has joined it, the *generation*. An order that names an earlier
+generation is refused, which is how the run loop learns that the group was restarted.
 
 Waits for: a group that starts or restarts (``pools.learner.start_timeout_s``), and its reports
-(``pools.learner.update_timeout_s``); both waits end at once when the group fails.
+(``pools.learner.update_timeout_s``); both waits end when the group fails.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _T = TypeVar("_T")
 
 
 class LearnerRestartedError(TrainingError):
-    """The learner group died and is back, at the last checkpoint."""
+    """The learner group was restarted from the last checkpoint, or is about to be."""
 
 
 class LearnerLink:
-    """Starts the learner group, gives it orders, and knows whether it is there.
+    """Starts the learner group, gives it orders, and notices restarts.
 
     Attributes:
         group: the learner group, or None before it was started.
-        turn: to be held while the group works on orders that belong together.
+        turn: lock to hold while the group works on an order, or on orders that belong together.
     """
 
     _mailbox: ActorProxy[Mailbox]
@@ -61,8 +61,8 @@ class LearnerLink:
     # --- start and end ------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Makes the mailbox and the weight store."""
-        # Both may be restarted by Ray; what they forget is told or published again.
+        """Starts the actors of the mailbox and the weight store."""
+        # Ray may restart both; the run loop then repeats what the mailbox forgot, and weights are published again.
         options = beside_the_driver()
         self._store = start_actor(WeightDirectory, WeightStore, {"name": STORE, **options})
         self._mailbox = start_actor(Mailbox, LearnerMailbox, {"name": MAILBOX, **options})
@@ -73,23 +73,23 @@ class LearnerLink:
         group.start()
 
     async def replaced(self) -> None:
-        """Waits until the group that was started in another's place can take orders.
+        """Waits until a group that replaces another one can take orders.
 
         Raises:
-            TrainingError: it failed, or did not come in time.
-            LearnerRestartedError: the mailbox died over it.
+            TrainingError: it failed, or did not start in time.
+            LearnerRestartedError: the mailbox died meanwhile.
         """
         await self._joined(self._generation)
 
     async def joined(self, checkpoint: str | None, iteration: int) -> int:
-        """Waits until a group that starts, or that died, can take orders; also if the mailbox dies over it.
+        """Waits until a group that starts or was restarted can take orders, also if the mailbox dies meanwhile.
 
         Args:
-            checkpoint: folder from which a group resumes that has not joined yet.
-            iteration: of that checkpoint.
+            checkpoint: folder that the group resumes from if it has not joined yet; None for none.
+            iteration: iteration of that checkpoint.
 
         Returns:
-            The iteration from which the group goes on.
+            The iteration that the group resumed from.
 
         Raises:
             TrainingError: the group or the mailbox does not come back.
@@ -98,7 +98,7 @@ class LearnerLink:
         known = self._generation
         while True:
             try:
-                # A mailbox that was restarted counts from 0 and waits to be told where the run resumes from.
+                # A restarted mailbox counts from 0, and lets nobody join until it knows the checkpoint.
                 state = await self._ask(lambda: self._mailbox.state.remote(-1, -1, 0.0))
                 if state.generation < known:
                     known = 0
@@ -111,12 +111,12 @@ class LearnerLink:
 
     @property
     def has_joined(self) -> bool:
-        """Whether a learner group has ever been able to take orders."""
+        """Whether a learner group has ever joined."""
         return self._generation > 0
 
     @property
     def usable(self) -> bool:
-        """Whether the learner group has joined and not ended."""
+        """Whether the learner group has joined and has not ended."""
         try:
             self.check()
         except TrainingError:
@@ -127,7 +127,7 @@ class LearnerLink:
         """Raises if the learner group has ended.
 
         Raises:
-            TrainingError: why.
+            TrainingError: it has; says why.
         """
         if self.group is not None:
             self.group.check()
@@ -138,12 +138,12 @@ class LearnerLink:
         self.group.dismiss()
 
     def join(self, timeout_s: float) -> None:
-        """Waits for the group to end, after an order that says stop."""
+        """Blocks until the group has ended, after an order that says stop."""
         assert self.group is not None
         self.group.join(timeout_s)
 
     async def _joined(self, after: int) -> LearnerState:
-        """Waits until the group that joined after a generation can take orders."""
+        """Waits until a group of a later generation than ``after`` can take orders."""
         deadline = time.monotonic() + self._pool.start_timeout_s
         while True:
             state = await self._ask(lambda: self._mailbox.state.remote(-1, after, 2.0))
@@ -162,7 +162,7 @@ class LearnerLink:
     # --- orders -------------------------------------------------------------------------------------------------
 
     async def resume_from(self, checkpoint: str | None, iteration: int) -> None:
-        """Tells from which checkpoint, of which iteration, a starting learner group resumes.
+        """Tells the mailbox which checkpoint, of which iteration, a starting learner group resumes from.
 
         Raises:
             LearnerRestartedError: the mailbox died.
@@ -173,8 +173,8 @@ class LearnerLink:
         """Has the group carry out an order, and waits for its report.
 
         Raises:
-            LearnerRestartedError: the group has gone back to the last checkpoint.
-            TrainingError: it failed, or took too long.
+            LearnerRestartedError: the group was restarted; the order was not carried out, or is void.
+            TrainingError: the group failed, or took too long.
         """
         generation = self._generation
         if not await self._ask(lambda: self._mailbox.submit.remote(order, generation)):
@@ -196,14 +196,14 @@ class LearnerLink:
                 )
 
     async def republish(self, version: int) -> None:
-        """Has the group publish its weights again, unless the store has them by now.
+        """Has the group publish its weights again, unless the weight store has them by now.
 
         Args:
-            version: that the group holds.
+            version: policy version that the group holds.
 
         Raises:
-            LostActorError: the store does not come back.
-            LearnerRestartedError: the group has gone back to the last checkpoint.
+            LostActorError: the weight store does not come back.
+            LearnerRestartedError: the group was restarted.
         """
         deadline = time.monotonic() + RECOVERY_TIMEOUT_S
         while True:
@@ -220,7 +220,7 @@ class LearnerLink:
                 await asyncio.sleep(1.0)
 
     async def _ask(self, call: Callable[[], ObjectRef[_T]]) -> _T:
-        """The mailbox's answer; one that died has forgotten the learner group, which then starts anew."""
+        """The mailbox's answer. A mailbox that died has forgotten the learner group, which then has to join again."""
         try:
             return await awaited(call(), None, "the learner mailbox")
         except LostActorError as error:

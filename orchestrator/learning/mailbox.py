@@ -1,19 +1,19 @@
-"""The mailbox between the run loop and the learner group: a Ray actor through which orders go and reports come back.
+"""The mailbox between the run loop and the learner group: a Ray actor through which orders and reports travel.
 
 Nobody can call into a Ray Train worker, so the learner group fetches its orders here. The mailbox holds references to
-the groups of one order, never arrays: those lie in the object store and belong to the driver, so they outlive the
+the groups of one order, never arrays: those are in the object store and owned by the driver, so they outlive the
 rollout actor that drew them and this actor too.
 
-Invariant: an order is a transaction. It is taken from the run loop once, handed to every rank once, and gone when every
-rank has acknowledged it; an order that was meant for an earlier learner group is never taken.
+Invariant: an order is a transaction. It is submitted once, leased by every rank once, and done when every rank has
+acknowledged it; an order for an earlier learner group is never accepted.
 
-Three counters keep that: a group that starts joins under a name that all its ranks share, the *attempt*; calls of an
-earlier attempt are refused, also those that have waited here since before it died. The *generation* counts the
-attempts; the run loop names the one that it knows of, because the group may have gone back to a checkpoint since. A
-mailbox that was restarted counts from 0 again and lets nobody join before it was told where to resume from.
+Each start of the learner group is an *attempt*, whose name all its ranks share; calls of an earlier attempt are
+refused, also those that have been waiting here since before it died. The *generation* counts the attempts. The run
+loop submits an order for the generation that it knows of, because the group may have been restarted from a checkpoint
+since. A restarted mailbox counts from 0 again, and lets nobody join before it knows the checkpoint to resume from.
 
-The run loop waits for: the report (:meth:`LearnerMailbox.state`). A rank waits for: the next order
-(:meth:`LearnerMailbox.lease`), and, when it starts, for the checkpoint to resume from (:meth:`LearnerMailbox.join`).
+The run loop waits here for a report (:meth:`LearnerMailbox.state`). A rank waits for the next order
+(:meth:`LearnerMailbox.lease`) and, when it starts, for the checkpoint to resume from (:meth:`LearnerMailbox.join`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,31 @@ from euphonium.wire.records import LearnerState, UpdateOrder, UpdateReport
 
 
 class LearnerMailbox:
-    """Keeps at most one order; runs on one event loop, so methods interleave only where they await."""
+    """Holds at most one order; runs on one event loop, so methods interleave only where they await.
+
+    Example:
+        >>> from euphonium.wire.records import Publish
+        >>> order = Publish(version=0, average=False)
+        >>> async def main():
+        ...     mailbox = LearnerMailbox()
+        ...     await mailbox.set_checkpoint(None, 0)
+        ...     await mailbox.join("first start", world_size=1)
+        ...     await mailbox.learner_ready("first start")
+        ...     print("accepted", await mailbox.submit(order, generation=1))
+        ...     print("leased", await mailbox.lease(0, "first start") == order)
+        ...     await mailbox.join("second start", world_size=1)  # Ray Train has restarted the group
+        ...     await mailbox.learner_ready("second start")
+        ...     try:
+        ...         await mailbox.acknowledge(0, "first start", UpdateReport(version=0))
+        ...     except LostActorError as error:
+        ...         print(error)
+        ...     print("accepted", await mailbox.submit(order, generation=1))
+        >>> asyncio.run(main())
+        accepted True
+        leased True
+        another learner group has taken this one's place
+        accepted False
+    """
 
     def __init__(self) -> None:
         self._changed = asyncio.Condition()
@@ -48,16 +72,16 @@ class LearnerMailbox:
     # --- the run loop's side ------------------------------------------------------------------------------------
 
     async def set_checkpoint(self, folder: str | None, version: int) -> None:
-        """Tells from where a starting learner group resumes, and which policy version that is."""
+        """Sets the checkpoint that a starting learner group resumes from, and its policy version."""
         async with self._changed:
             self._checkpoint = folder, version
             self._changed.notify_all()
 
     async def submit(self, order: UpdateOrder, generation: int) -> bool:
-        """Leaves an order for the learner group.
+        """Submits an order to the learner group.
 
         Returns:
-            Whether it was taken; not if the learner group has started anew since ``generation``.
+            Whether it was accepted; not if the learner group has been restarted since ``generation``.
         """
         async with self._changed:
             if generation != self._generation or not self._ready:
@@ -70,7 +94,7 @@ class LearnerMailbox:
             return True
 
     async def state(self, number: int, generation: int, timeout_s: float) -> LearnerState:
-        """Waits until order ``number`` is reported or the group fails or has restarted; or for the timeout."""
+        """Waits until order ``number`` is done, the group has failed or been restarted, or the timeout is over."""
 
         def settled() -> bool:
             reported = self._report is not None and self._report.version == number
@@ -88,7 +112,7 @@ class LearnerMailbox:
     # --- the learners' side ------------------------------------------------------------------------------------
 
     async def join(self, attempt: str, world_size: int) -> tuple[str | None, int]:
-        """Called by every rank when it starts.
+        """Called by every rank when it starts; waits for :meth:`set_checkpoint`.
 
         Returns:
             The checkpoint to load, or None, and its policy version; the same for all ranks of an attempt.
@@ -108,7 +132,7 @@ class LearnerMailbox:
         """Called by rank 0 once the group can take orders.
 
         Raises:
-            LostActorError: another attempt has joined since.
+            LostActorError: a later attempt has joined.
         """
         async with self._changed:
             self._must_be_current(attempt)
@@ -116,10 +140,10 @@ class LearnerMailbox:
             self._changed.notify_all()
 
     async def lease(self, rank: int, attempt: str) -> UpdateOrder:
-        """The next order, for one rank; waits for one.
+        """Waits for the next order, and returns it to one rank, once.
 
         Raises:
-            LostActorError: another attempt has joined since.
+            LostActorError: a later attempt has joined.
         """
         async with self._changed:
             await self._changed.wait_for(
@@ -131,10 +155,10 @@ class LearnerMailbox:
             return self._order
 
     async def acknowledge(self, rank: int, attempt: str, report: UpdateReport) -> None:
-        """Called by every rank when an order is done; the last one completes the transaction.
+        """Called by every rank when it has carried out an order; the last one completes the transaction.
 
         Raises:
-            LostActorError: another attempt has joined since.
+            LostActorError: a later attempt has joined.
         """
         async with self._changed:
             self._must_be_current(attempt)
@@ -145,7 +169,7 @@ class LearnerMailbox:
                 self._changed.notify_all()
 
     async def fail(self, attempt: str, reason: str) -> None:
-        """Called by a rank that cannot go on and should not be restarted."""
+        """Called by a rank that cannot go on, if a restart would not help."""
         async with self._changed:
             if attempt == self._attempt:
                 self._failure = self._failure or reason

@@ -1,11 +1,11 @@
-"""Keeps the process reward model up with the policy, where the recipe says so (``rewards.process.refresh``).
+"""The refresh of the process reward model during a run, if the recipe has one (``rewards.process.refresh``).
 
-After every iteration its actor, a pool of one, takes in the iteration's samples; when a refresh is due it trains on
-all that it keeps, and the PRM servers get the new weights. Training goes in pieces of a few seconds, so that a stop is
-heard while it is under way: the refresh is then noted in the checkpoint, and made up for when the run goes on.
+After every iteration the refresh actor, a pool of one, gets the iteration's samples; when a refresh is due it trains on
+its buffer, and the PRM servers get the new weights. It trains for a few seconds a call, so that a stop is noticed
+meanwhile: the checkpoint then says that the refresh is due, and it is made when the run is resumed.
 
-Waits for: the actor, each answer within ``pools.learner.update_timeout_s``. One that was lost comes back without its
-samples and takes up the last checkpoint's.
+Waits for: the actor, for each answer ``pools.learner.update_timeout_s`` at most. An actor that was lost comes back
+without its samples, and restores those of the last checkpoint.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PIECE_S = 2.0
 
 
 class ProcessRewardRefresh:
-    """Feeds the actor that refreshes the model, and keeps the PRM servers on its newest weights."""
+    """Gives samples to the refresh actor, and its newest weights to the PRM servers."""
 
     def __init__(
         self,
@@ -56,29 +56,31 @@ class ProcessRewardRefresh:
         newest_checkpoint: Callable[[], Path | None],
         say: Callable[[str], None],
     ) -> None:
-        """Asks nobody yet.
+        """Creates the refresh; no actor is called.
 
         Args:
-            config: of the run.
-            pools: of the actor, if the recipe has a refresh, and of the PRM servers.
-            interruption: whether the run is to stop.
-            newest_checkpoint: folder that a lost actor takes up.
-            say: prints a line for people.
+            config: configuration of the run.
+            pools: the run's pools; without a refresh in the recipe there is no refresh actor, and nothing is done.
+            interruption: interrupts the waits for a refresh.
+            newest_checkpoint: returns the folder of the checkpoint that a lost actor restores, or None.
+            say: prints a line.
         """
         self._config = config
         self._pools = pools
         self._interruption = interruption
         self._newest_checkpoint = newest_checkpoint
         self._say = say
-        # Wherever the transitions lie; only the prompt's embeddings travel.
+        # A task on the node that holds the transitions, so that only the prompt's embeddings travel.
         self._conditioning = ray.remote(_conditioning).options(num_cpus=0)
         self._version = 0
 
     async def restore(self) -> None:
-        """Has the actor take up the newest checkpoint, at the start and when the run went back to it.
+        """Has the actor restore the newest checkpoint, and make a refresh that was due in it.
+
+        Called at the start of a run, and after it went back to a checkpoint.
 
         Raises:
-            StopRequestedError: a stop was requested while it made up for a refresh.
+            StopRequestedError: a stop was requested during the refresh.
             TrainingError: the actor does not answer.
         """
         pool = self._pools.prm_refresh
@@ -90,18 +92,18 @@ class ProcessRewardRefresh:
             await self._publish(member.handle)
 
     async def follow(self, iteration: int, batch: Batch, checkpoint: Path | None) -> dict[str, float]:
-        """After an iteration: takes in its groups, refreshes if it is time, and fills its part of a checkpoint.
+        """After an iteration: gives its groups to the actor, makes a refresh that is due, and writes to a checkpoint.
 
         Args:
-            iteration: from 1.
-            batch: of the iteration.
-            checkpoint: folder that is being filled, or None.
+            iteration: number of the iteration, from 1.
+            batch: the iteration's groups.
+            checkpoint: folder of a checkpoint that is being written, or None.
 
         Returns:
-            Metrics; nothing without a refresh in the recipe.
+            Metrics; empty without a refresh in the recipe.
 
         Raises:
-            TrainingError: the actor was lost more often than ``rewards.attempts``, or its loss is not finite.
+            TrainingError: the actor was lost in all of ``rewards.attempts`` attempts, or its loss is not finite.
         """
         if self._pools.prm_refresh is None:
             return {}
@@ -111,7 +113,7 @@ class ProcessRewardRefresh:
         )
 
     async def save(self, checkpoint: Path) -> None:
-        """Fills its part of a checkpoint outside of an iteration; a refresh under way stays to be done.
+        """Writes the actor's part of a checkpoint outside of an iteration; a refresh that is due stays due.
 
         Raises:
             TrainingError: the actor does not answer.
@@ -122,7 +124,7 @@ class ProcessRewardRefresh:
                 await self._save(member.handle, checkpoint)
 
     async def step(self, iteration: int, groups: Sequence[Replayed], checkpoint: Path | None) -> dict[str, float]:
-        """:meth:`follow` with groups as they are replayed."""
+        """:meth:`follow`, given references to what the actor needs of each group."""
         pool = self._pools.prm_refresh
         assert pool is not None
         began = time.monotonic()
@@ -155,7 +157,7 @@ class ProcessRewardRefresh:
         await asyncio.gather(*(self._wait(ref) for ref in added))
         await self._wait(actor.begin.remote(iteration))
         metrics: dict[str, float] = {}
-        # The update that these samples belong to is done: a stop must not keep its iteration from being committed.
+        # The policy's update is done: a stop must not keep the iteration from being committed.
         with contextlib.suppress(StopRequestedError):
             metrics = await self._train(actor)
         if checkpoint is not None:
@@ -164,7 +166,7 @@ class ProcessRewardRefresh:
         return metrics
 
     async def _train(self, actor: ActorProxy[PrmRefresher]) -> dict[str, float]:
-        """Has the actor train to the end of a refresh that is due; its metrics, nothing if none was."""
+        """Has the actor finish a refresh that is due; returns its metrics, empty if none was due."""
         began = time.monotonic()
         while True:
             self._interruption.raise_if_requested()
@@ -185,7 +187,7 @@ class ProcessRewardRefresh:
         self._version = await self._wait(actor.restore.remote(folder))
 
     async def _publish(self, actor: ActorProxy[PrmRefresher]) -> None:
-        """Sends weights to the servers that have others: after a refresh all, else those that were restarted."""
+        """Sends the newest weights to servers with other ones: all after a refresh, else those that were restarted."""
         servers: Sequence[ActorProxy[PrmServer]] = self._pools.prm.reachable_handles if self._pools.prm else []
         versions = await asyncio.gather(*(self._asked(server.weights_version.remote()) for server in servers))
         behind = [s for s, version in zip(servers, versions, strict=True) if version not in (None, self._version)]
@@ -195,7 +197,7 @@ class ProcessRewardRefresh:
             await asyncio.gather(*(self._asked(s.load_weights.remote(self._version, weights)) for s in behind))
 
     async def _asked(self, ref: Awaitable[_T]) -> _T | None:
-        """A server's answer; None from one that is down, which is asked again after the next iteration."""
+        """A server's answer; None if it is down, in which case it is asked again after the next iteration."""
         try:
             return await self._wait(ref)
         except TrainingError as error:

@@ -1,7 +1,7 @@
-"""A pool of Ray actors of one role: started, handed out, watched, grown and shrunk while a run goes on.
+"""A pool of Ray actors of one role, which are started, watched and handed out, and change in number during a run.
 
-It holds the three parts that know each one thing: who is there (roster.py), what Ray says of them (supervisor.py), and
-how busy they are (load.py).
+It combines three parts: the members and their states (roster.py), the actors behind them (supervisor.py), and how busy
+they are (load.py).
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _M = TypeVar("_M", bound="PoolMember")
 
 
 class ActorPool(Generic[_M]):
-    """Actors of one role. The constructor starts nothing.
+    """A pool of actors of one role. The constructor starts nothing.
 
     Attributes:
-        spec: what the pool is made of.
-        roster: who is in it.
+        spec: role, class, resources and timeouts of the actors.
+        roster: the members.
     """
 
     def __init__(self, spec: PoolSpec[_M], say: Callable[[str], None], clients: Sequence[ActorPool[Any]] = ()) -> None:
-        """A pool without members.
+        """Creates a pool without members.
 
         Args:
-            spec: what it is made of.
-            say: prints a line for people.
-            clients: pools whose members send requests to this one's. They may do so to one that has left until the work
-                is done that they were at then.
+            spec: role, class, resources and timeouts of the actors.
+            say: prints a line.
+            clients: pools whose members send requests to members of this one. They may still send some to a leaving
+                member until they have finished the work that they were doing when it was told to leave.
         """
         self.spec = spec
         self._clients = clients
@@ -55,7 +55,7 @@ class ActorPool(Generic[_M]):
     def start(self) -> None:
         """Starts the configured number of actors, from within the event loop."""
         self.roster.wanted = self.spec.config.num_actors
-        # How busy they are counts from here.
+        # Busy fractions are measured from here.
         self._load.close(0)
         self._supervisor.start(self.spec.config.num_actors)
 
@@ -63,19 +63,19 @@ class ActorPool(Generic[_M]):
         """Waits until all actors that :meth:`start` started are present; the caller sets the deadline.
 
         Raises:
-            TrainingError: one failed to start.
+            TrainingError: an actor failed to start.
         """
         await self._supervisor.wait_started()
 
     def stop(self) -> None:
-        """Ends all looking after actors, which stay as they are."""
+        """Stops watching the actors; they are not ended."""
         self._supervisor.stop()
 
     def resize(self, size: int) -> None:
-        """Grows or shrinks the pool; new members join when they are ready, leaving ones finish their work first.
+        """Grows or shrinks the pool. New members join when they are ready, leaving ones finish their work first.
 
         Args:
-            size: at least 1.
+            size: new size, at least 1.
         """
         missing = size - len(self.roster.staying)
         if missing > 0:
@@ -92,8 +92,8 @@ class ActorPool(Generic[_M]):
         """Gives a member no more work until it answers again.
 
         Args:
-            member: that failed.
-            kill: it hangs: end its process, so that Ray starts it anew.
+            member: the member that failed.
+            kill: whether to kill its process, because it hangs, so that Ray restarts it.
         """
         self._supervisor.lose(member, kill=kill)
 
@@ -101,17 +101,17 @@ class ActorPool(Generic[_M]):
 
     @property
     def reachable_handles(self) -> list[ActorProxy[_M]]:
-        """Handles of the members that clients may ask."""
+        """Handles of the members that may get requests."""
         return [member.handle for member in self.roster.reachable]
 
     @property
     def references(self) -> tuple[ServerRef[_M], ...]:
-        """The same, with their nodes, as clients in other processes get them."""
+        """References, with nodes, to the members that may get requests, for clients in other processes."""
         return tuple(ServerRef(member.handle, member.node) for member in self.roster.reachable)
 
     @contextlib.asynccontextmanager
     async def exclusive(self, priority: int) -> AsyncIterator[Member[ActorProxy[_M]]]:
-        """A present member for oneself, for roles that do one thing at a time; the lowest priority goes first.
+        """Waits for an idle member, and reserves it for the caller; the lowest priority goes first.
 
         Raises:
             TrainingError: no member is left.
@@ -126,15 +126,15 @@ class ActorPool(Generic[_M]):
     # --- numbers ------------------------------------------------------------------------------------------------
 
     def demand(self) -> dict[str, float]:
-        """Resources that the whole pool reserves, by Ray's names."""
+        """Resources that all members reserve together, by Ray's names."""
         return self._supervisor.demand()
 
     def busy_fraction(self) -> float:
-        """Share of its members' time that the pool has worked since the last call."""
+        """Share of its members' time that the pool worked since the last call."""
         return self._load.close(len(self.roster.present))
 
     def status(self) -> PoolSnapshot:
-        """The pool as it stands."""
+        """A snapshot of the pool."""
         roster = self.roster
         return PoolSnapshot(
             wanted=roster.wanted,

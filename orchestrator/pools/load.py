@@ -1,4 +1,4 @@
-"""How busy a pool is: seconds of work of its members, as a share of the time that they were there."""
+"""How busy a pool is: its members' seconds of work, as a share of the time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable
 class Load:
     """Adds up the work of a pool's members, window by window.
 
-    Work is counted in one of two ways: by those who have a member for themselves (:meth:`begin`, :meth:`end`), or by
-    members that count for themselves and report a total (:meth:`read`).
+    Work is measured in one of two ways: by callers that reserve a member (:meth:`begin`, :meth:`end`), or by members
+    that measure it themselves and report a total (:meth:`read`).
 
     Attributes:
         last: busy fraction of the last window.
@@ -25,18 +25,19 @@ class Load:
         self._totals: dict[str, float] = {}
 
     def begin(self, member: str) -> None:
-        """A member begins to work for one caller."""
+        """Records that a member starts to work for a caller."""
         self._under_way[member] = self._clock()
 
     def end(self, member: str) -> None:
-        """It ends; only what falls into the present window counts."""
+        """Records that it has finished; only the part in the present window counts."""
         began = self._under_way.pop(member)
         self._worked += self._clock() - max(began, self._window)
 
     def read(self, member: str, total_s: float) -> None:
-        """Takes a member's own reading of the seconds that it has worked since it started.
+        """Records a member's own total of seconds that it has worked since it started.
 
-        The first reading, and one that is smaller than the last because the member started anew, count as a beginning.
+        Only differences count: a first reading, and one smaller than the last because the member was restarted, add
+        nothing.
         """
         last = self._totals.get(member)
         if last is not None and total_s >= last:
@@ -44,14 +45,14 @@ class Load:
         self._totals[member] = total_s
 
     def forget(self, member: str) -> None:
-        """The member is lost: its next reading is a beginning."""
+        """Forgets a lost member's reading: its next one counts as a first."""
         self._totals.pop(member, None)
 
     def close(self, members: int) -> float:
-        """Ends the window and begins the next.
+        """Ends the window and starts the next.
 
         Args:
-            members: that the pool has.
+            members: number of members of the pool.
 
         Returns:
             Share of the members' time that they worked in the window, at most 1.

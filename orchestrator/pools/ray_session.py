@@ -1,4 +1,4 @@
-"""The connection to Ray: which cluster, with which token, what is left in it of an earlier run, and beside whom."""
+"""The connection to Ray: joining or starting a cluster, its token, remains of earlier runs, actors of the driver."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ LEFTOVERS_TIMEOUT_S = 60.0
 def connect_ray(namespace: str, *, verbose: bool) -> None:
     """Joins the cluster that RAY_ADDRESS names or that ``ray start`` started on this machine, or starts one here.
 
-    A cluster that another program started for itself is left alone: it ends with that program.
+    A cluster that another program started for itself is not joined: it ends with that program.
 
     Args:
-        namespace: of the run's actors.
-        verbose: print what the actors log; it is in Ray's log files and dashboard in any case.
+        namespace: namespace of the run's actors.
+        verbose: whether to print what the actors log; it is in Ray's log files and dashboard in any case.
     """
     _quiet_ray()
     _follow_authentication([os.environ.get("RAY_ADDRESS", "")])
@@ -42,7 +42,7 @@ def connect_ray(namespace: str, *, verbose: bool) -> None:
     except ConnectionError:
         if os.environ.get("RAY_ADDRESS"):
             raise
-        # Ray's note of a cluster that is gone.
+        # Ray still has the address of a cluster that has ended.
         ray.init(address="local", **options)
 
 
@@ -77,10 +77,10 @@ def _clusters_here() -> list[str]:
 
 
 def _follow_authentication(addresses: Sequence[str]) -> None:
-    """Has Ray show its token where a cluster asks for one, as those do that a run starts itself.
+    """Makes Ray send its token if a cluster asks for one, as clusters do that a run started itself.
 
-    Left to itself, Ray tries for 20 s without one, and then does not say why it failed. It reads the variable when it
-    is imported.
+    Otherwise Ray would try for 20 s without one, and then not say why it failed. It reads the variable when it is
+    imported.
     """
     if os.environ.get("RAY_AUTH_MODE") is None and any(map(_asks_for_a_token, addresses)):
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -95,22 +95,22 @@ def _asks_for_a_token(address: str) -> bool:
         try:
             channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=5)
         except grpc.RpcError as error:
-            # Whatever else is wrong, joining will tell.
+            # Other errors will show when the cluster is joined.
             return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
     return False
 
 
 def _quiet_ray() -> None:
-    """Ray's own notices are for people who write Ray programs."""
+    """Silences notices of Ray that are meant for authors of Ray programs."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # A call that fails has several results, each of which would be reported once more; we await one of them.
+    # A failed call with several results would be reported once for each that is not awaited.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # That a local cluster asks for its token is what we want, and what SECURITY.md says.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
 
 def beside_the_driver() -> dict[str, Any]:
-    """Options of an actor that only passes things on: on the driver's node, without which there is no run anyway."""
+    """Options of small actors such as the mailbox: on the driver's node, without which the run has ended anyway."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     own_node = NodeAffinitySchedulingStrategy(node_id(), soft=False)
@@ -118,10 +118,10 @@ def beside_the_driver() -> dict[str, Any]:
 
 
 async def name_is_free(name: str) -> None:
-    """Waits for what a run of this name that was killed a moment ago has left; Ray takes it away.
+    """Waits until no actor of an earlier run of this name is left; after a kill, Ray takes a moment to remove them.
 
     Raises:
-        PreflightError: a run of this name is running in this cluster.
+        PreflightError: a run of this name is still running in this cluster.
     """
     import ray
 

@@ -1,4 +1,4 @@
-"""What the cluster has, and what is done about what it lacks, in words."""
+"""Descriptions of the cluster's resources, and of what the autoscaler is doing, for messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def free_resources(demand: Mapping[str, float]) -> str:
-    """What is reserved, and what the cluster has of it: one clause a resource."""
+    """What the pools reserve and what the cluster has: one clause a resource."""
     import ray
 
     total, free = ray.cluster_resources(), ray.available_resources()
@@ -21,7 +21,7 @@ def free_resources(demand: Mapping[str, float]) -> str:
 
 
 def lacking_resources(demand: Mapping[str, float]) -> str:
-    """What the cluster does not have free of a demand, in words; empty if it has all."""
+    """The resources of a demand of which the cluster has too little free, in words; empty if it has enough."""
     import ray
 
     free = ray.available_resources()
@@ -30,19 +30,19 @@ def lacking_resources(demand: Mapping[str, float]) -> str:
 
 
 def autoscaler_says() -> str:
-    """What the cluster's autoscaler is doing; empty where there is none."""
+    """What the cluster's autoscaler is doing, in words; empty if there is none."""
     import ray
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=10)
-    # A cluster without an autoscaler is at version 0.
+    # Version 0 means that there is no autoscaler.
     if not int(status.stats.autoscaler_version or 0):
         return ""
     return describe_autoscaler(status)
 
 
 def describe_autoscaler(status: ClusterStatus) -> str:
-    """One clause on the nodes that are being started and those that could not be."""
+    """One clause on the nodes that are being started, and on those that failed to start."""
     coming: dict[str, int] = {}
     for launch in status.pending_launches:
         coming[launch.ray_node_type_name] = coming.get(launch.ray_node_type_name, 0) + launch.count

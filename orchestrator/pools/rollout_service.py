@@ -1,8 +1,8 @@
-"""What a run asks of its pools: groups, evaluation samples, their scores and their videos.
+"""The work that a run gives to its pools: drawing groups and evaluation samples, scoring and decoding them.
 
-A rollout actor works for one caller at a time; callers wait for one in the order of their groups, evaluation first.
-Rollouts whose actor is lost are given to another one, and weights that the store has lost are published again first;
-requests to ORM servers have retries of their own (euphonium/wire/clients.py).
+A rollout actor works for one caller at a time; callers wait for one in the order of their groups, evaluations first. A
+rollout whose actor is lost is given to another one; if the weight store has lost the weights, they are published again
+first. Requests to ORM servers have retries of their own (euphonium/wire/clients.py).
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ LONGEST_PAUSE_S = 15.0
 
 
 class RolloutService:
-    """Rollout actors and reward servers, to those who want samples and scores."""
+    """Draws and scores samples with the run's pools; retries what is lost with an actor."""
 
     def __init__(
         self, config: RunConfig, pools: RunPools, position: Position, republish: Callable[[], Awaitable[None]]
     ) -> None:
-        """A service that asks nobody yet.
+        """Creates the service; no actor is called.
 
         Args:
-            config: of the run. ``rewards.attempts`` holds for rollouts and evaluation samples too.
-            pools: who is asked.
-            position: of the run: which weights are to be used.
-            republish: has weights that are missing published again.
+            config: configuration of the run; ``rewards.attempts`` holds for rollouts and evaluation samples too.
+            pools: the run's pools.
+            position: where the run stands, which says what weights to use.
+            republish: has the learner group publish missing weights again.
         """
         self._config = config
         self._pools = pools
@@ -63,35 +63,36 @@ class RolloutService:
 
     @property
     def rollout_actors(self) -> int:
-        """Rollout actors that take work now."""
+        """Number of rollout actors that take work now."""
         return len(self._pools.rollout.roster.present)
 
     async def draw(self, task: GroupTask) -> tuple[GroupInfo, ObjectRef[Array], ObjectRef[GroupPayload]]:
         """Has a rollout actor draw a group.
 
         Returns:
-            What is to be known of it, and references to its final latents and its transitions.
+            A description of the group, and references to its final latents and its transitions.
 
         Raises:
-            LostActorError: the actors of all attempts died or hung.
+            LostActorError: the actor of the last attempt died or hung.
             WeightsMissingError: the weight store did not have the weights in the last attempt.
+            RewardError: no server returned the process rewards.
             TrainingError: a pool has no actor left.
         """
         return await self._attempts(lambda: self._draw(task), f"group {task.group_id} ({task.prompt})")
 
     async def samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: WeightKind) -> Array:
-        """Has a rollout actor draw evaluation samples, before all groups.
+        """Has a rollout actor draw evaluation samples; they go before all groups.
 
         Args:
-            prompts: texts.
-            seeds: of their noise.
-            kind: of weights.
+            prompts: one text a sample.
+            seeds: seed of each sample's noise.
+            kind: whether to draw with the policy's weights or their moving average.
 
         Returns:
             Latents ``[len(prompts), *latent]``.
 
         Raises:
-            LostActorError: the actors of all attempts died or hung.
+            LostActorError: the actor of the last attempt died or hung.
             WeightsMissingError: the weight store did not have the weights in the last attempt.
             TrainingError: the rollout pool has no actor left.
         """
@@ -100,10 +101,10 @@ class RolloutService:
     async def scores(
         self, latents: Array | ObjectRef[Array], prompts: Sequence[str], timeout_s: float
     ) -> tuple[OrmAnswer, float]:
-        """Outcome rewards of latents, or of a reference to them, and the seconds that they took.
+        """Outcome rewards of latents, by name, and the seconds that they took.
 
         Raises:
-            RewardError: no server answered with finite numbers.
+            RewardError: no server answered, or a reward is not finite.
         """
         return await self._ask_orm(lambda server: server.score.remote(latents, prompts, timeout_s), timeout_s)
 
@@ -116,7 +117,7 @@ class RolloutService:
         return await self._ask_orm(lambda server: server.videos.remote(latents), timeout_s)
 
     async def _attempts(self, work: Callable[[], Awaitable[_T]], what: str) -> _T:
-        """Does work that may lose its actor or its weights, as often as ``rewards.attempts`` says."""
+        """Does work that may lose its actor or its weights, in up to ``rewards.attempts`` attempts."""
         last: TrainingError | None = None
         for attempt in range(self._config.rewards.attempts):
             if attempt:
@@ -147,7 +148,7 @@ class RolloutService:
             return await self._rollout_answer(member, ref, "evaluation samples")
 
     def _context(self, kind: WeightKind) -> RolloutContext:
-        """What rollout actors work with from now on."""
+        """The context of a task that is sent now."""
         prm = self._pools.prm
         return RolloutContext(
             version=self._position.iteration,
@@ -158,7 +159,7 @@ class RolloutService:
         )
 
     async def _rollout_answer(self, member: Member[ActorProxy[RolloutServer]], ref: Awaitable[_T], what: str) -> _T:
-        """Awaits a rollout actor's answer; one that dies, or hangs and is killed, gets no work until it is back."""
+        """Awaits a rollout actor's answer. One that hangs is killed; a lost one gets no work until it is back."""
         try:
             return await awaited(ref, self._config.rollout.deadline_s, what)
         except LateError:

@@ -1,11 +1,10 @@
-"""Who is in a pool, in which state, and who works with whom. Plain asyncio: nothing here knows Ray.
+"""The roster of a pool: its members, their states, and which of them are in use. Plain asyncio, no Ray.
 
-A member is *starting* until it has loaded its models, then *present*; *absent* when it was lost and may come back;
+A member is *starting* until it has loaded its models, then *present*; *absent* if it was lost and may come back;
 *leaving* once the pool was told to shrink. Only present members are handed out.
 
-Everybody who waits here waits on one condition: for a member to be handed out, for members to join, or for work to
-end. Whoever joins, releases or removes a member wakes them. To lose a member or to let it leave ends no wait, so that
-these need no event loop.
+Callers wait here for an idle member, for members to join, or for work to end, all on one condition. Joining, releasing
+and removing a member wake them. Losing a member, or telling it to leave, ends no wait, and so needs no event loop.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ class Member(Generic[_H]):
 
     Attributes:
         name: ``<role>-<index>``.
-        handle: what is called.
-        state: see the module.
-        since: when the state last changed (monotonic clock).
-        node: id of the node that it is on, once it has answered.
-        joins: how often it has become present; each time after the first it may have forgotten what it was told.
+        handle: handle of the actor.
+        state: ``starting``, ``present``, ``absent`` or ``leaving``, as described at the top of this file.
+        since: time of the last change of state, on the monotonic clock.
+        node: id of the Ray node that it is on, once it has answered.
+        joins: how many times it has become present; after a restart it has forgotten what it knew.
     """
 
     name: str
@@ -47,13 +46,13 @@ class Member(Generic[_H]):
     joins: int = 0
 
     def become(self, state: State) -> None:
-        """Changes the state."""
+        """Changes the state, and notes the time."""
         self.state, self.since = state, time.monotonic()
 
 
 @dataclass(frozen=True, eq=False)
 class _Use(Generic[_H]):
-    """Work under way: with one member, or with any of them (None)."""
+    """Work under way with one member, or with whichever member answers (None)."""
 
     member: Member[_H] | None
 
@@ -62,15 +61,31 @@ class Roster(Generic[_H]):
     """The members of one pool.
 
     Attributes:
-        members: all of them.
-        wanted: size that was last asked for, or what is left of it.
+        members: all members.
+        wanted: size that was last asked for, less the members that were given up.
+
+    Example:
+        >>> async def main():
+        ...     roster = Roster("no actor is left")
+        ...     for name in ("rollout-0", "rollout-1"):
+        ...         roster.add(Member(name, handle=name))
+        ...     for member in roster.members:
+        ...         await roster.join(member)
+        ...     async with roster.exclusive(priority=0) as one, roster.exclusive(priority=0) as other:
+        ...         print(one.name, other.name)  # a member works for one caller at a time
+        ...     roster.lose(one)
+        ...     async with roster.exclusive(priority=0) as member:
+        ...         print(member.name, [member.state for member in roster.members])
+        >>> asyncio.run(main())
+        rollout-0 rollout-1
+        rollout-1 ['absent', 'present']
     """
 
     def __init__(self, nobody_left: str) -> None:
-        """An empty pool.
+        """Creates an empty roster.
 
         Args:
-            nobody_left: message of the error for those who wait when no member is left that could come.
+            nobody_left: error message for callers that wait when no member is left.
         """
         self.members: list[Member[_H]] = []
         self.wanted = 0
@@ -81,7 +96,7 @@ class Roster(Generic[_H]):
         self._order = itertools.count()
         self._changed = asyncio.Condition()
 
-    # --- who is there -------------------------------------------------------------------------------------------
+    # --- members ------------------------------------------------------------------------------------------------
 
     @property
     def present(self) -> list[Member[_H]]:
@@ -90,33 +105,33 @@ class Roster(Generic[_H]):
 
     @property
     def reachable(self) -> list[Member[_H]]:
-        """Members that clients may ask: also those that are absent, for they are expected back."""
+        """Members that may get requests: also absent ones, which are expected back."""
         return [member for member in self.members if member.state in ("present", "absent")]
 
     @property
     def starting(self) -> list[Member[_H]]:
-        """Members that have not answered yet."""
+        """Members that have not loaded their models yet."""
         return [member for member in self.members if member.state == "starting"]
 
     @property
     def staying(self) -> list[Member[_H]]:
-        """All members but those that leave."""
+        """All members except those that are leaving."""
         return [member for member in self.members if member.state != "leaving"]
 
     @property
     def working(self) -> list[Member[_H]]:
-        """Members that somebody has for themselves."""
+        """Members that are reserved by a caller."""
         taken = {use.member for use in self._uses}
         return [member for member in self.members if member in taken]
 
     # --- coming and going ---------------------------------------------------------------------------------------
 
     def add(self, member: Member[_H]) -> None:
-        """Takes in a member that is starting."""
+        """Adds a member, which is starting."""
         self.members.append(member)
 
     async def join(self, member: Member[_H]) -> bool:
-        """Lets a member take work; whether it did not before."""
+        """Makes a starting or absent member present; returns whether it was one of these."""
         if member not in self.members or member.state not in ("starting", "absent"):
             return False
         member.become("present")
@@ -125,20 +140,20 @@ class Roster(Generic[_H]):
         return True
 
     def lose(self, member: Member[_H]) -> bool:
-        """Gives a present member no more work until it joins again; whether it was present."""
+        """Makes a present member absent: it gets no work until it joins again. Returns whether it was present."""
         if member.state != "present":
             return False
         member.become("absent")
         return True
 
     def shrink(self, size: int) -> list[Member[_H]]:
-        """Has members leave: first those that are not there, then those that do nothing, the youngest first.
+        """Makes members leave: first those that are not present, then idle ones, the newest first.
 
         Args:
-            size: that is left; at least 1.
+            size: number of members that stay, at least 1.
 
         Returns:
-            Members that leave now. They get no more work, but may still be at some.
+            The members that leave. They get no more work, but may still be working.
         """
         if size < 1:
             raise ValueError(f"a pool keeps at least one member, not {size}")
@@ -151,7 +166,7 @@ class Roster(Generic[_H]):
         return leaving
 
     async def remove(self, member: Member[_H]) -> bool:
-        """Takes a member out, whatever it is doing; whether it was in. The pool does not want it back."""
+        """Removes a member for good, whatever it is doing; returns whether it was in the roster."""
         if member not in self.members:
             return False
         self.members.remove(member)
@@ -161,7 +176,7 @@ class Roster(Generic[_H]):
         return True
 
     async def fail(self, failure: TrainingError) -> None:
-        """Ends :meth:`wait_started` with an error."""
+        """Makes :meth:`wait_started` raise an error."""
         self._failure = failure
         await self._announce()
 
@@ -169,7 +184,7 @@ class Roster(Generic[_H]):
 
     @contextlib.asynccontextmanager
     async def exclusive(self, priority: int) -> AsyncIterator[Member[_H]]:
-        """A present member for oneself; of those who wait, the lowest priority goes first, then the earliest.
+        """Waits for an idle member, and reserves it; the lowest priority goes first, then the earliest caller.
 
         Raises:
             TrainingError: no member is left.
@@ -182,7 +197,7 @@ class Roster(Generic[_H]):
 
     @contextlib.asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
-        """Work that may go to any reachable member, and is awaited before one leaves."""
+        """Registers work that may be sent to any reachable member; a leaving one stays until it is done."""
         use = _Use[_H](None)
         self._uses.add(use)
         try:
@@ -205,7 +220,7 @@ class Roster(Generic[_H]):
                 self._uses.add(use)
                 return use, member
             finally:
-                # The next in line may have looked before this one was out of the way.
+                # The next in the queue may have been woken while this one was still ahead of it.
                 self._queue.remove(ticket)
                 self._changed.notify_all()
 
@@ -220,17 +235,17 @@ class Roster(Generic[_H]):
     # --- waits --------------------------------------------------------------------------------------------------
 
     async def wait_started(self) -> None:
-        """Waits until no member is starting any more.
+        """Waits until no member is starting.
 
         Raises:
-            TrainingError: that :meth:`fail` was given.
+            TrainingError: the error that was passed to :meth:`fail`.
         """
         await self._wait(lambda: self._failure is not None or not self.starting)
         if self._failure is not None:
             raise self._failure
 
     async def wait_present(self) -> None:
-        """Waits while all members are starting or absent.
+        """Waits until a member is present.
 
         Raises:
             TrainingError: no member is left.
@@ -240,12 +255,12 @@ class Roster(Generic[_H]):
             raise TrainingError(self._nobody_left)
 
     async def wait_idle(self) -> None:
-        """Waits until all work that is under way now has ended."""
+        """Waits until all work that was under way when it was called has ended."""
         before = set(self._uses)
         await self._wait(lambda: not before & self._uses)
 
     async def wait_released(self, member: Member[_H]) -> None:
-        """Waits until the work that a member may be at now has ended."""
+        """Waits until all work that a member may have been doing when it was called has ended."""
         before = {use for use in self._uses if use.member is None or use.member is member}
         await self._wait(lambda: not before & self._uses)
 

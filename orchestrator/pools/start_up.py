@@ -1,4 +1,4 @@
-"""Waiting for pools that start: until when, and what is said meanwhile of who is missing and why."""
+"""Waiting for the pools to start, with a deadline, and with messages that say which actors are missing and why."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ SAY_EVERY_S = 15.0
 
 
 async def wait_started(pools: Sequence[ActorPool[Any]], timeout_s: float, say: Callable[[str], None]) -> None:
-    """Waits until every actor has loaded its models, saying every few seconds who is missing.
+    """Waits until every actor has loaded its models; prints every few seconds which are missing.
 
     Args:
-        pools: that were started.
+        pools: pools that have been started.
         timeout_s: longest wait for all of them.
-        say: prints a line for people.
+        say: prints a line.
 
     Raises:
-        ResourcesError: actors could not be placed in time; says what they need and what the cluster has.
+        ResourcesError: actors are still missing; says which, what they need, and what the cluster has.
         TrainingError: an actor failed to start.
     """
     began = time.monotonic()
@@ -46,7 +46,7 @@ async def wait_started(pools: Sequence[ActorPool[Any]], timeout_s: float, say: C
 
 
 def _missing(pools: Sequence[ActorPool[Any]]) -> str:
-    """``4 of 8 rollout actors (rollout-4, ...)`` for every pool that is not complete."""
+    """The missing actors of every pool, such as ``4 of 8 rollout actors (rollout-4, ...)``."""
     return " and ".join(
         f"{len(pool.roster.starting)} of {len(pool.roster.members)} {pool.spec.role} actors "
         f"({', '.join(sorted(member.name for member in pool.roster.starting))})"

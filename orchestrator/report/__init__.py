@@ -1,1 +1,1 @@
-"""What people see of a run: metrics, statistics, pictures, advice."""
+"""What a run reports: metrics and where they are written, statistics, advice, pictures and charts."""

@@ -1,4 +1,4 @@
-"""What the busy fractions of the pools say about their sizes."""
+"""Advice on the pools' sizes, from their busy fractions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ REMEDY = {
 
 
 def advice(busy: Mapping[str, float], sizes: Mapping[str, int], max_staleness: int) -> str | None:
-    """One line on which pool to change, or None while none waits for another.
+    """One line on which pool to change; None if no pool is idle.
 
     Args:
-        busy: share of the time that each pool worked, by role.
-        sizes: members of each pool, by role.
-        max_staleness: of the run; strictly on-policy, rollout and learner take turns.
+        busy: busy fraction of each pool, by role.
+        sizes: number of members of each pool, by role.
+        max_staleness: ``rollout.max_staleness``; with 0, rollout and learner take turns.
     """
     if "learner" not in busy or "rollout" not in busy:
         return None

@@ -1,6 +1,6 @@
-"""Every metric of a run, declared once: its key in ``metrics.jsonl``, its Prometheus name, and what it means.
+"""The metrics of a run, each declared once: key in ``metrics.jsonl``, Prometheus name and meaning; and their endpoint.
 
-The orchestrator's own Prometheus endpoint is the source of truth. The same numbers are republished as Ray metrics
+The orchestrator's own Prometheus endpoint always has the values of the last iteration. They are also set as Ray metrics
 every few seconds, because Ray drops a gauge that has not been set for a while, and an iteration may take minutes.
 """
 
@@ -24,9 +24,9 @@ class Metric:
     """One declared metric.
 
     Attributes:
-        key: in ``metrics.jsonl``; ``*`` stands for the name of a reward.
-        name: in Prometheus, without prefix; a key with ``*`` gets the label ``reward``.
-        help: what it means and how to read it.
+        key: key in ``metrics.jsonl``; ``*`` stands for the name of a reward.
+        name: name in Prometheus, without prefix; a key with ``*`` gets the label ``reward``.
+        help: its meaning, and how to read it.
     """
 
     key: str
@@ -132,10 +132,10 @@ _PATTERNS = [(_pattern(metric.key), metric) for metric in METRICS if "*" in metr
 
 
 def find_metric(key: str) -> tuple[Metric, str | None]:
-    """The declaration of a key, and the reward's name in it.
+    """The declaration of a key, and the name of the reward in it, or None.
 
     Raises:
-        KeyError: nobody declared it.
+        KeyError: the metric is not declared.
     """
     if key in _EXACT:
         return _EXACT[key], None
@@ -147,7 +147,7 @@ def find_metric(key: str) -> tuple[Metric, str | None]:
 
 
 class PrometheusEndpoint:
-    """Serves the latest numbers of a run over HTTP, and republishes them into Ray's own metrics."""
+    """Serves the latest metrics of a run over HTTP, and republishes them as Ray's metrics from a thread."""
 
     def __init__(self, run: str, port: int, host: str, rewards: list[str]) -> None:
         from prometheus_client import CollectorRegistry, Gauge, disable_created_metrics, start_http_server
@@ -171,7 +171,7 @@ class PrometheusEndpoint:
         self._republisher.start()
 
     def set(self, record: Mapping[str, float]) -> None:
-        """Takes over the numbers of one iteration."""
+        """Sets the metrics of an iteration."""
         for key, value in record.items():
             metric, reward = find_metric(key)
             labels = {"run": self._run} | ({"reward": reward} if reward is not None else {})
@@ -196,6 +196,6 @@ class PrometheusEndpoint:
                         gauges[name] = Gauge(PREFIX + name, tag_keys=tuple(tags))
                     gauges[name].set(value, tags)
                 except Exception:
-                    # Ray may be shutting down. The endpoint above still has the number; training must not care.
+                    # Ray may be shutting down. The endpoint has the value; training must not fail because of this.
                     log.debug("could not republish %s", name, exc_info=True)
                     return

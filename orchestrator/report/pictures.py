@@ -33,7 +33,7 @@ def save_gif(video: Video, path: Path) -> None:
 
 
 def side_by_side(left: Video, right: Video) -> Video:
-    """One clip of two, with a gap between them."""
+    """Two clips side by side in one, with a gap between them."""
     gap = np.full((*left.shape[:2], 2, 3), 255, dtype=np.uint8)
     return np.concatenate([left, gap, right], axis=2)
 
@@ -71,8 +71,8 @@ def save_samples(folder: Path, prompts: Sequence[str], videos: Video, scores: Ma
     """Writes clips as GIFs, their scores as ``index.json`` and a contact sheet.
 
     Args:
-        folder: new or emptied.
-        prompts: one a video.
+        folder: created if it does not exist.
+        prompts: one text a video.
         videos: uint8 ``[batch, frames, height, width, 3]``.
         scores: per reward, one number a video.
 

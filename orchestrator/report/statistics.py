@@ -1,4 +1,4 @@
-"""Numbers about the rewards of an iteration, for the metrics: their spread, what fails, and signs of reward hacking."""
+"""Metrics of an iteration's rewards: their spread and correlations, failures, and signs of reward hacking."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from euphonium.wire.records import Array, GroupInfo
 
 Floats = NDArray[np.float64]
 ACCURACY = "process/pairwise_accuracy"
-# Outcome totals closer than this part of their size are equal: their order is rounding.
+# Outcome totals that differ by less than this fraction of their size count as equal: their order is rounding.
 RELATIVE_TIE = 1e-6
 
 
@@ -44,10 +44,10 @@ def rollout_statistics(
 
 
 def reward_statistics(scores: Sequence[Mapping[str, Array]]) -> dict[str, float]:
-    """Spread of every outcome reward, and how each two of them go together.
+    """Mean and spread of every outcome reward, and the correlation of each two.
 
     Args:
-        scores: for every group, the rewards ``[samples]`` by name.
+        scores: for every group, the rewards by name, ``[samples]`` each.
     """
     record: dict[str, float] = {}
     stacked = {name: np.stack([group[name] for group in scores]).astype(np.float64) for name in scores[0]}
@@ -64,15 +64,15 @@ def reward_statistics(scores: Sequence[Mapping[str, Array]]) -> dict[str, float]
 
 
 def process_statistics(process: Array, totals: Floats) -> dict[str, float]:
-    """How the process reward goes together with the outcome on the policy's present samples.
+    """Process rewards of the policy's samples, and their agreement with the outcome rewards.
 
     Args:
-        process: ``[groups, samples, steps]``, process rewards that the actions are credited with, 0 at steps where none
-            was asked for.
+        process: ``[groups, samples, steps]``, process rewards that the actions are credited with, 0 at steps without
+            one.
         totals: ``[groups, samples]``, weighted outcome rewards.
     """
     values = process.astype(np.float64)
-    # A model's reward is 0 for all samples of an iteration only where it was not asked.
+    # Rewards that are 0 for all samples of an iteration were not requested.
     scored = np.flatnonzero((values != 0).any(axis=(0, 1)))
     if not len(scored):
         return {}
@@ -92,8 +92,8 @@ def process_statistics(process: Array, totals: Floats) -> dict[str, float]:
 def within_group_correlation(a: Floats, b: Floats) -> float:
     """Pearson correlation of two ``[groups, samples]`` arrays after centring each group; 0 without spread.
 
-    Centred, because prompts differ in difficulty: without, two rewards that disagree about every group could still
-    seem to agree.
+    Groups are centred because prompts differ in difficulty: otherwise two rewards that disagree within every group
+    could still correlate.
     """
     x = a - a.mean(axis=1, keepdims=True)
     y = b - b.mean(axis=1, keepdims=True)
@@ -102,14 +102,14 @@ def within_group_correlation(a: Floats, b: Floats) -> float:
 
 
 def ordered_pairs(process: Floats, totals: Floats) -> tuple[float, int]:
-    """Of the pairs within a group whose outcome totals differ, those that the process reward orders alike.
+    """Counts the pairs within a group that the process reward orders like the outcome totals, if these differ.
 
     Args:
         process: ``[groups, samples]``.
         totals: ``[groups, samples]``.
 
     Returns:
-        Pairs ordered alike, where one that the process reward does not tell apart counts as half, and all pairs.
+        Number of pairs ordered alike, where a pair with equal process rewards counts half, and number of all pairs.
     """
     i, j = np.triu_indices(totals.shape[1], k=1)
     outcome = totals[:, i] - totals[:, j]
@@ -127,23 +127,23 @@ class RewardWatch:
     """
 
     def __init__(self, config: WatchConfig, records: Sequence[Mapping[str, float]] = ()) -> None:
-        """Args as described in the class.
+        """Starts with the records of a resumed run.
 
         Args:
             config: window and threshold.
-            records: what the run has recorded so far, when it is resumed.
+            records: metrics that the run has recorded so far.
         """
         self._config = config
         self._accuracy = {int(r["iteration"]): r[ACCURACY] for r in records if ACCURACY in r}
         self._alarm = False
 
     def update(self, iteration: int, record: Mapping[str, float], say: Callable[[str], None]) -> dict[str, float]:
-        """Takes over an iteration, perhaps one that is done again.
+        """Adds an iteration, or replaces one that is done again.
 
         Args:
             iteration: its number.
             record: its metrics.
-            say: prints a line; called when the alarm goes on.
+            say: prints the warning when the alarm goes on.
 
         Returns:
             ``watch/accuracy``, the mean over the window, and ``watch/alarm``; nothing until the window is full.
@@ -167,7 +167,7 @@ class RewardWatch:
 
 
 class RewardFailures:
-    """Counts groups whose rewards could not be had, and applies the rewards' ``on_failure``."""
+    """Counts groups that were lost to failed rewards, and applies the rewards' ``on_failure``."""
 
     def __init__(self, config: RewardsConfig) -> None:
         self._policy: dict[str, str] = {reward.name: reward.on_failure for reward in config.outcome}
@@ -176,10 +176,10 @@ class RewardFailures:
         self._counts: Counter[str] = Counter()
 
     def note(self, error: RewardError) -> None:
-        """Takes over the failure of a group.
+        """Records the failure of a group.
 
         Raises:
-            RewardError: one of the rewards that could not be had is configured to stop the run.
+            RewardError: one of the failed rewards is configured to stop the run.
         """
         self._counts.update(error.rewards)
         for name in error.rewards:
@@ -187,7 +187,7 @@ class RewardFailures:
                 raise RewardError(f"reward {name!r} failed, and its on_failure is abort: {error}", [name]) from error
 
     def take(self) -> dict[str, float]:
-        """Failures since the last call, for all rewards."""
+        """Metrics with the failures of each reward since the last call."""
         record = {f"rewards/failures/{name}": float(self._counts[name]) for name in self._policy}
         self._counts.clear()
         return record

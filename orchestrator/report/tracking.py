@@ -1,4 +1,4 @@
-"""Where the numbers of a run are written: ``metrics.jsonl``, TensorBoard, Prometheus, and the terminal."""
+"""Writes the metrics of a run to ``metrics.jsonl``, TensorBoard, Prometheus and the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Tracker:
-    """Records one object an iteration, everywhere at once."""
+    """Writes the metrics of each iteration to all places except the terminal.
+
+    Records after ``iterations_done``, which a resumed run does again, are removed first.
+    """
 
     def __init__(self, config: RunConfig, iterations_done: int) -> None:
         self.path = config.run_dir / METRICS_FILE
@@ -37,7 +40,7 @@ class Tracker:
             )
 
     def record(self, values: Mapping[str, float]) -> None:
-        """Writes one object; every key must be declared in ``orchestrator/report/metrics.py``."""
+        """Writes the metrics of an iteration; every key must be declared in ``orchestrator/report/metrics.py``."""
         for key in values:
             find_metric(key)
         self._stream.write(json.dumps(values) + "\n")
@@ -51,7 +54,7 @@ class Tracker:
             self.endpoint.set(values)
 
     def rewind(self, iteration: int) -> None:
-        """Takes out what lies beyond an iteration, which will be done again."""
+        """Removes the records after an iteration, which will be done again."""
         self._stream.close()
         _drop_after(self.path, iteration)
         self._stream = self.path.open("a", encoding="utf-8")
@@ -71,7 +74,7 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All whole objects of a ``metrics.jsonl``; a torn last line, left by a kill, is left out."""
+    """Reads the records of a ``metrics.jsonl``; a truncated last line, left by a kill, is skipped."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -82,7 +85,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _drop_after(path: Path, iterations_done: int) -> None:
-    """Takes out what lies beyond the checkpoint that a run resumes from: it will be done again."""
+    """Removes the records after the checkpoint that a run resumes from."""
     if not path.exists():
         return
     kept = [record for record in read_metrics(path) if record["iteration"] <= iterations_done]
@@ -92,7 +95,7 @@ def _drop_after(path: Path, iterations_done: int) -> None:
 
 
 class Progress:
-    """One line an iteration, and a bar where the output is a terminal."""
+    """Prints a line for each iteration, and shows a progress bar if the output is a terminal."""
 
     def __init__(self, iterations: int, done: int) -> None:
         self._total = iterations
@@ -116,12 +119,12 @@ class Progress:
             sys.stdout.flush()
 
     def phase(self, text: str) -> None:
-        """Shows beside the bar what is under way."""
+        """Shows the present phase beside the bar."""
         if self._bar is not None:
             self._bar.update(self._task, description=text)
 
     def iteration(self, record: Mapping[str, float]) -> str:
-        """Reports one iteration, and returns the line."""
+        """Prints the line of an iteration, and returns it."""
         done = int(record["iteration"])
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
@@ -141,7 +144,7 @@ class Progress:
         return line
 
     def summary(self, records: Sequence[Mapping[str, float]]) -> None:
-        """Compares the first and the last evaluation of a run."""
+        """Prints a comparison of the first and the last evaluation of a run."""
         evaluations = [record for record in records if "eval/total/mean" in record]
         if len(evaluations) < 2:
             return
@@ -153,6 +156,6 @@ class Progress:
                 self.say(f"  {name:<12} {first[key]:.4f} -> {last[key]:.4f}  ({last[key] - first[key]:+.4f})")
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()

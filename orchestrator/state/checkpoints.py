@@ -1,7 +1,10 @@
-"""The checkpoints of a run: which there are, which is the newest whole one, and which are kept.
+"""The checkpoints of a run: creating and committing them, finding the newest undamaged one, removing old ones.
 
 A folder ``step_N`` exists only once everything in it is on disk, and nothing is loaded before its files have been
-verified against its manifest (euphonium/files.py).
+verified against its manifest (euphonium/files.py). What the learner group and the process reward model write into a
+folder is up to them.
+
+Waits for: a commit hashes all files on a thread; the next commit, and the end of a run, wait for it.
 """
 
 from __future__ import annotations
@@ -28,12 +31,12 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands.
+    """Progress of a run, as a checkpoint stores it.
 
     Attributes:
-        iteration: iterations done, which is also the policy's version.
+        iteration: number of iterations done, which is also the policy version.
         next_group: ordinal of the first group that has not been trained on.
-        world_size: learner ranks that wrote the shards.
+        world_size: number of learner ranks that wrote the shards.
     """
 
     iteration: int
@@ -43,7 +46,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint."""
+    """A committed checkpoint whose files are as they were written."""
 
     folder: Path
     state: RunState
@@ -53,9 +56,9 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        folder: that holds them.
-        keep_last: newest checkpoints that are kept.
-        keep_every: those of iterations that it divides are kept as well; None for no others.
+        folder: the folder that holds them.
+        keep_last: number of newest checkpoints that are kept.
+        keep_every: checkpoints of iterations that this divides are kept as well; None for no others.
     """
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int | None = None) -> None:
@@ -65,7 +68,7 @@ class CheckpointStore:
         self._being_filled: set[Path] = set()
 
     def begin(self, iteration: int) -> Path:
-        """A new folder, aside, for the ranks to write to.
+        """Creates a temporary folder for the ranks to write to.
 
         Raises:
             CheckpointError: the file system refused.
@@ -78,9 +81,7 @@ class CheckpointStore:
         return folder
 
     def commit(self, folder: Path, state: RunState, config_yaml: str) -> Checkpoint:
-        """Makes a checkpoint of a filled folder, then removes old ones.
-
-        It reads everything that it hashes, so that the run loop has a thread do it; one at a time.
+        """Makes a filled folder a checkpoint, then removes old ones; takes long, because it hashes all files.
 
         Raises:
             CheckpointError: the file system refused, for example because it is full.
@@ -98,11 +99,11 @@ class CheckpointStore:
         return Checkpoint(target, state)
 
     def folders(self) -> list[Path]:
-        """Those of committed checkpoints, whole or damaged, in order."""
+        """Folders of all committed checkpoints, also damaged ones, in order."""
         return [folder for folder in sorted(self.folder.glob("step_*")) if ".tmp-" not in folder.name]
 
     def newest(self, report: Callable[[str], None] = log.warning) -> Checkpoint | None:
-        """The newest checkpoint whose files are what its manifest says; tells which it skips, and why."""
+        """The newest undamaged checkpoint, or None; calls ``report`` for each damaged one that it skips."""
         for folder in reversed(self.folders()):
             try:
                 return verify(folder)
@@ -120,15 +121,15 @@ class CheckpointStore:
         return self._keep_every is not None and int(folder.name.removeprefix("step_")) % self._keep_every == 0
 
     def abandon(self, folder: Path) -> None:
-        """Says that a folder of :meth:`begin` will not be committed; the next commit removes it."""
+        """Gives up a folder of :meth:`begin`, which the next commit will remove."""
         self._being_filled.discard(folder)
 
 
 class BackgroundCommits:
-    """Commits filled checkpoints on a thread, one at a time, while the run goes on.
+    """Commits checkpoints on a thread, one at a time, while the run goes on.
 
     Attributes:
-        newest: checkpoint from which a learner group that is lost resumes, or None.
+        newest: checkpoint from which a restarted learner group resumes, or None.
     """
 
     def __init__(
@@ -138,12 +139,12 @@ class BackgroundCommits:
         newest: Checkpoint | None,
         tell: Callable[[Checkpoint], Awaitable[None]],
     ) -> None:
-        """Args as described in the class.
+        """Starts without a commit under way.
 
         Args:
-            store: of the run.
-            start: where the run begins.
-            newest: where it resumes from, if it does.
+            store: the run's checkpoints.
+            start: state at the start of this process.
+            newest: checkpoint that the run is resumed from, or None.
             tell: called with every new checkpoint.
         """
         self._store = store
@@ -156,34 +157,34 @@ class BackgroundCommits:
 
     @property
     def resume_point(self) -> tuple[str | None, int]:
-        """Folder of the newest checkpoint, None if there is none, and its iteration."""
+        """Folder and iteration of the newest checkpoint; None and 0 if there is none."""
         return (None, 0) if self.newest is None else (str(self.newest.folder.resolve()), self.newest.state.iteration)
 
     def newest_folder(self) -> Path | None:
-        """Folder of the newest checkpoint, if there is one."""
+        """Folder of the newest checkpoint, or None."""
         return None if self.newest is None else self.newest.folder
 
     def state_of(self, iteration: int) -> RunState:
-        """Where the run stood at the start, or at one of its checkpoints."""
+        """State of the run at its start, or at one of its checkpoints."""
         return self._states[iteration]
 
     def begin(self, iteration: int) -> Path:
-        """See :meth:`CheckpointStore.begin`."""
+        """Creates a temporary folder for the ranks to write to; errors of :meth:`CheckpointStore.begin`."""
         folder = self._store.begin(iteration)
         self._filling.add(folder)
         return folder
 
     def abandon(self) -> None:
-        """Gives up the folders that are being filled: the ranks that filled them are gone."""
+        """Gives up the folders that are being filled, because the ranks that filled them are gone."""
         for folder in self._filling:
             self._store.abandon(folder)
         self._filling.clear()
 
     async def commit(self, folder: Path, state: RunState, config_yaml: str) -> None:
-        """Begins to commit a filled folder; waits for the commit before it.
+        """Starts the commit of a filled folder, after waiting for the one before it.
 
         Raises:
-            CheckpointError: that one could not be written.
+            CheckpointError: the one before could not be written.
         """
         await self.finished()
         self._filling.discard(folder)
@@ -208,13 +209,13 @@ class BackgroundCommits:
             await under_way
 
     def take_seconds(self) -> float | None:
-        """How long the last commit took, once."""
+        """Seconds that the last commit took; None if that has been returned already."""
         seconds, self._seconds = self._seconds, None
         return seconds
 
 
 def verify(folder: Path) -> Checkpoint:
-    """Checks every file of a checkpoint against its manifest.
+    """Opens a checkpoint after checking every file against its manifest.
 
     Raises:
         CheckpointError: something is missing, changed, or in a format of another version.

@@ -1,7 +1,7 @@
-"""Giving up a wait: because a stop was requested, or because the learner group is lost.
+"""Interrupting a wait, because a stop was requested or the learner group has ended.
 
-Owns the signal handlers. Whatever may be given up is awaited through :meth:`Interruption.interruptible`; what must not
-be cut in two (an update and the note that it was made) is awaited directly.
+Owns the signal handlers. Work that may be given up is awaited through :meth:`Interruption.interruptible`; work that
+must not be cut in two (an update and its commit) is awaited directly.
 """
 
 from __future__ import annotations
@@ -20,14 +20,30 @@ CHECK_EVERY_S = 2.0
 
 
 class StopRequestedError(Exception):
-    """SIGTERM or SIGINT: leave at the next point from which the run can go on."""
+    """A stop was requested by SIGTERM or SIGINT; raised only where the run can be resumed."""
 
 
 class Interruption:
-    """Whether a run is to stop."""
+    """Tells whether a run shall stop, and interrupts waits for that.
+
+    Example:
+        >>> async def main():
+        ...     interruption = Interruption(check=lambda: None)
+        ...     print(await interruption.interruptible(asyncio.sleep(0, "done")))
+        ...     waiting = asyncio.ensure_future(interruption.interruptible(asyncio.sleep(3600)))
+        ...     await asyncio.sleep(0)
+        ...     interruption.request()  # what SIGTERM does
+        ...     try:
+        ...         await waiting
+        ...     except StopRequestedError:
+        ...         print("stopped")
+        >>> asyncio.run(main())
+        done
+        stopped
+    """
 
     def __init__(self, check: Callable[[], None]) -> None:
-        """Nothing is installed yet.
+        """Starts without a request; no signal handler is installed.
 
         Args:
             check: raises if the learner group has ended; called every few seconds of a wait.
@@ -36,12 +52,12 @@ class Interruption:
         self._stop = asyncio.Event()
 
     def install(self) -> None:
-        """Has signals request a stop, within the running event loop."""
+        """Makes SIGTERM and SIGINT request a stop; needs a running event loop."""
         for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self.request)
 
     def uninstall(self) -> None:
-        """Gives the signals back."""
+        """Removes the signal handlers."""
         for number in SIGNALS:
             asyncio.get_running_loop().remove_signal_handler(number)
 
@@ -50,20 +66,20 @@ class Interruption:
         self._stop.set()
 
     def raise_if_requested(self) -> None:
-        """Ends the loop here if a stop was requested.
+        """Raises StopRequestedError if a stop was requested.
 
         Raises:
-            StopRequestedError: it was.
+            StopRequestedError: a stop was requested.
         """
         if self._stop.is_set():
             raise StopRequestedError
 
     async def interruptible(self, work: Awaitable[_T]) -> _T:
-        """Awaits work that may be given up.
+        """Awaits work that may be cancelled.
 
         Raises:
             StopRequestedError: a stop was requested meanwhile; the work has been cancelled.
-            TrainingError: the learner group has ended.
+            TrainingError: the learner group has ended; the work has been cancelled.
         """
         task = asyncio.ensure_future(work)
         stop = asyncio.ensure_future(self._stop.wait())

@@ -1,4 +1,4 @@
-"""Where a run stands, and what its next turn has to do."""
+"""Where a run stands, and what the next turn of its loop has to do."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from orchestrator.state.checkpoints import RunState
 
 @dataclass
 class Position:
-    """Where a run stands now; the run loop moves it, its parts read it.
+    """Where a run stands now. Only the run loop changes it; the other parts of the run read it.
 
     Attributes:
-        state: what is done.
-        history: of the weights, see :class:`euphonium.wire.roles.RolloutContext`.
+        state: progress of the run.
+        history: history of the weights, see :class:`euphonium.wire.roles.RolloutContext`.
     """
 
     state: RunState
@@ -22,19 +22,19 @@ class Position:
 
     @property
     def iteration(self) -> int:
-        """Iterations done, which is also the policy's version."""
+        """Number of iterations done, which is also the policy version."""
         return self.state.iteration
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One turn of the run loop.
+    """One turn of the run loop, which does one iteration.
 
     Attributes:
-        number: of the iteration, from 1.
-        last: no other follows.
-        evaluates: it ends with an evaluation.
-        saves: it ends with a checkpoint.
+        number: number of the iteration, from 1.
+        last: whether it is the run's last.
+        evaluates: whether it ends with an evaluation.
+        saves: whether it writes a checkpoint.
     """
 
     number: int
@@ -44,7 +44,22 @@ class Turn:
 
 
 def next_turn(config: RunConfig, position: Position) -> Turn:
-    """What the iteration after those that are done has to do."""
+    """The next turn: its number, and whether it evaluates and saves.
+
+    Example:
+        >>> from euphonium.config import CheckpointConfig, EvaluationConfig
+        >>> config = RunConfig.model_construct(
+        ...     iterations=5, evaluation=EvaluationConfig(every=2), checkpoint=CheckpointConfig(every=3)
+        ... )
+        >>> for done in range(5):
+        ...     turn = next_turn(config, Position(RunState(iteration=done, next_group=0, world_size=1)))
+        ...     print(turn.number, "evaluates" * turn.evaluates, "saves" * turn.saves)
+        1
+        2 evaluates
+        3  saves
+        4 evaluates
+        5 evaluates saves
+    """
     number = position.iteration + 1
     last = number == config.iterations
     return Turn(

@@ -1,4 +1,4 @@
-"""The world of the embedded default: icons that move over plain backgrounds, and captions that say so."""
+"""The data of the embedded generator: icons that move over plain backgrounds, and their captions."""
 
 from euphonium.embedded.sprites.world import (
     BACKGROUNDS,

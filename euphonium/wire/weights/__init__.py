@@ -1,1 +1,1 @@
-"""How weights travel from the learner group to the rollout actors."""
+"""The transport of weights from the learner group to the rollout actors."""

@@ -1,9 +1,9 @@
-"""A private process group between the learner's rank 0 and the rollout actors: the fast way for new weights.
+"""A process group between the learner's rank 0 and the rollout actors, for broadcasts of new weights.
 
 The learner group's own process group cannot take members from outside, and Ray's collectives cannot be used within it.
-A channel therefore has a TCP store of its own, on rank 0's node, through which both sides meet and layouts travel; the
-bytes go by broadcast (NCCL between GPUs, gloo between CPUs). It lives as long as its members: when they change, or a
-broadcast fails, it is given up, and the weights go through the object store until a new one is made.
+A channel therefore has a TCP store of its own, on rank 0's node, through which its members meet and manifests travel;
+the bytes are broadcast (NCCL between GPUs, gloo between CPUs). A channel lives as long as its members: when they
+change, or a broadcast fails, it is abandoned, and the weights go through the object store until there is a new one.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ SENDER = 0
 
 
 class Channel:
-    """One member's end; rank 0 sends, the others receive."""
+    """One member's end of the channel; rank 0 sends, the others receive."""
 
     def __init__(self, store: TCPStore, rank: int, size: int, timeout_s: float, device: torch.device) -> None:
-        """Meets the other members.
+        """Waits for the other members.
 
         Args:
-            store: from :func:`listen` or :func:`connect`.
-            rank: 0 sends.
+            store: the TCP store that :func:`listen` or :func:`connect` returned.
+            rank: this member's rank; 0 sends.
             size: number of members, the sender included.
             timeout_s: longest wait for the others, here and in every transfer.
-            device: of the buffers.
+            device: device of the buffers.
 
         Raises:
-            LostActorError: not all members came.
+            LostActorError: not all members joined in time.
         """
         self._store = store
         self._device = device
@@ -58,11 +58,11 @@ class Channel:
                 self._group = ProcessGroupGloo(PrefixStore("group", store), rank, size, timeout)
 
     def send(self, transfer: int, buckets: Iterable[Mapping[str, Tensor]]) -> int:
-        """Sends buckets of tensors on the CPU to all receivers, and returns the bytes.
+        """Sends buckets of tensors on the CPU to all receivers, and returns the number of bytes.
 
         Args:
-            transfer: number of the transfer, which the receivers must be told.
-            buckets: made one by one while the one before is under way.
+            transfer: number of the transfer, which the receivers must know.
+            buckets: tensors by name, a bucket at a time.
 
         Raises:
             LostActorError: a receiver is gone or does not take part.
@@ -81,11 +81,11 @@ class Channel:
         return nbytes
 
     def receive(self, transfer: int) -> Iterator[tuple[str, Tensor]]:
-        """Yields the tensors of a transfer by name; they must be copied before the next one is asked for.
+        """Yields the tensors of a transfer by name; each must be copied before the next is requested.
 
         Raises:
             LostActorError: the sender is gone.
-            TrainingError: the bytes are not those that were sent.
+            TrainingError: the bytes differ from those that were sent.
         """
         for index in range(2**31):
             with _lost("the sender of the weights is gone"):
@@ -101,15 +101,15 @@ class Channel:
 
 
 def listen(timeout_s: float) -> TCPStore:
-    """The store of a new channel, on a free port of this machine."""
+    """The TCP store of a new channel, on a free port of this machine; for the sender."""
     return TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
 
 
 def connect(address: str, timeout_s: float) -> TCPStore:
-    """The store at ``host:port``.
+    """The TCP store at ``host:port``; for receivers.
 
     Raises:
-        LostActorError: nobody is there.
+        LostActorError: the sender cannot be reached.
     """
     name, _, port = address.rpartition(":")
     with _lost(f"the weight channel at {address} cannot be reached"):
@@ -118,7 +118,7 @@ def connect(address: str, timeout_s: float) -> TCPStore:
 
 @contextmanager
 def _lost(what: str) -> Iterator[None]:
-    """Makes the errors of torch's transports ours."""
+    """Turns errors of torch's transports into LostActorError."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""How an actor keeps up with the published weights: which ones it holds, and how it gets others.
+"""How a rollout actor keeps up with the published weights: which ones it holds, and how it gets newer ones.
 
-It knows nothing of models: whoever follows says where tensors go. Weights are pulled from the store when an order asks
-for newer ones than are held, or pushed by a broadcast in which the actor takes part; never while a group is drawn,
-since calls to an actor run one after another.
+It knows nothing of models: its owner says where tensors go. Weights are pulled from the store when a task needs newer
+ones than are held, or received in a broadcast; never while a group is drawn, since calls to an actor run one after
+another.
 
 Waits for: the weight store and the learner's buckets (``pools.start_timeout_s``); the other members of a broadcast
 (``pools.learner.weight_broadcast_timeout_s``).
@@ -28,40 +28,40 @@ from euphonium.wire.weights.manifest import Bucket, WeightManifest, verified
 if TYPE_CHECKING:
     from ray.actor import ActorProxy
 
-# Takes over the weights of a version: all tensors by name, read-only and each gone when the next one is asked for.
-# After an error what was loaded must not be used.
+# Loads the weights of a version, all tensors by name; they are read-only, and each is valid only until the next one is
+# requested. After an error what was loaded must not be used.
 Load = Callable[[int, Iterable[tuple[str, Tensor]]], None]
 
 
 class Held(NamedTuple):
-    """Weights that are held; see :class:`euphonium.wire.roles.RolloutContext`."""
+    """Which weights an actor holds, in the terms of :class:`euphonium.wire.roles.RolloutContext`."""
 
     history: int
     version: int
     kind: WeightKind
 
     def serve(self, context: RolloutContext) -> bool:
-        """Whether an order may be filled with them."""
+        """Whether a task with this context may be drawn with them."""
         return (self.history, self.kind) == (context.history, context.kind) and self.version >= context.version
 
 
 class WeightFollower:
-    """One actor's view of the published weights.
+    """Keeps one actor's weights up to date.
 
     Attributes:
-        holds: the weights that are loaded; None at first, for an actor that Ray has restarted holds none of this
-            run's, and after a transfer that failed.
+        holds: the weights that are loaded. None at first, because an actor that Ray has restarted holds none of this
+            run's, and after a failed transfer.
     """
 
     def __init__(
         self, store: ActorProxy[WeightDirectory], load: Load, device: torch.device, pools: PoolsConfig
     ) -> None:
-        """Holds nothing yet.
+        """Starts without weights.
 
         Args:
-            store: the weight store.
-            load: takes the tensors over.
-            device: on which broadcasts arrive.
+            store: handle of the weight store.
+            load: loads tensors into the model.
+            device: device that broadcasts arrive on.
             pools: the longest waits.
         """
         self.holds: Held | None = None
@@ -72,10 +72,10 @@ class WeightFollower:
         self._channel: tuple[str, Channel] | None = None
 
     def follow(self, context: RolloutContext) -> float:
-        """Takes over the weights that an order asks for, unless they are held, and returns the seconds that it took.
+        """Loads the newest published weights unless the held ones fit the context; returns the seconds that it took.
 
         Raises:
-            WeightsMissingError: the weight store does not have them, or it or their owner is gone.
+            WeightsMissingError: the weight store does not have weights that fit, or it or the weights' owner is gone.
         """
         if self.holds is not None and self.holds.serve(context):
             return 0.0
@@ -87,10 +87,10 @@ class WeightFollower:
         return time.perf_counter() - began
 
     def receive(self, order: WeightOrder) -> None:
-        """Takes part in a broadcast.
+        """Receives the weights of a broadcast, and loads them.
 
         Raises:
-            LostActorError: the learner or another member is gone; the weights have to be fetched.
+            LostActorError: the learner or another member is gone; the weights must be fetched from the store.
         """
         timeout = self._pools.learner.weight_broadcast_timeout_s
         if self._channel is None or self._channel[0] != order.address:

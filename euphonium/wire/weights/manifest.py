@@ -1,4 +1,4 @@
-"""Weights on the wire: buckets of raw bytes and a manifest that says what is what.
+"""Weights in transit: buckets of raw bytes, and a manifest of the tensors in them.
 
 Torch tensors travel slowly through Ray's object store (they are pickled and copied), numpy arrays as shared memory.
 A bucket is therefore a list of uint8 arrays on the tensors' own memory, so that putting it into the object store is
@@ -26,7 +26,7 @@ Bucket = list[NDArray[np.uint8]]
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """One tensor of a bucket; ``dtype`` is torch's name of it."""
+    """One tensor of a bucket; ``dtype`` is torch's name of its type."""
 
     name: str
     dtype: str
@@ -36,7 +36,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class BucketManifest:
-    """Contents of one bucket."""
+    """Tensors of one bucket, and the checksum of its bytes."""
 
     entries: tuple[TensorEntry, ...]
     checksum: int
@@ -47,9 +47,9 @@ class WeightManifest:
     """One published set of weights.
 
     Attributes:
-        version: policy version, the iteration that made it.
-        kind: of weights.
-        buckets: contents of the buckets, in order.
+        version: policy version, which is the number of the iteration that trained it.
+        kind: the policy's weights or their moving average.
+        buckets: manifests of the buckets, in order.
     """
 
     version: int
@@ -63,7 +63,15 @@ class WeightManifest:
 
 
 def split_into_buckets(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Groups names into buckets of at most ``limit`` bytes, in order; a larger tensor gets one of its own."""
+    """Groups tensors into buckets of at most ``limit`` bytes, in order; a larger tensor gets a bucket of its own.
+
+    >>> split_into_buckets({"a": 4, "b": 4, "c": 20, "d": 1}, limit=8)
+    [['a', 'b'], ['c'], ['d']]
+
+    Args:
+        sizes: bytes of each tensor by name.
+        limit: bytes of a bucket.
+    """
     buckets: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
@@ -76,7 +84,7 @@ def split_into_buckets(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def as_bucket(tensors: Mapping[str, Tensor]) -> tuple[Bucket, tuple[TensorEntry, ...]]:
-    """Tensors on the CPU as a bucket, which shares their memory where they are contiguous, and what is in it."""
+    """A bucket of tensors on the CPU, which shares their memory where they are contiguous, and its entries."""
     entries, bucket = [], []
     for name, tensor in tensors.items():
         raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
@@ -90,13 +98,20 @@ def as_bucket(tensors: Mapping[str, Tensor]) -> tuple[Bucket, tuple[TensorEntry,
 
 
 def pack(tensors: Mapping[str, Tensor]) -> tuple[Bucket, BucketManifest]:
-    """:func:`as_bucket` with its checksum."""
+    """A bucket of tensors on the CPU (:func:`as_bucket`), and its manifest with the checksum.
+
+    >>> weights = {"scale": torch.tensor([1.5, 2.5], dtype=torch.bfloat16), "bias": torch.zeros(1, 2)}
+    >>> bucket, manifest = pack(weights)
+    >>> verify(manifest, bucket)
+    >>> dict(unpack(manifest, bucket))
+    {'scale': tensor([1.5000, 2.5000], dtype=torch.bfloat16), 'bias': tensor([[0., 0.]])}
+    """
     bucket, entries = as_bucket(tensors)
     return bucket, BucketManifest(entries=entries, checksum=checksum(bucket))
 
 
 def checksum(bucket: Bucket) -> int:
-    """Of all bytes; releases the interpreter, so that a thread can compute it while they are copied."""
+    """Checksum of all bytes; releases the interpreter lock, so that a thread can compute it beside the copying."""
     # As fast as memory: a CRC would cost several times what copying the weights does.
     digest = xxhash.xxh3_64()
     for raw in bucket:
@@ -105,28 +120,28 @@ def checksum(bucket: Bucket) -> int:
 
 
 def verify(manifest: BucketManifest, bucket: Bucket) -> None:
-    """Compares checksums.
+    """Checks a bucket's bytes against its manifest.
 
     Raises:
-        TrainingError: the bytes are not those that were published.
+        TrainingError: the bytes differ from those that were published.
     """
     if checksum(bucket) != manifest.checksum:
         raise TrainingError("a weight bucket arrived damaged: its checksum differs from the manifest's")
 
 
 def unpack(manifest: BucketManifest, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of a bucket as read-only views; nothing is verified."""
+    """Yields the tensors of a bucket by name as views, which must not be written to; checksums are not compared."""
     for entry, raw in zip(manifest.entries, bucket, strict=True):
         yield entry.name, as_tensor(raw).view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
 def verified(manifest: WeightManifest, buckets: Sequence[Bucket]) -> Iterator[tuple[str, Tensor]]:
-    """Yields all tensors of published weights as read-only views.
+    """Yields all tensors of published weights by name as views, which must not be written to.
 
-    Checksums are computed meanwhile, and compared at the end: after an error the tensors must not be used.
+    Checksums are computed by a thread meanwhile and compared at the end: after an error the tensors must not be used.
 
     Raises:
-        TrainingError: the bytes are not those that were published.
+        TrainingError: the bytes differ from those that were published.
     """
     contents = list(zip(manifest.buckets, buckets, strict=True))
     with ThreadPoolExecutor(1, "checksum") as thread:
@@ -138,10 +153,10 @@ def verified(manifest: WeightManifest, buckets: Sequence[Bucket]) -> Iterator[tu
 
 
 def load_tensors(tensors: Iterable[tuple[str, Tensor]], parameters: Mapping[str, Tensor]) -> None:
-    """Copies tensors into those of the same names.
+    """Copies tensors into the parameters of the same names.
 
     Raises:
-        TrainingError: names or shapes do not fit.
+        TrainingError: names or shapes differ, or a parameter gets no tensor.
     """
     missing = set(parameters)
     with torch.no_grad():

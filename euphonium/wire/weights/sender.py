@@ -1,10 +1,10 @@
 """How weights leave the learner group: through the object store, by broadcast, or by broadcast with a fallback.
 
-A sender lives on rank 0 of the learner group and gets the collected weights bucket by bucket; it neither collects them
-nor repeats anything (learners/policy/publication.py does, because all ranks must collect together).
+A sender runs on rank 0 of the learner group and gets the gathered weights bucket by bucket. It neither gathers them nor
+retries (learners/policy/publication.py does both, because all ranks must gather together).
 
-The object store waits for the weight store's receipt alone: rollout actors take the weights when they are ready. A
-broadcast waits for its receivers, which first end the group that they are drawing.
+Through the object store, rank 0 waits only for the weight store's receipt; rollout actors take the weights when they
+are ready. A broadcast waits for its receivers, which first finish the group that they are drawing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorProxy
     from torch._C._distributed_c10d import TCPStore
 
-# Tensors on the CPU by name, a bucket at a time; they may be made while the bucket before is under way.
+# Tensors on the CPU by name, a bucket at a time; the next bucket may be made while the one before is under way.
 Buckets = Iterable[Mapping[str, Tensor]]
 
 STORE_ATTEMPTS = 5
@@ -42,15 +42,15 @@ STORE_PAUSE_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """Weights to be given out.
+    """Weights to publish.
 
     Attributes:
-        version: of the policy.
-        kind: of weights.
-        keep: this learner group is about to end, and its weights are still needed.
-        receivers: names of the rollout actors that take part in a broadcast; without them, or if it fails, the
-            weights go through the object store.
-        history: of the weights, see :class:`euphonium.wire.roles.RolloutContext`.
+        version: policy version.
+        kind: the policy's weights or their moving average.
+        keep: whether the weights must outlive this learner group, which is about to end.
+        receivers: names of the rollout actors that take part in a broadcast; without any, or if it fails, the weights
+            go through the object store.
+        history: history of the weights, see :class:`euphonium.wire.roles.RolloutContext`.
     """
 
     version: int
@@ -62,11 +62,11 @@ class Publication:
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """What a publication came to.
+    """The result of a publication.
 
     Attributes:
-        nbytes: of all tensors.
-        receivers: number of actors that got them by broadcast.
+        nbytes: bytes of all tensors.
+        receivers: number of actors that got the weights by broadcast.
     """
 
     nbytes: int = 0
@@ -74,7 +74,7 @@ class Sent:
 
 
 class WeightSender(Protocol):
-    """A way to give out weights."""
+    """A transport of weights."""
 
     @property
     def attempts(self) -> int:
@@ -82,46 +82,46 @@ class WeightSender(Protocol):
         ...
 
     def announce(self, publication: Publication) -> None:
-        """Has whoever must take part come; nothing has been collected yet.
+        """Calls the receivers, if they must take part; the weights have not been gathered yet.
 
         Raises:
-            LostActorError: somebody does not come; another attempt may help.
+            LostActorError: one of them does not join; another attempt may help.
         """
         ...
 
     def send(self, publication: Publication, buckets: Buckets) -> Sent:
-        """Gives out what was announced.
+        """Sends the weights that were announced.
 
         Raises:
-            LostActorError: somebody is gone; another attempt may help.
+            LostActorError: a receiver or the weight store is gone; another attempt may help.
             WeightsMissingError: the weight store was restarted meanwhile; another attempt may help.
         """
         ...
 
 
 class ObjectStoreSender:
-    """Puts weights into the object store, and their references into the weight store."""
+    """Puts weights into the object store, and hands references to the weight store."""
 
     attempts = STORE_ATTEMPTS
 
     def __init__(self, store: ActorProxy[WeightDirectory], timeout_s: float) -> None:
-        """Sends nothing yet.
+        """Creates a sender; nothing is sent.
 
         Args:
             store: handle of the weight store.
-            timeout_s: longest wait for it.
+            timeout_s: longest wait for its answers.
         """
         self._store = store
         self._timeout_s = timeout_s
 
     def announce(self, publication: Publication) -> None:
-        """Nobody has to come."""
+        """Does nothing: receivers fetch the weights themselves."""
 
     def send(self, publication: Publication, buckets: Buckets) -> Sent:
-        """Puts bucket by bucket, then publishes the manifest; pauses before it raises.
+        """Puts bucket by bucket, then commits the manifest; pauses before it raises.
 
         Raises:
-            LostActorError: the store is gone.
+            LostActorError: the weight store is gone.
             WeightsMissingError: it was restarted meanwhile.
         """
         try:
@@ -151,7 +151,7 @@ class ObjectStoreSender:
 
 @dataclass
 class _Link:
-    """Rank 0's end of a channel to some rollout actors, and what it is being used for."""
+    """Rank 0's end of a channel to some rollout actors, with the state of its transfers."""
 
     receivers: tuple[str, ...]
     store: TCPStore
@@ -167,21 +167,21 @@ class BroadcastSender:
     attempts = 1
 
     def __init__(self, timeout_s: float, device: torch.device) -> None:
-        """Opens nothing yet.
+        """Creates a sender; no channel is opened.
 
         Args:
             timeout_s: longest wait for the receivers, which includes the group that they are drawing.
-            device: of this rank.
+            device: device of this rank.
         """
         self._timeout_s = timeout_s
         self._device = device
         self._link: _Link | None = None
 
     def announce(self, publication: Publication) -> None:
-        """Tells the receivers to take part in the next transfer, and meets them in a new channel if there is none.
+        """Calls the receivers to the next transfer, and opens a channel to them if there is none.
 
         Raises:
-            LostActorError: one of them does not come.
+            LostActorError: one of them does not join.
         """
         link = self._link = self._linked(publication.receivers)
         link.transfer += 1
@@ -201,11 +201,11 @@ class BroadcastSender:
             link.channel = Channel(link.store, 0, size, self._timeout_s, self._device)
 
     def send(self, publication: Publication, buckets: Buckets) -> Sent:
-        """Sends, and waits until all have taken the weights over.
+        """Broadcasts the weights, and waits until all receivers have loaded them.
 
         Raises:
-            LostActorError: one of them is gone.
-            TrainingError: one of them did not answer in time, or refused the weights.
+            LostActorError: a receiver is gone.
+            TrainingError: a receiver did not answer in time, or refused the weights.
         """
         link = self._link
         if link is None or link.channel is None:
@@ -215,7 +215,7 @@ class BroadcastSender:
         return Sent(nbytes=nbytes, receivers=len(link.receivers))
 
     def close(self) -> None:
-        """Gives up the channel; the next broadcast opens another one."""
+        """Abandons the channel; the next broadcast opens another one."""
         self._link = None
 
     def _linked(self, receivers: tuple[str, ...]) -> _Link:
@@ -228,7 +228,7 @@ class BroadcastSender:
 
 
 class FallbackSender:
-    """For one publication: a broadcast first, and if that fails, the object store."""
+    """Sends one publication by broadcast and, if that fails, through the object store."""
 
     def __init__(self, broadcast: BroadcastSender, object_store: WeightSender) -> None:
         self._broadcast = broadcast
@@ -237,14 +237,14 @@ class FallbackSender:
 
     @property
     def attempts(self) -> int:
-        """One broadcast, then all that the object store may take."""
+        """One broadcast, then the object store's attempts."""
         return self._broadcast.attempts + self._object_store.attempts
 
     def announce(self, publication: Publication) -> None:
-        """Has the receivers come, unless they have failed before.
+        """Calls the receivers, unless the broadcast has failed before.
 
         Raises:
-            LostActorError: one of them does not come.
+            LostActorError: one of them does not join.
         """
         if self._failed:
             self._object_store.announce(publication)
@@ -253,7 +253,7 @@ class FallbackSender:
             self._broadcast.announce(publication)
 
     def send(self, publication: Publication, buckets: Buckets) -> Sent:
-        """Broadcasts; after a failure, through the object store.
+        """Broadcasts the weights; after a failure, sends them through the object store.
 
         Raises:
             LostActorError: a receiver or the weight store has failed.

@@ -1,7 +1,8 @@
-"""The weight store: a Ray actor that knows where the published weights are.
+"""The weight store: a Ray actor that holds references to the published weights, not the weights.
 
-The learner owns the buckets, since every further copy would take as long as the publication itself. If it dies they are
-gone, and the group that takes its place publishes its own; only what an ending learner leaves is copied.
+The learner owns the buckets, since one more copy would take as long as the publication itself. If it dies they are
+lost, and the learner group that takes its place publishes its own; only the last weights of a learner group that ends
+are copied.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ KEPT_VERSIONS = 2
 
 
 class WeightStore:
-    """Published weights by version and kind; the newest ``KEPT_VERSIONS`` of a kind are kept."""
+    """References to published weights by kind and version; the newest ``KEPT_VERSIONS`` of each kind are kept."""
 
     def __init__(self) -> None:
         self._arriving: dict[tuple[int, WeightKind], dict[int, ObjectRef[Bucket]]] = {}
@@ -34,11 +35,11 @@ class WeightStore:
         """Takes the reference to one bucket.
 
         Args:
-            version: of the policy.
-            kind: of weights.
-            index: of the bucket.
-            boxed: the reference, in a list so that it arrives as one; the learner owns what it points to.
-            keep: the learner is about to end: copy the bucket into an object of the store's own.
+            version: policy version.
+            kind: the policy's weights or their moving average.
+            index: position of the bucket.
+            boxed: the reference, in a list because Ray replaces a bare one by its value; the learner owns it.
+            keep: whether to copy the bucket into an object of the store's own, because the learner is about to end.
         """
         import ray
 
@@ -48,7 +49,7 @@ class WeightStore:
         """Publishes a version, all of whose buckets have arrived.
 
         Raises:
-            WeightsMissingError: not all have; a store that was restarted has lost what came before.
+            WeightsMissingError: buckets are missing; a store that was restarted has lost those that it had.
         """
         arrived = self._arriving.pop((manifest.version, manifest.kind), {})
         if sorted(arrived) != list(range(len(manifest.buckets))):
@@ -65,10 +66,10 @@ class WeightStore:
             del versions[version]
 
     def fetch(self, version: int, kind: WeightKind) -> tuple[WeightManifest, list[ObjectRef[Bucket]]]:
-        """Manifest and bucket references of the newest weights that are at least of a version.
+        """Manifest and bucket references of the newest weights of a kind.
 
         Raises:
-            WeightsMissingError: there are none.
+            WeightsMissingError: they are older than ``version``, or there are none.
         """
         newest = self.newest(kind)
         if newest < version:
@@ -77,7 +78,7 @@ class WeightStore:
         return self._published[kind][newest]
 
     def lost(self, version: int, kind: WeightKind) -> None:
-        """Notes that a version's buckets cannot be had any more: the learner that owned them has died."""
+        """Removes a version whose buckets are lost, because the learner that owned them has died."""
         self._published.get(kind, {}).pop(version, None)
 
     def newest(self, kind: WeightKind) -> int:

@@ -57,15 +57,15 @@ def test_a_mark_covers_configuration_and_both_ends_of_every_weight_file(tmp_path
         (vae / name).write_bytes(bytes(3 << 20))
     pipeline = PipelineFolder(tmp_path)
     assert [file.name for file in pipeline.weight_files("vae")] == names
-    marks = {pipeline.mark("vae")}
+    marks = {pipeline.fingerprint("vae")}
     for name, place in ((names[0], 0), (names[0], -1), (names[1], 0), (names[1], -1)):
         content = bytearray((vae / name).read_bytes())
         content[place] = 1
         (vae / name).write_bytes(content)
-        marks.add(pipeline.mark("vae"))
+        marks.add(pipeline.fingerprint("vae"))
     (vae / "config.json").write_text('{"latent_channels": 4}')
-    marks.add(pipeline.mark("vae"))
+    marks.add(pipeline.fingerprint("vae"))
     assert len(marks) == 6
     # Copies in another precision are not what is loaded.
     (vae / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"half")
-    assert pipeline.mark("vae") in marks
+    assert pipeline.fingerprint("vae") in marks

@@ -33,7 +33,7 @@ def test_a_dead_pool_is_an_error_that_says_what_to_do() -> None:
         asyncio.run(client.ask(answer))
     assert caught.value.rewards == ("icon",)
     with pytest.raises(RewardError, match=message):
-        client.begin(lambda server: None)
+        client.submit(lambda server: None)
     members.append("c")
     assert asyncio.run(client.ask(answer)) == "c"
 
@@ -122,7 +122,7 @@ def test_an_answer_is_asked_for_at_once_and_fetched_later_elsewhere_if_it_must(o
         sent.append(server)
         return server
 
-    later = client_of(["a", "b", "c"]).begin(send)
+    later = client_of(["a", "b", "c"]).submit(send)
     assert (sent, fetched) == (["a"], [])
     assert (later.result(), later.result()) == ("answer", "answer")
     assert sent == fetched == ["a", "b", "c"]
@@ -133,7 +133,7 @@ def test_a_caller_does_not_sleep_before_it_needs_the_answer(outcomes: Callable[.
     fetched, slept = outcomes("answer")
     client = client_of(["a"])
     client.breaker.failed(ServerRef("a"))
-    later = client.begin(lambda server: server)
+    later = client.submit(lambda server: server)
     assert (fetched, slept) == ([], [])
     assert later.result() == "answer"
     assert (fetched, slept) == (["a"], [2.0])
@@ -143,12 +143,12 @@ def test_an_error_of_the_sample_is_not_tried_again_and_others_are(outcomes: Call
     outcomes(remote(NonFiniteRewardError("not finite", ["icon"])))
     client = client_of(["a", "b"])
     with pytest.raises(NonFiniteRewardError, match="not finite"):
-        client.begin(lambda server: server).result()
+        client.submit(lambda server: server).result()
     assert [client.breaker.choose() for _ in range(2)] == [(ServerRef("b"), 0.0), (ServerRef("a"), 0.0)]
     fetched, _ = outcomes(remote(RewardError("broken", ["motion"])), ActorUnavailableError("restarting", b"0" * 16),
                           remote(ValueError("what")))  # fmt: skip
     message = "did not answer in 3 attempts: broken; .*restarting.*; .*ValueError: what"
     with pytest.raises(RewardError, match=message) as caught:
-        client.begin(lambda server: server).result()
+        client.submit(lambda server: server).result()
     assert len(fetched) == 3
     assert caught.value.rewards == ("icon",)

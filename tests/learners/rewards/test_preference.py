@@ -238,12 +238,12 @@ def test_float32_training_of_a_bfloat16_generator_computes_in_bfloat16(make_conf
     assert sum(p.grad is not None for p in model.trunk.parameters()) > 20
 
 
-def test_recipe_mark_ignores_what_does_not_change_the_weights(tmp_path: Path) -> None:
+def test_recipe_fingerprint_ignores_what_does_not_change_the_weights(tmp_path: Path) -> None:
     from euphonium.config import PrmConfig, load_config
-    from learners.rewards.worker import recipe_mark
+    from learners.rewards.worker import recipe_fingerprint
 
     def mark(*overrides: str) -> str:
-        return recipe_mark(load_config("recipes/embedded/prm.yaml", overrides, PrmConfig))
+        return recipe_fingerprint(load_config("recipes/embedded/prm.yaml", overrides, PrmConfig))
 
     assert mark() == mark("optimizer.checkpoint_every=7", "threads=3", f"target={json.dumps(str(tmp_path))}")
     assert mark() != mark("optimizer.learning_rate=1e-3")
