@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from actors.rollout import RolloutActor
 from euphonium.config import RunConfig, dump_config
@@ -35,10 +35,6 @@ from orchestrator.state.interruption import Interruption
 from orchestrator.state.position import Position, Turn
 from reward_servers.orm import OrmActor
 from reward_servers.prm import PrmActor
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable
-
 
 _T = TypeVar("_T")
 JOIN_TIMEOUT_S = 60.0
@@ -106,7 +102,12 @@ class Run:
         return LearnerGroup(self.config, self._namespace, MAILBOX, STORE)
 
     async def interruptible(self, work: Awaitable[_T]) -> _T:
-        """See :meth:`orchestrator.state.interruption.Interruption.interruptible`."""
+        """Awaits work that may be given up.
+
+        Raises:
+            StopRequestedError: a stop was requested meanwhile; the work has been cancelled.
+            TrainingError: the learner group has ended.
+        """
         return await self.interruption.interruptible(work)
 
     # --- one iteration --------------------------------------------------------------------------------------------
