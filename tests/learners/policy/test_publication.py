@@ -1,5 +1,9 @@
-"""Publication by a group of one rank, whose senders fail in turn."""
+"""Publication by groups of one rank and of two, whose senders fail in turn."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import torch.distributed as dist
 from euphonium.config import RunConfig
 from euphonium.errors import LostActorError, WeightsMissingError
 from euphonium.wire.weights import sender as sending
-from euphonium.wire.weights.sender import Buckets, ObjectStoreSender, Publication, Sent
+from euphonium.wire.weights.sender import BroadcastSender, Buckets, ObjectStoreSender, Publication, Sent
 from learners.policy.publication import Publisher
 
 PUBLICATION = Publication(version=3, kind="average")
@@ -90,3 +94,73 @@ def test_an_error_that_no_repetition_mends_is_raised_at_once(
     store: Any = None
     with pytest.raises(ZeroDivisionError):
         publisher.publish(store, PUBLICATION)
+
+
+def test_a_broadcast_that_fails_is_repeated_through_the_store_and_the_next_one_is_tried_again(
+    group: None,
+    make_config: Callable[..., RunConfig],
+    store_fails: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publisher, policy = publisher_of(make_config)
+    store_fails(0)
+    announced: list[tuple[str, ...]] = []
+
+    def announce(self: BroadcastSender, publication: Publication) -> None:
+        announced.append(publication.receivers)
+        if len(announced) == 1:
+            raise LostActorError("rollout-0 does not come")
+
+    def send(self: BroadcastSender, publication: Publication, buckets: Buckets) -> Sent:
+        return Sent(nbytes=sum(tensor.nbytes for bucket in buckets for tensor in bucket.values()), receivers=1)
+
+    monkeypatch.setattr(BroadcastSender, "announce", announce)
+    monkeypatch.setattr(BroadcastSender, "send", send)
+    store: Any = None
+    publication = Publication(version=3, kind="average", receivers=("rollout-0",))
+    assert publisher.publish(store, publication) == {"weights/bytes": 8.0, "weights/receivers": 0.0}
+    # Nothing is collected for receivers that do not come.
+    assert policy.collected == ["a", "b"]
+    assert publisher.publish(store, publication) == {"weights/bytes": 8.0, "weights/receivers": 1.0}
+    assert announced == [("rollout-0",)] * 2
+
+
+@pytest.fixture
+def publish_on_two_ranks(
+    make_config: Callable[..., RunConfig], tmp_path: Path
+) -> Callable[[int], list[dict[str, Any]]]:
+    """What happens on two ranks whose broadcast fails, and whose object store fails so many times after that."""
+
+    def go(failures: int) -> list[dict[str, Any]]:
+        make_config()
+        worker, root = Path(__file__).with_name("publication_worker.py"), Path(__file__).parents[3]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(worker), str(tmp_path), str(rank), str(failures)],
+                env=os.environ | {"PYTHONPATH": str(root)}, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in (0, 1)
+        ]  # fmt: skip
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], errors
+        return [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+
+    return go
+
+
+def test_what_fails_on_rank_0_is_repeated_by_all_ranks(
+    publish_on_two_ranks: Callable[[int], list[dict[str, Any]]],
+) -> None:
+    first, second = publish_on_two_ranks(2)
+    whole = [3.0, 30.0]
+    assert first["sent"] == ["broadcast", *["object store"] * 3, whole]
+    assert first["collected"] == second["collected"] == whole * 3
+    assert first["outcome"] == {"weights/bytes": 8.0, "weights/receivers": 0.0}
+    assert second["sent"] == []
+
+
+def test_all_ranks_give_up_together(publish_on_two_ranks: Callable[[int], list[dict[str, Any]]]) -> None:
+    first, second = publish_on_two_ranks(100)
+    assert first["outcome"] == second["outcome"]
+    assert "did not take version 3 in 6 attempts" in first["outcome"]
+    assert first["collected"] == second["collected"] == [3.0, 30.0] * 5

@@ -1,0 +1,175 @@
+"""What is evaluated, who draws which share of it, and what is left on disk."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from euphonium.config import OutcomeRewardConfig, RunConfig
+from euphonium.errors import ConfigError
+from orchestrator.evaluation import Evaluator, SampleFolder, evaluation_metrics, evaluation_set
+from orchestrator.report.pictures import enlarge
+from orchestrator.report.tracking import Tracker
+
+MakeConfig = Callable[..., RunConfig]
+
+
+class Rollouts:
+    """Stands where the pools are: a sample's latent is its prompt's length and the low digits of its seed."""
+
+    def __init__(self, rollout_actors: int) -> None:
+        self.rollout_actors = rollout_actors
+        self.asked: list[tuple[list[str], list[int], str]] = []
+        self.left = 0
+        self.shown: list[np.ndarray] = []
+
+    async def samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: str) -> np.ndarray:
+        self.asked.append((list(prompts), list(seeds), kind))
+        # The last share that is asked for comes first.
+        self.left += 1
+        for _ in range(10 - self.left):
+            await asyncio.sleep(0)
+        return latents_of(prompts, seeds)
+
+    async def scores(
+        self, latents: np.ndarray, prompts: Sequence[str], _: float
+    ) -> tuple[dict[str, np.ndarray], float]:
+        assert [int(length) for length in latents[:, 0]] == [len(prompt) for prompt in prompts]
+        index = np.arange(len(latents), dtype=np.float32)
+        return {"icon": index, "motion": index**2, "quality": np.ones_like(index)}, 0.5
+
+    async def videos(self, latents: np.ndarray, _: float) -> np.ndarray:
+        self.shown.append(latents)
+        grey = (latents[:, 1] % 256).astype(np.uint8)
+        return np.broadcast_to(grey[:, None, None, None, None], (len(latents), 3, 8, 8, 3))
+
+
+def latents_of(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    return np.array([[len(p), s % 1000] for p, s in zip(prompts, seeds, strict=True)], np.float32)
+
+
+def write_held_out(config: RunConfig, count: int) -> list[str]:
+    prompts = ["a red car " + "very " * i + "far away" for i in range(count)]
+    config.prompts.evaluation.write_text("\n".join(prompts))
+    return prompts
+
+
+def evaluate(config: RunConfig, rollouts: Rollouts, *iterations: int) -> list[dict[str, float]]:
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    service: Any = rollouts
+    evaluator = Evaluator(config, service, Tracker(config, 0))
+
+    async def all_of_them() -> list[dict[str, float]]:
+        return [await evaluator.evaluate(iteration) for iteration in iterations]
+
+    return asyncio.run(all_of_them())
+
+
+# --- what is evaluated -----------------------------------------------------------------------------------------
+
+
+def test_a_held_out_prompt_that_is_trained_on_is_refused(make_config: MakeConfig) -> None:
+    config = make_config()
+    shared = config.prompts.train.read_text().splitlines()[0]
+    with config.prompts.evaluation.open("a") as file:
+        file.write("\n" + shared)
+    with pytest.raises(ConfigError, match=r"prompts\.evaluation: 1 prompts .*must not be trained on") as caught:
+        evaluation_set(config)
+    assert repr(shared) in str(caught.value)
+
+
+def test_prompts_are_spread_over_the_file_and_each_comes_with_its_samples(make_config: MakeConfig) -> None:
+    config = make_config("evaluation.prompts=3", "evaluation.samples_per_prompt=2")
+    held_out = write_held_out(config, 9)
+    prompts, seeds = evaluation_set(config)
+    assert prompts == [held_out[i] for i in (0, 0, 4, 4, 8, 8)]
+    assert len(set(seeds)) == 6, "every sample has noise of its own"
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+def test_noise_is_the_same_in_every_evaluation_whatever_the_run_draws(make_config: MakeConfig) -> None:
+    _, seeds = evaluation_set(make_config("seed=1"))
+    assert evaluation_set(make_config("seed=2"))[1] == seeds
+    assert not set(evaluation_set(make_config("evaluation.seed=8"))[1]) & set(seeds)
+    # More samples leave those that there were as they are.
+    assert evaluation_set(make_config("evaluation.samples_per_prompt=3"))[1][:2] == seeds
+
+
+def test_the_total_is_the_mean_weighted_by_the_recipe() -> None:
+    rewards = [
+        OutcomeRewardConfig(name="a", type="sprite_icon", weight=3.0),
+        OutcomeRewardConfig(name="b", type="sprite_motion", weight=1.0),
+    ]
+    metrics = evaluation_metrics({"b": np.array([4.0, 8.0]), "a": np.array([1.0, 3.0])}, rewards)
+    assert metrics == {"eval/b/mean": 6.0, "eval/a/mean": 2.0, "eval/total/mean": (3 * 2 + 6) / 4}
+
+
+# --- one evaluation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("actors", [0, 1, 3, 9])
+def test_actors_share_the_samples_and_every_sample_keeps_its_place(make_config: MakeConfig, actors: int) -> None:
+    config = make_config("evaluation.prompts=5", "evaluation.clips=5")
+    write_held_out(config, 5)
+    prompts, seeds = evaluation_set(config)
+    rollouts = Rollouts(actors)
+    (metrics,) = evaluate(config, rollouts, 0)
+    assert len(rollouts.asked) == min(5, max(1, actors))
+    assert max(len(p) for p, _, _ in rollouts.asked) - min(len(p) for p, _, _ in rollouts.asked) <= 1
+    np.testing.assert_array_equal(rollouts.shown[0], latents_of(prompts, seeds))
+    weights = {reward.name: reward.weight for reward in config.rewards.outcome}
+    total = (2 * weights["icon"] + 6 * weights["motion"] + weights["quality"]) / sum(weights.values())
+    assert metrics.pop("time/evaluation_s") >= 0
+    assert metrics == pytest.approx(
+        {"eval/icon/mean": 2, "eval/motion/mean": 6, "eval/quality/mean": 1, "eval/total/mean": total}
+    )
+
+
+@pytest.mark.parametrize(("decay", "kinds"), [(0.0, ["policy", "policy"]), (0.9, ["policy", "average"])])
+def test_the_average_is_evaluated_once_there_is_one(make_config: MakeConfig, decay: float, kinds: list[str]) -> None:
+    rollouts = Rollouts(1)
+    evaluate(make_config(f"optimizer.ema_decay={decay}"), rollouts, 0, 2)
+    assert [kind for _, _, kind in rollouts.asked] == kinds
+    assert rollouts.asked[0][:2] == rollouts.asked[1][:2]
+
+
+def test_some_samples_are_left_as_clips_before_and_after(make_config: MakeConfig) -> None:
+    config = make_config("evaluation.prompts=5", "evaluation.clips=3")
+    held_out = write_held_out(config, 5)
+    rollouts = Rollouts(2)
+    evaluate(config, rollouts, 0, 4)
+    samples = config.run_dir / "samples"
+    assert sorted(folder.name for folder in samples.iterdir()) == [
+        "before_after", "before_after.png", "iteration_000000", "iteration_000004"
+    ]  # fmt: skip
+    for folder in (samples / "iteration_000000", samples / "iteration_000004"):
+        assert sorted(path.name for path in folder.glob("*.gif")) == ["00.gif", "01.gif", "02.gif"]
+    _, seeds = evaluation_set(config)
+    shown = latents_of(held_out, seeds)[[0, 2, 4]]
+    np.testing.assert_array_equal(rollouts.shown[0], shown)
+    videos = np.load(samples / "iteration_000000" / "videos.npy")
+    np.testing.assert_array_equal(videos[:, 0, 0, 0, 0], shown[:, 1] % 256)
+    index = (samples / "iteration_000004" / "index.json").read_text()
+    assert '"motion": 16.0' in index, "the scores are those of the samples that are shown"
+
+
+def test_without_clips_nothing_is_decoded(make_config: MakeConfig) -> None:
+    config, rollouts = make_config("evaluation.clips=0"), Rollouts(1)
+    (metrics,) = evaluate(config, rollouts, 0)
+    assert "eval/total/mean" in metrics
+    assert rollouts.shown == []
+    assert not (config.run_dir / "samples").exists()
+
+
+def test_a_clip_shows_what_was_before_on_the_left_and_what_is_after_on_the_right(tmp_path: Any) -> None:
+    folder, black, white = SampleFolder(tmp_path), *(np.full((1, 2, 64, 64, 3), v, np.uint8) for v in (0, 255))
+    folder.save(0, ["a prompt"], black, {"icon": [0.0]})
+    assert not (tmp_path / "before_after").exists()
+    folder.save(7, ["a prompt"], white, {"icon": [1.0]})
+    clip = np.asarray(Image.open(tmp_path / "before_after" / "00.gif").convert("L"))
+    assert clip.shape[1] == enlarge(np.zeros((1, 64, 64 + 2 + 64, 3), np.uint8)).shape[2]
+    assert clip[:, :60].max() < 10
+    assert clip[:, -60:].min() > 245
