@@ -11,10 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 
 from euphonium.config import RunConfig, load_config
 
 torch.set_num_threads(1)
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")
