@@ -1,5 +1,6 @@
 """Whole runs of the tiny model through the command line, whose processes can be killed one by one."""
 
+import contextlib
 import json
 import os
 import signal
@@ -44,8 +45,14 @@ class Job(Process):
 
     def _raylets(self) -> list[psutil.Process]:
         if self.address == "local":
-            candidates = psutil.Process(self.popen.pid).children(recursive=True)
-            return [p for p in candidates if p.name().startswith("raylet")]
+            found = []
+            # Processes come and go while they are looked at, and the job itself may have just ended.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(self.popen.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        if process.name().startswith("raylet"):
+                            found.append(process)
+            return found
         port = self.address.rpartition(":")[2]
         return [
             p for p in psutil.process_iter(["cmdline", "name"])
