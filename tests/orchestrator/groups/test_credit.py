@@ -1,0 +1,80 @@
+"""What the learner group gets of a batch, against Eq. 16 written out in numpy."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from euphonium.config import RunConfig
+from orchestrator.groups.credit import Batch, assign_credit
+from orchestrator.report.metrics import find_metric
+from tests.orchestrator.groups.scored import process_of, scored, scores_of
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def batch_of(config: RunConfig, *group_ids: int) -> Batch:
+    return Batch([scored(config, group_id) for group_id in group_ids], 0, group_ids[-1] + 1, 1.0)
+
+
+def standardised(values: np.ndarray, config: RunConfig) -> np.ndarray:
+    values = values.astype(np.float64)
+    return (values - values.mean(axis=0)) / (values.std(axis=0, ddof=config.advantage.ddof) + config.advantage.eps)
+
+
+def test_advantages_are_eq_16_for_every_action_of_every_sample(make_config: MakeConfig) -> None:
+    config = make_config("advantage.clip=100", "rewards.process.weight=0.7")
+    groups, _ = assign_credit(config, batch_of(config, 7, 3))
+    assert [group.info.task.group_id for group in groups] == [7, 3]
+    for group in groups:
+        number = group.info.task.group_id
+        scores = scores_of(config, number)
+        outcome = sum(r.weight * standardised(scores[r.name], config)[:, None] for r in config.rewards.outcome)
+        wanted = outcome + 0.7 * standardised(process_of(config, number), config)
+        assert group.advantages.dtype == np.float32
+        np.testing.assert_allclose(group.advantages, wanted[None], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(group.samples, np.arange(3))
+
+
+def test_without_process_rewards_all_actions_of_a_sample_are_credited_alike(make_config: MakeConfig) -> None:
+    config = make_config("advantage.mode=outcome", "advantage.clip=100")
+    (group,), _ = assign_credit(config, batch_of(config, 4))
+    scores = scores_of(config, 4)
+    wanted = sum(r.weight * standardised(scores[r.name], config) for r in config.rewards.outcome)
+    assert group.advantages.shape == (1, 3, config.sampler.num_steps)
+    for k in range(config.sampler.num_steps):
+        np.testing.assert_allclose(group.advantages[0, :, k], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_global_scope_takes_the_spread_over_the_whole_batch(make_config: MakeConfig) -> None:
+    config = make_config("advantage.mode=outcome", "advantage.scope=global", "advantage.clip=100")
+    groups, _ = assign_credit(config, batch_of(config, 0, 1))
+    for group in groups:
+        wanted = np.zeros(3)
+        for reward in config.rewards.outcome:
+            own = scores_of(config, group.info.task.group_id)[reward.name].astype(np.float64)
+            both = np.concatenate([scores_of(config, i)[reward.name] for i in (0, 1)]).astype(np.float64)
+            spread = both.std(ddof=config.advantage.ddof) + config.advantage.eps
+            wanted += reward.weight * (own - own.mean()) / spread
+        np.testing.assert_allclose(group.advantages[0, :, 0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_samples_to_train_on_travel_with_the_group(make_config: MakeConfig) -> None:
+    config = make_config("advantage.mode=outcome", "advantage.best_of=1")
+    (group,), _ = assign_credit(config, batch_of(config, 4))
+    order = np.argsort(group.advantages[0, :, 0])
+    np.testing.assert_array_equal(group.samples, np.sort(order[[0, -1]]))
+    assert group.samples.dtype == np.int64
+    assert group.advantages.shape[1] == 3, "advantages stay those of all samples"
+    assert group.rows == 2 * group.info.transitions
+
+
+def test_numbers_of_the_batch_are_declared_metrics(make_config: MakeConfig) -> None:
+    config = make_config()
+    _, numbers = assign_credit(config, batch_of(config, 0, 1))
+    assert numbers["time/scoring_s"] == 1.0
+    assert numbers["rollout/prm_wait_fraction"] == pytest.approx(0.25)
+    icon = np.concatenate([scores_of(config, i)["icon"] for i in (0, 1)])
+    assert numbers["reward/icon/mean"] == pytest.approx(icon.mean(), rel=1e-6)
+    for key in numbers:
+        find_metric(key)
