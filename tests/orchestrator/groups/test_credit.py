@@ -1,58 +1,80 @@
-"""From rewards to what the learner group trains on."""
+"""What the learner group gets of a batch, against Eq. 16 written out in numpy."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+import pytest
 
 from euphonium.config import RunConfig
-from euphonium.wire.records import Array, GroupInfo, GroupTask
-from orchestrator.groups.credit import Batch, ScoredGroup, assign_credit
+from orchestrator.groups.credit import Batch, assign_credit
+from orchestrator.report.metrics import find_metric
+from tests.orchestrator.groups.scored import process_of, scored, scores_of
 
-REFERENCE: Any = "a reference to arrays"
-
-
-def scored(number: int, process: Array | None, **scores: list[float]) -> ScoredGroup:
-    info = GroupInfo(
-        task=GroupTask(group_id=number, prompt="", seed=0), policy_version=7, fingerprint="abc", transitions=4,
-        process_rewards=process, seconds={"total": 1.0, "process_reward": 0.0}, payload_bytes=0,
-    )  # fmt: skip
-    values = {name: np.array(numbers, np.float32) for name, numbers in scores.items()}
-    return ScoredGroup(info, REFERENCE, REFERENCE, values, 0.25)
+MakeConfig = Callable[..., RunConfig]
 
 
-def normal(values: list[float], ddof: int = 1) -> np.ndarray:
-    return (np.array(values) - np.mean(values)) / np.std(values, ddof=ddof)
+def batch_of(config: RunConfig, *group_ids: int) -> Batch:
+    return Batch([scored(config, group_id) for group_id in group_ids], 0, group_ids[-1] + 1, 1.0)
 
 
-def test_an_action_is_credited_with_the_samples_outcome_and_its_own_process_reward(
-    make_config: Callable[..., RunConfig],
-) -> None:
-    config = make_config("rewards.process.weight=0.5", "advantage.mode=both", "advantage.clip=100")
-    process = np.array([[0, 1, 2, 3], [1, 1, 5, 3], [2, 1, 2, 9]], np.float32)
-    group = scored(3, process, icon=[0, 1, 5], motion=[3, 2, 2], quality=[1, 4, 4])
-    (trained,), statistics = assign_credit(config, Batch([group], 0, 4, 1.0))
-    outcome = normal([0, 1, 5]) + normal([3, 2, 2]) + 0.5 * normal([1, 4, 4])
-    # In the second step all samples have the same process reward: nothing is learned from it.
-    own = np.stack([normal(process[:, k]) if k != 1 else np.zeros(3) for k in range(4)], axis=1)
-    np.testing.assert_allclose(trained.advantages, [outcome[:, None] + 0.5 * own], atol=1e-5)
-    assert trained.info is group.info
-    assert trained.samples.tolist() == [0, 1, 2]
-    assert trained.rows == 3 * 4
-    assert statistics["time/scoring_s"] == 0.25
+def standardised(values: np.ndarray, config: RunConfig) -> np.ndarray:
+    values = values.astype(np.float64)
+    return (values - values.mean(axis=0)) / (values.std(axis=0, ddof=config.advantage.ddof) + config.advantage.eps)
 
 
-def test_best_of_n_trains_the_extremes_of_each_group_in_the_batchs_order(
-    make_config: Callable[..., RunConfig],
-) -> None:
-    config = make_config(
-        "advantage.best_of=1", "advantage.mode=outcome", "rewards.outcome=[{name: icon, type: sprite_icon}]"
-    )
-    groups = [scored(5, None, icon=[2, 0, 1]), scored(6, None, icon=[1, 0, 2])]
-    trained, _ = assign_credit(config, Batch(groups, 0, 7, 1.0))
-    assert [group.info.task.group_id for group in trained] == [5, 6]
-    assert [group.samples.tolist() for group in trained] == [[0, 1], [1, 2]]
-    assert [group.rows for group in trained] == [8, 8]
-    # One number a sample, spread over all steps.
-    assert all(group.advantages.shape == (1, 3, 4) for group in trained)
-    assert np.ptp(trained[0].advantages, axis=2).max() == 0
+def test_advantages_are_eq_16_for_every_action_of_every_sample(make_config: MakeConfig) -> None:
+    config = make_config("advantage.clip=100", "rewards.process.weight=0.7")
+    groups, _ = assign_credit(config, batch_of(config, 7, 3))
+    assert [group.info.task.group_id for group in groups] == [7, 3]
+    for group in groups:
+        number = group.info.task.group_id
+        scores = scores_of(config, number)
+        outcome = sum(r.weight * standardised(scores[r.name], config)[:, None] for r in config.rewards.outcome)
+        wanted = outcome + 0.7 * standardised(process_of(config, number), config)
+        assert group.advantages.dtype == np.float32
+        np.testing.assert_allclose(group.advantages, wanted[None], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(group.samples, np.arange(3))
+
+
+def test_without_process_rewards_all_actions_of_a_sample_are_credited_alike(make_config: MakeConfig) -> None:
+    config = make_config("advantage.mode=outcome", "advantage.clip=100")
+    (group,), _ = assign_credit(config, batch_of(config, 4))
+    scores = scores_of(config, 4)
+    wanted = sum(r.weight * standardised(scores[r.name], config) for r in config.rewards.outcome)
+    assert group.advantages.shape == (1, 3, config.sampler.num_steps)
+    for k in range(config.sampler.num_steps):
+        np.testing.assert_allclose(group.advantages[0, :, k], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_global_scope_takes_the_spread_over_the_whole_batch(make_config: MakeConfig) -> None:
+    config = make_config("advantage.mode=outcome", "advantage.scope=global", "advantage.clip=100")
+    groups, _ = assign_credit(config, batch_of(config, 0, 1))
+    for group in groups:
+        wanted = np.zeros(3)
+        for reward in config.rewards.outcome:
+            own = scores_of(config, group.info.task.group_id)[reward.name].astype(np.float64)
+            both = np.concatenate([scores_of(config, i)[reward.name] for i in (0, 1)]).astype(np.float64)
+            spread = both.std(ddof=config.advantage.ddof) + config.advantage.eps
+            wanted += reward.weight * (own - own.mean()) / spread
+        np.testing.assert_allclose(group.advantages[0, :, 0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_samples_to_train_on_travel_with_the_group(make_config: MakeConfig) -> None:
+    config = make_config("advantage.mode=outcome", "advantage.best_of=1")
+    (group,), _ = assign_credit(config, batch_of(config, 4))
+    order = np.argsort(group.advantages[0, :, 0])
+    np.testing.assert_array_equal(group.samples, np.sort(order[[0, -1]]))
+    assert group.samples.dtype == np.int64
+    assert group.advantages.shape[1] == 3, "advantages stay those of all samples"
+    assert group.rows == 2 * group.info.transitions
+
+
+def test_numbers_of_the_batch_are_declared_metrics(make_config: MakeConfig) -> None:
+    config = make_config()
+    _, numbers = assign_credit(config, batch_of(config, 0, 1))
+    assert numbers["time/scoring_s"] == 1.0
+    assert numbers["rollout/prm_wait_fraction"] == pytest.approx(0.25)
+    icon = np.concatenate([scores_of(config, i)["icon"] for i in (0, 1)])
+    assert numbers["reward/icon/mean"] == pytest.approx(icon.mean(), rel=1e-6)
+    for key in numbers:
+        find_metric(key)
