@@ -9,7 +9,7 @@ from torch import Tensor
 from actors.sampler import Rewarded
 from euphonium.dynamics import StepTable
 from euphonium.generators.conditioning import Conditioning, positive
-from euphonium.wire.arrays import as_tensor
+from euphonium.wire.arrays import as_array, as_tensor
 from euphonium.wire.clients import RewardClient
 from euphonium.wire.later import Later
 from euphonium.wire.records import PrmAnswer
@@ -34,7 +34,7 @@ class PrmClient:
 
         self._servers = servers
         # Put once a group: servers on this node read it from shared memory at every step.
-        self._conditioning = ray.put({name: t.cpu().float().numpy() for name, t in positive(conditioning).items()})
+        self._conditioning = ray.put({name: as_array(t) for name, t in positive(conditioning).items()})
         self._table = table
         self._prompt = prompt
 
@@ -42,7 +42,7 @@ class PrmClient:
         """Sends the states of step k to a server; waiting for the answer may raise RewardError."""
         import ray
 
-        state, sigma = ray.put(x.cpu().float().numpy()), float(self._table.sigmas[k])
+        state, sigma = ray.put(as_array(x.float())), float(self._table.sigmas[k])
 
         def send(server: ActorProxy[PrmServer]) -> ObjectRef[PrmAnswer]:
             return server.reward_and_gradient.remote(

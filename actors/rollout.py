@@ -38,6 +38,7 @@ from euphonium.generators.conditioning import Conditioning, expand, stack_condit
 from euphonium.generators.generator import images_for
 from euphonium.generators.lora import adapter_parameters, add_adapter
 from euphonium.generators.registry import open_generator
+from euphonium.wire.arrays import as_array
 from euphonium.wire.deadlines import node_id
 from euphonium.wire.devices import default_device
 from euphonium.wire.records import Array, GroupInfo, GroupPayload, GroupTask, Readiness, WeightOrder
@@ -214,7 +215,7 @@ def _payload(trajectory: Trajectory, conditioning: Conditioning) -> GroupPayload
         steps=trajectory.steps.numpy(),
         log_probs=trajectory.log_probs.numpy(),
         gradients=None if trajectory.gradients is None else trajectory.gradients.numpy(),
-        conditioning={name: tensor.cpu().float().numpy() for name, tensor in conditioning.items()},
+        conditioning={name: as_array(tensor) for name, tensor in conditioning.items()},
     )
 
 

@@ -32,6 +32,7 @@ from euphonium.config import PrmRefreshConfig, RunConfig, load_config
 from euphonium.generators.conditioning import stack_conditionings
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.rewards.total import weighted_total
+from euphonium.wire.arrays import as_tensor
 from euphonium.wire.records import GroupTask
 from learners.engine.engine import Engine
 from learners.rewards.preference import Preferences, gaps_by_noise, measured
@@ -71,7 +72,7 @@ def policy_samples(run: SingleProcess, prompts: list[str], margin: float) -> Ran
         task = GroupTask(group_id=number, prompt=prompt, seed=SEED + number, iteration=0)
         _, final, payload = run.worker.generate(task, run._source)
         latents.append(torch.from_numpy(final))
-        conditionings.append({name: torch.from_numpy(array) for name, array in payload.conditioning.items()})
+        conditionings.append({name: as_tensor(array) for name, array in payload.conditioning.items()})
         scores = run.orm.score(final, [prompt] * len(final))
         totals.append(np.asarray(weighted_total(scores, run.config.rewards.outcome)))
     owner = np.repeat(np.arange(len(prompts)), [len(part) for part in latents])

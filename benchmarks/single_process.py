@@ -10,6 +10,7 @@ is handy for trying a recipe's hyperparameters.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 import time
@@ -26,8 +27,8 @@ from euphonium.dynamics import StepTable
 from euphonium.rewards.process import LocalRewards, ProcessRewardModel
 from euphonium.rewards.total import weighted_total
 from euphonium.wire.records import GroupPayload, TrainingGroup
-from learners.policy.batching import load_rows, plan_updates
-from learners.policy.objective import References, evaluate_objective
+from learners.policy.batching import Plan, load_rows, plan_updates
+from learners.policy.objective import References, evaluate_objective, old_log_probs, replayed_log_probs
 from learners.policy.objective import Velocity as VelocityOf
 from learners.policy.schedules import kl_controller, kl_weight, learning_rate
 from learners.rewards.refresh import PrmRefresh
@@ -121,7 +122,8 @@ class SingleProcess:
         if self.previous is not None:
             _copy(self.policy, self.previous)
         clipped, norms, divergence = 0, [], 0.0
-        for shares in plan:
+        replayed = self._replayed(plan, groups, payloads)
+        for update, shares in enumerate(plan):
             for options in self.optimizer.param_groups:
                 options["lr"] = learning_rate(config, self.updates)
             self.optimizer.zero_grad(set_to_none=True)
@@ -131,9 +133,13 @@ class SingleProcess:
                 kl_weight=kl_weight(config.objective.kl, self.controller),
             )
             observed = 0.0
-            for batch in shares[0]:
+            for position, batch in enumerate(shares[0]):
                 group = groups[batch.group]
                 rows = load_rows(batch, group, payloads[batch.group], CPU)
+                if old_log_probs(config, update, on_policy=True) == "own":
+                    rows = dataclasses.replace(rows, own_old=True)
+                elif (update, position) in replayed:
+                    rows = dataclasses.replace(rows, log_probs=replayed[update, position])
                 value = evaluate_objective(
                     config.objective, self.worker.table(group.info.task.iteration),
                     lambda x, t, c: self.worker.family.velocity(self.policy, x, t, c), rows, references,
@@ -153,6 +159,21 @@ class SingleProcess:
             "policy/grad_norm": float(np.mean(norms)),
             "policy/clip_fraction": clipped / sum(rows_per_group),
             "kl/observed": divergence,
+        }
+
+    def _replayed(
+        self, plan: Plan, groups: list[TrainingGroup], payloads: list[GroupPayload]
+    ) -> dict[tuple[int, int], Tensor]:
+        """Old log-probabilities that are computed before the first update, by update and position."""
+        return {
+            (update, position): replayed_log_probs(
+                self.worker.table(groups[batch.group].info.task.iteration),
+                lambda x, t, c: self.worker.family.velocity(self.policy, x, t, c),
+                load_rows(batch, groups[batch.group], payloads[batch.group], CPU),
+            )
+            for update, shares in enumerate(plan)
+            for position, batch in enumerate(shares[0])
+            if old_log_probs(self.config, update, on_policy=True) == "replay"
         }
 
     def _velocity(self, model: nn.Module | None) -> VelocityOf | None:

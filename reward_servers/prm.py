@@ -125,7 +125,7 @@ class PrmScorer:
 
     def _conditioning(self, request: PrmRequest) -> Conditioning:
         tensors = positive({name: as_tensor(array) for name, array in request.conditioning.items()})
-        moved = {name: tensor.to(self.device, self.model.family.dtype) for name, tensor in tensors.items()}
+        moved = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         return expand(moved, request.size)
 
     def _pass(

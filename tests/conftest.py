@@ -116,3 +116,19 @@ def ray_cluster() -> Iterator[None]:
         ray.init(address="local", num_cpus=4, namespace="tests", include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a saved pipeline of a family in a tiny configuration, by the pipeline's class."""
+    made: dict[str, Path] = {}
+
+    def folder(pipeline_class: str) -> Path:
+        from tests.euphonium.generators.tiny_pipelines import build_pipeline
+
+        if pipeline_class not in made:
+            made[pipeline_class] = tmp_path_factory.mktemp(pipeline_class)
+            build_pipeline(pipeline_class).save_pretrained(made[pipeline_class])
+        return made[pipeline_class]
+
+    return folder

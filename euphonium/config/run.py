@@ -103,11 +103,10 @@ def _some_reward_is_trained(advantage: AdvantageConfig, rewards: RewardsConfig) 
 
 
 def _learner_still_has_the_old_policy(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
-    if rollout.max_staleness > 0 and (objective.old_log_probs == "replay" or objective.needs_previous_policy):
+    if rollout.max_staleness > 0 and objective.needs_previous_policy:
         raise ValueError(
             "rollout.max_staleness above 0 trains on groups of earlier policies, which the learner no longer has: "
-            "it goes with objective.old_log_probs: rollout, without objective.ratio_normalisation, and without "
-            "objective.kl.previous: gaussian"
+            "it goes without objective.ratio_normalisation, and without objective.kl.previous: gaussian"
         )
 
 

@@ -65,14 +65,23 @@ class ObjectiveConfig(Node):
     """Weights of the steps in the loss: equal, SAGE-GRPO's temporal equaliser, or one over the step's length."""
     ratio_normalisation: bool = False
     """Normalise the log-ratio by its drift and scale (GRPO-Guard); needs a copy of the previous policy."""
-    old_log_probs: Literal["rollout", "replay"] = "rollout"
-    """Take old log-probabilities from the rollout, or recompute them in the learner before the first update."""
+    old_log_probs: Literal["auto", "learner", "rollout"] = "auto"
+    """Who computes the log-probabilities that ratios divide by. ``learner``: the first update of an on-policy group
+    takes the learner's own, so that every ratio is exactly 1 at no cost; later updates recompute them before the first
+    one. ``rollout``: the rollout actors', which in bfloat16 differ from the learner's by more than a tight clip range.
+    ``auto``: the learner's, but in float32 later updates take the rollout's, which are equal there but for rounding.
+    Groups of an earlier policy always have the rollout's."""
     kl: KlConfig | None = None
     """KL penalty; None for none."""
     updates_per_iteration: PositiveInt = 1
     """Optimiser steps an iteration; the groups are split evenly among them."""
-    ratio_tolerance: PositiveFloat = 1e-3
-    """Largest |ratio - 1| of the first update before the run stops: rollout and learner disagree."""
+    ratio_alarm: PositiveFloat = 3e-4
+    """Mean |ratio - 1| between the learner's and the rollout's log-probabilities of on-policy groups, before the first
+    update, above which there is a warning."""
+    ratio_tolerance: PositiveFloat = 2e-3
+    """The same mean, above which the run stops before the weights move: rollout and learner disagree."""
+    ratio_tolerance_p99: PositiveFloat = 1e-2
+    """Limit on |ratio - 1| that 99 % of the transitions must keep, likewise."""
 
     @property
     def needs_previous_policy(self) -> bool:

@@ -81,6 +81,7 @@ class Backbone(ABC):
         """
         built = self.transformer_class().from_config(self.transformer_config() if config is None else config)
         self._fill_buffers(built)
+        self.prepare_attention(built)
         return nn.Module.to(self.with_exact_buffers(built), dtype=self.dtype)
 
     def load_transformer(self, device: torch.device) -> nn.Module:
@@ -88,6 +89,7 @@ class Backbone(ABC):
         loaded = self.transformer_class().from_pretrained(
             self.folder / self.backbone, dtype=self.dtype, use_safetensors=True
         )
+        self.prepare_attention(loaded)
         # diffusers keeps some weights in float32 (and its own method warns of rounding them), but ZeRO-3 has one type
         # for all: what rollout actors compute with must be what learners train.
         return nn.Module.to(self.with_exact_buffers(loaded), device=device, dtype=self.dtype).eval()
@@ -97,6 +99,10 @@ class Backbone(ABC):
 
         Learners build transformers under ``zero.Init``, which rounds whatever a constructor computes.
         """
+        return transformer
+
+    def prepare_attention(self, transformer: nn.Module) -> nn.Module:
+        """Replaces attention processors that waste time, in place; most families need nothing."""
         return transformer
 
     def build_trunk(self, blocks: int) -> nn.Module:

@@ -34,6 +34,11 @@ def negative(conditioning: Conditioning) -> Conditioning:
     return {n.removeprefix(NEGATIVE): tensor for n, tensor in conditioning.items() if n.startswith(NEGATIVE)}
 
 
+def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
+    """The conditioning with all floating entries in one type; others, such as positions, stay as they are."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in conditioning.items()}
+
+
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance: ``u + scale (c - u)`` of a network's two outputs, of any one shape."""
     return unconditional + scale * (conditional - unconditional)

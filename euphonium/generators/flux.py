@@ -52,7 +52,7 @@ class Flux(ImageGenerator):
         return encode
 
     @override
-    def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+    def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = x.shape[-2:]
         rows, columns = height // PACK, width // PACK
         guidance = None
@@ -68,7 +68,7 @@ class Flux(ImageGenerator):
             return_dict=False,
             **conditioning,
         )[0]
-        return unpack(output.float(), rows, columns)
+        return unpack(output, rows, columns)
 
 
 def pack(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from euphonium.generators.conditioning import (
     Conditioning,
     ImageEncoder,
     PromptEncoder,
+    cast,
     guided,
     negative,
     positive,
@@ -90,19 +91,36 @@ class Generator(Backbone):
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
         """Loads the VAE in ``dtype``, where it can compute in several types, without memory savers."""
 
-    @abstractmethod
     def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """One forward pass of the network, without classifier-free guidance.
+
+        Every role passes here, and here alone the conditioning gets the type that the network computes in.
 
         Args:
             transformer: a transformer of this family.
             x: float32 states ``[batch, *latent_shape]``.
             time: float32 ``[batch]``, as a fraction of the network's range
                 (:attr:`euphonium.dynamics.StepTable.times`); the noise fraction in flow matching.
-            conditioning: conditioning of the same batch size, without entries of the negative prompt.
+            conditioning: conditioning of the same batch size, of any floating type, without entries of the negative
+                prompt.
 
         Returns:
             float32, like ``x``: the velocity ``eps - x0``, or the noise for models that predict it.
+        """
+        return self.forward(transformer, x, time, cast(conditioning, self.dtype)).float()
+
+    @abstractmethod
+    def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """Calls the network of this family.
+
+        Args:
+            transformer: a transformer of this family.
+            x: float32 states ``[batch, *latent_shape]``.
+            time: float32 ``[batch]``, as for :meth:`network`.
+            conditioning: conditioning of the same batch size; floating entries have the type :attr:`dtype`.
+
+        Returns:
+            Like ``x``, in any floating type.
         """
 
     def velocity(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

@@ -75,12 +75,19 @@ class HunyuanVideo(Generator):
         kind = getattr(diffusers, self.pipeline.component_config("vae")["_class_name"])
         return VideoVae.load(kind, self.folder, device, dtype)
 
+    @override
+    def prepare_attention(self, transformer: nn.Module) -> nn.Module:
+        from euphonium.generators.attention import leave_out_full_masks
+
+        leave_out_full_masks(transformer)
+        return transformer
+
     def network_input(self, x: Tensor, arguments: dict[str, Tensor]) -> Tensor:
         """The transformer's input made of the states; entries of ``arguments`` that become part of it are removed."""
         return x
 
     @override
-    def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+    def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         arguments: dict[str, Tensor] = dict(conditioning)
         if self.config.embedded_guidance is not None:
             arguments["guidance"] = torch.full(
@@ -92,4 +99,4 @@ class HunyuanVideo(Generator):
             return_dict=False,
             **arguments,
         )[0]
-        return output.float()
+        return output

@@ -73,7 +73,7 @@ class HunyuanVideo15(HunyuanVideo):
         return vae
 
     @override
-    def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+    def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         in_channels, embedding = self._input_widths
         # Places of a conditioning frame and its mask, and of its embedding: all zero without an image. Tokens of an
         # absent image are masked, so that one stands for them all.
@@ -87,4 +87,4 @@ class HunyuanVideo15(HunyuanVideo):
             return_dict=False,
             **conditioning,
         )[0]
-        return output.float()
+        return output

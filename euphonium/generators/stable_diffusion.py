@@ -129,12 +129,12 @@ class StableDiffusion(ImageGenerator):
         return encode
 
     @override
-    def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+    def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the noise."""
         output: Tensor = transformer(
             x.squeeze(2).to(self.dtype), (time * self._timesteps).round(), return_dict=False, **conditioning
         )[0]
-        return output.float().unsqueeze(2)
+        return output.unsqueeze(2)
 
 
 def _no_trunk(folder: Path) -> str:

@@ -65,8 +65,8 @@ class StableDiffusion3(ImageGenerator):
         return encode
 
     @override
-    def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+    def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         output: Tensor = transformer(
             hidden_states=x.squeeze(2).to(self.dtype), timestep=time * TIMESTEPS, return_dict=False, **conditioning
         )[0]
-        return output.float().unsqueeze(2)
+        return output.unsqueeze(2)

@@ -105,11 +105,11 @@ class Wan(Generator):
         return WanVae.load(AutoencoderKLWan, self.folder, device, torch.float32)
 
     @override
-    def network(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+    def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         output: Tensor = transformer(
             hidden_states=x.to(self.dtype), timestep=time * TIMESTEPS, return_dict=False, **conditioning
         )[0]
-        return output.float()
+        return output
 
 
 class WanVae(VideoVae):

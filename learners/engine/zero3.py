@@ -67,7 +67,11 @@ def training_options(
     }
     if pool.offload_optimizer:
         zero["offload_optimizer"] = _host_memory()
-    return _options(zero, dtype) | {
+    options = _options(zero, dtype)
+    if dtype != torch.float32:
+        # An update adds up hundreds of micro-batches; in bfloat16 the sum would lose the later ones to rounding.
+        options["data_types"] = {"grad_accum_dtype": "fp32"}
+    return options | {
         "gradient_clipping": settings.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

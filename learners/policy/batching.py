@@ -35,9 +35,11 @@ class MicroBatch:
     weight: float
 
 
-def plan_updates(
-    rows_per_group: Sequence[int], updates: int, rows_per_micro_batch: int, world_size: int
-) -> list[list[list[MicroBatch]]]:
+# ``plan[update][rank]``: a rank's micro-batches in an update.
+Plan = list[list[list[MicroBatch]]]
+
+
+def plan_updates(rows_per_group: Sequence[int], updates: int, rows_per_micro_batch: int, world_size: int) -> Plan:
     """Plans the micro-batches of all updates of an iteration.
 
     Groups are dealt to the updates in turn; a micro-batch never mixes groups. The loss of an update is the mean over

@@ -6,6 +6,7 @@ It knows neither Ray nor the mailbox; train_loop.py fetches orders and calls it.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -20,12 +21,21 @@ from euphonium.generators.registry import open_generator
 from euphonium.wire.records import GroupPayload, TrainingGroup
 from learners.engine.collectives import reduced
 from learners.engine.partitioned import ZeroPolicy
-from learners.policy.batching import MicroBatch, load_rows, plan_updates
-from learners.policy.objective import References, Transitions, evaluate_objective, replayed_log_probs
+from learners.policy.batching import MicroBatch, Plan, load_rows, plan_updates
+from learners.policy.objective import (
+    OldLogProbs,
+    References,
+    Transitions,
+    evaluate_objective,
+    old_log_probs,
+    replayed_log_probs,
+)
 from learners.policy.publication import Publisher
 from learners.policy.references import AdapterReference, FrozenCopy, Reference
 from learners.policy.schedules import kl_controller, kl_weight, learning_rate
 from learners.policy.statistics import UpdateStatistics
+
+log = logging.getLogger(__name__)
 
 
 class Learner:
@@ -90,15 +100,16 @@ class Learner:
             Metrics, reduced over all ranks.
 
         Raises:
-            TrainingError: a group was drawn by another sampler, or the first update's importance ratios are not 1, so
-                that rollout and learner disagree on the policy.
+            TrainingError: a group was drawn by another sampler, or rollout and learner disagree on the probabilities of
+                on-policy groups; the weights are then those of before.
         """
         tables = {position: self._table_of(position, groups[position]) for position in payloads}
         plan = self._plan(groups)
         if self.previous is not None:
             self.previous.refresh(self.policy)
         cut = partial(self._rows, groups, payloads)
-        replayed = self._replay(plan, cut, tables) if self.config.objective.old_log_probs == "replay" else {}
+        replayed = self._replay(plan, groups, cut, tables)
+        deviations: dict[str, float] = {}
         statistics = UpdateStatistics(self.world_size)
         for index, shares in enumerate(plan):
             statistics.begin_update()
@@ -107,19 +118,24 @@ class Learner:
             own = shares[self.rank]
             for position, batch in enumerate(own):
                 rows = cut(batch)
-                if (index, position) in replayed:
+                source = self._old_log_probs(index, groups[batch.group])
+                if source == "own":
+                    rows = dataclasses.replace(rows, own_old=True)
+                elif source == "replay":
                     rows = dataclasses.replace(rows, log_probs=replayed[index, position])
                 value = evaluate_objective(self.config.objective, tables[batch.group], self.velocity, rows, references)
-                self.policy.backward(value.loss, last=position == len(own) - 1)
                 if batch.weight > 0:
-                    # Ratios must be 1 only on the first update, and only for groups that the present policy drew.
-                    first = index == 0 and groups[batch.group].info.policy_version == self.version
-                    statistics.add(value, on_policy=first)
+                    # Both must agree only on the first update, and only on groups that the present policy drew.
+                    statistics.add(value, on_policy=index == 0 and self._on_policy(groups[batch.group]))
+                last = position == len(own) - 1
+                if last and index == 0:
+                    # The last backward pass moves the weights.
+                    deviations = self._agreement(statistics.deviations())
+                self.policy.backward(value.loss, last=last)
             self.updates_done += 1
             statistics.norms.append(self.policy.grad_norm())
             self._after_update(statistics.of_this_update())
-        metrics = statistics.reduced(self.device)
-        self._check_ratio(metrics["policy/ratio_deviation"])
+        metrics = statistics.reduced(self.device) | deviations
         metrics |= {
             "policy/learning_rate": learning_rate(self.config, self.updates_done - 1),
             "policy/updates": float(self.updates_done),
@@ -128,7 +144,7 @@ class Learner:
             return metrics | {"kl/weight": references.kl_weight}
         return {name: number for name, number in metrics.items() if not name.startswith("kl/")}
 
-    def _plan(self, groups: Sequence[TrainingGroup]) -> list[list[list[MicroBatch]]]:
+    def _plan(self, groups: Sequence[TrainingGroup]) -> Plan:
         return plan_updates(
             [group.rows for group in groups],
             self.config.objective.updates_per_iteration,
@@ -148,14 +164,34 @@ class Learner:
             kl_weight=kl_weight(self.config.objective.kl, self.controller),
         )
 
-    def _check_ratio(self, deviation: float) -> None:
-        tolerance = self.config.objective.ratio_tolerance
-        if not deviation <= tolerance:
-            raise TrainingError(
-                f"on the first update the importance ratio is off 1 by {deviation:.3g}, more than "
-                f"objective.ratio_tolerance ({tolerance:.3g}): rollout and learner disagree on the policy's output. "
-                "Check model.dtype, the attention backends of both machines, and the weights' version"
-            )
+    def _on_policy(self, group: TrainingGroup) -> bool:
+        return group.info.policy_version == self.version
+
+    def _old_log_probs(self, update: int, group: TrainingGroup) -> OldLogProbs:
+        return old_log_probs(self.config, update, on_policy=self._on_policy(group))
+
+    def _agreement(self, deviations: dict[str, float]) -> dict[str, float]:
+        """Checks that rollout and learner agree on the policy's output; returns the metrics of it."""
+        objective = self.config.objective
+        advice = "check model.dtype, the attention backends of both machines, and the weights' version"
+        limits = {
+            "policy/ratio_deviation": ("mean", "ratio_tolerance", objective.ratio_tolerance),
+            "policy/ratio_deviation_p99": ("99th percentile", "ratio_tolerance_p99", objective.ratio_tolerance_p99),
+        }
+        for metric, (what, field, limit) in limits.items():
+            if not deviations[metric] <= limit:
+                raise TrainingError(
+                    f"before the first update the {what} of |ratio - 1| is {deviations[metric]:.3g}, more than "
+                    f"objective.{field} ({limit:.3g}): rollout and learner disagree on the policy's output. The "
+                    f"weights have not been changed; {advice}"
+                )
+        alarm = deviations["policy/ratio_deviation"] > objective.ratio_alarm
+        if alarm and self.rank == 0:
+            log.warning(
+                "rollout and learner disagree: |ratio - 1| is %.3g on average, above objective.ratio_alarm (%.3g); %s",
+                deviations["policy/ratio_deviation"], objective.ratio_alarm, advice,
+            )  # fmt: skip
+        return deviations | {"policy/ratio_alarm": float(alarm)}
 
     def _after_update(self, sums: dict[str, float]) -> None:
         kl = self.config.objective.kl
@@ -179,13 +215,18 @@ class Learner:
 
     def _replay(
         self,
-        plan: Sequence[Sequence[Sequence[MicroBatch]]],
+        plan: Plan,
+        groups: Sequence[TrainingGroup],
         cut: Callable[[MicroBatch], Transitions],
         tables: Mapping[int, StepTable],
     ) -> dict[tuple[int, int], Tensor]:
-        """Log-probabilities of this rank's micro-batches before the first update, by update and position."""
+        """Log-probabilities of this rank's micro-batches before the first update, by update and position.
+
+        Where any rank needs them for its micro-batch, all ranks make the pass, because all take part in each.
+        """
         return {
             (index, position): replayed_log_probs(tables[batch.group], self.velocity, cut(batch))
             for index, shares in enumerate(plan)
             for position, batch in enumerate(shares[self.rank])
+            if any(self._old_log_probs(index, groups[share[position].group]) == "replay" for share in shares)
         }

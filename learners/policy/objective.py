@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from euphonium.config import KlConfig, ObjectiveConfig
+from euphonium.config import KlConfig, ObjectiveConfig, RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.dynamics.kl import k3_estimate, log_ratio_estimate
 from euphonium.generators.conditioning import Conditioning
@@ -33,6 +34,8 @@ class Transitions:
         gradients: float32 like ``states``, reward gradients that belong to the mean, or None.
         conditioning: conditioning of the rows.
         weight: weight of a row in the loss; 0 in micro-batches that only keep the ranks in step.
+        own_old: whether ratios divide by the learner's own present probabilities instead of ``log_probs``, which are
+            then only compared with.
     """
 
     states: Tensor
@@ -43,6 +46,7 @@ class Transitions:
     gradients: Tensor | None
     conditioning: Conditioning
     weight: float
+    own_old: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,7 @@ class ObjectiveValue:
     Attributes:
         loss: scalar, the weighted sum over rows.
         ratio: ``[rows]``, importance ratios, detached.
+        deviation: ``[rows]``, |ratio - 1| to the probabilities that the rows came with, detached.
         clipped: ``[rows]`` in [0, 1], share of the components whose gradient the clip removes.
         kl_anchor: ``[rows]`` divergence from the anchor, detached; zeros without one.
         kl_previous: ``[rows]`` estimate of the divergence from the behaviour policy, detached; zeros without one.
@@ -74,6 +79,7 @@ class ObjectiveValue:
 
     loss: Tensor
     ratio: Tensor
+    deviation: Tensor
     clipped: Tensor
     kl_anchor: Tensor
     kl_previous: Tensor
@@ -136,7 +142,9 @@ def evaluate_objective(
     """
     references = references or References()
     mean, log_prob = _score(table, velocity, rows)
-    log_ratio = log_prob - rows.log_probs
+    deviation = torch.expm1(log_prob.detach() - rows.log_probs).abs()
+    old_log_prob = log_prob.detach() if rows.own_old else rows.log_probs
+    log_ratio = log_prob - old_log_prob
     previous_mean = None
     if references.previous is not None:
         with torch.no_grad():
@@ -157,13 +165,16 @@ def evaluate_objective(
         if references.anchor is not None:
             kl_anchor = _anchor_divergence(table, references.anchor, rows, mean)
         if config.kl.previous != "none":
-            kl_previous = _previous_divergence(config.kl, table, rows, (mean, log_prob), previous_mean)
+            kl_previous = _previous_divergence(
+                config.kl, table, rows.steps, (mean, log_prob), (previous_mean, old_log_prob)
+            )
         penalty = config.kl.anchor_weight * kl_anchor + config.kl.previous_weight * kl_previous
         # A penalty is added to a loss that is minimised; the sign of SAGE-GRPO's Eq. 43 is a slip.
         total = total + references.kl_weight * penalty
     return ObjectiveValue(
         loss=rows.weight * total.sum(),
         ratio=ratio.detach(),
+        deviation=deviation,
         clipped=clipped.float().mean(dim=0),
         kl_anchor=kl_anchor.detach(),
         kl_previous=kl_previous.detach(),
@@ -178,17 +189,26 @@ def _anchor_divergence(table: StepTable, anchor: Velocity, rows: Transitions, me
 
 
 def _previous_divergence(
-    kl: KlConfig, table: StepTable, rows: Transitions, score: tuple[Tensor, Tensor], previous_mean: Tensor | None
+    kl: KlConfig, table: StepTable, steps: Tensor, score: tuple[Tensor, Tensor], previous: tuple[Tensor | None, Tensor]
 ) -> Tensor:
-    """Estimate of the KL divergence from the policy that drew the rows, ``[rows]``, by the method ``kl.previous``."""
+    """Estimate of the KL divergence from the policy that drew the rows, ``[rows]``, by the method ``kl.previous``.
+
+    Args:
+        kl: settings of the penalty.
+        table: the sampler.
+        steps: k of the rows.
+        score: means and log-probabilities under the current policy.
+        previous: the same under the policy that drew the rows; the means only where the method needs them.
+    """
     mean, log_prob = score
+    previous_mean, old_log_prob = previous
     if kl.previous == "log_ratio":
-        return log_ratio_estimate(log_prob, rows.log_probs)
+        return log_ratio_estimate(log_prob, old_log_prob)
     if kl.previous == "k3":
-        return k3_estimate(log_prob, rows.log_probs)
+        return k3_estimate(log_prob, old_log_prob)
     if previous_mean is None:
         raise ValueError("the exact divergence needs the previous policy")
-    return table.kl(rows.steps, mean, previous_mean)
+    return table.kl(steps, mean, previous_mean)
 
 
 def _score(table: StepTable, velocity: Velocity, rows: Transitions) -> tuple[Tensor, Tensor]:
@@ -201,5 +221,28 @@ def _score(table: StepTable, velocity: Velocity, rows: Transitions) -> tuple[Ten
 
 @torch.no_grad()
 def replayed_log_probs(table: StepTable, velocity: Velocity, rows: Transitions) -> Tensor:
-    """Log-probabilities of the rows under a policy, without gradients: ``old_log_probs: replay``."""
+    """Log-probabilities of the rows under a policy, without gradients."""
     return _score(table, velocity, rows)[1]
+
+
+OldLogProbs = Literal["own", "replay", "rollout"]
+
+
+def old_log_probs(config: RunConfig, update: int, *, on_policy: bool) -> OldLogProbs:
+    """Where the old log-probabilities of a group's rows come from (``objective.old_log_probs``).
+
+    Args:
+        config: configuration of the run.
+        update: number of the update in its iteration, from 0.
+        on_policy: whether the group was drawn by the policy that the iteration began with.
+
+    Returns:
+        ``own``: the learner's at this very update, which is the first; ``replay``: the learner's before the first
+        update, in a pass of their own; ``rollout``: those that the rows came with.
+    """
+    wanted = config.objective.old_log_probs
+    if not on_policy or wanted == "rollout":
+        return "rollout"
+    if update == 0:
+        return "own"
+    return "rollout" if wanted == "auto" and config.model.dtype == "float32" else "replay"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from learners.engine.collectives import reduced
+from learners.engine.collectives import gathered, reduced
 from learners.policy.objective import ObjectiveValue
 
 SUMMED = ("rows", "loss", "clipped", "ratio", "log_ratio_squared", "kl_anchor", "kl_previous")
@@ -22,7 +23,7 @@ class UpdateStatistics:
         self._world_size = world_size
         self._sums = dict.fromkeys(SUMMED, 0.0)
         self._before = dict(self._sums)
-        self._first_deviation = 0.0
+        self._deviations: list[float] = []
 
     def begin_update(self) -> None:
         """Makes :meth:`of_this_update` count from here."""
@@ -33,7 +34,8 @@ class UpdateStatistics:
 
         Args:
             value: its loss and the statistics of its rows.
-            on_policy: whether it belongs to the first update and was drawn by the present policy: its ratios must be 1.
+            on_policy: whether it belongs to the first update and was drawn by the present policy, so that rollout and
+                learner must agree on its probabilities.
         """
         sums = self._sums
         sums["rows"] += len(value.ratio)
@@ -44,7 +46,18 @@ class UpdateStatistics:
         sums["kl_anchor"] += value.kl_anchor.sum().item()
         sums["kl_previous"] += value.kl_previous.sum().item()
         if on_policy:
-            self._first_deviation = max(self._first_deviation, (value.ratio - 1).abs().max().item())
+            self._deviations += value.deviation.tolist()
+
+    def deviations(self) -> dict[str, float]:
+        """Mean and 99th percentile over all ranks of |ratio - 1| before the first update; all ranks must call it.
+
+        Zero where no group was drawn by the present policy.
+        """
+        found = np.array(gathered(self._deviations) or [0.0])
+        return {
+            "policy/ratio_deviation": float(found.mean()),
+            "policy/ratio_deviation_p99": float(np.quantile(found, 0.99)),
+        }
 
     def of_this_update(self) -> dict[str, float]:
         """This rank's sums since :meth:`begin_update`."""
@@ -57,11 +70,9 @@ class UpdateStatistics:
             device: device of the collective operations.
         """
         totals = reduced(device, self._sums, "sum")
-        deviation = reduced(device, {"deviation": self._first_deviation}, "max")["deviation"]
         count = totals["rows"]
         return {
             "policy/loss": totals["loss"] / len(self.norms),
-            "policy/ratio_deviation": deviation,
             "policy/ratio_mean": totals["ratio"] / count,
             "policy/clip_fraction": totals["clipped"] / count,
             "policy/approx_kl": 0.5 * totals["log_ratio_squared"] / count,

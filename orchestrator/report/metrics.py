@@ -71,7 +71,12 @@ METRICS = (
     Metric("advantage/std", "advantage_std", "Standard deviation of the advantages."),
     Metric("policy/loss", "policy_loss", "Mean loss of the iteration's updates."),
     Metric("policy/ratio_deviation", "ratio_deviation",
-           "Largest |ratio - 1| before the first update: must be rounding only, or rollout and learner disagree."),
+           "Mean |ratio - 1| of the learner's to the rollout's probabilities, on-policy and before the first update: "
+           "must be rounding only, or rollout and learner disagree."),
+    Metric("policy/ratio_deviation_p99", "ratio_deviation_p99", "The same, its 99th percentile."),
+    Metric("policy/ratio_alarm", "ratio_alarm",
+           "1 while that mean is above objective.ratio_alarm: look at model.dtype, the attention backends and the "
+           "weights' version of both sides."),
     Metric("policy/ratio_mean", "ratio_mean", "Mean importance ratio."),
     Metric("policy/clip_fraction", "clip_fraction", "Share of transitions whose gradient the clip removed."),
     Metric("policy/approx_kl", "approx_kl", "Half the mean squared log-ratio to the behaviour policy."),

@@ -122,7 +122,6 @@ def test_an_impossible_sampler_is_refused_while_reading(recipe: Path) -> None:
         (["rewards.outcome.1.name=icon"], "'icon' is taken"),
         (["rewards.outcome.0.weight=0", "rewards.outcome.1.weight=0"], "nothing to learn from"),
         (["objective.updates_per_iteration=5"], "an update would have no group"),
-        (["rollout.max_staleness=1", "objective.old_log_probs=replay"], "the learner no longer has"),
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused(recipe: Path, overrides: list[str], message: str) -> None:

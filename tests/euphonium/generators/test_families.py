@@ -20,6 +20,7 @@ from euphonium.config import RunConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import FAMILIES
+from euphonium.wire.arrays import as_tensor
 from euphonium.wire.records import GroupTask
 from tests.euphonium.generators.cases import (
     CASES,
@@ -196,7 +197,8 @@ def test_rollout_actors_draw_groups(
     group = config.rollout.group_size
     assert final.shape == (group, *worker.family.latent_shape)
     assert payload.states.shape[:2] == (group, len(worker.table().stochastic_steps))
-    assert all(array.shape[0] == 1 and array.dtype == np.float32 for array in payload.conditioning.values())
+    sent = [as_tensor(array) for array in payload.conditioning.values()]
+    assert all(tensor.shape[0] == 1 and tensor.dtype == worker.family.dtype for tensor in sent)
     assert np.isfinite(payload.log_probs).all()
     assert info.fingerprint == worker.family.step_table(config.sampler).fingerprint()
     evaluated = worker.evaluate(PROMPTS, [1, 2])

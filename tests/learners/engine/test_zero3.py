@@ -19,7 +19,8 @@ OVERRIDES = (
     "rollout.prompts_per_iteration=3", "objective.updates_per_iteration=2", "pools.learner.rows_per_micro_batch=5",
     "pools.learner.persistence_threshold=100", "optimizer.learning_rate=1e-3", "optimizer.eps=1e-4",
     "optimizer.max_grad_norm=0.05", "optimizer.weight_decay=0.01", "optimizer.ema_decay=0.9",
-    "objective.clip_range=0.5", "objective.ratio_tolerance=10", "optimizer.schedule=linear", "iterations=4",
+    "objective.clip_range=0.5", "objective.ratio_tolerance=10",
+    "objective.ratio_tolerance_p99=10", "objective.old_log_probs=rollout", "optimizer.schedule=linear", "iterations=4",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 COMMON = (
     "rollout.prompts_per_iteration=3", "objective.updates_per_iteration=2", "pools.learner.rows_per_micro_batch=5",
     "optimizer.learning_rate=1e-3", "optimizer.eps=1e-4", "objective.clip_range=0.5", "objective.ratio_tolerance=10",
+    "objective.ratio_tolerance_p99=10", "objective.old_log_probs=rollout",
 )  # fmt: skip
 KL = (
     "objective.kl={weight: 0.5, anchor: moving, anchor_weight: 2, refresh_every: 3, previous: gaussian}",
@@ -28,7 +29,7 @@ KL = (
 CASES = {
     "dual moving KL": (*KL, "pools.learner.offload_references=true"),
     "fixed anchor, replay, guard": (
-        "objective.kl={weight: 0.5, anchor: fixed, previous: k3}", "objective.old_log_probs=replay",
+        "objective.kl={weight: 0.5, anchor: fixed, previous: k3}", "objective.old_log_probs=learner",
         "objective.ratio_normalisation=true",
     ),
     "adapters with dual moving KL": (*KL, "model.lora={rank: 4, alpha: 8}"),
@@ -75,7 +76,7 @@ class PlainLearner:
                     batch = MicroBatch(group=0, begin=0, end=group.rows, weight=1 / count)
                     rows = load_rows(batch, group, payload, CPU)
                     table = self.worker.table()
-                    if objective.old_log_probs == "replay":
+                    if objective.old_log_probs == "learner":
                         replayed = replayed_log_probs(table, self.velocity(previous), rows)
                         rows = type(rows)(**(vars(rows) | {"log_probs": replayed}))
                     references = References(
