@@ -34,20 +34,21 @@ from actors.sources import RewardSources
 from euphonium.config import GuidanceConfig, RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import TrainingError
-from euphonium.generators.conditioning import Conditioning, expand, stack_conditionings
+from euphonium.generators.conditioning import Conditioning, ConditioningCache, expand, stack_conditionings
 from euphonium.generators.generator import images_for
 from euphonium.generators.lora import adapter_parameters, add_adapter
 from euphonium.generators.registry import open_generator
+from euphonium.passes import Passes
 from euphonium.wire.arrays import as_array
 from euphonium.wire.deadlines import node_id
-from euphonium.wire.devices import default_device
+from euphonium.wire.devices import reserved_device
 from euphonium.wire.records import Array, GroupInfo, GroupPayload, GroupTask, Readiness, WeightOrder
 from euphonium.wire.roles import RolloutContext, WeightDirectory, named_actor
 from euphonium.wire.weights.follower import WeightFollower
 from euphonium.wire.weights.manifest import load_tensors
 
-# Samples in one forward pass of an evaluation.
-EVALUATION_BATCH = 16
+# Host memory for encoded prompts: a thousand of the largest (HunyuanVideo-1.5, 7 MB).
+CACHE_BYTES = 8 << 30
 
 
 class RolloutWorker:
@@ -65,8 +66,9 @@ class RolloutWorker:
             self.published = dict(self.transformer.named_parameters())
         self.transformer.requires_grad_(False)
         encoder = self.family.prompt_encoder(device, images_for(self.family, config.prompts))
-        self._encode = lru_cache(maxsize=4096)(lambda prompt: encode_one(encoder, prompt))
+        self._conditionings = ConditioningCache(lambda prompt: encode_one(encoder, prompt), CACHE_BYTES)
         self._tables = lru_cache(maxsize=8)(lambda iteration: self.family.step_table(config.sampler, iteration))
+        self.passes = Passes(config.rollout.samples_per_pass, "rollout.samples_per_pass")
         self.policy_version = 0
 
     def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -80,8 +82,7 @@ class RolloutWorker:
 
     def conditioning(self, prompt: str) -> Conditioning:
         """Conditioning of one prompt, with a leading dimension of 1; cached."""
-        encoded: Conditioning = self._encode(prompt)
-        return encoded
+        return {name: tensor.to(self.device) for name, tensor in self._conditionings.of(prompt).items()}
 
     def table(self, iteration: int = 0) -> StepTable:
         """The step table of an iteration (from 0); cached."""
@@ -159,11 +160,8 @@ class RolloutWorker:
         """
         settings = self.config.evaluation
         table = self.family.ode_table(settings.num_steps, self.config.sampler.shift, guidance)
-        results = []
-        # A source of gradients is for one prompt; without one, prompts share a batch.
-        size = EVALUATION_BATCH if guidance is None else 1
-        for begin in range(0, len(prompts), size):
-            part = slice(begin, begin + size)
+
+        def samples(part: slice) -> Tensor:
             conditioning = stack_conditionings([self.conditioning(prompt) for prompt in prompts[part]])
             starts = [
                 initial_noise(self.family.latent_shape, 1, seed, shared=False, device=self.device)[0]
@@ -173,17 +171,25 @@ class RolloutWorker:
             source = None
             if make_source and guidance is not None:
                 source = _guiding(make_source(conditioning, table, velocity), guidance)
-            results.append(sample_deterministic(table, velocity, torch.cat(starts), source).cpu())
-        return torch.cat(results).numpy()
+            return sample_deterministic(table, velocity, torch.cat(starts), source).cpu()
+
+        # A source of gradients is for one prompt; without one, prompts share a pass.
+        passes = self.passes if guidance is None else Passes(1, "rollout.samples_per_pass")
+        return torch.cat(passes.run(len(prompts), samples)).numpy()
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
         """The policy's output as a function of state and time, for a conditioning of one prompt or of one a sample."""
 
         @torch.no_grad()
         def velocity(x: Tensor, time: float) -> Tensor:
-            batch = x.shape[0]
-            times = torch.full((batch,), time, dtype=torch.float32, device=self.device)
-            return self.family.velocity(self.transformer, x, times, expand(conditioning, batch))
+            times = torch.full((len(x),), time, dtype=torch.float32, device=self.device)
+            prompt = expand(conditioning, len(x))
+
+            def one_pass(part: slice) -> Tensor:
+                read = {name: tensor[part] for name, tensor in prompt.items()}
+                return self.family.velocity(self.transformer, x[part], times[part], read)
+
+            return torch.cat(self.passes.run(len(x), one_pass))
 
         return velocity
 
@@ -248,7 +254,7 @@ class RolloutActor:
             make_worker: constructs the worker; tests and benchmarks pass a cheaper one.
         """
         torch.set_num_threads(config.pools.rollout.threads)
-        device = default_device()
+        device = reserved_device(config.pools.rollout.num_gpus)
         self.index = index
         self.worker = make_worker(config, device)
         directory = named_actor(WeightDirectory, store)

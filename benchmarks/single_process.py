@@ -54,7 +54,7 @@ class SingleProcess:
         if process is not None and process.refresh is not None:
             own = ProcessRewardModel.load(Path(process.path), config.model)
             self.refresh = PrmRefresh(process.refresh, own, config.seed, CPU)
-        self.orm = OrmScorer(config.rewards.outcome, self.worker.family, CPU, config.pools.orm.max_batch)
+        self.orm = OrmScorer(config.rewards.outcome, self.worker.family, CPU, config.pools.orm)
         self.prompts = PromptStream(read_prompts(config.prompts.train, "prompts.train"), config.seed)
         self.evaluation = evaluation_set(config)
         settings = config.optimizer

@@ -60,12 +60,16 @@ def isolated(compute: Compute[Q, A], requests: Sequence[Q], what: str) -> list[A
         requests: requests with equal keys.
         what: what computes, for errors: "the process reward model".
     """
+    answers: list[A | RewardError] = []
     try:
         answers = list(compute(requests))
     except Exception as error:
         if len(requests) == 1:
             return [_typed(error, requests[0], what)]
-        log.warning("%s failed on %d merged requests, trying each alone: %s", what, len(requests), error)
+        # Its text alone: whoever keeps the record would keep the traceback.
+        log.warning("%s failed on %d merged requests, trying each alone: %s", what, len(requests), str(error))
+    if not answers:
+        # Only outside the handler: the error's traceback keeps the failed pass's activations alive.
         return [isolated(compute, [request], what)[0] for request in requests]
     if len(requests) == 1:
         return answers

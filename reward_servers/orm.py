@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from euphonium.config import OutcomeRewardConfig, RunConfig
+from euphonium.config import OrmPoolConfig, OutcomeRewardConfig, RunConfig
 from euphonium.errors import NonFiniteRewardError, RewardError
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import open_generator
+from euphonium.passes import Passes
 from euphonium.rewards.registry import build_rewards
 from euphonium.rewards.shared import Batch
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
-from euphonium.wire.devices import default_device
+from euphonium.wire.devices import reserved_device
 from euphonium.wire.records import Array, OrmAnswer, Readiness, Videos
 from reward_servers.batching import MicroBatcher
 
@@ -60,7 +61,7 @@ class OrmScorer:
         rewards: Sequence[OutcomeRewardConfig],
         family: Generator,
         device: torch.device,
-        max_batch: int,
+        pool: OrmPoolConfig,
     ) -> None:
         """Loads decoder and rewards.
 
@@ -68,21 +69,30 @@ class OrmScorer:
             rewards: the recipe's outcome rewards.
             family: the generator whose latents are decoded.
             device: device of the decoder.
-            max_batch: number of samples that are decoded and scored at a time.
+            pool: settings: the numbers of samples that are decoded, and scored, at a time.
 
         Raises:
             ConfigError: a reward cannot be constructed; names it.
         """
-        self.decode = family.load_decoder(device)
+        self._decode = family.load_decoder(device)
         self.rewards = build_rewards(rewards)
-        self.max_batch = max_batch
+        self._decoding = Passes(pool.decode_batch, "pools.orm.decode_batch")
+        self._scoring = Passes(pool.max_batch, "pools.orm.max_batch")
+
+    def decode(self, latents: Array) -> torch.Tensor:
+        """Decodes latents ``[batch, *latent]`` to videos ``[batch, frames, 3, height, width]`` in [0, 1]."""
+        states = as_tensor(latents)
+        return torch.cat(self._decoding.run(len(states), lambda part: self._decode(states[part])))
 
     def videos(self, latents: Array) -> Videos:
         """Decodes latents ``[batch, *latent]`` to uint8 ``[batch, frames, height, width, 3]``."""
-        parts = [self.decode(part) for part in as_tensor(latents).split(self.max_batch)]
-        pixels = torch.cat(parts).permute(0, 1, 3, 4, 2).mul(255).round().to(torch.uint8)
-        videos: Videos = pixels.cpu().numpy()
-        return videos
+
+        def pixels(part: slice) -> Videos:
+            decoded = self.decode(latents[part]).permute(0, 1, 3, 4, 2).mul(255).round().to(torch.uint8)
+            videos: Videos = decoded.cpu().numpy()
+            return videos
+
+        return np.concatenate(self._scoring.run(len(latents), pixels))
 
     def score(self, latents: Array, prompts: Sequence[str]) -> OrmAnswer:
         """Scores finished samples.
@@ -114,31 +124,33 @@ class OrmScorer:
         """
         latents = np.concatenate([request.latents for request in requests])
         prompts = [prompt for request in requests for prompt in request.prompts]
-        parts: dict[str, list[torch.Tensor]] = {name: [] for name in self.rewards}
-        for begin in range(0, len(latents), self.max_batch):
-            part = slice(begin, begin + self.max_batch)
-            videos = self.decode(as_tensor(latents[part]))
-            batch = Batch(videos, prompts[part])
-            for name, reward in self.rewards.items():
-                try:
-                    scores = batch.score(reward).float().cpu()
-                except Exception as error:
-                    raise RewardError(
-                        f"outcome reward {name!r} failed: {type(error).__name__}: {error}", [name]
-                    ) from error
-                if scores.shape != (len(videos),):
-                    raise RewardError(
-                        f"outcome reward {name!r} gave {list(scores.shape)} numbers for {len(videos)} videos, for "
-                        f"example of {prompts[part][0]!r}: not one finite number a video",
-                        [name],
-                    )
-                parts[name].append(scores)
+        parts = self._scoring.run(len(latents), lambda part: self._one_pass(latents[part], prompts[part]))
         sizes = [request.size for request in requests]
-        split = {name: torch.cat(scores).split(sizes) for name, scores in parts.items()}
+        split = {name: torch.cat([part[name] for part in parts]).split(sizes) for name in self.rewards}
         return [
             _checked(request, {name: scores[i].numpy() for name, scores in split.items()})
             for i, request in enumerate(requests)
         ]
+
+    def _one_pass(self, latents: Array, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Scores of some samples by every reward, ``[samples]`` each, on the CPU."""
+        batch = Batch(self.decode(latents), prompts)
+        found: dict[str, torch.Tensor] = {}
+        for name, reward in self.rewards.items():
+            try:
+                scores = batch.score(reward).float().cpu()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise RewardError(f"outcome reward {name!r} failed: {type(error).__name__}: {error}", [name]) from error
+            if scores.shape != (len(prompts),):
+                raise RewardError(
+                    f"outcome reward {name!r} gave {list(scores.shape)} numbers for {len(prompts)} videos, for "
+                    f"example of {prompts[0]!r}: not one finite number a video",
+                    [name],
+                )
+            found[name] = scores
+        return found
 
 
 def _checked(request: OrmRequest, scores: Mapping[str, Array]) -> OrmAnswer | RewardError:
@@ -160,8 +172,8 @@ class OrmActor:
         pool = config.pools.orm
         torch.set_num_threads(pool.threads)
         self.index = index
-        self.device = default_device()
-        self.scorer = OrmScorer(config.rewards.outcome, open_generator(config.model), self.device, pool.max_batch)
+        self.device = reserved_device(pool.num_gpus)
+        self.scorer = OrmScorer(config.rewards.outcome, open_generator(config.model), self.device, pool)
         self.batcher: MicroBatcher[OrmRequest, OrmAnswer] = MicroBatcher(self.scorer.score_requests, WHAT, pool)
 
     def __repr__(self) -> str:

@@ -15,10 +15,11 @@ from torch import Tensor
 from euphonium.config import RunConfig
 from euphonium.errors import NonFiniteRewardError, RewardError
 from euphonium.generators.conditioning import Conditioning, expand, positive, stack_conditionings
+from euphonium.passes import Passes
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
-from euphonium.wire.devices import default_device
+from euphonium.wire.devices import reserved_device
 from euphonium.wire.records import Array, PrmAnswer, Readiness
 from reward_servers.batching import MicroBatcher
 
@@ -74,7 +75,7 @@ class PrmScorer:
         if config.rewards.process is None:
             raise ValueError("a PRM server needs rewards.process")
         self.device = device
-        self.max_batch = config.pools.prm.max_batch
+        self._passes = Passes(config.pools.prm.max_batch, "pools.prm.max_batch")
         self.model = ProcessRewardModel.load(Path(config.rewards.process.path), config.model).to(device)
         self.weights_version = 0
 
@@ -96,19 +97,18 @@ class PrmScorer:
             [request.sigma for request in requests for _ in range(request.size)], dtype=torch.float32
         ).to(self.device)
         conditioning = stack_conditionings([self._conditioning(request) for request in requests])
-        rewards, gradients = [], []
-        for begin in range(0, len(states), self.max_batch):
-            part = slice(begin, begin + self.max_batch)
-            reward, gradient = self._pass(
-                states[part], sigmas[part], {name: t[part] for name, t in conditioning.items()}, with_gradient
-            )
-            rewards.append(reward.float().cpu())
-            if gradient is not None:
-                gradients.append(gradient.float().cpu())
+
+        def one_pass(part: slice) -> tuple[Tensor, Tensor | None]:
+            read = {name: tensor[part] for name, tensor in conditioning.items()}
+            reward, gradient = self._pass(states[part], sigmas[part], read, with_gradient)
+            return reward.float().cpu(), None if gradient is None else gradient.float().cpu()
+
+        passes = self._passes.run(len(states), one_pass)
         sizes = [request.size for request in requests]
-        parts = torch.cat(rewards).split(sizes)
-        gradient_parts = torch.cat(gradients).split(sizes) if with_gradient else [None] * len(requests)
-        return [_checked(*answer) for answer in zip(requests, parts, gradient_parts, strict=True)]
+        rewards = torch.cat([reward for reward, _ in passes]).split(sizes)
+        found = [gradient for _, gradient in passes if gradient is not None]
+        gradients = torch.cat(found).split(sizes) if found else [None] * len(requests)
+        return [_checked(*answer) for answer in zip(requests, rewards, gradients, strict=True)]
 
     def reward_and_gradient(
         self, x: Array, sigma: float, conditioning: dict[str, Array], with_gradient: bool
@@ -154,7 +154,7 @@ class PrmActor:
         pool = config.pools.prm
         torch.set_num_threads(pool.threads)
         self.index = index
-        self.scorer = PrmScorer(config, default_device())
+        self.scorer = PrmScorer(config, reserved_device(pool.num_gpus))
         self.batcher: MicroBatcher[PrmRequest, PrmAnswer] = MicroBatcher(self.scorer.score, WHAT, pool)
 
     def __repr__(self) -> str:

@@ -2,7 +2,7 @@
 
 from euphonium.config.base import Node
 from euphonium.config.loading import dump_config, load_config
-from euphonium.config.pools import LearnerPoolConfig, PoolConfig, PoolsConfig, RewardPoolConfig
+from euphonium.config.pools import LearnerPoolConfig, OrmPoolConfig, PoolConfig, PoolsConfig, RewardPoolConfig
 from euphonium.config.reward_training import (
     BackboneConfig,
     OrmConfig,
@@ -62,6 +62,7 @@ __all__ = [
     "OptimizerConfig",
     "OrmConfig",
     "OrmOptimizerConfig",
+    "OrmPoolConfig",
     "OutcomeRewardConfig",
     "PairsConfig",
     "PoolConfig",

@@ -67,13 +67,22 @@ class RewardPoolConfig(PoolConfig):
     """Size of a pool of reward servers, the resources of each, and how it merges requests."""
 
     max_batch: PositiveInt = 16
-    """Samples in one forward pass: requests that wait together are merged up to it, larger ones are cut."""
+    """Most samples in one forward pass: requests that wait together are merged up to it, larger ones are cut, and a
+    pass that does not fit the GPU is halved for good."""
     wait_ms: NonNegativeFloat = 2.0
     """How long a server waits for others to share a pass that is not full; with one client, 0 saves it the wait.
     Requests that arrive while it computes are merged without a wait."""
     merge: bool = True
     """Let requests share passes. The last bits of a number depend on who shares a pass with it, so a run that is to
     repeat to the last bit turns this off."""
+
+
+class OrmPoolConfig(RewardPoolConfig):
+    """Size of the pool of outcome-reward servers, the resources of each, and how it decodes and merges requests."""
+
+    decode_batch: PositiveInt = 1
+    """Samples that the VAE decodes at a time. Clips of real size take gigabytes each and gain nothing from company;
+    images and tiny clips do."""
 
 
 class LearnerPoolConfig(ShareConfig, _Workers):
@@ -119,7 +128,7 @@ class PoolsConfig(Node):
     prm_refresh: ActorConfig | None = None
     """The one actor that trains the process reward model further (``rewards.process.refresh``), where the recipe has it
     do so; None takes what each of the PRM servers takes."""
-    orm: RewardPoolConfig = RewardPoolConfig()
+    orm: OrmPoolConfig = OrmPoolConfig()
     """Outcome-reward servers, which decode latents and score the videos."""
     learner: LearnerPoolConfig = LearnerPoolConfig()
     """The ZeRO-3 learner group."""

@@ -38,6 +38,10 @@ class PrmRefreshConfig(Node):
     """Optimiser steps of a refresh, which begins at the weights of the start."""
     pairs_per_update: PositiveInt = 32
     """Pairs in a batch."""
+    pairs_per_micro_batch: PositiveInt | None = None
+    """Pairs in one forward and backward pass; null takes them all at once. Every pair is two samples."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
     learning_rate: PositiveFloat = 1e-4
     """Peak rate of AdamW; rises linearly over the first twentieth, then falls to zero along a cosine."""
     buffer_groups: PositiveInt = 256

@@ -200,6 +200,9 @@ class RolloutConfig(Node):
     """Groups an iteration, one a prompt."""
     group_size: Annotated[int, Field(ge=2)]
     """Samples of a group, G; advantages compare them."""
+    samples_per_pass: PositiveInt = 16
+    """Most samples in one forward pass of a rollout or an evaluation; a pass that does not fit is halved for good. From
+    some thousand tokens on, more than one a pass gains nothing and costs memory."""
     deadline_s: PositiveFloat = 600.0
     """Longest time that one group may take before its actor counts as hung."""
     max_staleness: NonNegativeInt = 0

@@ -6,6 +6,7 @@ here add to it, split it and batch it; only a generator's ``network`` knows what
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -75,6 +76,36 @@ def with_first_frames(
         return whole
 
     return complete
+
+
+class ConditioningCache:
+    """Conditionings by prompt, in host memory, of which those that were not used for longest make room for others.
+
+    Args:
+        encode: encodes one prompt.
+        max_bytes: bytes that may be held, besides the latest conditioning.
+    """
+
+    def __init__(self, encode: Callable[[str], Conditioning], max_bytes: int) -> None:
+        self._encode = encode
+        self._max_bytes = max_bytes
+        self._held: OrderedDict[str, Conditioning] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, prompt: str) -> Conditioning:
+        """The prompt's conditioning, on the CPU; encoded if it is not held."""
+        if prompt not in self._held:
+            self._held[prompt] = {name: tensor.cpu() for name, tensor in self._encode(prompt).items()}
+            self._bytes += _nbytes(self._held[prompt])
+        self._held.move_to_end(prompt)
+        while self._bytes > self._max_bytes and len(self._held) > 1:
+            _, dropped = self._held.popitem(last=False)
+            self._bytes -= _nbytes(dropped)
+        return self._held[prompt]
+
+
+def _nbytes(conditioning: Conditioning) -> int:
+    return sum(tensor.nbytes for tensor in conditioning.values())
 
 
 def expand(conditioning: Conditioning, batch: int) -> Conditioning:

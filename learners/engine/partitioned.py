@@ -57,6 +57,7 @@ class ZeroPolicy(ZeroEngine):
         self.module = _loaded(family, lora, adapters, options)
         if lora is not None:
             _train_adapter(self.module, adapters)
+        place_buffers(self.module, _own_device())
         if pool.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()  # type: ignore[operator]
         # See gather_by_block: with adapters no input of the first block needs a gradient, and guidance passes every
@@ -85,11 +86,25 @@ def frozen_transformer(family: Generator, pool: LearnerPoolConfig) -> tuple[nn.M
     with deepspeed.zero.Init(config_dict_or_path=options):
         module = family.build_transformer()
     module.requires_grad_(False)
+    place_buffers(module, _own_device())
     if pool.gather_blocks:
         gather_by_block(module)
     engine, *_ = deepspeed.initialize(model=module, config=options)
     engine.eval()
     return engine, {name: shard(p) for name, p in module.named_parameters()}
+
+
+def place_buffers(module: nn.Module, device: torch.device) -> None:
+    """Moves all buffers to a rank's device: ``zero.Init`` places parameters alone, and DeepSpeed trusts that it did."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(device)
+
+
+def _own_device() -> torch.device:
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
 
 
 def gather_by_block(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from euphonium.config import LearnerPoolConfig, OptimizerConfig, RewardOptimizerConfig
+from euphonium.wire.devices import reserved_device
 from learners.engine.engine import Engine, HeldKind, adamw
 
 # DeepSpeed's own configuration: JSON values.
@@ -32,13 +33,16 @@ def quiet_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def join_group() -> torch.device:
+def join_group(num_gpus: float) -> torch.device:
     """Makes this process a rank of the group that its environment variables describe.
+
+    Args:
+        num_gpus: GPUs that the rank has reserved.
 
     Returns:
         The device that the rank computes on.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = reserved_device(num_gpus)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     quiet_deepspeed()
     import deepspeed

@@ -49,7 +49,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     timeout = config.pools.learner.update_timeout_s
     attempt = ""
     try:
-        learner = Learner(config, rank, world_size, join_group())
+        learner = Learner(config, rank, world_size, join_group(config.pools.learner.num_gpus))
         attempt = _common_name()
         joined = get(mailbox.join.remote(attempt, world_size), timeout, "the mailbox's answer to a joining learner")
         resume, learner.version = joined

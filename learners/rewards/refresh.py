@@ -31,7 +31,7 @@ from euphonium.generators.conditioning import Conditioning, stack_conditionings
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
-from euphonium.wire.devices import default_device
+from euphonium.wire.devices import reserved_device
 from euphonium.wire.records import Array, Readiness
 from learners.engine.local import LocalEngine
 from learners.rewards.preference import PairObjective, PairSampler, Preferences, paired_rewards
@@ -75,12 +75,12 @@ class PrmRefresh:
         self._training = RewardOptimizerConfig(
             updates=settings.updates,
             pairs_per_update=settings.pairs_per_update,
-            pairs_per_micro_batch=settings.pairs_per_update,
+            pairs_per_micro_batch=settings.pairs_per_micro_batch or settings.pairs_per_update,
             learning_rate=settings.learning_rate,
             # The weights are already trained: no decay pulls them towards zero.
             weight_decay=0.0,
         )
-        self.model = model.to(device).for_training()
+        self.model = model.to(device).for_training(gradient_checkpointing=settings.gradient_checkpointing)
         self.version = 0
         self.pending: int | None = None
         self._groups: deque[ReplayedGroup] = deque(maxlen=settings.buffer_groups)
@@ -245,7 +245,7 @@ class PrmRefreshActor:
         process = self.config.rewards.process
         assert process is not None
         assert process.refresh is not None
-        device = default_device()
+        device = reserved_device(self.config.pools.refresh_pool.num_gpus)
         model = ProcessRewardModel.load(Path(process.path), self.config.model)
         return PrmRefresh(process.refresh, model, self.config.seed, device)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from euphonium.config import OrmConfig, PrmConfig, RewardOptimizerConfig, RewardTrainingConfig
+from euphonium.wire.devices import local_device
 from learners.engine.engine import Engine
 from learners.engine.local import LocalEngine
 from learners.engine.zero3 import join_group, reward_engine
@@ -92,7 +93,7 @@ def train(config: PrmConfig | OrmConfig, engine: Engine, training: RewardTrainin
 def train_here(config: PrmConfig | OrmConfig, report: Report) -> None:
     """Trains in this process."""
     torch.set_num_threads(config.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
     training = open_training(config, device)
     train(config, LocalEngine(training.model, training.settings, device), training, report)
 
@@ -101,7 +102,7 @@ def train_rank(config: PrmConfig | OrmConfig, report: Report) -> None:
     """Trains as one rank of a group, which environment variables describe."""
     assert config.learner is not None
     torch.set_num_threads(config.learner.threads)
-    device = join_group()
+    device = join_group(config.learner.num_gpus)
     training = open_training(config, device)
     train(config, reward_engine(training.model, training.settings, config.learner), training, report)
 

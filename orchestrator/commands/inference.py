@@ -17,6 +17,7 @@ import torch
 from euphonium.config import GuidanceConfig, RunConfig, load_config
 from euphonium.errors import CheckpointError, ConfigError
 from euphonium.rewards.total import total_weight, weighted_total
+from euphonium.wire.devices import local_device
 from euphonium.wire.records import Array
 from orchestrator.state.checkpoints import CONFIG, Checkpoint, CheckpointStore, verify
 
@@ -88,7 +89,7 @@ def open_policy(
             f"--protocol {protocol}: this policy was trained with objective.kind: {config.objective.kind}; sampling it "
             f"without the reward gradient is the protocol {trained_for}"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
     worker = RolloutWorker(config, device)
     if not base:
         state = load_file(weights_file(checkpoint.folder))
@@ -178,7 +179,7 @@ def _draw_with_diffusers(folder: Path, prompts: list[str], seed: int, steps: int
             shape["num_frames"] = run.model.frames
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=len(prompts) > 1)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.to(local_device())
     videos = []
     for i, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(seed + i)
@@ -213,7 +214,7 @@ def evaluate_model(
     policy = open_policy(checkpoint, config, base=base, protocol=protocol)
     prompts, seeds = evaluation_set(config)
     worker, rewards = policy.worker, config.rewards.outcome
-    scorer = OrmScorer(rewards, worker.family, worker.device, config.pools.orm.max_batch)
+    scorer = OrmScorer(rewards, worker.family, worker.device, config.pools.orm)
     scores = scorer.score(policy.sample(prompts, seeds), prompts)
     scores["total"] = weighted_total(scores, rewards) / total_weight(rewards)
     return {

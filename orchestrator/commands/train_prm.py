@@ -18,13 +18,14 @@ import torch
 
 from actors.rollout import encode_one
 from actors.sampler import initial_noise, sample_deterministic
-from euphonium.config import PrmConfig, RewardPoolConfig
+from euphonium.config import OrmPoolConfig, PrmConfig
 from euphonium.errors import ConfigError
 from euphonium.files import written_aside
 from euphonium.generators.conditioning import Conditioning, stack_conditionings
 from euphonium.generators.generator import Generator, images_for
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.total import total_weight, weighted_total
+from euphonium.wire.devices import local_device, reserved_device
 from euphonium.wire.records import Array
 from learners.rewards.preference import TENTHS, read_latent
 from learners.rewards.preference_files import PreferenceTable, open_preferences
@@ -158,7 +159,7 @@ def _latent_files(share: Iterable[int], config: PrmConfig, table: PreferenceTabl
         files.append(target)
         if target.exists():
             continue
-        encoder = encoder or load_encoder(family, _device())
+        encoder = encoder or load_encoder(family, _device(config))
         pixels = torch.from_numpy(read_frames(file)).permute(0, 3, 1, 2).float() / 255
         try:
             latent = encoder(pixels[None])[0]
@@ -216,7 +217,7 @@ def _conditioning(
     _: Iterable[int], config: PrmConfig, prompts: Sequence[str], images: Mapping[str, Path]
 ) -> Conditioning:
     family = open_generator(config.model)
-    encoder = family.prompt_encoder(_device(), images)
+    encoder = family.prompt_encoder(_device(config), images)
     stacked = stack_conditionings([encode_one(encoder, prompt) for prompt in prompts])
     return {name: tensor.cpu() for name, tensor in stacked.items()}
 
@@ -225,9 +226,9 @@ def _samples(
     share: Iterable[int], config: PrmConfig, prompts: Sequence[str], index: Array, conditioning: Conditioning
 ) -> tuple[Array, Array]:
     """Draws and scores some batches; returns latents ``[samples, *latent]`` and scores ``[samples]``."""
-    family, device = open_generator(config.model), _device()
+    family, device = open_generator(config.model), _device(config)
     transformer = family.load_transformer(device).requires_grad_(False)
-    scorer = OrmScorer(config.outcome, family, device, RewardPoolConfig().max_batch)
+    scorer = OrmScorer(config.outcome, family, device, OrmPoolConfig())
     table = family.ode_table(config.pairs.num_steps, config.pairs.shift)
     latents: list[Array] = []
     scores = []
@@ -255,5 +256,6 @@ def _fingerprint(config: PrmConfig, family: Generator, what: list[object]) -> st
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _device(config: PrmConfig) -> torch.device:
+    """The device of a share of the work: of a task of the learner group's size, or of this process."""
+    return local_device() if config.learner is None else reserved_device(config.learner.num_gpus)

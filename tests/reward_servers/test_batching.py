@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,28 @@ def run(
             await batcher.close()
 
     return asyncio.run(main())
+
+
+def test_a_failed_merged_pass_is_gone_before_its_requests_are_tried_alone() -> None:
+    """An exception's traceback holds the frames, and with them the activations, of the pass that failed."""
+
+    class Activations:
+        pass
+
+    held: list[weakref.ref[Activations]] = []
+    alive: list[bool] = []
+
+    def compute(requests: Sequence[Number]) -> list[int | RewardError]:
+        alive.extend(activations() is not None for activations in held)
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        if len(requests) > 1:
+            raise RuntimeError("out of memory")
+        return [2 * requests[0].value]
+
+    assert isolated(compute, [Number(1), Number(2)], "the doubler") == [2, 4]
+    assert alive
+    assert not any(alive)
 
 
 async def until(condition: Callable[[], bool]) -> None:

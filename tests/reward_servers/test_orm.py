@@ -39,7 +39,7 @@ class BrokenReward:
 
 
 def scorer_of(config: RunConfig) -> OrmScorer:
-    return OrmScorer(config.rewards.outcome, open_generator(config.model), CPU, config.pools.orm.max_batch)
+    return OrmScorer(config.rewards.outcome, open_generator(config.model), CPU, config.pools.orm)
 
 
 def custom(make_config: MakeConfig, how: str) -> RunConfig:

@@ -42,6 +42,16 @@ def test_an_exported_pipeline_has_the_new_weights_and_all_else(name: str, folder
     assert open_generator(family.config.model_copy(update={"path": str(target)})).fingerprint() == family.fingerprint()
 
 
+@one_a_family
+def test_no_buffer_stays_behind_when_a_rank_places_them(name: str, folders: Folders) -> None:
+    """With the meta device in the place of the GPU: what is made outside of torch's constructors is on the CPU."""
+    from learners.engine.partitioned import place_buffers
+
+    transformer = family_of(name, folders).build_transformer()
+    place_buffers(transformer, torch.device("meta"))
+    assert all(buffer.is_meta for buffer in transformer.buffers())
+
+
 @one_a_transformer
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_a_process_reward_model_grows_on_the_first_blocks(name: str, blocks: int, folders: Folders) -> None:

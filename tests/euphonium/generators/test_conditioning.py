@@ -17,6 +17,7 @@ from euphonium.generators.conditioning import (
     IMAGE,
     NEGATIVE,
     Conditioning,
+    ConditioningCache,
     expand,
     guided,
     negative,
@@ -27,6 +28,22 @@ from euphonium.generators.conditioning import (
 )
 from tests.euphonium.generators.cases import CPU, PROMPTS, family_of, noise
 from tests.euphonium.generators.tiny_pipelines import Folders
+
+
+def test_encoded_prompts_are_held_within_a_bound_of_bytes() -> None:
+    encoded: list[str] = []
+
+    def encode(prompt: str) -> Conditioning:
+        encoded.append(prompt)
+        return {"encoder_hidden_states": torch.full((1, 25), float(len(prompt)))}
+
+    cache = ConditioningCache(encode, max_bytes=200)
+    for prompt in ("a", "bb", "a", "ccc", "a", "bb"):
+        assert float(cache.of(prompt)["encoder_hidden_states"][0, 0]) == len(prompt)
+    # Two of 100 bytes fit; "bb", not used for longest, made room for "ccc".
+    assert encoded == ["a", "bb", "ccc", "bb"]
+    large = ConditioningCache(encode, max_bytes=1)
+    assert large.of("a") is large.of("a")
 
 
 def test_a_conditioning_of_one_prompt_serves_a_group(folders: Folders) -> None:

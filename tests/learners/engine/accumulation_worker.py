@@ -19,7 +19,7 @@ class Sum(nn.Module):
 
 
 def main() -> None:
-    join_group()
+    join_group(0)
     settings = OptimizerConfig(learning_rate=1e-3)
     options = training_options(LearnerPoolConfig(), settings, torch.bfloat16, whole_below=0)
     engine = ZeroEngine(Sum(), settings, options, averages=False)

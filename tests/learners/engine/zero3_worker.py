@@ -20,7 +20,9 @@ def main() -> None:
     config = load_config(target / "recipe.yaml", overrides)
     import os
 
-    learner = Learner(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), join_group())
+    learner = Learner(
+        config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), join_group(config.pools.learner.num_gpus)
+    )
     iterations = pickle.loads((target / "groups.pkl").read_bytes())
     history = []
     for payloads, advantages in iterations:

@@ -75,7 +75,7 @@ def published(learner: Learner) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    device = join_group()
+    device = join_group(float(torch.cuda.is_available()))
     gc.freeze()
     recipes = [Path(name) for name in sys.argv[2:]]
     seen = {}

@@ -21,7 +21,9 @@ def main() -> None:
     job = json.loads(job_file.read_text())
     torch.set_num_threads(1)
     config = load_config(folder / "recipe.yaml")
-    learner = Learner(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), join_group())
+    learner = Learner(
+        config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), join_group(config.pools.learner.num_gpus)
+    )
     iterations = pickle.loads((folder / "groups.pkl").read_bytes())
     if job["load"]:
         load_rank_state(learner, folder / job["load"])

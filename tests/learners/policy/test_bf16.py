@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from euphonium.config import RunConfig, dump_config
@@ -22,6 +23,8 @@ WAYS = {
     for name in [*TRANSFORMERS, "sd1"]
     for way, overrides in (("full", ()), ("adapter", (LORA,)))
 } | {"hunyuan, standing still": ("hunyuan", STILL)}
+# NCCL wants a GPU for every rank.
+RANKS = max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 2
 QUICK = ["wan, full", "hunyuan 1.5, adapter", "hunyuan, standing still"]
 
 
@@ -43,7 +46,7 @@ def trained(
 
 def seen_by_ranks(recipes: list[Path], root: Path) -> dict[str, Any]:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
+        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", "--rdzv-backend=c10d",
         "--rdzv-endpoint=127.0.0.1:0", str(Path(__file__).with_name("bf16_worker.py")), str(root / "seen.json"),
         *map(str, recipes),
     ]  # fmt: skip
