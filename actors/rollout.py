@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.guidance import ScaledGradients
 from actors.sampler import (
     ProcessRewardSource,
     Recording,
     SourceFactory,
     Trajectory,
-    UnitGradients,
     Velocity,
     initial_noise,
     sample_deterministic,
@@ -31,7 +31,7 @@ from actors.sampler import (
     select_steps,
 )
 from actors.sources import RewardSources
-from euphonium.config import GuidanceConfig, RunConfig
+from euphonium.config import GuidanceConfig, ProcessRewardConfig, RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import TrainingError
 from euphonium.generators.conditioning import Conditioning, ConditioningCache, expand, stack_conditionings
@@ -124,7 +124,9 @@ class RolloutWorker:
                 scored_states=scored,
                 guided_mean=config.objective.kind == "standard",
             ),
-            _guiding(make_source(conditioning, table, velocity), guidance) if make_source and needs_source else None,
+            _guiding(make_source(conditioning, table, velocity), guidance, table)
+            if make_source and needs_source
+            else None,
         )
         if not bool(torch.isfinite(trajectory.final).all()):
             raise TrainingError(
@@ -137,7 +139,7 @@ class RolloutWorker:
             policy_version=self.policy_version,
             fingerprint=table.fingerprint(),
             transitions=payload.steps.shape[1],
-            process_rewards=self._credited(trajectory.process_rewards),
+            process_rewards=self._credited(trajectory.process_rewards, table),
             seconds={**trajectory.seconds, "total": time.perf_counter() - began},
             payload_bytes=payload.nbytes,
         )
@@ -170,7 +172,8 @@ class RolloutWorker:
             velocity = self.velocity(conditioning)
             source = None
             if make_source and guidance is not None:
-                source = _guiding(make_source(conditioning, table, velocity), guidance)
+                alone = guidance.model_copy(update={"strengths": (1.0,)})
+                source = _guiding(make_source(conditioning, table, velocity), alone, table)
             return sample_deterministic(table, velocity, torch.cat(starts), source).cpu()
 
         # A source of gradients is for one prompt; without one, prompts share a pass.
@@ -198,20 +201,26 @@ class RolloutWorker:
         process = self.config.rewards.process
         if process is None or process.weight == 0 or self.config.advantage.mode == "outcome":
             return ()
-        offset = 1 if process.credit == "next_state" else 0
-        # Nothing is credited for a step without noise.
-        credited = table.stochastic_steps
-        if process.steps == "guided":
-            credited = [k for k in credited if k in table.guided_steps]
-        return tuple(k + offset for k in credited)
+        offsets = {"state": (0,), "next_state": (1,), "progress": (0, 1)}[process.credit]
+        return tuple(sorted({k + offset for k in credited_steps(process, table) for offset in offsets}))
 
-    def _credited(self, rewards: Tensor | None) -> Array | None:
+    def _credited(self, rewards: Tensor | None, table: StepTable) -> Array | None:
         """The process reward that each action is credited with, ``[group, num_steps]``, from those of all states."""
         process = self.config.rewards.process
         if rewards is None or process is None:
             return None
-        credited = rewards[:, 1:] if process.credit == "next_state" else rewards[:, :-1]
+        before, after = rewards[:, :-1], rewards[:, 1:]
+        credited = after if process.credit == "next_state" else before
+        if process.credit == "progress":
+            credited = torch.zeros_like(before)
+            steps = credited_steps(process, table)
+            credited[:, steps] = after[:, steps] - before[:, steps]
         return np.ascontiguousarray(credited.numpy())
+
+
+def credited_steps(process: ProcessRewardConfig, table: StepTable) -> list[int]:
+    """Steps that get a process reward: of those with noise, which alone are trained, all or the guided ones."""
+    return [k for k in table.stochastic_steps if process.steps == "all" or k in table.guided_steps]
 
 
 def _payload(trajectory: Trajectory, conditioning: Conditioning) -> GroupPayload:
@@ -225,9 +234,9 @@ def _payload(trajectory: Trajectory, conditioning: Conditioning) -> GroupPayload
     )
 
 
-def _guiding(source: ProcessRewardSource, guidance: GuidanceConfig | None) -> ProcessRewardSource:
-    """The source, with gradients of unit length if the recipe wants that."""
-    return UnitGradients(source) if guidance is not None and guidance.normalise else source
+def _guiding(source: ProcessRewardSource, guidance: GuidanceConfig | None, table: StepTable) -> ProcessRewardSource:
+    """The source, with gradients scaled as the recipe wants."""
+    return source if guidance is None else ScaledGradients(source, guidance, table, guidance.strengths)
 
 
 def encode_one(encoder: Callable[[list[str]], Conditioning], prompt: str) -> Conditioning:

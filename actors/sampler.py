@@ -40,17 +40,6 @@ class ProcessRewardSource(Protocol):
 SourceFactory = Callable[[Conditioning, StepTable, Velocity], ProcessRewardSource]
 
 
-class UnitGradients:
-    """A source whose gradients are those of another one, scaled to unit length for each sample."""
-
-    def __init__(self, source: ProcessRewardSource) -> None:
-        self._source = source
-
-    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
-        """Requests rewards from the other source."""
-        return self._source.submit(k, x, with_gradient=with_gradient).map(_unit_length)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recording:
     """What is recorded of a group's trajectories.
@@ -283,11 +272,3 @@ class _Transitions:
         self.next_states[rows, columns] = x_next[rows].cpu()
         if self.gradients is not None and gradient is not None:
             self.gradients[rows, columns] = gradient[rows].cpu()
-
-
-def _unit_length(answer: Rewarded) -> Rewarded:
-    rewards, gradient = answer
-    if gradient is None:
-        return answer
-    norms = gradient.flatten(1).norm(dim=1).clamp(min=1e-8)
-    return rewards, gradient / norms.view(-1, *[1] * (gradient.dim() - 1))

@@ -61,8 +61,9 @@ class ProcessRewardConfig(Node):
     """Steps with a process reward: every one with noise, or of these the guided ones (Euphonium's released script)."""
     refresh: PrmRefreshConfig | None = None
     """Trains the model again in a run, on the policy's own samples, ranked by the outcome rewards; null never does."""
-    credit: Literal["state", "next_state"] = "state"
-    """Whether action k is credited with the reward of the state it leaves (papers) or of the one it leads to."""
+    credit: Literal["state", "next_state", "progress"] = "state"
+    """Whether action k is credited with the reward of the state it leaves (papers), of the one it leads to, or with
+    the difference. The state that it leaves does not depend on the action: without guidance that credit is noise."""
     on_failure: OnFailure = "drop_group"
     """The same as ``rewards.outcome[].on_failure``, for the process reward and its gradient."""
 
@@ -126,6 +127,9 @@ class AdvantageConfig(Node):
     """Added to the standard deviation; a group whose spread does not exceed it gets advantage 0."""
     clip: PositiveFloat = 5.0
     """Advantages are clipped to this absolute value."""
+    baseline: Literal["group", "strength"] = "group"
+    """Compare a sample with its whole group, or with the members of its group that were guided as strongly
+    (``sampler.guidance.strengths``)."""
     combine: Literal["advantages", "losses"] = "advantages"
     """Add the rewards' advantages (paper), or clip and add a loss for each (Euphonium's released script)."""
     best_of: PositiveInt | None = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from euphonium.config.base import Node, NonNegativeInt
+from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt
 
 if TYPE_CHECKING:
     from euphonium.dynamics import Guidance, StepTable
@@ -89,14 +90,24 @@ class GuidanceConfig(Node):
     """Half-open range of guided steps; None guides every step."""
     time_window: tuple[float, float] | None = None
     """The same as a range of t = 1 - sigma, from noise (0) to data (1)."""
-    normalise: bool = False
-    """Scale every sample's gradient to unit length first."""
+    normalise: Literal[False, True, "noise"] = False
+    """Scale every sample's gradient first: ``true`` to unit length; ``noise`` so that a scale of 1 pushes a step as far
+    as its noise does, which means the same for every reward model and step (needs ``scale``)."""
+    strengths: Annotated[tuple[NonNegativeFloat, ...], Field(min_length=1)] = (1.0,)
+    """Strengths of a group's members, in turn, as multiples of ``scale``: ``[0, 1]`` leaves every other member without
+    guidance, so that each group shows what guidance earns."""
+    until: PositiveInt | None = None
+    """Iterations over which the strength falls linearly to zero; from then on nothing is guided. Null keeps it."""
     spsa: SpsaConfig = SpsaConfig()
     """Settings of the source ``spsa``."""
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
         self.build()
+        if self.normalise == "noise" and self.scale is None:
+            raise ValueError(
+                "normalise: noise measures the push in units of the noise by scale; beta does that already"
+            )
         return self
 
     def build(self) -> Guidance:
@@ -108,6 +119,17 @@ class GuidanceConfig(Node):
         from euphonium.dynamics import Guidance
 
         return Guidance(scale=self.scale, beta=self.beta, window=self.window, time_window=self.time_window)
+
+    def at(self, iteration: int) -> Guidance | None:
+        """The guidance in an iteration (from 0); None once it has ended."""
+        whole = self.build()
+        left = 1.0 if self.until is None else max(0.0, 1 - iteration / self.until)
+        if left == 0:
+            return None
+        if whole.beta is not None:
+            return dataclasses.replace(whole, beta=whole.beta / left)
+        assert whole.scale is not None
+        return dataclasses.replace(whole, scale=whole.scale * left)
 
 
 class MovingWindowConfig(Node):
@@ -164,7 +186,7 @@ class SamplerConfig(Node):
         """The step table of these settings, for a flow-matching model.
 
         Args:
-            iteration: from 0; only a moving window depends on it.
+            iteration: from 0; moving windows and guidance that ends depend on it.
 
         Raises:
             StepTableError: settings that make a step undefined.
@@ -175,7 +197,7 @@ class SamplerConfig(Node):
             self.law,
             shifted_sigmas(self.num_steps, self.shift),
             eta=self.eta,
-            guidance=self.guidance.build() if self.guidance is not None else None,
+            guidance=self.guidance.at(iteration) if self.guidance is not None else None,
             sde_window=self.window(iteration),
         )
 

@@ -138,7 +138,7 @@ class Generator(Backbone):
 
         Args:
             sampler: settings of the sampler.
-            iteration: iteration (from 0); only moving windows depend on it.
+            iteration: iteration (from 0); moving windows and guidance that ends depend on it.
 
         Raises:
             StepTableError: a step is undefined with these settings.

@@ -77,7 +77,7 @@ class StableDiffusion(ImageGenerator):
                 f"sampler.law: {sampler.law} is for models that predict the velocity; {self.pipeline_class} predicts "
                 "the noise and needs ddim"
             )
-        guidance = sampler.guidance.build() if sampler.guidance is not None else None
+        guidance = sampler.guidance.at(iteration) if sampler.guidance is not None else None
         window = sampler.window(iteration)
         return self._table(sampler.num_steps, sampler.shift, sampler.eta, guidance, window)
 

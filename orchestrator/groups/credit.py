@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from euphonium.config import RunConfig
-from euphonium.dynamics import Advantages, GroupRewards, group_advantages
+from euphonium.dynamics import AdvantageRule, Advantages, GroupRewards, group_advantages
 from euphonium.wire.records import Array, GroupInfo, GroupPayload, OrmAnswer, TrainingGroup
 from orchestrator.report.statistics import rollout_statistics
 
@@ -69,7 +69,34 @@ def advantages(
         )
         for info, group in zip(infos, scores, strict=True)
     ]
-    return group_advantages(rewards, config.advantage_rule())
+    guidance = config.sampler.guidance
+    if config.advantage.baseline == "group" or guidance is None or len(guidance.strengths) == 1:
+        return group_advantages(rewards, config.advantage_rule())
+    return _by_strength(rewards, config.advantage_rule(), len(guidance.strengths))
+
+
+def _by_strength(rewards: Sequence[GroupRewards], rule: AdvantageRule, strengths: int) -> list[Advantages]:
+    """Advantages among the members of a group that were guided alike: every ``strengths``-th sample."""
+    parts = [
+        GroupRewards(
+            {name: values[i::strengths] for name, values in group.outcome.items()},
+            None if group.process is None else group.process[i::strengths],
+        )
+        for group in rewards
+        for i in range(strengths)
+    ]
+    found = group_advantages(parts, rule)
+    return [_interleaved(found[begin : begin + strengths]) for begin in range(0, len(found), strengths)]
+
+
+def _interleaved(parts: Sequence[Advantages]) -> Advantages:
+    count = len(parts)
+    size = sum(part.values.shape[1] for part in parts)
+    values = parts[0].values.new_zeros(parts[0].values.shape[0], size, parts[0].values.shape[2])
+    for i, part in enumerate(parts):
+        values[:, i::count] = part.values
+    samples = sorted(i + count * sample for i, part in enumerate(parts) for sample in part.samples)
+    return Advantages(values, tuple(samples), frozenset.intersection(*[part.flat for part in parts]))
 
 
 def training_group(config: RunConfig, info: GroupInfo, result: Advantages) -> TrainingGroup:

@@ -62,6 +62,10 @@ METRICS = (
            "iterations."),
     Metric("watch/alarm", "watch_alarm", "1 while that average is below rewards.watch.min_accuracy: the process reward "
            "no longer leads where the outcome rewards point; lower its influence or train it anew."),
+    Metric("guidance/gain", "guidance_gain",
+           "Weighted outcome of the guided members of a group over that of its unguided ones, in units of the spread "
+           "within groups; only with sampler.guidance.strengths."),
+    Metric("guidance/gain_error", "guidance_gain_error", "Standard error of that gain over the iteration's groups."),
     Metric("process/refresh_accuracy", "process_refresh_accuracy",
            "Share of pairs of the newest groups that the process reward model ranks as the outcome rewards do, over "
            "all noise levels, before a refresh trains on them."),

@@ -33,6 +33,7 @@ def rollout_statistics(
     if processes:
         totals = np.stack([weighted_total(group, config.rewards.outcome) for group in scores])
         record |= process_statistics(np.stack(processes), totals)
+    record |= guidance_gain(config, infos, scores)
     record["advantage/zero_std_groups"] = float(sum(len(a.flat) == len(scores[0]) for a in advantages))
     record["advantage/std"] = float(np.concatenate([a.values.numpy().ravel() for a in advantages]).std())
     seconds = [info.seconds for info in infos]
@@ -41,6 +42,32 @@ def rollout_statistics(
     record["rollout/groups"] = float(len(infos))
     record["rollout/samples"] = float(len(infos) * config.rollout.group_size)
     return record
+
+
+def guidance_gain(
+    config: RunConfig, infos: Sequence[GroupInfo], scores: Sequence[Mapping[str, Array]]
+) -> dict[str, float]:
+    """What guidance earns: outcome of the guided members of a group over that of its unguided ones.
+
+    In units of the spread within groups, with the standard error of the mean over the groups; empty where groups are
+    not mixed (``sampler.guidance.strengths``).
+    """
+    guidance = config.sampler.guidance
+    if guidance is None or len({strength > 0 for strength in guidance.strengths}) == 1:
+        return {}
+    mixed = [group for info, group in zip(infos, scores, strict=True) if guidance.at(info.task.iteration) is not None]
+    if len(mixed) < 2:
+        return {}
+    totals = np.stack([weighted_total(group, config.rewards.outcome) for group in mixed])
+    guided = np.array([guidance.strengths[i % len(guidance.strengths)] > 0 for i in range(totals.shape[1])])
+    spread = float(np.sqrt((totals[:, guided].var(axis=1) + totals[:, ~guided].var(axis=1)).mean() / 2))
+    if spread == 0:
+        return {}
+    gains = (totals[:, guided].mean(axis=1) - totals[:, ~guided].mean(axis=1)) / spread
+    return {
+        "guidance/gain": float(gains.mean()),
+        "guidance/gain_error": float(gains.std(ddof=1) / np.sqrt(len(gains))),
+    }
 
 
 def reward_statistics(scores: Sequence[Mapping[str, Array]]) -> dict[str, float]:
