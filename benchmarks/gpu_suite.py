@@ -41,13 +41,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # Module and limit in seconds of each part, by worth.
 PARTS: dict[str, tuple[str, float]] = {
     "velocity": ("gpu_suite_generator", 130),
-    "ratio": ("gpu_suite_learner", 130),
-    "learner": ("gpu_suite_learner", 110),
-    "vae": ("gpu_suite_parts", 60),
+    "ratio": ("gpu_suite_learner", 150),
+    "learner": ("gpu_suite_learner", 130),
+    "vae": ("gpu_suite_parts", 90),
     "training": ("gpu_suite_training", 200),
-    "publication": ("gpu_suite_parts", 60),
-    "attention15": ("gpu_suite_parts", 60),
-    "compiled": ("gpu_suite_generator", 120),
+    "publication": ("gpu_suite_publication", 75),
+    "attention15": ("gpu_suite_parts", 75),
+    "compiled": ("gpu_suite_generator", 150),
 }
 # Time that a part needs at least to measure anything.
 LEAST_S = 15.0
@@ -135,7 +135,9 @@ def text_of(name: str, part: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Runs all checks that need a GPU, or some of them.")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for everything; parts that do not fit are left out")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="for everything; parts that do not fit are left out"
+    )
     parser.add_argument("--only", help=f"parts, separated by commas, of {', '.join(PARTS)}")
     parser.add_argument("--out", type=Path, default=Path("gpu_suite.json"), help="file for the results as JSON")
     parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU")

@@ -1,27 +1,17 @@
-"""Parts ``vae``, ``publication`` and ``attention15`` of gpu_suite.py."""
+"""Parts ``vae`` and ``attention15`` of gpu_suite.py: decoding, and the attention of HunyuanVideo-1.5."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-import time
-from datetime import timedelta
-from pathlib import Path
-
 import torch
-from gpu_suite_tools import Record, Values, attention, generator_of, release, setup_of, timed
-from guided_step_measures import GIB
+from gpu_suite_tools import Record, attention, generator_of, release, setup_of, timed
 from guided_step_networks import Setup, family_of, made_on
 from torch import Tensor
 
 from euphonium.generators.conditioning import Conditioning
 from euphonium.generators.generator import Generator
 from euphonium.generators.vae import VideoVae
-from learners.engine.engine import BUCKET
 
 SMALL_VAE = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-# Bytes of the published transformer's weights in bfloat16.
-WEIGHTS = 25_641_000_000
 
 # HunyuanVideo-1.5, 81 frames at 480x848: 33,390 tokens of the clip, 1000 of the text. Four of its 54 blocks.
 CLIP_15 = Setup(
@@ -63,92 +53,6 @@ def vae(record: Record) -> None:
     decode("decode, 2 clips", 2)
     coder.saving_memory(tiling=False, slicing=True)
     decode("decode, 2 clips, slicing", 2)
-
-
-@torch.no_grad()
-def publication(record: Record) -> None:
-    """Copies of the generator's weights in buckets: on the GPU, by way of the CPU, to another GPU."""
-    device = record.device
-    bucket = BUCKET if not record.small else BUCKET // 256
-    count = -(-WEIGHTS // BUCKET) if not record.small else 4
-    source, target = ([torch.ones(bucket, dtype=torch.uint8, device=device) for _ in range(count)] for _ in range(2))
-    gpu = device.type == "cuda"
-    staging = [torch.empty(bucket, dtype=torch.uint8, pin_memory=gpu) for _ in range(2)]
-
-    def copied() -> None:
-        for there, here in zip(target, source, strict=True):
-            there.copy_(here)
-
-    def through(host: list[Tensor], *, out: bool, back: bool) -> None:
-        """By way of host memory, two buckets in turn on one stream, which keeps their order."""
-        for i, (there, here) in enumerate(zip(target, source, strict=True)):
-            buffer = host[i % len(host)]
-            if out:
-                buffer.copy_(here, non_blocking=True)
-            if back:
-                there.copy_(buffer, non_blocking=True)
-
-    def pageable() -> None:
-        for there, here in zip(target, source, strict=True):
-            there.copy_(here.cpu())
-
-    ways = {
-        "GPU to GPU, the same one": copied,
-        "GPU to pinned memory": lambda: through(staging, out=True, back=False),
-        "pinned memory to GPU": lambda: through(staging, out=False, back=True),
-        "GPU to pinned memory and back": lambda: through(staging, out=True, back=True),
-        "GPU to pageable memory and back": pageable,
-    }
-    for name, way in ways.items():
-
-        def work(way=way) -> Values:  # type: ignore[no-untyped-def]
-            values = timed(way, device, repeats=2, count=False)
-            return values | {"gib": count * bucket / GIB, "gib_per_s": count * bucket / GIB / float(values["seconds"] or 1)}
-
-        record.measure(name, work)
-    del source, target
-    release(device)
-    name = "broadcast between two processes"
-    if gpu and torch.cuda.device_count() < 2:
-        record.skip(name, f"NCCL needs a GPU a process, and there is {torch.cuda.device_count()}")
-    else:
-        record.measure(name, lambda: broadcast(count, bucket, "cuda" if gpu else "cpu"))
-
-
-def broadcast(count: int, bucket: int, kind: str) -> Values:
-    """Broadcasts buckets from one process to another, by NCCL between GPUs, by gloo between CPUs."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_broadcaster, args=(folder, count, bucket, kind), nprocs=2)
-        seconds = float((Path(folder) / "seconds").read_text())
-    return {"seconds": seconds, "gib": count * bucket / GIB, "gib_per_s": count * bucket / GIB / seconds}
-
-
-def _broadcaster(rank: int, folder: str, count: int, bucket: int, kind: str) -> None:
-    import torch.distributed as dist
-
-    device = torch.device(kind, rank if kind == "cuda" else None)
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
-    dist.init_process_group(
-        "nccl" if kind == "cuda" else "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
-    tensors = [torch.full((bucket,), 1 - rank, dtype=torch.uint8, device=device) for _ in range(count)]
-    dist.broadcast(tensors[0], src=0)
-    dist.barrier()
-    began = time.perf_counter()
-    for tensor in tensors:
-        dist.broadcast(tensor, src=0)
-    if kind == "cuda":
-        torch.cuda.synchronize(device)
-    dist.barrier()
-    seconds = time.perf_counter() - began
-    if not all(bool((tensor[:16] == 1).all()) for tensor in tensors):
-        raise RuntimeError("what was broadcast did not arrive")
-    if rank == 0:
-        (Path(folder) / "seconds").write_text(str(seconds))
-    dist.destroy_process_group()
 
 
 def conditioning_15(family: Generator, device: torch.device) -> Conditioning:

@@ -133,7 +133,9 @@ def attention(mask: Mask, backend: Backend = "default") -> Iterator[None]:
     """
     built_in = functional.scaled_dot_product_attention
 
-    def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Tensor:
+    def masked(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any
+    ) -> Tensor:
         if mask == "none":
             attn_mask = None
         elif mask == "all true" and attn_mask is None:

@@ -22,18 +22,21 @@ from euphonium.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/embedded/euphonium.yaml"
-ITERATIONS = 4
-# One run through Ray: start, four iterations, end.
+ITERATIONS = 3
+# One run through Ray: start, all iterations, end.
 RAY_LIMIT_S = 150.0
+# Longest that a run takes to end when it is told to.
+STOP_S = 20.0
 SMALL = (
     "rollout.prompts_per_iteration=2", "rollout.group_size=4", "objective.updates_per_iteration=2",
     "evaluation.prompts=2",
 )  # fmt: skip
 # A learner takes a whole GPU or none; with one GPU the other roles then have none.
 PLACEMENTS = {
-    "Ray, learner on the GPU": ("pools.learner.num_gpus=1",),
+    "Ray, learner on the GPU": ("pools.learner.num_gpus=1", "pools.learner.num_workers=1"),
+    # Two rollout actors.
     "Ray, other roles on the GPU": (
-        "pools.rollout.num_gpus=0.3", "pools.prm.num_gpus=0.3", "pools.orm.num_gpus=0.3",
+        "pools.rollout.num_gpus=0.2", "pools.prm.num_gpus=0.2", "pools.orm.num_gpus=0.2",
     ),
 }  # fmt: skip
 
@@ -54,7 +57,7 @@ def training(record: Record) -> None:
     for name, placed in cases.items():
         if missing:
             record.skip(name, f"{' and '.join(missing)} cannot be imported")
-        elif record.deadline - time.time() < RAY_LIMIT_S / 3:
+        elif record.deadline - time.time() < RAY_LIMIT_S / 3 + STOP_S:
             record.skip(name, "too little of the part's time is left")
         else:
             record.measure(name, lambda p=placed: through_ray(record, p))
@@ -62,8 +65,12 @@ def training(record: Record) -> None:
 
 def _overrides(record: Record) -> list[str]:
     iterations = 2 if record.small else ITERATIONS
-    never = f"evaluation.every={iterations}"
-    return [f"iterations={iterations}", never, "evaluation.prompts=8", *(SMALL if record.small else ())]
+    return [
+        f"iterations={iterations}",
+        f"evaluation.every={iterations}",
+        "evaluation.prompts=8",
+        *(SMALL if record.small else ()),
+    ]
 
 
 def one_process(record: Record, dtype: str) -> Values:
@@ -82,7 +89,7 @@ def through_ray(record: Record, overrides: tuple[str, ...]) -> Values:
     """A whole run through the command line."""
     with tempfile.TemporaryDirectory() as folder:
         settings = [*_overrides(record), f"output_dir={folder}", "name=suite", "checkpoint.every=1000", *overrides]
-        limit = min(RAY_LIMIT_S, record.deadline - time.time() - 5)
+        limit = min(RAY_LIMIT_S, record.deadline - time.time() - STOP_S)
         began = time.perf_counter()
         _run([sys.executable, "-m", "orchestrator", "train", RECIPE, *settings], limit)
         whole = time.perf_counter() - began
@@ -107,7 +114,7 @@ def _run(command: list[str], limit_s: float) -> None:
         # As with Ctrl-C, so that the cluster ends too.
         os.killpg(process.pid, signal.SIGINT)
         try:
-            output, _ = process.communicate(timeout=20)
+            output, _ = process.communicate(timeout=STOP_S - 5)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
