@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 GIB = 2**30
 Step = Callable[[], tuple[Tensor, Tensor | None]]
+Work = Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,36 +61,43 @@ class Stopwatch:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-    def _once(self, step: Step) -> float:
-        """Milliseconds of one step; nothing else is under way."""
+    def _once(self, work: Work) -> float:
+        """Milliseconds of one call; nothing else is under way."""
         if self.devices[0].type != "cuda":
             began = time.perf_counter()
-            step()
+            work()
             return 1000 * (time.perf_counter() - began)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         stream = torch.cuda.current_stream(self.devices[0])
         start.record(stream)
-        step()
+        work()
         end.record(stream)
         self._synchronize()
         return float(start.elapsed_time(end))
 
-    @torch.no_grad()
-    def measure(self, name: str, step: Step, unguided: Row | None, sequential: Tensor | None) -> tuple[Row, Tensor]:
-        """The row of a way of stepping, and its next state on the CPU."""
+    def times(self, work: Work) -> list[float]:
+        """Milliseconds of each timed call, after the warm-up; :meth:`peaks` count from the first timed call."""
         gc.collect()
         if self.devices[0].type == "cuda":
             torch.cuda.empty_cache()
         for _ in range(self.warmup):
-            step()
+            work()
         self._synchronize()
         for device in self.devices:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-        times = [self._once(step) for _ in range(self.repeats)]
-        peaks: list[float | None] = [
+        return [self._once(work) for _ in range(self.repeats)]
+
+    def peaks(self) -> list[float | None]:
+        """Largest allocated memory on each device in GiB; None without a GPU."""
+        return [
             torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None for device in self.devices
         ]
+
+    @torch.no_grad()
+    def measure(self, name: str, step: Step, unguided: Row | None, sequential: Tensor | None) -> tuple[Row, Tensor]:
+        """The row of a way of stepping, and its next state on the CPU."""
+        times, peaks = self.times(step), self.peaks()
         following, gradient = step()
         after = following.cpu()
         median = statistics.median(times)

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,21 @@ class Setup:
     """Sizes of the networks and of the state.
 
     Attributes:
-        transformer: configuration of ``HunyuanVideoTransformer3DModel``; what is left out has the class's default,
+        transformer: configuration of the transformer; what is left out has the class's default,
             which is the published model's.
         model: shape of a sample, and type of the weights.
         head: options of the process reward model's head.
         prm_blocks: blocks of its trunk.
+        kind: name of the model: of its pipeline's and its transformer's class.
+        spatial: pixels a side for one latent.
     """
 
     transformer: dict[str, Any]
     model: dict[str, Any]
-    head: dict[str, Any]
-    prm_blocks: int
+    head: dict[str, Any] = field(default_factory=dict)
+    prm_blocks: int = 1
+    kind: str = "HunyuanVideo"
+    spatial: int = 8
 
 
 FULL = Setup(
@@ -63,18 +67,18 @@ TINY = Setup(
 @contextmanager
 def family_of(setup: Setup) -> Iterator[Generator]:
     """The generator family of a setup: configuration files without weights, in a folder that goes away."""
-    from diffusers import HunyuanVideoTransformer3DModel
+    import diffusers
 
     with torch.device("meta"):
-        transformer = HunyuanVideoTransformer3DModel(**setup.transformer)
+        transformer = getattr(diffusers, f"{setup.kind}Transformer3DModel")(**setup.transformer)
     files = {
-        "model_index.json": json.dumps({"_class_name": "HunyuanVideoPipeline"}),
+        "model_index.json": json.dumps({"_class_name": f"{setup.kind}Pipeline"}),
         # Not dict(transformer.config): that lists the values that were left out, and from_config would ignore ours.
         "transformer/config.json": transformer.to_json_string(),
         "vae/config.json": json.dumps(
             {
-                "latent_channels": transformer.config.in_channels,
-                "spatial_compression_ratio": 8,
+                "latent_channels": transformer.config.out_channels,
+                "spatial_compression_ratio": setup.spatial,
                 "temporal_compression_ratio": 4,
             }
         ),

@@ -44,17 +44,20 @@ CPU = torch.device("cpu")
 class SingleProcess:
     """One training run; call :meth:`iterate` as often as there are iterations."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, device: torch.device = CPU) -> None:
         self.config = config
-        self.worker = RolloutWorker(config, CPU)
+        self.device = device
+        self.worker = RolloutWorker(config, device)
         self.policy = self.worker.transformer
         process = config.rewards.process
-        self.prm = ProcessRewardModel.load(Path(process.path), config.model) if process is not None else None
+        self.prm: ProcessRewardModel | None = None
+        if process is not None:
+            self.prm = ProcessRewardModel.load(Path(process.path), config.model).to(device)
         self.refresh: PrmRefresh | None = None
         if process is not None and process.refresh is not None:
             own = ProcessRewardModel.load(Path(process.path), config.model)
-            self.refresh = PrmRefresh(process.refresh, own, config.seed, CPU)
-        self.orm = OrmScorer(config.rewards.outcome, self.worker.family, CPU, config.pools.orm)
+            self.refresh = PrmRefresh(process.refresh, own, config.seed, device)
+        self.orm = OrmScorer(config.rewards.outcome, self.worker.family, device, config.pools.orm)
         self.prompts = PromptStream(read_prompts(config.prompts.train, "prompts.train"), config.seed)
         self.evaluation = evaluation_set(config)
         settings = config.optimizer
@@ -121,7 +124,7 @@ class SingleProcess:
         self.policy.requires_grad_(True)
         if self.previous is not None:
             _copy(self.policy, self.previous)
-        clipped, norms, divergence = 0, [], 0.0
+        clipped, norms, divergence, deviation = 0, [], 0.0, 0.0
         replayed = self._replayed(plan, groups, payloads)
         for update, shares in enumerate(plan):
             for options in self.optimizer.param_groups:
@@ -135,7 +138,7 @@ class SingleProcess:
             observed = 0.0
             for position, batch in enumerate(shares[0]):
                 group = groups[batch.group]
-                rows = load_rows(batch, group, payloads[batch.group], CPU)
+                rows = load_rows(batch, group, payloads[batch.group], self.device)
                 if old_log_probs(config, update, on_policy=True) == "own":
                     rows = dataclasses.replace(rows, own_old=True)
                 elif (update, position) in replayed:
@@ -145,6 +148,8 @@ class SingleProcess:
                     lambda x, t, c: self.worker.family.velocity(self.policy, x, t, c), rows, references,
                 )  # fmt: skip
                 value.loss.backward()
+                if not norms:
+                    deviation = max(deviation, float(value.deviation.max()))
                 clipped += int(value.clipped.sum())
                 observed += float((value.kl_anchor if self.anchor is not None else value.kl_previous).sum())
             norms.append(float(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.max_grad_norm)))
@@ -158,6 +163,7 @@ class SingleProcess:
         return {
             "policy/grad_norm": float(np.mean(norms)),
             "policy/clip_fraction": clipped / sum(rows_per_group),
+            "policy/ratio_deviation": deviation,
             "kl/observed": divergence,
         }
 
@@ -169,7 +175,7 @@ class SingleProcess:
             (update, position): replayed_log_probs(
                 self.worker.table(groups[batch.group].info.task.iteration),
                 lambda x, t, c: self.worker.family.velocity(self.policy, x, t, c),
-                load_rows(batch, groups[batch.group], payloads[batch.group], CPU),
+                load_rows(batch, groups[batch.group], payloads[batch.group], self.device),
             )
             for update, shares in enumerate(plan)
             for position, batch in enumerate(shares[0])

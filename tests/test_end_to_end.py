@@ -190,7 +190,10 @@ def kill_prm() -> int:
 
 def test_a_run_recovers_from_a_killed_prm_server(recipe: Callable[..., Path], tmp_path: Path) -> None:
     transport = "pools.learner.weight_transport=collective"
-    path = recipe("iterations=12", "rewards.attempts=6", "rewards.deadline_s=30", "evaluation.every=4", transport)
+    path = recipe(
+        "iterations=12", "rewards.attempts=6", "rewards.deadline_s=30", "evaluation.every=4", transport,
+        "model.dtype=bfloat16",
+    )  # fmt: skip
     process = Process("train", str(path))
     process.wait_for("iteration  3/12")
     kill_prm()
@@ -203,7 +206,10 @@ def test_a_run_recovers_from_a_killed_prm_server(recipe: Callable[..., Path], tm
         assert abs(record["process/mean"]) > 1e-6
         # Weights that nobody has to keep for an evaluation went by broadcast, and were those that the learner has.
         assert record["weights/receivers"] == (0 if record["iteration"] % 4 == 0 else 2)
-        assert record["policy/ratio_deviation"] < 1e-5
+        # In bfloat16 rollout and learner agree but for its rounding, which does not reach the ratio.
+        assert record["policy/ratio_deviation"] < 1e-3
+        assert record["policy/ratio_mean"] == 1
+        assert record["policy/clip_fraction"] == 0
 
 
 def test_a_run_without_prm_servers_ends_with_an_error_that_names_the_pool(
