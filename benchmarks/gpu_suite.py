@@ -16,6 +16,8 @@ are random and are made on the GPU; nothing is downloaded. Parts:
     publication   copies of all weights on the GPU, by way of the CPU, and between two GPUs.
     attention15   blocks of HunyuanVideo-1.5 with and without the mask that its attention makes.
     compiled      the velocity with compiled blocks.
+    gradient      the process reward's gradient by batch.
+    compiled_learner  the learner's micro-step with compiled blocks.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ PARTS: dict[str, tuple[str, float]] = {
     "publication": ("gpu_suite_publication", 75),
     "attention15": ("gpu_suite_parts", 75),
     "compiled": ("gpu_suite_generator", 150),
+    "gradient": ("gpu_suite_generator", 60),
+    "compiled_learner": ("gpu_suite_learner", 120),
 }
 # Time that a part needs at least to measure anything.
 LEAST_S = 15.0

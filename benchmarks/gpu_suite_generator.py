@@ -11,6 +11,7 @@ from gpu_suite_tools import (
     Values,
     attention,
     backends,
+    compile_blocks,
     generator_of,
     matrix_product,
     release,
@@ -93,10 +94,7 @@ def compiled(record: Record) -> None:
         with attention("none"):
             before = step.velocity()
             record.measure("velocity, eager", lambda: timed(step.velocity, device))
-            for name in ("transformer_blocks", "single_transformer_blocks"):
-                for block in transformer.get_submodule(name).children():
-                    # Without a GPU this only shows that the blocks can be traced: compiling takes a minute.
-                    block.compile(backend="inductor" if device.type == "cuda" else "aot_eager")
+            compile_blocks(transformer, device)
 
             def first() -> Values:
                 began = time.perf_counter()
@@ -106,3 +104,21 @@ def compiled(record: Record) -> None:
 
             record.measure("velocity, compiled, first call", first)
             record.measure("velocity, compiled", lambda: timed(step.velocity, device, count=False))
+
+
+def gradient(record: Record) -> None:
+    """The process reward's gradient by batch, and what the convolution of the patch embedding costs of it."""
+    setup, device = setup_of(record), record.device
+    with family_of(setup) as family:
+        prm = build_prm(family, setup, device)
+        for batch in (1, 2, 4):
+            step = GuidedStep(family, prm.trunk, batch, device)
+            record.measure(f"gradient, batch {batch}", lambda s=step: timed(lambda: s.gradient(prm), device))
+            embed = prm.trunk.get_submodule("x_embedder")
+
+            def embedding(x: torch.Tensor = step.x, embed: nn.Module = embed) -> None:
+                leaf = x.to(family.dtype).requires_grad_(True)
+                torch.autograd.grad(embed(leaf).sum(), leaf)
+
+            record.measure(f"patch embedding, batch {batch}", lambda e=embedding: timed(e, device, count=False))
+            release(device)

@@ -14,6 +14,7 @@ from gpu_suite_tools import (
     Values,
     attention,
     backends,
+    compile_blocks,
     generator_of,
     release,
     setup_of,
@@ -99,6 +100,26 @@ def learner(record: Record) -> None:
         engine = _adapter_engine(transformer, record.device)
         for count, mask in cases[:2]:
             measure("adapter", count, mask, lambda loss: engine.backward(loss, last=True))
+
+
+def compiled_learner(record: Record) -> None:
+    """Forward and backward pass of a micro-batch with checkpointed and compiled blocks."""
+    with family_of(setup_of(record)) as family:
+        transformer = generator_of(family, record.device)
+        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+        _drop_gradients(transformer)
+        steps, rows = table(), rows_of(family, 1, record.device)
+
+        def velocity(x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+            return family.velocity(transformer, x, time, conditioning)
+
+        def micro_step() -> None:
+            evaluate_objective(OBJECTIVE, steps, velocity, rows).loss.backward()
+
+        record.measure("eager", lambda: timed(micro_step, record.device))
+        compile_blocks(transformer, record.device)
+        record.measure("compiled, first call", lambda: timed(micro_step, record.device, repeats=1, count=False))
+        record.measure("compiled", lambda: timed(micro_step, record.device, count=False))
 
 
 def _drop_gradients(transformer: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:

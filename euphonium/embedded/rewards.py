@@ -109,6 +109,8 @@ def analyse(videos: Tensor) -> Analysis:
     """
     if videos.dim() != 5 or videos.shape[2:] != (3, SIZE, SIZE):
         raise ValueError(f"the sprite rewards need videos [batch, frames, 3, {SIZE}, {SIZE}], got {list(videos.shape)}")
+    # A few hundred kilobytes, and templates that are on the CPU.
+    videos = videos.cpu()
     border = _border(videos)
     background = border.median(dim=2).values
     same = (border - background[..., None]).abs().amax(dim=1) < BACKGROUND_TOLERANCE

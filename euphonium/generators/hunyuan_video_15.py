@@ -55,7 +55,8 @@ class HunyuanVideo15(HunyuanVideo):
             )
             glyphs, glyph_mask = encode_glyphs(tokenizers[1], encoders[1], list(prompts), device=device)
             # What lies behind the longest prompt is masked; dropping it here saves its computation.
-            length, glyph_length = (max(1, int(m.sum(dim=1).max())) for m in (mask, glyph_mask))
+            # Most prompts have no glyphs at all.
+            length, glyph_length = max(1, int(mask.sum(dim=1).max())), int(glyph_mask.sum(dim=1).max())
             return {
                 "encoder_hidden_states": text[:, :length].to(self.dtype),
                 "encoder_attention_mask": mask[:, :length].to(self.dtype),
@@ -75,10 +76,10 @@ class HunyuanVideo15(HunyuanVideo):
     @override
     def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         in_channels, embedding = self._input_widths
-        # Places of a conditioning frame and its mask, and of its embedding: all zero without an image. Tokens of an
-        # absent image are masked, so that one stands for them all.
+        # Places of a conditioning frame and its mask: all zero without an image. Tokens of an absent image would be
+        # masked; with none at all there is nothing to mask.
         absent = x.new_zeros(x.shape[0], in_channels - x.shape[1], *x.shape[2:])
-        image = x.new_zeros(x.shape[0], 1, embedding, dtype=self.dtype)
+        image = x.new_zeros(x.shape[0], 0, embedding, dtype=self.dtype)
         output: Tensor = transformer(
             hidden_states=torch.cat([x, absent], dim=1).to(self.dtype),
             # The embedding of time is computed in the type of the time.

@@ -1,6 +1,5 @@
 """Trains on two real ZeRO-3 ranks, for the tests that compare them with a plain loop."""
 
-import os
 import pickle
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from actors.rollout import RolloutWorker
 from euphonium.config import RunConfig, dump_config
 from euphonium.rewards.process import LocalRewards, ProcessRewardModel
 from euphonium.wire.records import GroupPayload, GroupTask
+from tests.checkout import environment
 
 ITERATIONS, GROUPS = 2, 3
 
@@ -60,8 +60,7 @@ def train_on_two_ranks(
             "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
             str(Path(__file__).with_name("engine") / "zero3_worker.py"), str(folder),
         ]  # fmt: skip
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment())
         assert result.returncode == 0, result.stderr[-8000:]
         ranks = [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in (0, 1)]
         return {"config": config, "iterations": iterations, "ranks": ranks}

@@ -18,6 +18,7 @@ from actors.rollout import RolloutWorker
 from actors.sampler import sample_deterministic
 from euphonium.config import RunConfig
 from euphonium.errors import ConfigError
+from euphonium.generators.conditioning import expand
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import FAMILIES
 from euphonium.wire.arrays import as_tensor
@@ -138,6 +139,34 @@ def test_guidance_changes_the_samples(name: str, changes: dict[str, Any], folder
     for family in (family_of(name, folders), family_of(name, folders, **changes)):
         samples.append(our_samples(family, CASES[name].shift, conditioning_of(family), noise(family)))
     assert float((samples[0] - samples[1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "hunyuan 1.5", "skyreels", "flux", "sd3", "wan"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_group_of_one_prompt_attends_without_a_mask(
+    name: str, prompt: str, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any mask, even one that hides nothing, forbids flash attention."""
+    from torch.nn import functional
+
+    family = family_of(name, folders)
+    transformer = family.load_transformer(CPU)
+    one = conditioning_of(family, [prompt])
+    masked: list[bool] = []
+    attend = functional.scaled_dot_product_attention
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
+        # The few tokens of the text are refined with a mask in any case.
+        if query.shape[-2] > one["encoder_hidden_states"].shape[1]:
+            masked.append(attn_mask is not None)
+        return attend(query, key, value, attn_mask, **more)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", watched)
+    start = noise(family, 3)
+    with torch.no_grad():
+        family.velocity(transformer, start, torch.full((3,), 0.5), expand(one, 3))
+    assert masked
+    assert not any(masked)
 
 
 @one_a_family

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.checkout import environment
 from tests.euphonium.generators.tiny_pipelines import BUILDERS, SHAPES, build_pipeline, model_fields
 
 # Changes of the model's configuration, whether activations are recomputed, the largest difference between what
@@ -40,8 +40,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--rdzv-backend=c10d",
         "--rdzv-endpoint=127.0.0.1:0", worker, str(folder / "orders.json"), str(folder / "seen.json"),
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=570, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=570, env=environment())
     assert result.returncode == 0, result.stderr[-8000:]
     return dict(json.loads((folder / "seen.json").read_text()))
 

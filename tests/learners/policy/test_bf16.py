@@ -1,7 +1,6 @@
 """Every family's tiny model in bfloat16 through a run's whole path: rollout, transport, update, weights, checkpoint."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 
 from euphonium.config import RunConfig, dump_config
+from tests.checkout import environment
 from tests.euphonium.generators.cases import CASES, PROMPTS, TRANSFORMERS
 
 LORA = "model.lora={rank: 4, alpha: 8}"
@@ -50,8 +50,7 @@ def seen_by_ranks(recipes: list[Path], root: Path) -> dict[str, Any]:
         "--rdzv-endpoint=127.0.0.1:0", str(Path(__file__).with_name("bf16_worker.py")), str(root / "seen.json"),
         *map(str, recipes),
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment())
     assert result.returncode == 0, result.stderr[-8000:]
     seen: dict[str, Any] = json.loads((root / "seen.json").read_text())
     return seen

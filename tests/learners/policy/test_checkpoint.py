@@ -1,7 +1,6 @@
 """Checkpoints of the learner group, read by groups of another size."""
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from euphonium.config import RunConfig, dump_config
 from euphonium.errors import CheckpointError
 from learners.engine.shards import Shards
 from learners.policy.checkpoint import FOLDER
+from tests.checkout import environment
 
 OVERRIDES = (
     "rollout.prompts_per_iteration=3", "objective.updates_per_iteration=2", "pools.learner.rows_per_micro_batch=5",
@@ -50,8 +50,7 @@ def run(
             "--rdzv-endpoint=127.0.0.1:0", str(Path(__file__).with_name("resume_worker.py")), str(folder),
             str(folder / "job.json"),
         ]  # fmt: skip
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment())
         assert result.returncode == 0, result.stderr[-6000:]
         return dict(torch.load(folder / "result.pt", weights_only=True)) | {"folder": folder}
 

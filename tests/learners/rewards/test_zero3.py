@@ -1,6 +1,5 @@
 """A process reward model trained by two real ZeRO-3 ranks, against one process."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from learners.engine.local import LocalEngine
 from learners.rewards.outcome import OrmTraining
 from learners.rewards.preference import PrmTask
 from learners.rewards.training import Task, fit
+from tests.checkout import environment
 from tests.learners.rewards.tiny_backbone import tiny_orm_recipe
 from tests.learners.rewards.toy_preferences import CPU, Mortal, toy_preferences, toy_settings
 
@@ -49,8 +49,7 @@ def both(tiny_recipe_file: Callable[..., RunConfig], tmp_path_factory: pytest.Te
     few = {"updates": 3, "pairs_per_update": 4, "pairs_per_micro_batch": 1, "learning_rate": 1e-3, "eps": 1e-4}
     orm = tiny_orm_recipe(folder, few)
     (folder / "orm.json").write_text(orm.model_dump_json())
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment())
     assert result.returncode == 0, result.stderr[-8000:]
     ranks = [torch.load(folder / f"reward_rank_{r}.pt", weights_only=False) for r in (0, 1)]
     state = {kind: engine.whole(kind) for kind in KINDS}
