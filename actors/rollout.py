@@ -65,6 +65,8 @@ class RolloutWorker:
         else:
             self.published = dict(self.transformer.named_parameters())
         self.transformer.requires_grad_(False)
+        if config.rollout.compile:
+            self.family.compile_blocks(self.transformer)
         encoder = self.family.prompt_encoder(device, images_for(self.family, config.prompts))
         self._conditionings = ConditioningCache(lambda prompt: encode_one(encoder, prompt), CACHE_BYTES)
         self._tables = lru_cache(maxsize=8)(lambda iteration: self.family.step_table(config.sampler, iteration))

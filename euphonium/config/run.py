@@ -52,6 +52,7 @@ class RunConfig(Node):
         _some_reward_is_trained(self.advantage, self.rewards)
         _learner_still_has_the_old_policy(self.objective, self.rollout)
         _best_of_fits_the_group(self.advantage, self.rollout)
+        _members_of_each_strength_compare(self.sampler, self.advantage, self.rollout)
         return self
 
     def advantage_rule(self) -> AdvantageRule:
@@ -114,3 +115,19 @@ def _best_of_fits_the_group(advantage: AdvantageConfig, rollout: RolloutConfig) 
     best_of = advantage.best_of
     if best_of is not None and 2 * best_of > rollout.group_size:
         raise ValueError(f"advantage.best_of takes {2 * best_of} of {rollout.group_size} samples of a group")
+
+
+def _members_of_each_strength_compare(
+    sampler: SamplerConfig, advantage: AdvantageConfig, rollout: RolloutConfig
+) -> None:
+    if advantage.baseline == "group" or sampler.guidance is None:
+        return
+    strengths = len(sampler.guidance.strengths)
+    if rollout.group_size < 2 * strengths:
+        raise ValueError(
+            f"advantage.baseline: strength compares members that were guided alike: {strengths} strengths "
+            f"(sampler.guidance.strengths) need groups of at least {2 * strengths}, and rollout.group_size is "
+            f"{rollout.group_size}"
+        )
+    if advantage.best_of is not None:
+        raise ValueError("advantage.best_of chooses from a whole group; leave it out, or set advantage.baseline: group")

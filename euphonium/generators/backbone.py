@@ -6,6 +6,7 @@ build the network, rollout actors load it, and process reward models start from 
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,7 +82,7 @@ class Backbone(ABC):
         """
         built = self.transformer_class().from_config(self.transformer_config() if config is None else config)
         self._fill_buffers(built)
-        self.prepare_attention(built)
+        self._choose_attention(self.prepare_attention(built))
         return nn.Module.to(self.with_exact_buffers(built), dtype=self.dtype)
 
     def load_transformer(self, device: torch.device) -> nn.Module:
@@ -89,7 +90,7 @@ class Backbone(ABC):
         loaded = self.transformer_class().from_pretrained(
             self.folder / self.backbone, dtype=self.dtype, use_safetensors=True
         )
-        self.prepare_attention(loaded)
+        self._choose_attention(self.prepare_attention(loaded))
         # diffusers keeps some weights in float32 (and its own method warns of rounding them), but ZeRO-3 has one type
         # for all: what rollout actors compute with must be what learners train.
         return nn.Module.to(self.with_exact_buffers(loaded), device=device, dtype=self.dtype).eval()
@@ -147,6 +148,31 @@ class Backbone(ABC):
             raise ConfigError(
                 f"model.embedded_guidance: {self.folder} takes no guidance scale as an input; leave it out, and set "
                 "model.cfg_scale for classifier-free guidance"
+            )
+
+    def compile_blocks(self, transformer: nn.Module) -> None:
+        """Compiles the blocks of a transformer that is not trained, each at its first call."""
+        names = getattr(transformer, "_repeated_blocks", None) or getattr(transformer, "_no_split_modules", None) or ()
+        for block in transformer.modules():
+            if type(block).__name__ in names:
+                block.compile()
+
+    def _choose_attention(self, transformer: nn.Module) -> None:
+        if self.config.attention_backend is not None:
+            transformer.set_attention_backend(self.config.attention_backend)  # type: ignore[operator]
+
+    def _check_attention(self) -> None:
+        name = self.config.attention_backend
+        if name is None:
+            return
+        from diffusers.models.attention_dispatch import AttentionBackendName
+
+        names = [backend.value for backend in AttentionBackendName]
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"model.attention_backend: diffusers knows no {name!r}{meant} Its names: {', '.join(names)}"
             )
 
     def _fill_buffers(self, transformer: nn.Module) -> None:

@@ -56,6 +56,7 @@ class Generator(Backbone):
         super().__init__(pipeline, config)
         self._check_size()
         self._check_guidance()
+        self._check_attention()
 
     @property
     @abstractmethod

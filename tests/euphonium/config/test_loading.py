@@ -122,6 +122,15 @@ def test_an_impossible_sampler_is_refused_while_reading(recipe: Path) -> None:
         (["rewards.outcome.1.name=icon"], "'icon' is taken"),
         (["rewards.outcome.0.weight=0", "rewards.outcome.1.weight=0"], "nothing to learn from"),
         (["objective.updates_per_iteration=5"], "an update would have no group"),
+        (
+            [
+                "advantage.baseline=strength",
+                "sampler.guidance={scale: 1, strengths: [0, 1]}",
+                "rollout.group_size=3",
+                "rewards.process.path=prm",
+            ],
+            "need groups of at least 4",
+        ),
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused(recipe: Path, overrides: list[str], message: str) -> None:

@@ -234,3 +234,29 @@ def test_rollout_actors_draw_groups(
     assert evaluated.shape == (2, *worker.family.latent_shape)
     alone = worker.evaluate(PROMPTS[1:], [2])
     np.testing.assert_allclose(evaluated[1:], alone, atol=1e-4 if worker.family.dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hunyuan", "sd3"])
+def test_compiled_blocks_compute_the_same(name: str, folders: Callable[[str], Path]) -> None:
+    family = family_of(name, folders)
+    transformer = family.load_transformer(CPU)
+    conditioning, x, time = conditioning_of(family), noise(family), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        eager = family.velocity(transformer, x, time, conditioning)
+        family.compile_blocks(transformer)
+        compiled = [block for block in transformer.modules() if block._compiled_call_impl is not None]
+        assert compiled
+        torch.testing.assert_close(family.velocity(transformer, x, time, conditioning), eager, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_backends_are_chosen_by_name(folders: Callable[[str], Path]) -> None:
+    family = family_of("hunyuan", folders, attention_backend="_native_math")
+    chosen = {
+        module.processor._attention_backend
+        for module in family.load_transformer(CPU).modules()
+        if hasattr(getattr(module, "processor", None), "_attention_backend")
+    }
+    assert {str(getattr(backend, "value", backend)) for backend in chosen} == {"_native_math"}
+    with pytest.raises(ConfigError, match="knows no '_native_flsh'; did you mean '_native_flash'"):
+        family_of("hunyuan", folders, attention_backend="_native_flsh")

@@ -78,3 +78,35 @@ def test_numbers_of_the_batch_are_declared_metrics(make_config: MakeConfig) -> N
     assert numbers["reward/icon/mean"] == pytest.approx(icon.mean(), rel=1e-6)
     for key in numbers:
         find_metric(key)
+
+
+def test_members_are_compared_with_those_that_were_guided_alike(make_config: MakeConfig) -> None:
+    config = make_config(
+        "advantage.mode=outcome", "advantage.clip=100", "rollout.group_size=6", "sampler.guidance.strengths=[0, 1]",
+        "advantage.baseline=strength",
+    )  # fmt: skip
+    (group,), metrics = assign_credit(config, batch_of(config, 4))
+    scores = scores_of(config, 4)
+    wanted = np.zeros(6)
+    for half in (slice(0, None, 2), slice(1, None, 2)):
+        wanted[half] = sum(r.weight * standardised(scores[r.name][half], config) for r in config.rewards.outcome)
+    np.testing.assert_allclose(group.advantages[0, :, 0], wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(group.samples, np.arange(6))
+    assert "guidance/gain" not in metrics, "one group has no standard error"
+
+
+def test_what_guidance_earns_is_measured_in_spreads(make_config: MakeConfig) -> None:
+    config = make_config("rollout.group_size=4", "sampler.guidance.strengths=[0, 2]", "sampler.guidance.until=3")
+    groups = [scored(config, number) for number in (0, 1)]
+    totals = []
+    for number, group in enumerate(groups):
+        for values in group.scores.values():
+            # Unguided members have 0 and 0.2, guided ones more.
+            values[:] = np.array([0.0, 1.0 + number, 0.2, 1.2 + number])
+        totals.append(sum(r.weight for r in config.rewards.outcome) * (1.0 + number))
+    _, metrics = assign_credit(config, Batch(groups, 0, 2, 1.0))
+    spread = sum(r.weight for r in config.rewards.outcome) * 0.1
+    assert metrics["guidance/gain"] == pytest.approx(np.mean(totals) / spread, rel=1e-4)
+    assert metrics["guidance/gain_error"] == pytest.approx(np.std(totals, ddof=1) / np.sqrt(2) / spread, rel=1e-4)
+    for name in ("guidance/gain", "guidance/gain_error"):
+        assert find_metric(name)
