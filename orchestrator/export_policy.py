@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from euphonium.config import RunConfig
 from euphonium.errors import CheckpointError, ConfigError
+from euphonium.generators.components import check_generator
 from euphonium.generators.lora import ADAPTER, add_adapter, load_adapter, merged_state
 from euphonium.generators.registry import open_generator
 from learners.policy.checkpoint import weights_file
@@ -31,6 +32,7 @@ def export_checkpoint(checkpoint: Path, config: RunConfig, target: Path, *, poli
     _refuse_existing(target)
     state = load_file(weights_file(checkpoint, policy=policy))
     family = open_generator(config.model)
+    check_generator(family)
     if config.model.lora is not None:
         transformer = family.load_transformer(CPU)
         add_adapter(transformer, config.model.lora)

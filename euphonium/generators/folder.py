@@ -50,12 +50,31 @@ class PipelineFolder:
         return found
 
     def index(self) -> ComponentConfig:
-        """Contents of ``model_index.json``: the pipeline's class, and the class of each component."""
-        return dict(json.loads((self.path / "model_index.json").read_text()))
+        """Contents of ``model_index.json``: the pipeline's class, and the class of each component.
+
+        Raises:
+            ConfigError: the file is missing or damaged.
+        """
+        return self._json(Path("model_index.json"))
 
     def component_config(self, component: str, file: str = "config.json") -> ComponentConfig:
-        """Configuration of a component, read from ``file`` in its folder."""
-        return dict(json.loads((self.path / component / file).read_text()))
+        """Configuration of a component, read from ``file`` in its folder.
+
+        Raises:
+            ConfigError: the file is missing or damaged.
+        """
+        return self._json(Path(component, file))
+
+    def _json(self, file: Path) -> ComponentConfig:
+        try:
+            found = json.loads((self.path / file).read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no JSON object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"model.path: {file} of {self.path} cannot be read ({error}); download or copy {self.path} again"
+            ) from error
+        return found
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component, without copies in other precisions."""

@@ -29,6 +29,7 @@ from euphonium.rewards.pretrained import (
     loading,
     pinned,
     read_weights,
+    whole_network,
 )
 
 if TYPE_CHECKING:
@@ -292,7 +293,7 @@ def _network(options: _ClipReward.Options) -> CLIPModel:
     dtype = dtype_of(options.dtype)
     with loading("weights", options.weights):
         if options.checkpoint is None:
-            network = AutoModel.from_pretrained(**source, **trusted, dtype=dtype)
+            network = whole_network(AutoModel, **source, **trusted, dtype=dtype)
         else:
             network = AutoModel.from_config(AutoConfig.from_pretrained(**source, **trusted), **trusted)
     if not hasattr(network, "get_image_features") or not hasattr(network, "get_text_features"):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from euphonium.config import Node
 from euphonium.errors import ConfigError
+from euphonium.weight_files import check_index, shapes_of, some
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -92,8 +93,30 @@ def loading(option: str, weights: str) -> Iterator[None]:
     """Turns errors of ``from_pretrained`` about missing or unfit files into a ConfigError that names the option."""
     try:
         yield
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"option {option}: cannot load {weights!r}: {error}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # libraries raise what they happen to stumble over in a damaged file
+        reason = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"option {option}: cannot load {weights!r}: {reason}; download or copy it again, or give another"
+        ) from error
+
+
+def whole_network(kind: Any, **source: Any) -> Any:
+    """A network of transformers by ``kind.from_pretrained(**source)``, all of whose weights are there.
+
+    Raises:
+        ValueError: weight files are cut or lack weights, which transformers would make up.
+    """
+    folder = Path(str(source["pretrained_model_name_or_path"]))
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        check_index(index)
+    for file in sorted(folder.glob("*.safetensors")):
+        shapes_of(file)
+    network, report = kind.from_pretrained(**source, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"its weight files lack {some(missing)}, which a {type(network).__name__} has")
+    return network
 
 
 def hub_file(source: str, revision: str | None, option: str) -> Path:

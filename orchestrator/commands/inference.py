@@ -80,6 +80,8 @@ def open_policy(
     from safetensors.torch import load_file
 
     from actors.rollout import RolloutWorker
+    from euphonium.generators.components import check_generator
+    from euphonium.generators.registry import open_generator
     from learners.policy.checkpoint import weights_file
 
     trained_for = "distilled" if config.objective.kind == "distill" else "implicit"
@@ -88,6 +90,7 @@ def open_policy(
             f"--protocol {protocol}: this policy was trained with objective.kind: {config.objective.kind}; sampling it "
             f"without the reward gradient is the protocol {trained_for}"
         )
+    check_generator(open_generator(config.model))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     worker = RolloutWorker(config, device)
     if not base:
@@ -169,6 +172,9 @@ def _draw_with_diffusers(folder: Path, prompts: list[str], seed: int, steps: int
     """Videos ``[prompts, frames, height, width, 3]`` in [0, 1], drawn by the diffusers pipeline itself."""
     from diffusers import DiffusionPipeline
 
+    from euphonium.generators.components import check_components
+    from euphonium.generators.folder import PipelineFolder
+
     shape: dict[str, Any] = {}
     described = folder.parent / "config.resolved.yaml"
     if described.is_file():
@@ -176,6 +182,7 @@ def _draw_with_diffusers(folder: Path, prompts: list[str], seed: int, steps: int
         shape = {"height": run.model.height, "width": run.model.width}
         if run.model.frames > 1:
             shape["num_frames"] = run.model.frames
+    check_components(PipelineFolder(folder), unopened=())
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=len(prompts) > 1)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -29,22 +29,24 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         ConfigError: the run cannot work; names the field, and what to do.
     """
     from actors.sampler import select_steps
-    from euphonium.generators.generator import images_for
+    from euphonium.generators.components import check_generator
+    from euphonium.generators.pictures import check_pictures
     from euphonium.generators.registry import open_generator
     from euphonium.rewards.registry import build_rewards
     from orchestrator.evaluation import evaluation_set
     from orchestrator.groups.prompts import read_prompts
 
     family = open_generator(config.model)
+    check_generator(family)
     shape = family.latent_shape
     prompts = read_prompts(config.prompts.train, "prompts.train")
     evaluation_set(config)
-    images_for(family, config.prompts)
+    check_pictures(family, config.prompts)
     build_rewards(config.rewards.outcome)
     if config.rewards.process is not None:
         from euphonium.rewards.process import ProcessRewardModel
 
-        ProcessRewardModel.load(Path(config.rewards.process.path), config.model)
+        ProcessRewardModel.check(Path(config.rewards.process.path), config.model)
     table = family.step_table(config.sampler)
     kept = select_steps(table, 1, config.objective.timestep_fraction, 0).shape[1]
     rollout, pools, process = config.rollout, config.pools, config.rewards.process

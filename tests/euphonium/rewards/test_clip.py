@@ -1,13 +1,14 @@
 """CLIP rewards: networks of transformers' own classes with random weights, saved and loaded through the real path."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -354,3 +355,19 @@ def test_code_in_a_folder_runs_only_when_it_is_trusted(folder: Path, tmp_path: P
     trusted = build("clip_score", weights=str(target), trust_remote_code=True).score(videos(), PROMPTS)
     assert marker.exists()
     torch.testing.assert_close(trusted, build("clip_score", weights=str(folder)).score(videos(), PROMPTS))
+
+
+def test_damaged_weights_are_refused_and_missing_ones_not_made_up(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "clip"
+    shutil.copytree(folder, copy)
+    weights = copy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-64])
+    with pytest.raises(ConfigError, match=r"option weights: cannot load .*model\.safetensors is missing, cut"):
+        build("clip_score", weights=str(copy), dtype="float32")
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    del tensors["visual_projection.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lack visual_projection\.weight.*download or copy it again"):
+        build("clip_score", weights=str(copy), dtype="float32")
