@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,6 +13,9 @@ from euphonium.config import RunConfig, dump_config
 from euphonium.errors import CheckpointError, ConfigError
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
 from orchestrator.state.checkpoints import Checkpoint, CheckpointStore, verify
+
+if TYPE_CHECKING:
+    from euphonium.generators.generator import Generator
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +72,21 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         "PRM refresh": f"1 x {pools.refresh_pool.num_gpus:g} GPU" if refreshes else "none",
         "ORM servers": f"{pools.orm.num_actors} x {pools.orm.num_gpus:g} GPU",
         "learner ranks": f"{pools.learner.num_workers} x {pools.learner.num_gpus:g} GPU",
+        **_adapter_plan(config, family),
     }
+
+
+def _adapter_plan(config: RunConfig, family: Generator) -> dict[str, str]:
+    """How the adapter of a run can be exported; nothing without one."""
+    from orchestrator.export_policy import adapter_pipeline
+
+    if config.model.lora is None:
+        return {}
+    try:
+        adapter_pipeline(family)
+    except ConfigError as error:
+        return {"adapter": f"exported added into the weights only ({error})"}
+    return {"adapter": "exported added into the weights, or alone (export --adapter)"}
 
 
 def _ranges(steps: list[int]) -> str:
