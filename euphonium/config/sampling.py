@@ -88,7 +88,7 @@ class GuidanceConfig(Node):
     window: tuple[int, int] | None = None
     """Half-open range of guided steps; None guides every step."""
     time_window: tuple[float, float] | None = None
-    """The same as a range of t = 1 - sigma, from noise (0) to data (1)."""
+    """The same as a half-open range of t = 1 - sigma, from noise (0) to data (1), in which guided steps begin."""
     normalise: bool = False
     """Scale every sample's gradient to unit length first."""
     spsa: SpsaConfig = SpsaConfig()
