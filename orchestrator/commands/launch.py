@@ -15,6 +15,7 @@ from orchestrator.report.tracking import METRICS_FILE, read_metrics
 from orchestrator.state.checkpoints import Checkpoint, CheckpointStore, verify
 
 if TYPE_CHECKING:
+    from euphonium.dynamics import StepTable
     from euphonium.generators.generator import Generator
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,26 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         "ORM servers": f"{pools.orm.num_actors} x {pools.orm.num_gpus:g} GPU",
         "learner ranks": f"{pools.learner.num_workers} x {pools.learner.num_gpus:g} GPU",
         **_adapter_plan(config, family),
+        **_untrained_guidance(table),
     }
+
+
+def _untrained_guidance(table: StepTable) -> dict[str, str]:
+    """The steps whose guidance reaches the samples but not the policy; nothing if there are none.
+
+    Only steps with noise have a likelihood, and can be trained.
+    """
+    untrained = sorted(set(table.guided_steps) - set(table.stochastic_steps))
+    if not untrained:
+        return {}
+    strength = table.coef_grad.abs()
+    share = float(strength[untrained].sum() / strength.sum())
+    text = (
+        f"{_ranges(untrained)} ({share:.0%} of the guidance): without noise there, the policy never learns it; end "
+        "sampler.guidance.window with sampler.sde_window"
+    )
+    log.warning("guided steps that are not trained: %s", text)
+    return {"guided but not trained": text}
 
 
 def _adapter_plan(config: RunConfig, family: Generator) -> dict[str, str]:
