@@ -72,11 +72,13 @@ class RewardSources:
         )
 
     def _outcome_score(self, prompt: str) -> Score:
-        rewards, timeout = self._config.rewards.outcome, self._config.rewards.deadline_s
+        config = self._config.rewards
+        rewards, timeout, optional = config.outcome, config.deadline_s, config.optional
 
         def score(latents: Tensor) -> Later[Tensor]:
             prompts, arrays = [prompt] * len(latents), latents.cpu().numpy()
-            answer = self._orm.submit(lambda server: server.score.remote(arrays, prompts, timeout))
-            return answer.map(lambda scores: as_tensor(weighted_total(scores[0], rewards).astype(np.float32)))
+            answer = self._orm.submit(lambda server: server.score.remote(arrays, prompts, timeout, optional))
+            totals = answer.map(lambda scores: weighted_total(scores[0], rewards, len(prompts)))
+            return totals.map(lambda values: as_tensor(values.astype(np.float32)))
 
         return score

@@ -52,6 +52,7 @@ class RunConfig(Node):
         _some_reward_is_trained(self.advantage, self.rewards)
         _learner_still_has_the_old_policy(self.objective, self.rollout)
         _best_of_fits_the_group(self.advantage, self.rollout)
+        _outcome_rewards_rank(self)
         return self
 
     def advantage_rule(self) -> AdvantageRule:
@@ -115,3 +116,19 @@ def _best_of_fits_the_group(advantage: AdvantageConfig, rollout: RolloutConfig) 
     best_of = advantage.best_of
     if best_of is not None and 2 * best_of > rollout.group_size:
         raise ValueError(f"advantage.best_of takes {2 * best_of} of {rollout.group_size} samples of a group")
+
+
+def _outcome_rewards_rank(config: RunConfig) -> None:
+    """Refuses what goes by the weighted outcome rewards where these are all the same for lack of weights."""
+    guidance, process, best_of = config.sampler.guidance, config.rewards.process, config.advantage.best_of
+    weighted = any(reward.weight for reward in config.rewards.outcome)
+    needed_by = {
+        "sampler.guidance.source: spsa": guidance is not None and guidance.source == "spsa",
+        "rewards.process.refresh": process is not None and process.refresh is not None,
+        "advantage.best_of": best_of is not None,
+    }
+    for field, needed in needed_by.items():
+        if needed and not weighted:
+            raise ValueError(f"{field} goes by the weighted outcome rewards, all of which have weight 0")
+    if best_of is not None and config.advantage.mode == "process":
+        raise ValueError("advantage.best_of chooses by outcome advantages, which advantage.mode: process leaves out")

@@ -277,12 +277,16 @@ def evaluate_model(
     prompts, seeds = evaluation_set(config)
     worker, rewards = policy.worker, config.rewards.outcome
     scorer = OrmScorer(rewards, worker.family, worker.device, config.pools.orm.max_batch)
-    scores = scorer.score(policy.sample(prompts, seeds), prompts)
-    scores["total"] = weighted_total(scores, rewards) / total_weight(rewards)
+    droppable = [reward.name for reward in rewards if reward.on_failure == "drop_group"]
+    scores = scorer.score(policy.sample(prompts, seeds), prompts, droppable)
+    missing = [reward.name for reward in rewards if reward.name not in scores]
+    if total_weight(rewards) and not any(reward.weight and reward.name in missing for reward in rewards):
+        scores["total"] = weighted_total(scores, rewards, len(prompts)) / total_weight(rewards)
     return {
         "model": str(config.model.path) if base else str(checkpoint.folder),
         "protocol": protocol or "without reward gradient",
         "prompts": len(prompts),
+        **({"missing": missing} if missing else {}),
         **{
             name: {"mean": round(float(v.mean()), 5), "standard_error": round(float(v.std() / len(v) ** 0.5), 5)}
             for name, v in scores.items()

@@ -164,7 +164,7 @@ def is_complete(config: RunConfig, checkpoint: Checkpoint) -> bool:
     if done != config.iterations:
         return done > config.iterations
     evaluated = any(
-        r["iteration"] == done and "eval/total/mean" in r for r in read_metrics(config.run_dir / METRICS_FILE)
+        r["iteration"] == done and "time/evaluation_s" in r for r in read_metrics(config.run_dir / METRICS_FILE)
     )
     return evaluated and (config.run_dir / "export").is_dir()
 

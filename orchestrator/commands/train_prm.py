@@ -19,6 +19,7 @@ import torch
 from actors.rollout import encode_one
 from actors.sampler import initial_noise, sample_deterministic
 from euphonium.config import PrmConfig, RewardPoolConfig
+from euphonium.config.rewards import optional_rewards
 from euphonium.errors import ConfigError
 from euphonium.files import written_aside
 from euphonium.generators.components import check_generator
@@ -253,8 +254,8 @@ def _samples(
             return family.velocity(transformer, x, torch.full((len(x),), time, device=device), batch)
 
         latent = sample_deterministic(table, velocity, start).cpu().numpy()
-        values = scorer.score(latent, [prompts[i] for i in chosen])
-        scores.append(weighted_total(values, config.outcome))
+        values = scorer.score(latent, [prompts[i] for i in chosen], optional_rewards(config.outcome))
+        scores.append(weighted_total(values, config.outcome, len(chosen)))
         latents.append(latent)
     return np.concatenate(latents), np.concatenate(scores) / total_weight(config.outcome)
 
