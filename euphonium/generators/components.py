@@ -70,6 +70,25 @@ def check_components(
     return networks
 
 
+def load_pipeline(folder: Path) -> Any:
+    """The diffusers pipeline in a folder, after a check of all of its components.
+
+    Raises:
+        ConfigError: a component is missing, damaged or does not fit, or they make no pipeline together.
+    """
+    import diffusers
+
+    pipeline = PipelineFolder(folder)
+    name = pipeline.index().get("_class_name")
+    with _blaming(folder, "model_index.json"):
+        kind = getattr(diffusers, str(name), None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+            raise ValueError(f"it names the class {name!r}, which is no pipeline of diffusers")
+    check_components(pipeline, unopened=())
+    with _quiet(), _blaming(folder, "model_index.json"):
+        return diffusers.DiffusionPipeline.from_pretrained(folder)
+
+
 def _classes(pipeline: PipelineFolder) -> dict[str, Loadable]:
     """The class of each component that the index names."""
     found: dict[str, Loadable] = {}

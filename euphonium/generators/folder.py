@@ -46,7 +46,10 @@ class PipelineFolder:
         path = Path(config.path)
         found = cls(path if path.exists() else _downloaded(config))
         if not (found.path / "model_index.json").is_file():
-            raise ConfigError(f"model.path: {found.path} holds no diffusers pipeline (model_index.json is missing)")
+            raise ConfigError(
+                f"model.path: {found.path} holds no diffusers pipeline (model_index.json is missing); give the folder "
+                "of one, or download it again"
+            )
         return found
 
     def index(self) -> ComponentConfig:
@@ -74,7 +77,7 @@ class PipelineFolder:
             raise ConfigError(
                 f"model.path: {file} of {self.path} cannot be read ({error}); download or copy {self.path} again"
             ) from error
-        return found
+        return _Entries(found, f"{file} of {self.path}", self.path)
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component, without copies in other precisions."""
@@ -120,6 +123,18 @@ class PipelineFolder:
         shutil.copytree(self.path, target, dirs_exist_ok=True, ignore=others)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, target / component / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+class _Entries(ComponentConfig):
+    """A JSON object of a pipeline; a lack of an entry is an error that names the file."""
+
+    def __init__(self, entries: ComponentConfig, file: str, folder: Path) -> None:
+        super().__init__(entries)
+        self._file = file
+        self._folder = folder
+
+    def __missing__(self, entry: str) -> object:
+        raise ConfigError(f"model.path: {self._file} has no entry {entry!r}; download or copy {self._folder} again")
 
 
 def _downloaded(config: ModelConfig) -> Path:

@@ -30,7 +30,8 @@ def open_generator(config: ModelConfig) -> Generator:
     name = pipeline.index().get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(
-            f"model.path: {pipeline.path} is a {name}, for which there is no adapter; supported: {', '.join(FAMILIES)}"
+            f"model.path: by its model_index.json {pipeline.path} is a {name}, for which there is no adapter; supported: "
+            + ", ".join(FAMILIES)
         )
     try:
         family = FAMILIES[name](pipeline, config)
@@ -38,7 +39,7 @@ def open_generator(config: ModelConfig) -> Generator:
         _ = family.latent_shape
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"model.path: the config.json files of the components of {pipeline.path} do not make a {name} "
+            f"model.path: the config.json files of {FAMILIES[name].backbone} and vae in {pipeline.path} make no {name} "
             f"({type(error).__name__}: {error}); download or copy {pipeline.path} again"
         ) from error
     return family

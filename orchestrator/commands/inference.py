@@ -208,13 +208,9 @@ def checked_size(size: SampleSize) -> SampleSize:
 
 def _draw_with_diffusers(folder: Path, prompts: list[str], drawing: Drawing) -> Array:
     """Videos ``[prompts, frames, height, width, 3]`` in [0, 1], drawn by the diffusers pipeline itself."""
-    from diffusers import DiffusionPipeline
+    from euphonium.generators.components import load_pipeline
 
-    from euphonium.generators.components import check_components
-    from euphonium.generators.folder import PipelineFolder
-
-    check_components(PipelineFolder(folder), unopened=())
-    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline = load_pipeline(folder)
     size = _size_for(pipeline, folder, drawing.size)
     pipeline.set_progress_bar_config(disable=len(prompts) > 1)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

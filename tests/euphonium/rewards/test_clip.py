@@ -32,8 +32,7 @@ def clip_tokenizer() -> object:
     return CLIPTokenizer(vocab=vocabulary, merges=[("r", "e"), ("re", "d</w>")])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP of 28 pixels with weights large enough to tell inputs apart."""
     from transformers import CLIPConfig, CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -60,6 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = {"height": IMAGE, "width": IMAGE}
     CLIPImageProcessorPil(size={"shortest_edge": IMAGE}, crop_size=size).save_pretrained(target)
     return target
+
+
+folder = pytest.fixture(scope="module", name="folder")(make_clip)
 
 
 @pytest.fixture(scope="module")
