@@ -30,8 +30,8 @@ def open_generator(config: ModelConfig) -> Generator:
     name = pipeline.index().get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(
-            f"model.path: by its model_index.json {pipeline.path} is a {name}, for which there is no adapter; supported: "
-            + ", ".join(FAMILIES)
+            f"model.path: by its model_index.json {pipeline.path} is a {name}, for which there is no adapter; "
+            f"supported: {', '.join(FAMILIES)}"
         )
     try:
         family = FAMILIES[name](pipeline, config)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import PositiveInt
@@ -19,6 +19,7 @@ from euphonium.config import Node
 from euphonium.errors import ConfigError
 from euphonium.weight_files import check_index, shapes_of, some
 
+Network = TypeVar("Network", bound=torch.nn.Module)
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -113,10 +114,15 @@ def whole_network(kind: Any, **source: Any) -> Any:
         check_index(index)
     for file in sorted(folder.glob("*.safetensors")):
         shapes_of(file)
-    network, report = kind.from_pretrained(**source, output_loading_info=True)
+    # Without weights first: a damaged configuration may describe a network that no memory holds.
+    source["output_loading_info"] = True
+    on_meta = source | {"device_map": "meta", "ignore_mismatched_sizes": True}
+    network, report = kind.from_pretrained(**on_meta)
+    if other := sorted(str(entry[0]) for entry in report["mismatched_keys"]):
+        raise ValueError(f"{some(other)} have another shape than config.json says")
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"its weight files lack {some(missing)}, which a {type(network).__name__} has")
-    return network
+    return network if source.get("device_map") == "meta" else kind.from_pretrained(**source)[0]
 
 
 def hub_file(source: str, revision: str | None, option: str) -> Path:
@@ -158,6 +164,20 @@ def read_weights(path: Path, option: str) -> dict[str, Tensor]:
     return held
 
 
+def filled(make: Callable[[], Network], state: dict[str, Tensor], option: str, source: str) -> Network:
+    """A network with the weights ``state``, which are first held against one that takes no memory.
+
+    Raises:
+        ConfigError: it cannot be made, or names or shapes differ.
+    """
+    with loading(option, source):
+        with torch.device("meta"):
+            fill(make(), state, option, source)
+        network = make()
+        fill(network, state, option, source)
+    return network
+
+
 def fill(network: torch.nn.Module, state: dict[str, Tensor], option: str, source: str) -> None:
     """Loads ``state`` into ``network``; both must have the same names.
 
@@ -171,5 +191,5 @@ def fill(network: torch.nn.Module, state: dict[str, Tensor], option: str, source
         missing, surplus = sorted(wanted - set(state))[:4], sorted(set(state) - wanted)[:4]
         raise ConfigError(
             f"option {option}: {source!r} does not fit {type(network).__name__}: missing {missing}, surplus {surplus}; "
-            f"{str(error)[:500]}"
+            f"{' '.join(str(error)[:500].split())}; give the files that belong together"
         ) from error

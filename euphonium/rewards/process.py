@@ -144,9 +144,10 @@ class ProcessRewardModel(nn.Module):
         Raises:
             ConfigError: the folder holds no model, or one for latents or text embeddings of another generator.
         """
+        # First without memory: a damaged description may be of a model that none holds.
+        cls.check(folder, config)
         model = cls._described(folder, config)
         with _blaming(folder):
-            check_fit(shapes_of(folder / WEIGHTS_FILE), model)
             model.load_state_dict({name: t.float() for name, t in load_file(folder / WEIGHTS_FILE).items()})
         return model.eval().requires_grad_(False)
 
