@@ -60,6 +60,12 @@ def check_fit(found: Mapping[str, tuple[int, ...]], network: nn.Module) -> None:
             raise ValueError(f"{name} has the shape {list(found[name])} instead of {list(shape)}")
 
 
+def one_line(error: Exception) -> str:
+    """What an error of a library says, which may be pages: its beginning in one line."""
+    text = " ".join(str(error).split())[:500] or "no reason given"
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
+
+
 def some(names: list[str]) -> str:
     """A few of many names, and how many there are."""
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""

@@ -20,7 +20,7 @@ from euphonium.errors import ConfigError
 from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.generator import Generator
 from euphonium.generators.lora import check_targets
-from euphonium.weight_files import check_index, shapes_of, some
+from euphonium.weight_files import check_index, one_line, shapes_of, some
 
 # A class of diffusers or transformers: they share ``from_pretrained``, but no type.
 Loadable = Any
@@ -152,11 +152,8 @@ def _blaming(folder: Path, component: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or repr(error)
-        if not isinstance(error, ValueError):
-            reason = f"{type(error).__name__}: {reason}"
         raise ConfigError(
-            f"model.path: the component {component} of {folder} cannot be opened: {reason[:500]}; download or copy "
+            f"model.path: the component {component} of {folder} cannot be opened: {one_line(error)}; download or copy "
             f"{folder / component} again"
         ) from error
 

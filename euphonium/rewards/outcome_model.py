@@ -24,6 +24,7 @@ from euphonium.config import BackboneConfig
 from euphonium.errors import ConfigError
 from euphonium.rewards.frames import check_videos
 from euphonium.rewards.pretrained import NetworkOptions, device_of, whole_network
+from euphonium.weight_files import one_line
 
 if TYPE_CHECKING:
     from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
@@ -115,7 +116,9 @@ class OutcomeModel(nn.Module):
         except ConfigError:
             raise
         except Exception as error:  # transformers raises what it happens to stumble over in a damaged file
-            raise ConfigError(f"model.path: cannot load {config.path}: {error}; download or copy it again") from error
+            raise ConfigError(
+                f"model.path: cannot load {config.path}: {one_line(error)}; download or copy it again"
+            ) from error
         mean, std = _normalisation(Path(config.path))
         size = backbone.config.vision_config.image_size
         ids = [tokenizer.convert_tokens_to_ids(getattr(tokenizer, f"{end}_image_token", None) or default)
@@ -248,7 +251,7 @@ class OutcomeModel(nn.Module):
             model.head.load_state_dict(load_file(folder / description["head"]))
         except Exception as error:  # transformers raises what it happens to stumble over in a damaged file
             raise ConfigError(
-                f"{folder} holds no outcome reward model of train-orm: {error or type(error).__name__}; copy it again "
+                f"{folder} holds no outcome reward model of train-orm: {one_line(error)}; copy it again "
                 "from where it was written"
             ) from error
         return model.eval().requires_grad_(False)

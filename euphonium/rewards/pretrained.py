@@ -17,7 +17,7 @@ from torch import Tensor
 
 from euphonium.config import Node
 from euphonium.errors import ConfigError
-from euphonium.weight_files import check_index, shapes_of, some
+from euphonium.weight_files import check_index, one_line, shapes_of, some
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -97,9 +97,8 @@ def loading(option: str, weights: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:  # libraries raise what they happen to stumble over in a damaged file
-        reason = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"option {option}: cannot load {weights!r}: {reason}; download or copy it again, or give another"
+            f"option {option}: cannot load {weights!r}: {one_line(error)}; download or copy it again, or give another"
         ) from error
 
 

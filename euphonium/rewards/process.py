@@ -22,7 +22,7 @@ from euphonium.errors import ConfigError
 from euphonium.generators.conditioning import Conditioning, expand, positive
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import open_generator
-from euphonium.weight_files import check_fit, shapes_of
+from euphonium.weight_files import check_fit, one_line, shapes_of
 from euphonium.wire.later import Later
 
 CONFIG_FILE = "prm.json"
@@ -211,8 +211,8 @@ def _blaming(folder: Path) -> Iterator[None]:
         raise
     except (ArithmeticError, AssertionError, OSError, RecursionError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"rewards.process.path: the process reward model in {folder} cannot be used: {error}; copy it again from "
-            "where `euphonium train-prm` wrote it, or train one for this generator"
+            f"rewards.process.path: the process reward model in {folder} cannot be used: {one_line(error)}; copy it again "
+            "from where `euphonium train-prm` wrote it, or train one for this generator"
         ) from error
 
 

@@ -223,7 +223,8 @@ def _network(config: Qwen2VLConfig, state: Mapping[str, Tensor], source: Checkpo
     named = {name if name == "rm_head.weight" else f"backbone.{name}": tensor for name, tensor in state.items()}
     dtype = dtype_of(source.dtype)
     weights = {name: tensor.to(dtype) for name, tensor in named.items()}
-    return filled(lambda: VideoRewardNetwork(config, len(state["rm_head.weight"])), weights, "weights", source.weights)
+    together = f"{source.weights} with the configuration of {source.base}"
+    return filled(lambda: VideoRewardNetwork(config, len(state["rm_head.weight"])), weights, "weights", together)
 
 
 def _special_tokens(tokenizer: Qwen2Tokenizer, weights: str) -> tuple[int, ...]:
