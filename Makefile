@@ -28,8 +28,8 @@ test: setup ## Run the tests that CI runs.
 	$(BIN)/mypy
 	$(BIN)/pytest -m "not slow"
 
-test-all: setup ## Run every test, the long ones too.
-	$(BIN)/pytest
+test-all: setup ## Run every test, the long ones too, with many more damaged models.
+	EUPHONIUM_FUZZ_EXAMPLES=$${EUPHONIUM_FUZZ_EXAMPLES:-10000} $(BIN)/pytest
 
 lint: setup ## Check style and types.
 	$(BIN)/ruff check .

@@ -1,4 +1,8 @@
-"""Where a group's process rewards and their gradients come from: PRM servers, or SPSA on the outcome rewards."""
+"""Where a group's process rewards and their gradients come from.
+
+Rewards come from PRM servers, gradients from them too, or from SPSA on the outcome rewards; without a process reward
+model, SPSA gives both.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from actors.prm_client import PrmClient
-from actors.sampler import SourceFactory
+from actors.sampler import ProcessRewardSource, Rewarded, SourceFactory
 from actors.spsa import Score, SpsaSource
-from euphonium.config import RunConfig
+from euphonium.config import RunConfig, SpsaConfig
 from euphonium.rewards.total import weighted_total
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.clients import RewardClient
@@ -16,6 +20,22 @@ from euphonium.wire.deadlines import node_id
 from euphonium.wire.later import Later
 from euphonium.wire.records import GroupTask
 from euphonium.wire.roles import OrmServer, PrmServer, RolloutContext, ServerRef
+
+
+class GradientsOfAnother:
+    """Rewards of one source with the gradients of another. Implements :class:`actors.sampler.ProcessRewardSource`."""
+
+    def __init__(self, rewards: ProcessRewardSource, gradients: ProcessRewardSource) -> None:
+        self._rewards = rewards
+        self._gradients = gradients
+
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
+        """Requests rewards from the one, and from the other gradients, if they are needed; both are then under way."""
+        rewarded = self._rewards.submit(k, x, with_gradient=False)
+        if not with_gradient:
+            return rewarded
+        guiding = self._gradients.submit(k, x, with_gradient=True)
+        return Later(lambda: (rewarded.result()[0], guiding.result()[1]))
 
 
 class RewardSources:
@@ -33,22 +53,32 @@ class RewardSources:
     def of_group(self, task: GroupTask, context: RolloutContext) -> SourceFactory | None:
         """The factory of a group's source of process rewards; None if the recipe needs none."""
         self._prm_servers, self._orm_servers = context.prm_servers, context.orm_servers
-        guidance = self._config.sampler.guidance
-        if guidance is not None and guidance.source == "spsa":
-            spsa, score = guidance.spsa, self._outcome_score(task.prompt)
-            return lambda conditioning, table, velocity: SpsaSource(
-                table, velocity, score, perturbations=spsa.perturbations, scale=spsa.scale, seed=task.seed
-            )
-        if self._config.rewards.process is not None:
-            return lambda conditioning, table, velocity: PrmClient(self._prm, conditioning, table, task.prompt)
-        return None
+        guidance, process = self._config.sampler.guidance, self._config.rewards.process
+        if guidance is None or guidance.source == "prm":
+            return self._prm_source(task) if process is not None else None
+        gradients = self._spsa_source(task, guidance.spsa)
+        if process is None:
+            return gradients
+        rewards = self._prm_source(task)
+        return lambda *of_group: GradientsOfAnother(rewards(*of_group), gradients(*of_group))
+
+    def _prm_source(self, task: GroupTask) -> SourceFactory:
+        return lambda conditioning, table, velocity: PrmClient(self._prm, conditioning, table, task.prompt)
+
+    def _spsa_source(self, task: GroupTask, settings: SpsaConfig) -> SourceFactory:
+        score = self._outcome_score(task.prompt)
+        return lambda conditioning, table, velocity: SpsaSource(
+            table, velocity, score, perturbations=settings.perturbations, scale=settings.scale, seed=task.seed
+        )
 
     def _outcome_score(self, prompt: str) -> Score:
-        rewards, timeout = self._config.rewards.outcome, self._config.rewards.deadline_s
+        config = self._config.rewards
+        rewards, timeout, optional = config.outcome, config.deadline_s, config.optional
 
         def score(latents: Tensor) -> Later[Tensor]:
             prompts, arrays = [prompt] * len(latents), latents.cpu().numpy()
-            answer = self._orm.submit(lambda server: server.score.remote(arrays, prompts, timeout))
-            return answer.map(lambda scores: as_tensor(weighted_total(scores[0], rewards).astype(np.float32)))
+            answer = self._orm.submit(lambda server: server.score.remote(arrays, prompts, timeout, optional))
+            totals = answer.map(lambda scores: weighted_total(scores[0], rewards, len(prompts)))
+            return totals.map(lambda values: as_tensor(values.astype(np.float32)))
 
         return score

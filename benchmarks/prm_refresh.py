@@ -74,7 +74,7 @@ def policy_samples(run: SingleProcess, prompts: list[str], margin: float) -> Ran
         latents.append(torch.from_numpy(final))
         conditionings.append({name: as_tensor(array) for name, array in payload.conditioning.items()})
         scores = run.orm.score(final, [prompt] * len(final))
-        totals.append(np.asarray(weighted_total(scores, run.config.rewards.outcome)))
+        totals.append(np.asarray(weighted_total(scores, run.config.rewards.outcome, len(final))))
     owner = np.repeat(np.arange(len(prompts)), [len(part) for part in latents])
     together, total = torch.cat(latents), np.concatenate(totals)
     data = Preferences(

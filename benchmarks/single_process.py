@@ -98,7 +98,7 @@ class SingleProcess:
             payloads.append(payload)
             scores.append(self.orm.score(latents, [task.prompt] * len(latents)))
             if self.refresh is not None:
-                total = weighted_total(scores[-1], config.rewards.outcome)
+                total = weighted_total(scores[-1], config.rewards.outcome, len(latents))
                 self.refresh.add(iteration, latents, total, payload.conditioning)
         results = advantages(config, infos, scores)
         groups = [training_group(config, info, result) for info, result in zip(infos, results, strict=True)]

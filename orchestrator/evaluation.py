@@ -7,6 +7,7 @@ both, ahead of groups for training.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +17,15 @@ import numpy as np
 from PIL import Image
 
 from euphonium.config import OutcomeRewardConfig, RunConfig
-from euphonium.errors import ConfigError
+from euphonium.errors import ConfigError, RewardError
 from euphonium.rewards.total import total_weight
-from euphonium.wire.records import Array, Videos, WeightKind
+from euphonium.wire.records import Array, OrmAnswer, Videos, WeightKind
 from orchestrator.groups.prompts import read_prompts, spread
 from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.report.pictures import contact_sheet, save_gif, save_samples, side_by_side
 from orchestrator.report.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 
 def evaluation_set(config: RunConfig) -> tuple[list[str], list[int]]:
@@ -48,7 +51,8 @@ def evaluation_metrics(scores: Mapping[str, Array], rewards: Sequence[OutcomeRew
     """Metrics of an evaluation: the mean of each reward, and the weighted mean of all.
 
     Args:
-        scores: rewards by name, ``[samples]`` each.
+        scores: rewards by name, ``[samples]`` each; a reward that failed is missing, and the total with it if it has a
+            weight. There is no total of rewards that all have weight 0.
         rewards: the recipe's rewards, with their weights.
 
     Example:
@@ -63,10 +67,13 @@ def evaluation_metrics(scores: Mapping[str, Array], rewards: Sequence[OutcomeRew
         eval/quality/mean 0.9
         eval/total/mean 0.8
     """
-    means = {name: float(values.mean()) for name, values in scores.items()}
-    weights = {reward.name: reward.weight for reward in rewards}
-    total = sum(weights[name] * mean for name, mean in means.items()) / total_weight(rewards)
-    return {**{f"eval/{name}/mean": mean for name, mean in means.items()}, "eval/total/mean": total}
+    metrics = {f"eval/{name}/mean": float(values.mean()) for name, values in scores.items()}
+    metrics |= {f"eval/{reward.name}/missing": 1.0 for reward in rewards if reward.name not in scores}
+    weights = {reward.name: reward.weight for reward in rewards if reward.weight != 0}
+    if weights and weights.keys() <= scores.keys():
+        total = sum(weight * metrics[f"eval/{name}/mean"] for name, weight in weights.items())
+        metrics["eval/total/mean"] = total / total_weight(rewards)
+    return metrics
 
 
 class SampleFolder:
@@ -134,7 +141,7 @@ class Evaluator:
         for share, part in zip(shares, parts, strict=True):
             latents[share] = part
         timeout = config.rollout.deadline_s
-        scores, _ = await self._rollouts.scores(latents, prompts, timeout)
+        scores = await self._scores(latents)
         shown = np.linspace(0, len(prompts) - 1, min(config.evaluation.clips, len(prompts))).round().astype(int)
         if len(shown):
             videos = await self._rollouts.videos(latents[shown], timeout)
@@ -144,3 +151,18 @@ class Evaluator:
             self._tracker.picture("samples", np.asarray(sheet), iteration)
         metrics = evaluation_metrics(scores, config.rewards.outcome)
         return {**metrics, "time/evaluation_s": time.monotonic() - began}
+
+    async def _scores(self, latents: Array) -> OrmAnswer:
+        """Outcome rewards of all samples; those that fail in all attempts are missing, unless they are to end the run.
+
+        Raises:
+            RewardError: no ORM server answered, or a reward failed whose ``on_failure`` is ``abort``.
+        """
+        rewards, timeout = self._config.rewards, self._config.rollout.deadline_s
+        try:
+            scores, _ = await self._rollouts.scores(latents, self._prompts, timeout, rewards.optional)
+        except RewardError as error:
+            log.warning("evaluation: trying again without the rewards that fail: %s", error)
+            droppable = tuple(reward.name for reward in rewards.outcome if reward.on_failure == "drop_group")
+            scores, _ = await self._rollouts.scores(latents, self._prompts, timeout, droppable)
+        return scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from euphonium.wire.devices import reserved_device
 from euphonium.wire.records import Array, OrmAnswer, Readiness, Videos
 from reward_servers.batching import MicroBatcher
 
+log = logging.getLogger(__name__)
+
 WHAT = "outcome scoring"
 
 
@@ -32,10 +35,12 @@ class OrmRequest:
     Attributes:
         latents: float32 ``[samples, *latent]``.
         prompts: one text a sample.
+        optional: names of rewards without which the answer is of use: one that fails is left out of it.
     """
 
     latents: Array
     prompts: Sequence[str]
+    optional: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -49,8 +54,8 @@ class OrmRequest:
 
     @property
     def key(self) -> Hashable:
-        """Samples share a pass if their latents have the same shape."""
-        return self.latents.shape[1:]
+        """Samples share a pass if their latents have the same shape, and the same rewards may be missing."""
+        return self.latents.shape[1:], self.optional
 
 
 class OrmScorer:
@@ -94,12 +99,13 @@ class OrmScorer:
 
         return np.concatenate(self._scoring.run(len(latents), pixels))
 
-    def score(self, latents: Array, prompts: Sequence[str]) -> OrmAnswer:
+    def score(self, latents: Array, prompts: Sequence[str], optional: Sequence[str] = ()) -> OrmAnswer:
         """Scores finished samples.
 
         Args:
             latents: float32 ``[batch, *latent]``.
             prompts: one a sample.
+            optional: as in :class:`OrmRequest`.
 
         Returns:
             Rewards by name, float32 ``[batch]`` each.
@@ -108,61 +114,80 @@ class OrmScorer:
             NonFiniteRewardError: a reward is not finite; names reward and prompt.
             RewardError: a reward failed; names it.
         """
-        (answer,) = self.score_requests([OrmRequest(latents, prompts)])
+        (answer,) = self.score_requests([OrmRequest(latents, prompts, tuple(optional))])
         if isinstance(answer, RewardError):
             raise answer
         return answer
 
     def score_requests(self, requests: Sequence[OrmRequest]) -> list[OrmAnswer | RewardError]:
-        """Scores requests together, ``max_batch`` samples at a time.
+        """Scores requests with equal keys together, ``max_batch`` samples at a time.
 
         Returns:
-            For every request its scores, or an error if they are not finite.
+            For every request its scores, or an error if they are not finite. Of a request alone, an optional reward
+            that failed is missing; of several, it may be one of them that is to blame.
 
         Raises:
             RewardError: a reward failed on the merged requests, any of which may be to blame.
         """
         latents = np.concatenate([request.latents for request in requests])
         prompts = [prompt for request in requests for prompt in request.prompts]
-        parts = self._scoring.run(len(latents), lambda part: self._one_pass(latents[part], prompts[part]))
+        # A reward may be left out of the answer to a request that can do without it, but only of that one.
+        optional = requests[0].optional if len(requests) == 1 else ()
+        parts = self._scoring.run(len(latents), lambda part: self._one_pass(latents[part], prompts[part], optional))
+        names = [name for name in self.rewards if all(name in part for part in parts)]
         sizes = [request.size for request in requests]
-        split = {name: torch.cat([part[name] for part in parts]).split(sizes) for name in self.rewards}
+        split = {name: torch.cat([part[name] for part in parts]).split(sizes) for name in names}
         return [
             _checked(request, {name: scores[i].numpy() for name, scores in split.items()})
             for i, request in enumerate(requests)
         ]
 
-    def _one_pass(self, latents: Array, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Scores of some samples by every reward, ``[samples]`` each, on the CPU."""
+    def _one_pass(self, latents: Array, prompts: Sequence[str], optional: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Scores of some samples, ``[samples]`` each, on the CPU, by every reward but optional ones that failed."""
         batch = Batch(self.decode(latents), prompts)
         found: dict[str, torch.Tensor] = {}
-        for name, reward in self.rewards.items():
+        for name in self.rewards:
             try:
-                scores = batch.score(reward).float().cpu()
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                raise RewardError(f"outcome reward {name!r} failed: {type(error).__name__}: {error}", [name]) from error
-            if scores.shape != (len(prompts),):
-                raise RewardError(
-                    f"outcome reward {name!r} gave {list(scores.shape)} numbers for {len(prompts)} videos, for "
-                    f"example of {prompts[0]!r}: not one finite number a video",
-                    [name],
-                )
-            found[name] = scores
+                found[name] = self._scores(name, batch, prompts)
+            except RewardError as error:
+                if name not in optional:
+                    raise
+                log.warning("left out of an answer: %s", str(error))
         return found
+
+    def _scores(self, name: str, batch: Batch, prompts: Sequence[str]) -> torch.Tensor:
+        """Scores ``[len(prompts)]`` of one reward; raises RewardError if it fails or gives another shape."""
+        try:
+            scores = batch.score(self.rewards[name]).float().cpu()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise RewardError(f"outcome reward {name!r} failed: {type(error).__name__}: {error}", [name]) from error
+        if scores.shape != (len(prompts),):
+            raise RewardError(
+                f"outcome reward {name!r} gave {list(scores.shape)} numbers for {len(prompts)} videos, for example of "
+                f"{prompts[0]!r}: not one finite number a video",
+                [name],
+            )
+        return scores
 
 
 def _checked(request: OrmRequest, scores: Mapping[str, Array]) -> OrmAnswer | RewardError:
+    finite = dict(scores)
     for name, values in scores.items():
         bad = ~np.isfinite(values.astype(np.float64))
-        if bad.any():
-            return NonFiniteRewardError(
-                f"outcome reward {name!r} gave {values.tolist()} for {len(values)} videos, for example of "
-                f"{request.prompts[int(bad.argmax())]!r}: not one finite number a video",
-                [name],
-            )
-    return dict(scores)
+        if not bad.any():
+            continue
+        error = NonFiniteRewardError(
+            f"outcome reward {name!r} gave {values.tolist()} for {len(values)} videos, for example of "
+            f"{request.prompts[int(bad.argmax())]!r}: not one finite number a video",
+            [name],
+        )
+        if name not in request.optional:
+            return error
+        log.warning("left out of an answer: %s", error)
+        del finite[name]
+    return finite
 
 
 class OrmActor:
@@ -184,7 +209,11 @@ class OrmActor:
         return Readiness(device=str(self.device), node=node_id(), busy_s=self.batcher.worked_s)
 
     async def score(
-        self, latents: Array, prompts: Sequence[str], deadline_s: float = float("inf")
+        self,
+        latents: Array,
+        prompts: Sequence[str],
+        deadline_s: float = float("inf"),
+        optional: Sequence[str] = (),
     ) -> tuple[OrmAnswer, float]:
         """Scores one request, together with others that wait.
 
@@ -192,6 +221,7 @@ class OrmActor:
             latents: float32 ``[samples, *latent]``.
             prompts: one text a sample.
             deadline_s: seconds after which the answer is of no use.
+            optional: as in :class:`OrmRequest`.
 
         Returns:
             Rewards by name, ``[samples]`` each, and the seconds that the request took, waiting included.
@@ -201,7 +231,8 @@ class OrmActor:
             RewardError: a reward failed on it, or its deadline had passed before it was computed.
         """
         began = time.perf_counter()
-        scores = await self.batcher.submit(OrmRequest(np.asarray(latents), prompts), deadline_s)
+        request = OrmRequest(np.asarray(latents), prompts, tuple(optional))
+        scores = await self.batcher.submit(request, deadline_s)
         return scores, time.perf_counter() - began
 
     async def videos(self, latents: Array) -> Videos:

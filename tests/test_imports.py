@@ -40,13 +40,13 @@ def library_parts(path: Path) -> set[str]:
     return names
 
 
-# Inside the library; errors, files and prompt_files import nothing of ours but errors.
+# Inside the library; errors, files, prompt_files and weight_files import nothing of ours but errors.
 LIBRARY = {
     "dynamics": set(),
     "config": {"dynamics", "errors"},
     "wire": {"config", "errors", "files"},
-    "generators": {"config", "dynamics", "errors", "files", "prompt_files", "wire"},
-    "rewards": {"config", "dynamics", "errors", "files", "generators", "prompt_files", "wire"},
+    "generators": {"config", "dynamics", "errors", "files", "prompt_files", "weight_files", "wire"},
+    "rewards": {"config", "dynamics", "errors", "files", "generators", "prompt_files", "weight_files", "wire"},
     "embedded": {"config", "dynamics", "errors", "files", "generators", "prompt_files", "rewards", "wire"},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -19,7 +20,7 @@ class OutcomeRewardConfig(Node):
     type: str
     """Short name of a built-in reward (docs/rewards.md), or ``package.module:Class`` of your own."""
     weight: float = 1.0
-    """Weight of its normalised advantage; 0 reports it without training on it."""
+    """Weight of its normalised advantage; 0 reports it without training on it: its failures cost no group."""
     threshold: float | None = None
     """Train on 1 above this value and 0 elsewhere, instead of on the value (binary rewards)."""
     options: dict[str, object] = Field(default_factory=dict)
@@ -27,6 +28,11 @@ class OutcomeRewardConfig(Node):
     on_failure: OnFailure = "drop_group"
     """What happens when this reward cannot be had for a group, after all attempts: leave the group out and count it,
     or stop the run with an error."""
+
+
+def optional_rewards(rewards: Sequence[OutcomeRewardConfig]) -> tuple[str, ...]:
+    """Names of the rewards that nothing is trained on, and that are not to end a run when they fail."""
+    return tuple(r.name for r in rewards if r.weight == 0 and r.on_failure == "drop_group")
 
 
 class PrmRefreshConfig(Node):
@@ -104,6 +110,11 @@ class RewardsConfig(Node):
     """Warning when the process reward no longer orders the policy's samples as the outcome rewards do."""
     max_dropped_fraction: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Share of an iteration's groups that may be dropped before the run stops with an error."""
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Names of the outcome rewards without which a group can be trained on."""
+        return optional_rewards(self.outcome)
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

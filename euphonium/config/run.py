@@ -53,6 +53,7 @@ class RunConfig(Node):
         _learner_still_has_the_old_policy(self.objective, self.rollout)
         _best_of_fits_the_group(self.advantage, self.rollout)
         _members_of_each_strength_compare(self.sampler, self.advantage, self.rollout)
+        _outcome_rewards_rank(self)
         return self
 
     def advantage_rule(self) -> AdvantageRule:
@@ -131,3 +132,19 @@ def _members_of_each_strength_compare(
         )
     if advantage.best_of is not None:
         raise ValueError("advantage.best_of chooses from a whole group; leave it out, or set advantage.baseline: group")
+
+
+def _outcome_rewards_rank(config: RunConfig) -> None:
+    """Refuses what goes by the weighted outcome rewards where these are all the same for lack of weights."""
+    guidance, process, best_of = config.sampler.guidance, config.rewards.process, config.advantage.best_of
+    weighted = any(reward.weight for reward in config.rewards.outcome)
+    needed_by = {
+        "sampler.guidance.source: spsa": guidance is not None and guidance.source == "spsa",
+        "rewards.process.refresh": process is not None and process.refresh is not None,
+        "advantage.best_of": best_of is not None,
+    }
+    for field, needed in needed_by.items():
+        if needed and not weighted:
+            raise ValueError(f"{field} goes by the weighted outcome rewards, all of which have weight 0")
+    if best_of is not None and config.advantage.mode == "process":
+        raise ValueError("advantage.best_of chooses by outcome advantages, which advantage.mode: process leaves out")

@@ -92,7 +92,7 @@ class GuidanceConfig(Node):
     window: tuple[int, int] | None = None
     """Half-open range of guided steps; None guides every step."""
     time_window: tuple[float, float] | None = None
-    """The same as a range of t = 1 - sigma, from noise (0) to data (1)."""
+    """The same as a half-open range of t = 1 - sigma, from noise (0) to data (1), in which guided steps begin."""
     normalise: Literal[False, True, "noise"] = False
     """Scale every sample's gradient first: ``true`` to unit length; ``noise`` so that a scale of 1 pushes a step as far
     as its noise does, which means the same for every reward model and step (needs ``scale``)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ class GroupRewards:
     """Rewards of one group.
 
     Attributes:
-        outcome: outcome rewards by name, ``[group]`` each.
+        outcome: outcome rewards by name, ``[group]`` each; those of weight 0 may be missing.
         process: process reward that each action is credited with, ``[group, num_steps]``, or None.
     """
 
@@ -120,6 +120,8 @@ def group_advantages(groups: Sequence[GroupRewards], rule: AdvantageRule) -> lis
         >>> advantages.values.flatten().tolist()
         [-1.0, 0.0, 1.0]
     """
+    known = {n: w for n, w in rule.weights.items() if w != 0 or all(n in group.outcome for group in groups)}
+    rule = replace(rule, weights=known)
     rewards = [_checked(group, rule) for group in groups]
     live = [name for name, weight in rule.weights.items() if weight != 0]
     with_process = rule.process_weight != 0 and rewards[0].process is not None

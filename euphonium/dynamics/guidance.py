@@ -10,6 +10,9 @@ from torch import Tensor
 
 from euphonium.dynamics.laws import StepTableError
 
+# Times of two grids that differ by less are the same.
+ROUNDING = 1e-9
+
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
@@ -19,7 +22,8 @@ class Guidance:
         scale: lambda of Euphonium's Eq. 20: the drift gains ``lambda grad r``, so ``g_k = lambda delta_k``.
         beta: KL weight of Eq. 12: ``g_k = V_k / (2 beta)``, the paper's ``eps delta / beta``.
         window: half-open range of steps ``(start, stop)`` in which guidance acts; None means every step.
-        time_window: the same as a range of ``t = 1 - sigma``, the papers' time from noise (0) to data (1).
+        time_window: the same as a half-open range of ``t = 1 - sigma``, the papers' time from noise (0) to data (1):
+            guidance acts in the steps that begin in it.
 
     Example:
         >>> sigmas = torch.tensor([1.0, 0.75, 0.5, 0.0], dtype=torch.float64)
@@ -68,7 +72,7 @@ class Guidance:
 
 def _steps_in_time(sigmas: Tensor, window: tuple[float, float]) -> tuple[int, int]:
     times = 1 - sigmas[:-1]
-    inside = [k for k, t in enumerate(times.tolist()) if window[0] <= t <= window[1]]
+    inside = [k for k, t in enumerate(times.tolist()) if window[0] - ROUNDING <= t < window[1] - ROUNDING]
     if not inside:
         shown = ", ".join(f"{t:.3f}" for t in times.tolist())
         raise StepTableError(f"no step begins in the guidance's time window {window}; steps begin at t = {shown}")

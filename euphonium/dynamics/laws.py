@@ -89,7 +89,7 @@ def law_ode(sigmas: Tensor, eta: float) -> Columns:
 
 
 def law_ddim(alphas: Tensor, eta: float) -> Columns:
-    """DDIM for noise prediction; DanceGRPO's Eq. 7 is its step without noise.
+    """DDIM for noise prediction; DanceGRPO's Eq. 2 is its step without noise, and Eq. 7 agrees with it to first order.
 
     Args:
         alphas: cumulative products of the signal, rising towards data, ``[num_steps + 1]``.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.folder import ComponentConfig, PipelineFolder
+from euphonium.generators.sample_size import write_sample_size
 
 
 class NetworkClass(Protocol):
@@ -66,13 +67,14 @@ class Backbone(ABC):
         return self.pipeline.weight_files(self.backbone)
 
     def export(self, state: Mapping[str, Tensor], target: Path) -> None:
-        """Writes a complete diffusers pipeline with new weights of the transformer.
+        """Writes a complete diffusers pipeline with new weights of the transformer, and the size of its samples.
 
         Args:
             state: full state of the transformer.
             target: new folder; see :meth:`PipelineFolder.export`.
         """
         self.pipeline.export(self.backbone, state, target)
+        write_sample_size(self.config, target)
 
     def build_transformer(self, config: ComponentConfig | None = None) -> nn.Module:
         """A transformer with newly initialised weights, of the generator's configuration or of another one.

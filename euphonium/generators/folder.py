@@ -46,16 +46,38 @@ class PipelineFolder:
         path = Path(config.path)
         found = cls(path if path.exists() else _downloaded(config))
         if not (found.path / "model_index.json").is_file():
-            raise ConfigError(f"model.path: {found.path} holds no diffusers pipeline (model_index.json is missing)")
+            raise ConfigError(
+                f"model.path: {found.path} holds no diffusers pipeline (model_index.json is missing); give the folder "
+                "of one, or download it again"
+            )
         return found
 
     def index(self) -> ComponentConfig:
-        """Contents of ``model_index.json``: the pipeline's class, and the class of each component."""
-        return dict(json.loads((self.path / "model_index.json").read_text()))
+        """Contents of ``model_index.json``: the pipeline's class, and the class of each component.
+
+        Raises:
+            ConfigError: the file is missing or damaged.
+        """
+        return self._json(Path("model_index.json"))
 
     def component_config(self, component: str, file: str = "config.json") -> ComponentConfig:
-        """Configuration of a component, read from ``file`` in its folder."""
-        return dict(json.loads((self.path / component / file).read_text()))
+        """Configuration of a component, read from ``file`` in its folder.
+
+        Raises:
+            ConfigError: the file is missing or damaged.
+        """
+        return self._json(Path(component, file))
+
+    def _json(self, file: Path) -> ComponentConfig:
+        try:
+            found = json.loads((self.path / file).read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no JSON object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"model.path: {file} of {self.path} cannot be read ({error}); download or copy {self.path} again"
+            ) from error
+        return _Entries(found, f"{file} of {self.path}", self.path)
 
     def weight_files(self, component: str) -> list[Path]:
         """The safetensors files of a component, without copies in other precisions."""
@@ -101,6 +123,18 @@ class PipelineFolder:
         shutil.copytree(self.path, target, dirs_exist_ok=True, ignore=others)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, target / component / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+class _Entries(ComponentConfig):
+    """A JSON object of a pipeline; a lack of an entry is an error that names the file."""
+
+    def __init__(self, entries: ComponentConfig, file: str, folder: Path) -> None:
+        super().__init__(entries)
+        self._file = file
+        self._folder = folder
+
+    def __missing__(self, entry: str) -> object:
+        raise ConfigError(f"model.path: {self._file} has no entry {entry!r}; download or copy {self._folder} again")
 
 
 def _downloaded(config: ModelConfig) -> Path:

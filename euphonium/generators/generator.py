@@ -30,7 +30,7 @@ from euphonium.generators.conditioning import (
     with_negative_prompt,
 )
 from euphonium.generators.folder import PipelineFolder
-from euphonium.generators.vae import VideoVae
+from euphonium.generators.vae import Autoencoder, VideoVae
 from euphonium.prompt_files import prompt_images
 
 Decoder = Callable[[Tensor], Tensor]
@@ -87,6 +87,10 @@ class Generator(Backbone):
     @abstractmethod
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         """Loads tokenizers and text encoders, as one function from prompts to a conditioning."""
+
+    @abstractmethod
+    def vae_class(self) -> Autoencoder:
+        """The diffusers class of the VAE."""
 
     @abstractmethod
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from euphonium.errors import ConfigError
 from euphonium.generators.backbone import NetworkClass
 from euphonium.generators.conditioning import Conditioning, PromptEncoder
 from euphonium.generators.generator import Generator
-from euphonium.generators.vae import VideoVae
+from euphonium.generators.vae import Autoencoder, VideoVae
 
 TIMESTEPS = 1000.0
 
@@ -68,12 +69,22 @@ class HunyuanVideo(Generator):
         return encode
 
     @override
-    def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
-        """The class of the VAE is the one that the folder names."""
+    def vae_class(self) -> Autoencoder:
+        """The class that the folder names."""
         import diffusers
 
-        kind = getattr(diffusers, self.pipeline.component_config("vae")["_class_name"])
-        return VideoVae.load(kind, self.folder, device, dtype)
+        name = self.pipeline.component_config("vae").get("_class_name")
+        found = getattr(diffusers, str(name), None)
+        if found is None or not hasattr(found, "decode"):
+            raise ConfigError(
+                f"model.path: vae/config.json of {self.folder} names the class {name!r}, which is no VAE of diffusers; "
+                f"download or copy {self.folder / 'vae'} again"
+            )
+        return found
+
+    @override
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
+        return VideoVae.load(self.vae_class(), self.folder, device, dtype)
 
     @override
     def prepare_attention(self, transformer: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ import torch
 from typing_extensions import override
 
 from euphonium.generators.generator import Generator
-from euphonium.generators.vae import ImageVae, VideoVae
+from euphonium.generators.vae import Autoencoder, ImageVae, VideoVae
 
 
 class ImageGenerator(Generator):
@@ -23,7 +23,11 @@ class ImageGenerator(Generator):
         return 0, 2 ** (len(self.pipeline.component_config("vae")["block_out_channels"]) - 1)
 
     @override
-    def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
+    def vae_class(self) -> Autoencoder:
         from diffusers import AutoencoderKL
 
-        return ImageVae.load(AutoencoderKL, self.folder, device, dtype)
+        return AutoencoderKL
+
+    @override
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
+        return ImageVae.load(self.vae_class(), self.folder, device, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 
 import torch
@@ -17,21 +18,50 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, name: str = ADAPTER)
     """Adds a low-rank adapter to a transformer, and freezes everything else.
 
     Raises:
-        ConfigError: peft is not installed, or no linear layer's name ends in one of ``model.lora.targets``.
+        ConfigError: peft is not installed, or ``model.lora.targets`` do not fit (:func:`check_targets`).
     """
     try:
         from peft import LoraConfig as PeftConfig
     except ImportError as error:
         raise ConfigError("model.lora needs peft: pip install 'euphonium[lora]'") from error
-    # A layer that already carries an adapter is a wrapper around its linear layer.
-    linear = [n.removesuffix(".base_layer") for n, m in transformer.named_modules() if isinstance(m, nn.Linear)]
-    if not any(_ends(name, config.targets) for name in linear):
-        raise ConfigError(f"model.lora.targets: no linear layer's name ends in {', '.join(config.targets)}")
+    check_targets(transformer, config)
     transformer.requires_grad_(False)
     transformer.add_adapter(  # type: ignore[operator]
         PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), init_lora_weights=True),
         adapter_name=name,
     )
+
+
+def check_targets(transformer: nn.Module, config: LoraConfig) -> None:
+    """Checks that each of ``model.lora.targets`` ends the names of linear layers, and of nothing else.
+
+    Args:
+        transformer: the transformer, which may be on the meta device.
+        config: the adapter's settings.
+
+    Raises:
+        ConfigError: a target that would be left out without a word, or that no adapter can be put on.
+    """
+    # A layer that already carries an adapter is a wrapper around its linear layer.
+    modules = {n.removesuffix(".base_layer"): m for n, m in transformer.named_modules()}
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    for target in config.targets:
+        meant = [name for name in modules if _ends(name, target)]
+        others = [name for name in meant if not isinstance(modules[name], nn.Linear)]
+        if meant and not others:
+            continue
+        reason = "no linear layer's name ends in it"
+        if others:
+            reason = f"{others[0]} is no linear layer, but a {type(modules[others[0]]).__name__}"
+        near = difflib.get_close_matches(target, _endings(linear), n=1, cutoff=0.5)
+        advice = f"did you mean {near[0]!r}?" if near else "leave it out"
+        raise ConfigError(f"model.lora.targets: {target!r}: {reason}; {advice}")
+
+
+def _endings(names: list[str]) -> list[str]:
+    """All endings of dotted names that begin with a word: ``to_out.0`` and ``attn.to_out.0``, but not ``0``."""
+    parts = [name.split(".") for name in names]
+    return sorted({".".join(part[i:]) for part in parts for i in range(len(part)) if not part[i].isdigit()})
 
 
 def adapter_parameters(transformer: nn.Module, name: str = ADAPTER) -> dict[str, nn.Parameter]:
@@ -79,5 +109,5 @@ def load_adapter(transformer: nn.Module, values: Mapping[str, Tensor]) -> None:
         parameter.copy_(values[name])
 
 
-def _ends(name: str, endings: tuple[str, ...]) -> bool:
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")

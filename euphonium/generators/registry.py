@@ -27,9 +27,19 @@ def open_generator(config: ModelConfig) -> Generator:
         ConfigError: there is no pipeline, its class is not supported, or it does not support the settings.
     """
     pipeline = PipelineFolder.find(config)
-    name = pipeline.index()["_class_name"]
-    if name not in FAMILIES:
+    name = pipeline.index().get("_class_name")
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(
-            f"model.path: {pipeline.path} is a {name}, for which there is no adapter; supported: {', '.join(FAMILIES)}"
+            f"model.path: by its model_index.json {pipeline.path} is a {name}, for which there is no adapter; "
+            f"supported: {', '.join(FAMILIES)}"
         )
-    return FAMILIES[name](pipeline, config)
+    try:
+        family = FAMILIES[name](pipeline, config)
+        # What the families compute of the components' configurations.
+        _ = family.latent_shape
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model.path: the config.json files of {FAMILIES[name].backbone} and vae in {pipeline.path} make no {name} "
+            f"({type(error).__name__}: {error}); download or copy {pipeline.path} again"
+        ) from error
+    return family

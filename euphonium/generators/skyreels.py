@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from euphonium.errors import ConfigError
 from euphonium.generators.conditioning import IMAGE, ImageEncoder
 from euphonium.generators.hunyuan_video import HunyuanVideo
+from euphonium.generators.pictures import open_picture
 
 
 class SkyReelsImageToVideo(HunyuanVideo):
@@ -28,20 +28,13 @@ class SkyReelsImageToVideo(HunyuanVideo):
     def load_image_encoder(self, device: torch.device) -> ImageEncoder:
         """Latents are the mode of the VAE's distribution; the pipeline samples from it instead."""
         from diffusers.video_processor import VideoProcessor
-        from PIL import Image
 
         vae = self.load_working_vae(device)
         processor = VideoProcessor(vae_scale_factor=self.compression[1], do_normalize=False)
         size = {"height": self.config.height, "width": self.config.width}
 
         def encode(files: Sequence[Path]) -> Tensor:
-            pictures = []
-            for file in files:
-                try:
-                    with Image.open(file) as picture:
-                        pictures.append(processor.preprocess(picture.convert("RGB"), **size))
-                except OSError as error:
-                    raise ConfigError(f"prompts: cannot read the image {file}: {error}") from error
+            pictures = [processor.preprocess(open_picture(file), **size) for file in files]
             return torch.cat([vae.encode(picture.unsqueeze(1)) for picture in pictures])
 
         return encode

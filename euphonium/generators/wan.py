@@ -17,7 +17,7 @@ from euphonium.generators.backbone import NetworkClass
 from euphonium.generators.conditioning import Conditioning, PromptEncoder
 from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.generator import Generator
-from euphonium.generators.vae import VideoVae
+from euphonium.generators.vae import Autoencoder, VideoVae
 
 TIMESTEPS = 1000.0
 
@@ -98,11 +98,15 @@ class Wan(Generator):
         return encode
 
     @override
-    def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
-        """Always float32, which this VAE is meant to run in."""
+    def vae_class(self) -> Autoencoder:
         from diffusers import AutoencoderKLWan
 
-        return WanVae.load(AutoencoderKLWan, self.folder, device, torch.float32)
+        return AutoencoderKLWan
+
+    @override
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
+        """Always float32, which this VAE is meant to run in."""
+        return WanVae.load(self.vae_class(), self.folder, device, torch.float32)
 
     @override
     def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

@@ -20,7 +20,8 @@ class OutcomeReward(Protocol):
         """Scores a batch of videos.
 
         Args:
-            videos: float32 ``[batch, frames, 3, height, width]`` in [0, 1]; images have one frame.
+            videos: float32 ``[batch, frames, 3, height, width]`` in [0, 1]; images have one frame. The tensor is this
+                reward's own.
             prompts: one text a video.
 
         Returns:

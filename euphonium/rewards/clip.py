@@ -24,11 +24,12 @@ from euphonium.rewards.pretrained import (
     PretrainedOptions,
     device_of,
     dtype_of,
-    fill,
+    filled,
     hub_file,
     loading,
     pinned,
     read_weights,
+    whole_network,
 )
 
 if TYPE_CHECKING:
@@ -292,16 +293,18 @@ def _network(options: _ClipReward.Options) -> CLIPModel:
     dtype = dtype_of(options.dtype)
     with loading("weights", options.weights):
         if options.checkpoint is None:
-            network = AutoModel.from_pretrained(**source, **trusted, dtype=dtype)
+            network = whole_network(AutoModel, **source, **trusted, dtype=dtype)
         else:
-            network = AutoModel.from_config(AutoConfig.from_pretrained(**source, **trusted), **trusted)
+            file = hub_file(options.checkpoint, options.checkpoint_revision, "checkpoint")
+            state = from_open_clip(read_weights(file, "checkpoint"))
+            config = AutoConfig.from_pretrained(**source, **trusted)
+            weights = {name: part.to(dtype) for name, part in state.items()}
+            network = filled(
+                lambda: AutoModel.from_config(config, **trusted), weights, "checkpoint", options.checkpoint
+            )
     if not hasattr(network, "get_image_features") or not hasattr(network, "get_text_features"):
         kind = type(network).__name__
         raise ConfigError(f"option weights: {options.weights!r} is {kind}, not a CLIP with two towers")
-    if options.checkpoint is not None:
-        file = hub_file(options.checkpoint, options.checkpoint_revision, "checkpoint")
-        state = from_open_clip(read_weights(file, "checkpoint"))
-        fill(network, {name: part.to(dtype) for name, part in state.items()}, "checkpoint", options.checkpoint)
     return network
 
 

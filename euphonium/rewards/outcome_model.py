@@ -23,7 +23,8 @@ from torch.nn import functional
 from euphonium.config import BackboneConfig
 from euphonium.errors import ConfigError
 from euphonium.rewards.frames import check_videos
-from euphonium.rewards.pretrained import NetworkOptions, device_of
+from euphonium.rewards.pretrained import NetworkOptions, device_of, whole_network
+from euphonium.weight_files import one_line
 
 if TYPE_CHECKING:
     from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
@@ -88,8 +89,12 @@ class OutcomeModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     @classmethod
-    def from_backbone(cls, config: BackboneConfig) -> OutcomeModel:
+    def from_backbone(cls, config: BackboneConfig, device_map: str | None = None) -> OutcomeModel:
         """A model whose backbone starts from pretrained weights, in float32, and whose head is fresh.
+
+        Args:
+            config: which backbone.
+            device_map: ``meta`` reads no weights, only their files' headers; None loads them.
 
         Raises:
             ConfigError: the backbone cannot be loaded, or is of a kind that does not fit.
@@ -104,10 +109,16 @@ class OutcomeModel(nn.Module):
                     f"model.path: {config.path} is a {kind} model; this needs an InternVL in transformers' own layout, "
                     "for example OpenGVLab/InternVL3-1B-hf"
                 )
-            backbone = InternVLForConditionalGeneration.from_pretrained(**source, dtype=torch.float32)
+            backbone = whole_network(
+                InternVLForConditionalGeneration, **source, dtype=torch.float32, device_map=device_map
+            )
             tokenizer = AutoTokenizer.from_pretrained(**source)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path: cannot load {config.path}: {error}") from error
+        except ConfigError:
+            raise
+        except Exception as error:  # transformers raises what it happens to stumble over in a damaged file
+            raise ConfigError(
+                f"model.path: cannot load {config.path}: {one_line(error)}; download or copy it again"
+            ) from error
         mean, std = _normalisation(Path(config.path))
         size = backbone.config.vision_config.image_size
         ids = [tokenizer.convert_tokens_to_ids(getattr(tokenizer, f"{end}_image_token", None) or default)
@@ -233,14 +244,16 @@ class OutcomeModel(nn.Module):
             description = json.loads((folder / CONFIG_FILE).read_text())
             values = description["video"]
             lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-            backbone = InternVLForConditionalGeneration.from_pretrained(
-                folder / description["backbone"], dtype=torch.float32, local_files_only=True
-            )
+            source = {"pretrained_model_name_or_path": folder / description["backbone"], "local_files_only": True}
+            backbone = whole_network(InternVLForConditionalGeneration, **source, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model = cls(backbone, tokenizer, VideoFormat(**(values | lists)), description["dtype"])
             model.head.load_state_dict(load_file(folder / description["head"]))
-        except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise ConfigError(f"{folder} holds no outcome reward model of train-orm: {error}") from error
+        except Exception as error:  # transformers raises what it happens to stumble over in a damaged file
+            raise ConfigError(
+                f"{folder} holds no outcome reward model of train-orm: {one_line(error)}; copy it again "
+                "from where it was written"
+            ) from error
         return model.eval().requires_grad_(False)
 
 

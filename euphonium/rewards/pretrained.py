@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import PositiveInt
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from euphonium.config import Node
 from euphonium.errors import ConfigError
+from euphonium.weight_files import check_index, one_line, shapes_of, some
 
+Network = TypeVar("Network", bound=torch.nn.Module)
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -92,8 +94,34 @@ def loading(option: str, weights: str) -> Iterator[None]:
     """Turns errors of ``from_pretrained`` about missing or unfit files into a ConfigError that names the option."""
     try:
         yield
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"option {option}: cannot load {weights!r}: {error}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # libraries raise what they happen to stumble over in a damaged file
+        raise ConfigError(
+            f"option {option}: cannot load {weights!r}: {one_line(error)}; download or copy it again, or give another"
+        ) from error
+
+
+def whole_network(kind: Any, **source: Any) -> Any:
+    """A network of transformers by ``kind.from_pretrained(**source)``, all of whose weights are there.
+
+    Raises:
+        ValueError: weight files are cut or lack weights, which transformers would make up.
+    """
+    folder = Path(str(source["pretrained_model_name_or_path"]))
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        check_index(index)
+    for file in sorted(folder.glob("*.safetensors")):
+        shapes_of(file)
+    # Without weights first: a damaged configuration may describe a network that no memory holds.
+    source["output_loading_info"] = True
+    on_meta = source | {"device_map": "meta", "ignore_mismatched_sizes": True}
+    network, report = kind.from_pretrained(**on_meta)
+    if other := sorted(str(entry[0]) for entry in report["mismatched_keys"]):
+        raise ValueError(f"{some(other)} have another shape than config.json says")
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"its weight files lack {some(missing)}, which a {type(network).__name__} has")
+    return network if source.get("device_map") == "meta" else kind.from_pretrained(**source)[0]
 
 
 def hub_file(source: str, revision: str | None, option: str) -> Path:
@@ -135,6 +163,20 @@ def read_weights(path: Path, option: str) -> dict[str, Tensor]:
     return held
 
 
+def filled(make: Callable[[], Network], state: dict[str, Tensor], option: str, source: str) -> Network:
+    """A network with the weights ``state``, which are first held against one that takes no memory.
+
+    Raises:
+        ConfigError: it cannot be made, or names or shapes differ.
+    """
+    with loading(option, source):
+        with torch.device("meta"):
+            fill(make(), state, option, source)
+        network = make()
+        fill(network, state, option, source)
+    return network
+
+
 def fill(network: torch.nn.Module, state: dict[str, Tensor], option: str, source: str) -> None:
     """Loads ``state`` into ``network``; both must have the same names.
 
@@ -148,5 +190,5 @@ def fill(network: torch.nn.Module, state: dict[str, Tensor], option: str, source
         missing, surplus = sorted(wanted - set(state))[:4], sorted(set(state) - wanted)[:4]
         raise ConfigError(
             f"option {option}: {source!r} does not fit {type(network).__name__}: missing {missing}, surplus {surplus}; "
-            f"{str(error)[:500]}"
+            f"{' '.join(str(error)[:500].split())}; give the files that belong together"
         ) from error

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,6 +22,7 @@ from euphonium.errors import ConfigError
 from euphonium.generators.conditioning import Conditioning, expand, positive
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import open_generator
+from euphonium.weight_files import check_fit, one_line, shapes_of
 from euphonium.wire.later import Later
 
 CONFIG_FILE = "prm.json"
@@ -142,11 +144,25 @@ class ProcessRewardModel(nn.Module):
         Raises:
             ConfigError: the folder holds no model, or one for latents or text embeddings of another generator.
         """
-        if not (folder / CONFIG_FILE).is_file():
-            raise ConfigError(
-                f"rewards.process.path: {folder} holds no process reward model ({CONFIG_FILE} is missing)"
-            )
-        description = json.loads((folder / CONFIG_FILE).read_text())
+        # First without memory: a damaged description may be of a model that none holds.
+        cls.check(folder, config)
+        model = cls._described(folder, config)
+        with _blaming(folder):
+            model.load_state_dict({name: t.float() for name, t in load_file(folder / WEIGHTS_FILE).items()})
+        return model.eval().requires_grad_(False)
+
+    @classmethod
+    def check(cls, folder: Path, config: ModelConfig) -> None:
+        """Raises the errors of :meth:`load`, as far as they show without reading the weights."""
+        with torch.device("meta"):
+            model = cls._described(folder, config)
+        with _blaming(folder):
+            check_fit(shapes_of(folder / WEIGHTS_FILE), model)
+
+    @classmethod
+    def _described(cls, folder: Path, config: ModelConfig) -> ProcessRewardModel:
+        """A model as the folder's description has it, with new weights."""
+        description = _description(folder)
         family = open_generator(config)
         if description["pipeline_class"] != family.pipeline_class:
             raise ConfigError(
@@ -160,14 +176,44 @@ class ProcessRewardModel(nn.Module):
                     "process reward model works only with its own generator's latents and text embeddings: train one "
                     "for this generator with `euphonium train-prm`"
                 )
-        model = cls(family, int(description["blocks"]), description["head"])
-        try:
-            model.load_state_dict({name: t.float() for name, t in load_file(folder / WEIGHTS_FILE).items()})
-        except (OSError, RuntimeError) as error:
-            raise ConfigError(
-                f"rewards.process.path: the weights of {folder} do not fit {family.folder}: {error}"
-            ) from error
-        return model.eval().requires_grad_(False)
+        with _blaming(folder):
+            return cls(family, description["blocks"], description["head"])
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    """The description of a saved model.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"rewards.process.path: {folder} holds no process reward model ({CONFIG_FILE} is missing); give the folder "
+            "that `euphonium train-prm` wrote"
+        )
+    kinds = {"pipeline_class": str, "blocks": int, "head": dict, "generator": dict}
+    with _blaming(folder):
+        found = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"{CONFIG_FILE} holds no JSON object")
+        for name, kind in kinds.items():
+            if not isinstance(found.get(name), kind):
+                raise ValueError(f"{CONFIG_FILE} has no entry {name!r} of the type {kind.__name__}")
+    return found
+
+
+@contextmanager
+def _blaming(folder: Path) -> Iterator[None]:
+    """Names the folder, and what to do, in errors about the files of a saved model."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ArithmeticError, AssertionError, OSError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"rewards.process.path: the process reward model in {folder} cannot be used: {one_line(error)}; copy it "
+            "again from where `euphonium train-prm` wrote it, or train one for this generator"
+        ) from error
 
 
 class LocalRewards:

@@ -6,10 +6,12 @@ analyser once. Which rewards of a recipe share an analyser is decided in :mod:`e
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from euphonium.config import Node
@@ -70,7 +72,12 @@ class SharedReward(ABC, Generic[Analysis]):
 
 
 class Batch:
-    """Videos that several rewards score one after another; each analyser runs on them once."""
+    """Videos that several rewards score one after another; each analyser runs on them once.
+
+    No reward sees what another one did: each gets videos, prompts and analyses of its own, to write into as it likes,
+    and computes without gradients. A copy of the videos is small beside what decoding them took, and is freed before
+    the next one; writes could not be found out more cheaply, since numpy's leave no mark on a tensor.
+    """
 
     def __init__(self, videos: Tensor, prompts: Sequence[str]) -> None:
         self._videos = videos
@@ -78,10 +85,22 @@ class Batch:
         self._analyses: dict[Analyser[object], object] = {}
 
     def score(self, reward: OutcomeReward) -> Tensor:
-        """Scores of one reward, float32 ``[batch]``; raises whatever the reward raises."""
+        """Scores of one reward, as it gave them, without a graph.
+
+        Raises:
+            TypeError: they are no tensor.
+            Exception: whatever the reward raises.
+        """
+        with torch.no_grad():
+            scores = self._scored(reward)
+        if not isinstance(scores, Tensor):
+            raise TypeError(f"score returned {type(scores).__name__}, not a tensor of one number a video")
+        return scores.detach()
+
+    def _scored(self, reward: OutcomeReward) -> object:
+        prompts = list(self._prompts)
         if not isinstance(reward, SharedReward):
-            return reward.score(self._videos, self._prompts)
+            return reward.score(self._videos.clone(), prompts)
         if reward.analyser not in self._analyses:
-            self._analyses[reward.analyser] = reward.analyser.analyse(self._videos, self._prompts)
-        scores: Tensor = reward.read(self._analyses[reward.analyser], self._prompts)
-        return scores
+            self._analyses[reward.analyser] = reward.analyser.analyse(self._videos.clone(), prompts)
+        return reward.read(copy.deepcopy(self._analyses[reward.analyser]), list(self._prompts))

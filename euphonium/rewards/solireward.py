@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from euphonium.errors import ConfigError
 from euphonium.rewards.frames import check_videos, cropped, normalised, quantised, resized
-from euphonium.rewards.pretrained import PretrainedOptions, device_of, dtype_of, fill, loading, pinned, read_weights
+from euphonium.rewards.pretrained import PretrainedOptions, device_of, dtype_of, filled, loading, pinned, read_weights
 
 if TYPE_CHECKING:
     from transformers import InternVLConfig, InternVLModel, Qwen2Tokenizer
@@ -175,7 +175,8 @@ class RewardHead(nn.Module):
         super().__init__()
         if kind not in self.KINDS:
             raise ConfigError(
-                f"option weights: reward head {kind!r} is not supported; those are {', '.join(self.KINDS)}"
+                f"option weights: reward head {kind!r} is not supported; give a checkpoint with one of "
+                + ", ".join(self.KINDS)
             )
         self.kind = kind
         self.layers = list(layers)
@@ -250,19 +251,17 @@ class SoliReward:
         with loading("weights", weights):
             chat = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             settings = json.loads(_settings_file(folder).read_text(encoding="utf-8"))
-            model, images = settings["model_args"], settings["internvl_args"]
-        self._tokenizer, backbone = _tokenizer_and_backbone(folder, chat, weights)
-        layers = model.get("hierarchical_query_attn_layers") or []
-        head = RewardHead(backbone.config.text_config.hidden_size, model["reduce_sequence"], layers)
-        _fill(backbone, head, folder, options)
+            self._tokenizer, config = _tokenizer_and_config(folder, chat)
+            backbone, head = _networks(config, settings["model_args"], folder, options)
+            images = settings["internvl_args"]
+            self.frames = options.frames or int(images["num_segments"])
+            self.max_tiles = options.max_tiles or int(images["max_num"])
+            self.tile = int(images["input_size"])
+            self.crop = bool(images.get("center_crop_video", False))
         self.device = device_of(options.device)
         self.backbone = backbone.to(self.device).eval().requires_grad_(False)
         self.head = head.to(self.device).eval().requires_grad_(False)
         self.options = options
-        self.frames = options.frames or int(images["num_segments"])
-        self.max_tiles = options.max_tiles or int(images["max_num"])
-        self.tile = int(images["input_size"])
-        self.crop = bool(images.get("center_crop_video", False))
 
     def text(self, prompt: str, frames: int, tiles: int) -> str:
         """The conversation that the network reads.
@@ -325,34 +324,38 @@ def _folder(weights: str, revision: str | None, subfolder: str) -> Path:
     return folder
 
 
-def _tokenizer_and_backbone(
-    folder: Path, chat: Mapping[str, Any], weights: str
-) -> tuple[Qwen2Tokenizer, InternVLModel]:
-    """The checkpoint's tokenizer, and the network that its ``config.json`` describes, still without its weights."""
-    from transformers import InternVLModel, Qwen2Tokenizer
+def _tokenizer_and_config(folder: Path, chat: Mapping[str, Any]) -> tuple[Qwen2Tokenizer, InternVLConfig]:
+    """The checkpoint's tokenizer, and the configuration of the network that its ``config.json`` describes."""
+    from transformers import Qwen2Tokenizer
 
-    with loading("weights", weights):
-        tokenizer = Qwen2Tokenizer.from_pretrained(folder, padding_side="right")
-        image_token = tokenizer.convert_tokens_to_ids(CONTEXT)
-        if tokenizer.chat_template is None or image_token in (None, tokenizer.unk_token_id):
-            raise ValueError(f"its tokenizer lacks a chat template or the token {CONTEXT}")
-        config = transformers_config(chat, image_token)
-        config._attn_implementation = "sdpa"
-        return tokenizer, InternVLModel(config)
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder, padding_side="right", local_files_only=True)
+    image_token = tokenizer.convert_tokens_to_ids(CONTEXT)
+    if tokenizer.chat_template is None or image_token in (None, tokenizer.unk_token_id):
+        raise ValueError(f"its tokenizer lacks a chat template or the token {CONTEXT}")
+    config = transformers_config(chat, image_token)
+    config._attn_implementation = "sdpa"
+    return tokenizer, config
 
 
-def _fill(backbone: nn.Module, head: RewardHead, folder: Path, options: SoliReward.Options) -> None:
-    """Puts the checkpoint's weights into both parts of the network; the head's stay float32."""
+def _networks(
+    config: InternVLConfig, settings: Mapping[str, Any], folder: Path, options: SoliReward.Options
+) -> tuple[InternVLModel, RewardHead]:
+    """Both parts of the network with the checkpoint's weights; the head's stay float32."""
+    from transformers import InternVLModel
+
     state: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         state |= read_weights(file, "weights")
     if not state:
-        raise ConfigError(f"option weights: no .safetensors in {str(folder)!r}")
+        raise ConfigError(f"option weights: no .safetensors in {str(folder)!r}; download or copy it again")
     heads = {name: part.float() for name, part in state.items() if name.startswith(HEAD_NAMES)}
-    fill(head, heads, "weights", options.weights)
+    width, kind = config.text_config.hidden_size, settings["reduce_sequence"]
+    layers = settings.get("hierarchical_query_attn_layers") or []
+    head = filled(lambda: RewardHead(width, kind, layers), heads, "weights", options.weights)
     rest = from_internvl_chat({name: part for name, part in state.items() if name not in heads})
     dtype = dtype_of(options.dtype)
-    fill(backbone, {name: part.to(dtype) for name, part in rest.items()}, "weights", options.weights)
+    weights = {name: part.to(dtype) for name, part in rest.items()}
+    return filled(lambda: InternVLModel(config), weights, "weights", options.weights), head
 
 
 def _settings_file(folder: Path) -> Path:

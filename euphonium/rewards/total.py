@@ -11,20 +11,23 @@ from euphonium.config import OutcomeRewardConfig
 from euphonium.wire.records import Array
 
 
-def weighted_total(scores: Mapping[str, Array], rewards: Sequence[OutcomeRewardConfig]) -> NDArray[np.float64]:
+def weighted_total(
+    scores: Mapping[str, Array], rewards: Sequence[OutcomeRewardConfig], samples: int
+) -> NDArray[np.float64]:
     """Weighted sum of the outcome rewards of each sample.
 
     Args:
-        scores: rewards by name, ``[samples]`` each.
+        scores: rewards by name, ``[samples]`` each; those of weight 0 may be missing.
         rewards: the recipe's rewards, with their weights.
+        samples: number of samples.
 
     Returns:
         ``[samples]``.
     """
-    weights = {reward.name: reward.weight for reward in rewards}
-    total: NDArray[np.float64] = np.sum(
-        [weights[name] * values.astype(np.float64) for name, values in scores.items()], axis=0
-    )
+    total = np.zeros(samples, dtype=np.float64)
+    for reward in rewards:
+        if reward.weight != 0:
+            total += reward.weight * scores[reward.name].astype(np.float64)
     return total
 
 

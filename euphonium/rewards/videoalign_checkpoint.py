@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from euphonium.errors import ConfigError
-from euphonium.rewards.pretrained import Dtype, dtype_of, fill, loading, pinned, read_weights
+from euphonium.rewards.pretrained import Dtype, dtype_of, filled, loading, pinned, read_weights
 
 if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer, Qwen2VLConfig
@@ -150,8 +150,8 @@ def load_checkpoint(source: CheckpointSource) -> LoadedCheckpoint:
     folder = _folder(source.weights, source.revision)
     with loading("weights", source.weights):
         settings = json.loads((folder / "model_config.json").read_text(encoding="utf-8"))
-    file = _newest_weights(folder, source.weights)
-    state = _state(file, settings.get("peft_lora_config") or {})
+        file = _newest_weights(folder, source.weights)
+        state = _state(file, settings.get("peft_lora_config") or {})
 
     from transformers import Qwen2Tokenizer, Qwen2VLConfig
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -163,17 +163,18 @@ def load_checkpoint(source: CheckpointSource) -> LoadedCheckpoint:
     with loading("weights", source.weights):
         tokenizer = Qwen2Tokenizer.from_pretrained(file.parent / "tokenizer", padding_side="right")
     network = _network(config, state, source)
-    data = settings.get("data_config") or {}
-    return LoadedCheckpoint(
-        network=network.to(source.device).eval().requires_grad_(False),
-        tokenizer=tokenizer,
-        special=_special_tokens(tokenizer, source.weights),
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-        norm=_norm(settings.get("inference_config") or {}),
-        fps=float(data.get("fps") or 2.0),
-        most_pixels=int(data.get("max_frame_pixels") or 448 * 448),
-    )
+    with loading("weights", source.weights):
+        data = settings.get("data_config") or {}
+        return LoadedCheckpoint(
+            network=network.to(source.device).eval().requires_grad_(False),
+            tokenizer=tokenizer,
+            special=_special_tokens(tokenizer, source.weights),
+            mean=tuple(processor.image_mean),
+            std=tuple(processor.image_std),
+            norm=_norm(settings.get("inference_config") or {}),
+            fps=float(data.get("fps") or 2.0),
+            most_pixels=int(data.get("max_frame_pixels") or 448 * 448),
+        )
 
 
 def _folder(weights: str, revision: str | None) -> Path:
@@ -194,7 +195,9 @@ def _newest_weights(folder: Path, weights: str) -> Path:
         for name in ("model.safetensors", "model.pth"):
             if (step / name).is_file():
                 return step / name
-    raise ConfigError(f"option weights: {weights!r} holds no checkpoint-*/model.pth or model.safetensors")
+    raise ConfigError(
+        f"option weights: {weights!r} holds no checkpoint-*/model.pth or model.safetensors; download or copy it again"
+    )
 
 
 def _state(file: Path, lora: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -206,7 +209,10 @@ def _state(file: Path, lora: Mapping[str, Any]) -> dict[str, Tensor]:
         bool(lora.get("use_rslora", False)),
     )
     if "rm_head.weight" not in state or "language_model.embed_tokens.weight" not in state:
-        raise ConfigError(f"option weights: {str(file)!r} is no VideoReward checkpoint: no rm_head or embed_tokens")
+        raise ConfigError(
+            f"option weights: {str(file)!r} is no VideoReward checkpoint: no rm_head or embed_tokens; download "
+            "or copy it again"
+        )
     return state
 
 
@@ -214,17 +220,20 @@ def _network(config: Qwen2VLConfig, state: Mapping[str, Tensor], source: Checkpo
     config.text_config.vocab_size = len(state["language_model.embed_tokens.weight"])
     # "auto" would pick flash attention's own numbers where it is installed.
     config._attn_implementation = "sdpa"
-    network = VideoRewardNetwork(config, len(state["rm_head.weight"]))
     named = {name if name == "rm_head.weight" else f"backbone.{name}": tensor for name, tensor in state.items()}
     dtype = dtype_of(source.dtype)
-    fill(network, {name: tensor.to(dtype) for name, tensor in named.items()}, "weights", source.weights)
-    return network
+    weights = {name: tensor.to(dtype) for name, tensor in named.items()}
+    together = f"{source.weights} with the configuration of {source.base}"
+    return filled(lambda: VideoRewardNetwork(config, len(state["rm_head.weight"])), weights, "weights", together)
 
 
 def _special_tokens(tokenizer: Qwen2Tokenizer, weights: str) -> tuple[int, ...]:
     special = tuple(tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))
     if tokenizer.chat_template is None or None in special or len({*special, tokenizer.unk_token_id}) != 4:
-        raise ConfigError(f"option weights: the tokenizer of {weights!r} lacks its chat template or reward tokens")
+        raise ConfigError(
+            f"option weights: the tokenizer of {weights!r} lacks its chat template or reward tokens; download or "
+            "copy it again"
+        )
     return special
 
 

@@ -131,8 +131,10 @@ class OrmServer(PoolMember, Protocol):
     """A server of outcome rewards: decodes latents and scores the videos."""
 
     @ray.method
-    def score(self, latents: Array, prompts: Sequence[str], deadline_s: float) -> tuple[OrmAnswer, float]:
-        """Rewards by name, ``[samples]`` each, and the seconds that they took."""
+    def score(
+        self, latents: Array, prompts: Sequence[str], deadline_s: float, optional: Sequence[str]
+    ) -> tuple[OrmAnswer, float]:
+        """Rewards by name, ``[samples]`` each, and the seconds that they took; optional ones that fail are missing."""
         ...
 
     @ray.method

@@ -42,6 +42,9 @@ ProtocolOption = Annotated[
         "the run was trained for). Default: alone."
     ),
 ]
+HeightOption = Annotated[int | None, typer.Option(help="Of the clips, in pixels; default: the run's.")]
+WidthOption = Annotated[int | None, typer.Option(help="Of the clips, in pixels; default: the run's.")]
+FramesOption = Annotated[int | None, typer.Option(help="Of a clip; default: the run's.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's: a.b=c.")
 ]
@@ -177,13 +180,17 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
     steps: Annotated[int | None, typer.Option(help="ODE steps; default: that of evaluation.num_steps.")] = None,
     protocol: ProtocolOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
 ) -> None:
     """Draw clips from a trained model and save them as GIFs with a contact sheet."""
     from euphonium.config import EvaluationConfig
-    from orchestrator.commands.inference import generate_clips
+    from orchestrator.commands.inference import Drawing, generate_clips
 
     steps = EvaluationConfig().num_steps if steps is None else steps
-    for path in generate_clips(model, prompt, output, seed=seed, steps=steps, protocol=protocol):
+    drawing = Drawing(seed=seed, steps=steps, protocol=protocol, size=_given(height=height, width=width, frames=frames))
+    for path in generate_clips(model, prompt, output, drawing):
         say(str(path))
 
 
@@ -195,15 +202,23 @@ def evaluate(
     samples_per_prompt: Annotated[int | None, typer.Option(help="Samples a prompt; default: the run's.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise; default: the run's.")] = None,
     protocol: ProtocolOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    frames: FramesOption = None,
 ) -> None:
     """Score a checkpoint on held-out prompts: ODE samples and outcome rewards."""
     import json
 
     from orchestrator.commands.inference import evaluate_model
 
-    changes = {"prompts": prompts, "samples_per_prompt": samples_per_prompt, "seed": seed}
-    given = {name: value for name, value in changes.items() if value is not None}
-    say(json.dumps(evaluate_model(model, base=base, changes=given, protocol=protocol), indent=2))
+    changes = _given(prompts=prompts, samples_per_prompt=samples_per_prompt, seed=seed)
+    size = _given(height=height, width=width, frames=frames)
+    say(json.dumps(evaluate_model(model, base=base, changes=changes, size=size, protocol=protocol), indent=2))
+
+
+def _given(**options: int | None) -> dict[str, int]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command("train-prm")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,6 +13,10 @@ from euphonium.config import RunConfig, dump_config
 from euphonium.errors import CheckpointError, ConfigError
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
 from orchestrator.state.checkpoints import Checkpoint, CheckpointStore, verify
+
+if TYPE_CHECKING:
+    from euphonium.dynamics import StepTable
+    from euphonium.generators.generator import Generator
 
 log = logging.getLogger(__name__)
 
@@ -29,22 +33,24 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         ConfigError: the run cannot work; names the field, and what to do.
     """
     from actors.sampler import select_steps
-    from euphonium.generators.generator import images_for
+    from euphonium.generators.components import check_generator
+    from euphonium.generators.pictures import check_pictures
     from euphonium.generators.registry import open_generator
     from euphonium.rewards.registry import build_rewards
     from orchestrator.evaluation import evaluation_set
     from orchestrator.groups.prompts import read_prompts
 
     family = open_generator(config.model)
+    check_generator(family)
     shape = family.latent_shape
     prompts = read_prompts(config.prompts.train, "prompts.train")
     evaluation_set(config)
-    images_for(family, config.prompts)
+    check_pictures(family, config.prompts)
     build_rewards(config.rewards.outcome)
     if config.rewards.process is not None:
         from euphonium.rewards.process import ProcessRewardModel
 
-        ProcessRewardModel.load(Path(config.rewards.process.path), config.model)
+        ProcessRewardModel.check(Path(config.rewards.process.path), config.model)
     table = family.step_table(config.sampler)
     kept = select_steps(table, 1, config.objective.timestep_fraction, 0).shape[1]
     rollout, pools, process = config.rollout, config.pools, config.rewards.process
@@ -67,7 +73,40 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         "PRM refresh": f"1 x {pools.refresh_pool.num_gpus:g} GPU" if refreshes else "none",
         "ORM servers": f"{pools.orm.num_actors} x {pools.orm.num_gpus:g} GPU",
         "learner ranks": f"{pools.learner.num_workers} x {pools.learner.num_gpus:g} GPU",
+        **_adapter_plan(config, family),
+        **_untrained_guidance(table),
     }
+
+
+def _untrained_guidance(table: StepTable) -> dict[str, str]:
+    """The steps whose guidance reaches the samples but not the policy; nothing if there are none.
+
+    Only steps with noise have a likelihood, and can be trained.
+    """
+    untrained = sorted(set(table.guided_steps) - set(table.stochastic_steps))
+    if not untrained:
+        return {}
+    strength = table.coef_grad.abs()
+    share = float(strength[untrained].sum() / strength.sum())
+    text = (
+        f"{_ranges(untrained)} ({share:.0%} of the guidance): without noise there, the policy never learns it; end "
+        "sampler.guidance.window with sampler.sde_window"
+    )
+    log.warning("guided steps that are not trained: %s", text)
+    return {"guided but not trained": text}
+
+
+def _adapter_plan(config: RunConfig, family: Generator) -> dict[str, str]:
+    """How the adapter of a run can be exported; nothing without one."""
+    from orchestrator.export_policy import adapter_pipeline
+
+    if config.model.lora is None:
+        return {}
+    try:
+        adapter_pipeline(family)
+    except ConfigError as error:
+        return {"adapter": f"exported added into the weights only ({error})"}
+    return {"adapter": "exported added into the weights, or alone (export --adapter)"}
 
 
 def _ranges(steps: list[int]) -> str:
@@ -125,7 +164,7 @@ def is_complete(config: RunConfig, checkpoint: Checkpoint) -> bool:
     if done != config.iterations:
         return done > config.iterations
     evaluated = any(
-        r["iteration"] == done and "eval/total/mean" in r for r in read_metrics(config.run_dir / METRICS_FILE)
+        r["iteration"] == done and "time/evaluation_s" in r for r in read_metrics(config.run_dir / METRICS_FILE)
     )
     return evaluated and (config.run_dir / "export").is_dir()
 

@@ -27,7 +27,10 @@ def train_orm(config: OrmConfig, say: Callable[[str], None]) -> dict[str, Any]:
         ConfigError: preferences or backbone cannot be used.
         TrainingError: the group was lost for good, or the loss is not finite.
     """
+    from euphonium.rewards.outcome_model import OutcomeModel
+
     config = absolute_paths(config)
+    OutcomeModel.from_backbone(config.model, device_map="meta")
     train, held_out = open_preferences(config.preferences, config.seed)
     for part, table in (("training", train), ("held-out", held_out)):
         labelled = int((table.label >= 0).sum())

@@ -19,11 +19,15 @@ import torch
 from actors.rollout import encode_one
 from actors.sampler import initial_noise, sample_deterministic
 from euphonium.config import OrmPoolConfig, PrmConfig
+from euphonium.config.rewards import optional_rewards
 from euphonium.errors import ConfigError
 from euphonium.files import written_aside
+from euphonium.generators.components import check_generator
 from euphonium.generators.conditioning import Conditioning, stack_conditionings
 from euphonium.generators.generator import Generator, images_for
+from euphonium.generators.pictures import check_pictures, require_pictures
 from euphonium.generators.registry import open_generator
+from euphonium.rewards.registry import build_rewards
 from euphonium.rewards.total import total_weight, weighted_total
 from euphonium.wire.devices import local_device, reserved_device
 from euphonium.wire.records import Array
@@ -60,7 +64,13 @@ def train_prm(config: PrmConfig, say: PrintLine) -> list[float]:
     """
     config = absolute_paths(config)
     # A recipe's mistakes show before samples are drawn for hours.
-    open_generator(config.model).build_trunk(config.blocks)
+    family = open_generator(config.model)
+    check_generator(family)
+    with torch.device("meta"):
+        family.build_trunk(config.blocks)
+    if config.prompts is not None:
+        check_pictures(family, config.prompts)
+    build_rewards(config.outcome)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(config.threads)
     with cluster(config):
@@ -121,6 +131,8 @@ def _encode(config: PrmConfig, say: PrintLine) -> None:
                 f"preferences: the {part.replace('_', '-')} part has no pair: give winner and loser, or samples of one "
                 "prompt with both labels"
             )
+        if family.takes_image:
+            require_pictures(family, table.prompts, table.images, f"preferences: the {part} part")
         images = {prompt: str(image) for prompt, image in table.images.items()}
         fingerprint = _fingerprint(
             config, family, [[str(f) for f in table.files], table.prompts, table.pairs.tolist(), images]
@@ -243,8 +255,8 @@ def _samples(
             return family.velocity(transformer, x, torch.full((len(x),), time, device=device), batch)
 
         latent = sample_deterministic(table, velocity, start).cpu().numpy()
-        values = scorer.score(latent, [prompts[i] for i in chosen])
-        scores.append(weighted_total(values, config.outcome))
+        values = scorer.score(latent, [prompts[i] for i in chosen], optional_rewards(config.outcome))
+        scores.append(weighted_total(values, config.outcome, len(chosen)))
         latents.append(latent)
     return np.concatenate(latents), np.concatenate(scores) / total_weight(config.outcome)
 

@@ -131,5 +131,6 @@ class BatchSource:
     async def _draw_and_score(self, task: GroupTask) -> ScoredGroup:
         info, latents, payload = await self._rollouts.draw(task)
         prompts = [task.prompt] * self._config.rollout.group_size
-        scores, seconds = await self._rollouts.scores(latents, prompts, self._config.rewards.deadline_s)
+        rewards = self._config.rewards
+        scores, seconds = await self._rollouts.scores(latents, prompts, rewards.deadline_s, rewards.optional)
         return ScoredGroup(info, latents, payload, scores, seconds)

@@ -30,7 +30,7 @@ class ScoredGroup:
         info: description of the group, with its process rewards.
         latents: reference to its final latents, float32 ``[group, *latent]``.
         payload: reference to its trained transitions.
-        scores: outcome rewards by name, ``[group]`` each.
+        scores: outcome rewards by name, ``[group]`` each; those of weight 0 may be missing.
         scoring_s: seconds that scoring took.
     """
 

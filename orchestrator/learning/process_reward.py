@@ -107,9 +107,11 @@ class ProcessRewardRefresh:
         """
         if self._pools.prm_refresh is None:
             return {}
-        rewards = self._config.rewards.outcome
+        rewards, size = self._config.rewards.outcome, self._config.rollout.group_size
         return await self.step(
-            iteration, [(g.latents, g.payload, weighted_total(g.scores, rewards)) for g in batch.groups], checkpoint
+            iteration,
+            [(g.latents, g.payload, weighted_total(g.scores, rewards, size)) for g in batch.groups],
+            checkpoint,
         )
 
     async def save(self, checkpoint: Path) -> None:

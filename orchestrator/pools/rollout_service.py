@@ -99,14 +99,14 @@ class RolloutService:
         return await self._attempts(lambda: self._samples(prompts, seeds, kind), "evaluation samples")
 
     async def scores(
-        self, latents: Array | ObjectRef[Array], prompts: Sequence[str], timeout_s: float
+        self, latents: Array | ObjectRef[Array], prompts: Sequence[str], timeout_s: float, optional: Sequence[str]
     ) -> tuple[OrmAnswer, float]:
-        """Outcome rewards of latents, by name, and the seconds that they took.
+        """Outcome rewards of latents, by name, and the seconds that they took; optional ones that fail are missing.
 
         Raises:
             RewardError: no server answered, or a reward is not finite.
         """
-        return await self._ask_orm(lambda server: server.score.remote(latents, prompts, timeout_s), timeout_s)
+        return await self._ask_orm(lambda server: server.score.remote(latents, prompts, timeout_s, optional), timeout_s)
 
     async def videos(self, latents: Array, timeout_s: float) -> Videos:
         """Decoded latents, uint8 ``[batch, frames, height, width, 3]``.

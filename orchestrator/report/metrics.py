@@ -49,6 +49,8 @@ METRICS = (
            "says that one is being raised at the other's expense."),
     Metric("rewards/failures/*", "reward_failures",
            "Groups of the iteration for which this reward could not be had; a lost pool counts for all its rewards."),
+    Metric("rewards/missing/*", "reward_missing_groups",
+           "Groups of the iteration that are trained on without the score of a reward of weight 0, which failed."),
     Metric("process/mean", "process_reward_mean", "Mean process reward over samples and scored steps."),
     Metric("process/final_mean", "process_reward_final_mean", "Mean process reward of the last scored state."),
     Metric("process/outcome_correlation", "process_outcome_correlation",
@@ -128,6 +130,8 @@ METRICS = (
     Metric("time/checkpoint_s", "checkpoint_seconds", "Writing a checkpoint in the learner group."),
     Metric("time/commit_s", "commit_seconds", "Hashing and committing the checkpoint before, beside the training."),
     Metric("eval/*/mean", "evaluation_mean", "Mean outcome reward on held-out prompts, ODE samples."),
+    Metric("eval/*/missing", "evaluation_missing",
+           "1 if the reward failed in the evaluation and was left out, and with it the total if it has a weight."),
     Metric("eval/total/mean", "evaluation_total_mean", "Weighted mean of the outcome rewards on held-out prompts."),
 )  # fmt: skip
 

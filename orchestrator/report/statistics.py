@@ -28,13 +28,15 @@ def rollout_statistics(
     advantages: Sequence[Advantages],
 ) -> dict[str, float]:
     """Metrics of the drawn and scored groups of one iteration."""
-    record = reward_statistics(scores)
+    record = reward_statistics(scores) | missing_rewards(config.rewards, scores)
     processes = [info.process_rewards for info in infos if info.process_rewards is not None]
     if processes:
-        totals = np.stack([weighted_total(group, config.rewards.outcome) for group in scores])
+        size = config.rollout.group_size
+        totals = np.stack([weighted_total(group, config.rewards.outcome, size) for group in scores])
         record |= process_statistics(np.stack(processes), totals)
     record |= guidance_gain(config, infos, scores)
-    record["advantage/zero_std_groups"] = float(sum(len(a.flat) == len(scores[0]) for a in advantages))
+    everywhere = set.intersection(*map(set, scores))
+    record["advantage/zero_std_groups"] = float(sum(a.flat >= everywhere for a in advantages) if everywhere else 0)
     record["advantage/std"] = float(np.concatenate([a.values.numpy().ravel() for a in advantages]).std())
     seconds = [info.seconds for info in infos]
     total = sum(part["total"] for part in seconds)
@@ -58,7 +60,7 @@ def guidance_gain(
     mixed = [group for info, group in zip(infos, scores, strict=True) if guidance.at(info.task.iteration) is not None]
     if len(mixed) < 2:
         return {}
-    totals = np.stack([weighted_total(group, config.rewards.outcome) for group in mixed])
+    totals = np.stack([weighted_total(group, config.rewards.outcome, config.rollout.group_size) for group in mixed])
     guided = np.array([guidance.strengths[i % len(guidance.strengths)] > 0 for i in range(totals.shape[1])])
     spread = float(np.sqrt((totals[:, guided].var(axis=1) + totals[:, ~guided].var(axis=1)).mean() / 2))
     if spread == 0:
@@ -74,20 +76,29 @@ def reward_statistics(scores: Sequence[Mapping[str, Array]]) -> dict[str, float]
     """Mean and spread of every outcome reward, and the correlation of each two.
 
     Args:
-        scores: for every group, the rewards by name, ``[samples]`` each.
+        scores: for every group, the rewards by name, ``[samples]`` each; statistics are over the groups that have them.
     """
     record: dict[str, float] = {}
-    stacked = {name: np.stack([group[name] for group in scores]).astype(np.float64) for name in scores[0]}
-    for name, values in stacked.items():
+    names = list(dict.fromkeys(name for group in scores for name in group))
+    for name in names:
+        values = np.stack([group[name] for group in scores if name in group]).astype(np.float64)
         record[f"reward/{name}/mean"] = float(values.mean())
         record[f"reward/{name}/std"] = float(values.std())
         record[f"reward/{name}/min"] = float(values.min())
         record[f"reward/{name}/max"] = float(values.max())
         record[f"reward/{name}/group_std"] = float(values.std(axis=1).mean())
         record[f"reward/{name}/zero_spread_groups"] = float((np.ptp(values, axis=1) == 0).sum())
-    for one, other in itertools.combinations(stacked, 2):
-        record[f"correlation/{one}_vs_{other}"] = within_group_correlation(stacked[one], stacked[other])
+    for one, other in itertools.combinations(names, 2):
+        both = [(group[one], group[other]) for group in scores if one in group and other in group]
+        if both:
+            first, second = np.stack(both, axis=1).astype(np.float64)
+            record[f"correlation/{one}_vs_{other}"] = within_group_correlation(first, second)
     return record
+
+
+def missing_rewards(config: RewardsConfig, scores: Sequence[Mapping[str, Array]]) -> dict[str, float]:
+    """Number of groups without the score of each reward that may be missing."""
+    return {f"rewards/missing/{name}": float(sum(name not in group for group in scores)) for name in config.optional}
 
 
 def process_statistics(process: Array, totals: Floats) -> dict[str, float]:

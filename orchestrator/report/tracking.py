@@ -145,13 +145,14 @@ class Progress:
 
     def summary(self, records: Sequence[Mapping[str, float]]) -> None:
         """Prints a comparison of the first and the last evaluation of a run."""
-        evaluations = [record for record in records if "eval/total/mean" in record]
+        evaluations = [record for record in records if any(key.startswith("eval/") for key in record)]
         if len(evaluations) < 2:
             return
         first, last = evaluations[0], evaluations[-1]
         self.say(f"held-out rewards, iteration {first['iteration']} -> {last['iteration']}:")
         for key in first:
-            if key.startswith("eval/"):
+            # A reward that failed in one of the two has no mean there.
+            if key.startswith("eval/") and key.endswith("/mean") and key in last:
                 name = key.split("/")[1]
                 self.say(f"  {name:<12} {first[key]:.4f} -> {last[key]:.4f}  ({last[key] - first[key]:+.4f})")
 

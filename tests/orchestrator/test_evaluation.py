@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from euphonium.config import OutcomeRewardConfig, RunConfig
-from euphonium.errors import ConfigError
+from euphonium.errors import ConfigError, RewardError
 from orchestrator.evaluation import Evaluator, SampleFolder, evaluation_metrics, evaluation_set
+from orchestrator.report.metrics import find_metric
 from orchestrator.report.pictures import enlarge
-from orchestrator.report.tracking import Tracker
+from orchestrator.report.tracking import Progress, Tracker
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -24,6 +25,7 @@ class Rollouts:
         self.rollout_actors = rollout_actors
         self.asked: list[tuple[list[str], list[int], str]] = []
         self.left = 0
+        self.failing: tuple[str, ...] = ()
         self.shown: list[np.ndarray] = []
 
     async def samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: str) -> np.ndarray:
@@ -35,11 +37,14 @@ class Rollouts:
         return latents_of(prompts, seeds)
 
     async def scores(
-        self, latents: np.ndarray, prompts: Sequence[str], _: float
+        self, latents: np.ndarray, prompts: Sequence[str], _: float, optional: Sequence[str]
     ) -> tuple[dict[str, np.ndarray], float]:
+        if failed := set(self.failing) - set(optional):
+            raise RewardError("judge down", sorted(failed))
         assert [int(length) for length in latents[:, 0]] == [len(prompt) for prompt in prompts]
         index = np.arange(len(latents), dtype=np.float32)
-        return {"icon": index, "motion": index**2, "quality": np.ones_like(index)}, 0.5
+        scores = {"icon": index, "motion": index**2, "quality": np.ones_like(index)}
+        return {name: values for name, values in scores.items() if name not in self.failing}, 0.5
 
     async def videos(self, latents: np.ndarray, _: float) -> np.ndarray:
         self.shown.append(latents)
@@ -173,3 +178,38 @@ def test_a_clip_shows_what_was_before_on_the_left_and_what_is_after_on_the_right
     assert clip.shape[1] == enlarge(np.zeros((1, 64, 64 + 2 + 64, 3), np.uint8)).shape[2]
     assert clip[:, :60].max() < 10
     assert clip[:, -60:].min() > 245
+
+
+@pytest.mark.parametrize("failing", ["quality", "icon"])
+def test_an_evaluation_goes_on_without_a_reward_that_fails(make_config: MakeConfig, failing: str) -> None:
+    weights = {"icon": 1, "motion": 2, "quality": 0}
+    rewards = ", ".join(f"{{name: {n}, type: sprite_{n}, weight: {w}}}" for n, w in weights.items())
+    rollouts = Rollouts(1)
+    rollouts.failing = (failing,)
+    (metrics,) = evaluate(make_config(f"rewards.outcome=[{rewards}]"), rollouts, 0)
+    assert metrics[f"eval/{failing}/missing"] == 1
+    assert f"eval/{failing}/mean" not in metrics
+    assert all(f"eval/{name}/mean" in metrics for name in weights if name != failing)
+    assert ("eval/total/mean" in metrics) == (failing == "quality")
+    for key in metrics:
+        find_metric(key)
+
+
+def test_an_evaluation_ends_the_run_where_the_recipe_says_so(make_config: MakeConfig) -> None:
+    rollouts = Rollouts(1)
+    rollouts.failing = ("icon",)
+    config = make_config("rewards.outcome=[{name: icon, type: sprite_icon, on_failure: abort}]", "rewards.process=null",
+                         "sampler.guidance=null")  # fmt: skip
+    with pytest.raises(RewardError, match="judge down"):
+        evaluate(config, rollouts, 0)
+
+
+def test_without_weights_there_is_no_total() -> None:
+    rewards = [OutcomeRewardConfig(name="a", type="sprite_icon", weight=0.0)]
+    assert evaluation_metrics({"a": np.array([1.0])}, rewards) == {"eval/a/mean": 1.0}
+
+
+def test_a_summary_compares_the_rewards_that_both_evaluations_have(capsys: pytest.CaptureFixture[str]) -> None:
+    first = {"iteration": 0, "eval/a/mean": 1.0, "eval/b/mean": 2.0, "eval/total/mean": 1.5}
+    Progress(2, 0).summary([first, {"iteration": 2, "eval/a/mean": 3.0, "eval/b/missing": 1.0}])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["held-out", "a"]

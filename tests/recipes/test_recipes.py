@@ -165,7 +165,9 @@ def test_euphonium_has_the_numbers_of_its_paper() -> None:
     # lambda is eps / beta (Eq. 20), with Table 7's beta.
     assert guidance.scale == pytest.approx(0.3125 / 3.125)
     table = config.sampler.table()
-    assert table.guided_steps == list(range(8, 16))
+    # Table 7's steps 8 to 16, less the last, which has no noise and is not trained.
+    assert table.guided_steps == list(range(8, 15))
+    assert set(table.guided_steps) <= set(table.stochastic_steps)
     delta = table.sigmas[:-1] - table.sigmas[1:]
     assert torch.allclose(table.coef_grad[8:], 0.1 * delta[8:])
     assert float(table.std[8]) == pytest.approx(math.sqrt(2 * 0.3125 * float(delta[8])), rel=1e-6)

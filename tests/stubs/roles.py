@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,9 @@ class StubJudge:
     def ready(self) -> Readiness:
         return Readiness(device="cpu", busy_s=None)
 
-    def score(self, latents: Any, prompts: list[str], deadline_s: float = float("inf")) -> tuple[dict[str, Any], float]:
+    def score(
+        self, latents: Any, prompts: list[str], deadline_s: float = float("inf"), optional: Sequence[str] = ()
+    ) -> tuple[dict[str, Any], float]:
         time.sleep(self.seconds)
         half = latents.shape[1] // 2
         scores = {"icon": latents[:, :half].mean(1), "motion": latents[:, half:].mean(1)}

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from euphonium.errors import ConfigError
-from tests.euphonium.generators.cases import CPU, PROMPTS, family_of, noise, pictures
+from euphonium.generators.components import check_generator
+from euphonium.generators.registry import open_generator
+from tests.euphonium.generators.cases import CASES, CPU, PROMPTS, family_of, noise, pictures
 from tests.euphonium.generators.tiny_pipelines import Folders
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_first_frame_matters(folders: Folders) -> None:
@@ -36,3 +42,17 @@ def test_a_family_of_texts_says_that_it_takes_no_image(folders: Folders) -> None
     family = family_of("flux", folders)
     with pytest.raises(ConfigError, match=r"model\.path: .* is a FluxPipeline, which takes no image"):
         family.load_image_encoder(CPU)
+
+
+def test_the_folder_that_the_documentation_puts_together_opens(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (ROOT / "docs" / "models.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders("HunyuanSkyreelsImageToVideoPipeline") / "transformer", "Skywork/SkyReels-V1-Hunyuan-I2V")
+    shutil.copytree(folders("HunyuanVideoPipeline"), "hunyuanvideo-community/HunyuanVideo")
+    exec(code, {})
+    recipe = yaml.safe_load((ROOT / "recipes" / "skyreels-i2v" / "dancegrpo.yaml").read_text())
+    family = open_generator(CASES["skyreels"].config(Path(recipe["model"]["path"])))
+    check_generator(family)
+    assert family.takes_image

@@ -1,13 +1,14 @@
 """CLIP rewards: networks of transformers' own classes with random weights, saved and loaded through the real path."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,8 +32,7 @@ def clip_tokenizer() -> object:
     return CLIPTokenizer(vocab=vocabulary, merges=[("r", "e"), ("re", "d</w>")])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP of 28 pixels with weights large enough to tell inputs apart."""
     from transformers import CLIPConfig, CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -59,6 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = {"height": IMAGE, "width": IMAGE}
     CLIPImageProcessorPil(size={"shortest_edge": IMAGE}, crop_size=size).save_pretrained(target)
     return target
+
+
+folder = pytest.fixture(scope="module", name="folder")(make_clip)
 
 
 @pytest.fixture(scope="module")
@@ -354,3 +357,19 @@ def test_code_in_a_folder_runs_only_when_it_is_trusted(folder: Path, tmp_path: P
     trusted = build("clip_score", weights=str(target), trust_remote_code=True).score(videos(), PROMPTS)
     assert marker.exists()
     torch.testing.assert_close(trusted, build("clip_score", weights=str(folder)).score(videos(), PROMPTS))
+
+
+def test_damaged_weights_are_refused_and_missing_ones_not_made_up(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "clip"
+    shutil.copytree(folder, copy)
+    weights = copy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-64])
+    with pytest.raises(ConfigError, match=r"option weights: cannot load .*model\.safetensors is missing, cut"):
+        build("clip_score", weights=str(copy), dtype="float32")
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    del tensors["visual_projection.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lack visual_projection\.weight.*download or copy it again"):
+        build("clip_score", weights=str(copy), dtype="float32")

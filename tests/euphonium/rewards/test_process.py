@@ -63,8 +63,33 @@ def test_folders_that_are_no_model_or_of_another_family_are_refused(
     with pytest.raises(ConfigError, match=r"was trained for a WanPipeline, and .* is a HunyuanVideoPipeline"):
         ProcessRewardModel.load(copy, model)
     (copy / "prm.json").write_text(json.dumps(description | {"blocks": 3}))
-    with pytest.raises(ConfigError, match="do not fit"):
+    with pytest.raises(ConfigError, match=r"model in .*copy cannot be used: it lacks .*transformer_blocks"):
         ProcessRewardModel.load(copy, model)
+
+
+@pytest.mark.parametrize("damage", ["empty", "no object", "no head", "cut json", "cut weights", "no weights", "shape"])
+def test_a_damaged_model_is_refused_with_and_without_reading_its_weights(
+    damage: str, make_config: Callable[..., RunConfig], tiny_prm: Path, tmp_path: Path
+) -> None:
+    model, copy = make_config().model, tmp_path / "copy"
+    shutil.copytree(tiny_prm, copy)
+    ProcessRewardModel.check(copy, model)
+    described, weights = copy / "prm.json", copy / "model.safetensors"
+    description = json.loads(described.read_text())
+    if damage in ("empty", "no object", "no head"):
+        held = {"empty": {}, "no object": [], "no head": description | {"head": {"heads": 0}}}[damage]
+        described.write_text(json.dumps(held))
+    elif damage == "cut json":
+        described.write_text(described.read_text()[:-9])
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif damage == "no weights":
+        weights.unlink()
+    else:
+        save_file(load_file(weights) | {"head.mlp.3.bias": torch.zeros(2)}, weights)
+    for open_model in (ProcessRewardModel.check, ProcessRewardModel.load):
+        with pytest.raises(ConfigError, match=r"rewards\.process\.path: .*copy cannot be used: .*copy it again"):
+            open_model(copy, model)
 
 
 def test_a_generator_without_the_trunks_weights_is_refused(tiny_generator: Path, tmp_path: Path) -> None:

@@ -38,8 +38,7 @@ SYSTEM, USER = "Say good or bad.", "Made from: {prompt}. The video:"
 TILE = 28
 
 
-@pytest.fixture(scope="module")
-def reference() -> dict[str, Any]:
+def read_reference() -> dict[str, Any]:
     """Weights, inputs and scores of the authors' classes with random weights (its metadata says which)."""
     with safe_open(REFERENCE, "pt") as file:
         held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -47,6 +46,9 @@ def reference() -> dict[str, Any]:
     state = {name.removeprefix("state."): part for name, part in held.items() if name.startswith("state.")}
     texts = {name: json.loads(notes[name]) for name in ("config", "head", "image_token")}
     return {**held, **texts, "state": state}
+
+
+reference = pytest.fixture(scope="module", name="reference")(read_reference)
 
 
 def networks(reference: dict[str, Any], image_token: int) -> tuple[Any, RewardHead]:
@@ -79,8 +81,7 @@ def test_scores_are_those_of_the_authors_network(reference: dict[str, Any]) -> N
     assert float((scores[0] - scores[1]).abs()) > 1e-3
 
 
-@pytest.fixture(scope="module")
-def checkpoint(reference: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_checkpoint(reference: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference's weights on disk as the authors publish theirs."""
     from transformers import Qwen2Tokenizer
 
@@ -104,6 +105,9 @@ def checkpoint(reference: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
     for number, part in enumerate((names[::2], names[1::2]), start=1):
         save_file({n: reference["state"][n].clone() for n in part}, folder / f"model-0000{number}-of-00002.safetensors")
     return folder
+
+
+checkpoint = pytest.fixture(scope="module", name="checkpoint")(make_checkpoint)
 
 
 def build(checkpoint: Path, **options: Any) -> SoliReward:

@@ -36,8 +36,7 @@ def byte_tokenizer(specials: list[str]) -> Any:
     return Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=specials)
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def make_published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Folders ``weights`` and ``base``, file ``template``, and the network that was saved."""
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -102,6 +101,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         f"raise SystemExit('read, not run')\nOTHER = 1\nDETAILED_PROMPT_WITH_SPECIAL_TOKEN = '''{RUBRIC}'''\n"
     )
     return {"weights": weights, "base": base, "template": template, "peft": peft, "tokenizer": tokenizer}
+
+
+published = pytest.fixture(scope="module", name="published")(make_published)
 
 
 def entry(published: dict[str, Any], name: str, **options: Any) -> OutcomeRewardConfig:

@@ -9,7 +9,7 @@ import pytest
 
 from euphonium.config import RunConfig
 from euphonium.errors import CheckpointError
-from orchestrator.commands.launch import RESOLVED, prepare_run_dir
+from orchestrator.commands.launch import RESOLVED, preflight, prepare_run_dir
 from orchestrator.report.tracking import METRICS_FILE
 
 
@@ -37,6 +37,15 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(make_config: C
     with pytest.raises(CheckpointError, match="all its checkpoints are damaged"):
         prepare_run_dir(config)
     assert (config.run_dir / METRICS_FILE).is_file()
+
+
+def test_guided_steps_without_noise_are_told(make_config: Callable[..., RunConfig]) -> None:
+    sampler = "sampler={law: dance, eta: 0.5, num_steps: 4, sde_window: [0, 3], guidance: {scale: 0.2, window: [1, 4]}}"
+    told = preflight(make_config(sampler))["guided but not trained"]
+    # All four steps are as long: one of three guided ones is not trained.
+    assert told.startswith("3 (33% of the guidance)")
+    assert "guided but not trained" not in preflight(make_config(sampler.replace("[1, 4]", "[1, 3]")))
+    assert "guided but not trained" not in preflight(make_config("sampler.guidance=null"))
 
 
 @pytest.mark.ray

@@ -1,6 +1,7 @@
 """Groups that are drawn and scored in this process, with numbers that follow from their ordinal."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class Rollouts:
         group = scored(self.config, task.group_id)
         return info_of(self.config, task), group.latents, group.payload
 
-    async def scores(self, latents: Any, prompts: list[str], timeout_s: float) -> Any:
+    async def scores(self, latents: Any, prompts: list[str], timeout_s: float, optional: Sequence[str]) -> Any:
         group_id = int(latents.rsplit(" ", 1)[1])
         assert len(prompts) == self.config.rollout.group_size
         self.deadlines.add(timeout_s)

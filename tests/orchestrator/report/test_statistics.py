@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from euphonium.config import OutcomeRewardConfig, ProcessRewardConfig, RewardsConfig, RunConfig, WatchConfig
 from euphonium.dynamics import GroupRewards, group_advantages
 from euphonium.errors import RewardError
 from euphonium.wire.records import GroupInfo, GroupTask
+from orchestrator.groups.credit import advantages
 from orchestrator.report.metrics import find_metric
 from orchestrator.report.statistics import (
     RewardFailures,
@@ -168,3 +170,29 @@ def test_a_reward_may_stop_the_run() -> None:
         failures.note(RewardError("the judge is down", ["icon", "safety"]))
     assert caught.value.rewards == ("safety",)
     assert caught.value.exit_status == 5
+
+
+def test_groups_without_a_reward_of_weight_0_count_in_everything_else(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config(
+        "rewards.outcome=[{name: icon, type: sprite_icon}, {name: watched, type: sprite_motion, weight: 0}]"
+    )
+    whole = {"icon": np.array([0.0, 1.0, 2.0], np.float32), "watched": np.array([2.0, 1.0, 0.0], np.float32)}
+    groups = [whole, {"icon": whole["icon"] + 1}]
+    infos = [
+        GroupInfo(
+            task=GroupTask(group_id=i, prompt="a car", seed=i, iteration=0), policy_version=0, fingerprint="",
+            transitions=1, process_rewards=np.ones((3, 4), np.float32), seconds={"total": 1.0, "process_reward": 0.0},
+            payload_bytes=1,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for scores, missing in ((groups, 1), ([{"icon": g["icon"]} for g in groups], 2), ([whole, whole], 0)):
+        results = advantages(config, infos, scores)
+        record = rollout_statistics(config, infos, scores, results)
+        assert record["rewards/missing/watched"] == missing
+        assert record["reward/icon/mean"] == pytest.approx(np.mean([g["icon"] for g in scores]))
+        assert ("reward/watched/mean" in record) == (missing < 2)
+        assert record["advantage/zero_std_groups"] == 0
+        for key in record:
+            find_metric(key)
+        torch.testing.assert_close(results[0].values[0, :, 0], torch.tensor([-1.0, 0.0, 1.0]))
