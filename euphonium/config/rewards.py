@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from euphonium.config.base import Node, NonNegativeFloat
+from euphonium.config.base import Node, NonNegativeFloat, PathOrHubId
 
 OnFailure = Literal["drop_group", "abort"]
 
@@ -49,7 +49,7 @@ class PrmRefreshConfig(Node):
 class ProcessRewardConfig(Node):
     """The process reward model, which scores noisy states."""
 
-    path: str
+    path: PathOrHubId
     """Folder of a trained process reward model."""
     weight: float = 1.0
     """Weight of the process advantage; 0 keeps the gradient guidance alone."""

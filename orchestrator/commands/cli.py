@@ -58,37 +58,12 @@ def train(
     Joins the running Ray cluster, or starts one on this machine. SIGTERM and Ctrl-C write a checkpoint and end with
     status 0; the same command then goes on from there.
     """
-    import asyncio
-
     from euphonium.config import RunConfig, load_config
-    from orchestrator.commands.launch import is_complete, preflight, prepare_run_dir
     from orchestrator.commands.paths import absolute_paths
-    from orchestrator.pools.ray_session import connect_ray
+    from orchestrator.commands.train import train_policy
 
     config: RunConfig = absolute_paths(load_config(recipe, overrides or []))
-    preflight(config)
-    checkpoint = prepare_run_dir(config)
-    say(f"run {config.name}: {config.run_dir}")
-    if checkpoint is not None:
-        say(f"resuming from {checkpoint.folder} (iteration {checkpoint.state.iteration})")
-        if is_complete(config, checkpoint):
-            say(f"nothing to do: {config.iterations} iterations are done")
-            return
-    namespace = f"euphonium-{config.name}"
-    connect_ray(namespace, verbose=verbose)
-    import ray
-
-    from orchestrator.lifecycle import execute
-    from orchestrator.run import Run
-
-    try:
-
-        async def main() -> None:
-            await execute(Run(config, namespace, checkpoint))
-
-        asyncio.run(main())
-    finally:
-        ray.shutdown()
+    train_policy(config, say, verbose=verbose)
 
 
 @app.command()
@@ -180,11 +155,14 @@ def generate(
 ) -> None:
     """Draw clips from a trained model and save them as GIFs with a contact sheet."""
     from euphonium.config import EvaluationConfig
-    from orchestrator.commands.inference import generate_clips
+    from euphonium.locks import writing_alone
 
     steps = EvaluationConfig().num_steps if steps is None else steps
-    for path in generate_clips(model, prompt, output, seed=seed, steps=steps, protocol=protocol):
-        say(str(path))
+    with writing_alone([(output, "--output")]):
+        from orchestrator.commands.inference import generate_clips
+
+        for path in generate_clips(model, prompt, output, seed=seed, steps=steps, protocol=protocol):
+            say(str(path))
 
 
 @app.command()
@@ -240,12 +218,15 @@ def export(
     ] = False,
 ) -> None:
     """Write a checkpoint as a folder that ``diffusers.DiffusionPipeline.from_pretrained`` loads."""
-    from orchestrator.commands.inference import open_checkpoint
-    from orchestrator.export_policy import export_adapter, export_checkpoint
+    from euphonium.locks import writing_alone
 
-    checkpoint, config = open_checkpoint(model)
-    write = export_adapter if adapter else export_checkpoint
-    write(checkpoint.folder, config, output, policy=policy)
+    with writing_alone([(output, "OUTPUT")]):
+        from orchestrator.commands.inference import open_checkpoint
+        from orchestrator.export_policy import export_adapter, export_checkpoint
+
+        checkpoint, config = open_checkpoint(model)
+        write = export_adapter if adapter else export_checkpoint
+        write(checkpoint.folder, config, output, policy=policy)
     say(str(output))
 
 

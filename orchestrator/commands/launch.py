@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from euphonium.config import RunConfig, dump_config
 from euphonium.errors import CheckpointError, ConfigError
+from euphonium.files import written_aside
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
 from orchestrator.state.checkpoints import Checkpoint, CheckpointStore, verify
 
@@ -81,10 +83,21 @@ def _ranges(steps: list[int]) -> str:
     return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
-def prepare_run_dir(config: RunConfig) -> Checkpoint | None:
-    """Creates the run's folder, or finds the checkpoint that an earlier run in it is resumed from.
+@dataclass(frozen=True)
+class Start:
+    """How a run begins.
 
-    Nothing is ever overwritten: with ``resume: never`` an old folder is moved aside.
+    Attributes:
+        checkpoint: what it is resumed from, or None.
+        moves_aside: whether the folder of an earlier run is in its place, and is moved aside first.
+    """
+
+    checkpoint: Checkpoint | None
+    moves_aside: bool = False
+
+
+def plan_start(config: RunConfig) -> Start:
+    """Finds out how a run begins; changes nothing.
 
     Raises:
         CheckpointError: there is an earlier run, but all of its checkpoints are damaged.
@@ -102,21 +115,28 @@ def prepare_run_dir(config: RunConfig) -> Checkpoint | None:
         began = metrics.exists() and metrics.stat().st_size > 0
         if resume == "never" or (began and not store.folders()):
             # A run that was killed before its first checkpoint has nothing to go on from, and starts anew.
-            aside = folder.with_name(f"{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}")
-            folder.rename(aside)
-            log.warning("moved the earlier run %s aside to %s", folder, aside)
-        else:
-            checkpoint = store.newest()
-            if checkpoint is None and began:
-                raise CheckpointError(
-                    f"{folder} holds an earlier run, but all its checkpoints are damaged; take another name=..., or "
-                    "resume=never to move it aside"
-                )
+            return Start(None, moves_aside=True)
+        checkpoint = store.newest()
+        if checkpoint is None and began:
+            raise CheckpointError(
+                f"{folder} holds an earlier run, but all its checkpoints are damaged; take another name=..., or "
+                "resume=never to move it aside"
+            )
     if checkpoint is not None:
-        _check_same_run(checkpoint, config)
+        check_same_run(checkpoint, config)
+    return Start(checkpoint)
+
+
+def prepare_run_dir(config: RunConfig, start: Start) -> None:
+    """Creates the run's folder; nothing is ever overwritten, an old one is moved aside where the plan says so."""
+    folder = config.run_dir
+    if start.moves_aside:
+        aside = folder.with_name(f"{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        folder.rename(aside)
+        log.warning("moved the earlier run %s aside to %s", folder, aside)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESOLVED).write_text(dump_config(config))
-    return checkpoint
+    with written_aside(folder / RESOLVED) as file:
+        file.write_text(dump_config(config), encoding="utf-8")
 
 
 def is_complete(config: RunConfig, checkpoint: Checkpoint) -> bool:
@@ -130,7 +150,12 @@ def is_complete(config: RunConfig, checkpoint: Checkpoint) -> bool:
     return evaluated and (config.run_dir / "export").is_dir()
 
 
-def _check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
+def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Checks that a checkpoint is of the same run, and warns of settings that have changed.
+
+    Raises:
+        ConfigError: it is of another run.
+    """
     old = yaml.safe_load((checkpoint.folder / "config.yaml").read_text())
     new = config.model_dump(mode="json")
     for part in ("model", "seed"):

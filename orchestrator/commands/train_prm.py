@@ -24,6 +24,7 @@ from euphonium.files import written_aside
 from euphonium.generators.conditioning import Conditioning, stack_conditionings
 from euphonium.generators.generator import Generator, images_for
 from euphonium.generators.registry import open_generator
+from euphonium.locks import writing_alone
 from euphonium.rewards.total import total_weight, weighted_total
 from euphonium.wire.records import Array
 from learners.rewards.preference import TENTHS, read_latent
@@ -58,6 +59,11 @@ def train_prm(config: PrmConfig, say: PrintLine) -> list[float]:
         TrainingError: the group was lost for good, or the loss is not finite.
     """
     config = absolute_paths(config)
+    with writing_alone([(config.run_dir, "output_dir"), (config.target, "target")]):
+        return _train_alone(config, say)
+
+
+def _train_alone(config: PrmConfig, say: PrintLine) -> list[float]:
     # A recipe's mistakes show before samples are drawn for hours.
     open_generator(config.model).build_trunk(config.blocks)
     config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import pytest
 
 from euphonium.config import RunConfig
 from euphonium.errors import CheckpointError
-from orchestrator.commands.launch import RESOLVED, prepare_run_dir
+from orchestrator.commands.launch import RESOLVED, plan_start, prepare_run_dir
 from orchestrator.report.tracking import METRICS_FILE
 
 
@@ -24,7 +24,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew_and_loses
     config = make_config("resume=auto")
     begun(config)
     (config.run_dir / "checkpoints" / "step_000002.tmp-1").mkdir(parents=True)
-    assert prepare_run_dir(config) is None
+    start = plan_start(config)
+    assert start.checkpoint is None
+    prepare_run_dir(config, start)
     assert [file.name for file in config.run_dir.iterdir()] == [RESOLVED]
     (aside,) = config.run_dir.parent.glob(f"{config.run_dir.name}.*")
     assert (aside / METRICS_FILE).is_file()
@@ -35,7 +37,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(make_config: C
     begun(config)
     (config.run_dir / "checkpoints" / "step_000002").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="all its checkpoints are damaged"):
-        prepare_run_dir(config)
+        prepare_run_dir(config, plan_start(config))
     assert (config.run_dir / METRICS_FILE).is_file()
 
 
