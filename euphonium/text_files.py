@@ -149,11 +149,17 @@ def shown(value: object, limit: int = SHOWN) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
+def quoted(text: object) -> str:
+    """A text in quotes, as a message repeats it: escaped where it is not printable, and cut where it is long."""
+    whole = str(text)
+    return repr(whole) if len(whole) <= SHOWN else repr(whole[:SHOWN]) + "..."
+
+
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {shown(twice)!r} is given twice")
+        raise ValueError(f"the key {quoted(twice)} is given twice")
     return found
 
 

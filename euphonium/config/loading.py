@@ -16,7 +16,7 @@ from euphonium.config.explain import Mistake, explain, mistakes
 from euphonium.config.run import RunConfig
 from euphonium.config.yaml_files import KeyPath, parse_yaml
 from euphonium.errors import ConfigError
-from euphonium.text_files import has_surrogates, read_text, shown
+from euphonium.text_files import has_surrogates, quoted, read_text, shown
 
 _C = TypeVar("_C", bound=BaseModel)
 
@@ -55,7 +55,7 @@ class _Source:
         if base is not None:
             where = f"{places[('extends',)]}: extends: "
             if not isinstance(base, str):
-                raise ConfigError(f"{where}the name of one other recipe, got {shown(base)!r}")
+                raise ConfigError(f"{where}the name of one other recipe, got {quoted(base)}")
             self.read(file.parent / user_path(base), (*seen, file), where)
         _merge(self.values, values)
         self.places.update(places)
@@ -63,7 +63,7 @@ class _Source:
     def override(self, text: str) -> None:
         """Applies one ``a.b=c``; the value is parsed as YAML, so numbers, lists and null work."""
         key, separator, raw = text.partition("=")
-        where = f"override {shown(text)!r}"
+        where = f"override {quoted(text)}"
         if not separator or not key:
             raise ConfigError(f"{where} is not of the form key.subkey=value")
         if has_surrogates(text):

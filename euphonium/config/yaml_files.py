@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import yaml
 
 from euphonium.errors import ConfigError
-from euphonium.text_files import has_surrogates, shown
+from euphonium.text_files import has_surrogates, quoted, shown
 
 KeyPath = tuple[str | int, ...]
 
@@ -93,7 +93,7 @@ class _Reader:
                 raise ConfigError(f"{place}: a key of {_key(path)} is a list or a mapping; keys are names")
             key = str(key_node.value)
             if key in own:
-                raise ConfigError(f"{place}: the key {shown(key)!r} is given twice; leave one out")
+                raise ConfigError(f"{place}: the key {quoted(key)} is given twice; leave one out")
             own.add(key)
             _refuse_surrogates(key, place)
         # Merged values first, so that the mapping's own come over them.
@@ -141,7 +141,7 @@ def _scalar(node: yaml.ScalarNode, path: KeyPath, place: str) -> object:
         value: object = loader.construct_object(node, deep=True)
     except (ValueError, LookupError) as error:
         # An explicit tag that the text does not fit, or an integer of thousands of digits.
-        raise ConfigError(f"{place}: {_key(path)} is no readable value: {shown(node.value)!r}; correct it") from error
+        raise ConfigError(f"{place}: {_key(path)} is no readable value: {quoted(node.value)}; correct it") from error
     finally:
         loader.dispose()
     if isinstance(value, str) and node.style is None:
@@ -176,7 +176,7 @@ def as_number(text: str) -> str | float:
 
 def _refuse_surrogates(text: str, place: str) -> None:
     if has_surrogates(text):
-        raise ConfigError(f"{place}: {shown(text)!r} holds half of a character; write the character itself")
+        raise ConfigError(f"{place}: {quoted(text)} holds half of a character; write the character itself")
 
 
 def _key(path: KeyPath) -> str:

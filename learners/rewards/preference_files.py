@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from euphonium.config import PreferencesConfig
 from euphonium.errors import ConfigError
-from euphonium.text_files import file_beside, parse_json, read_lines, shown
+from euphonium.text_files import file_beside, parse_json, quoted, read_lines, shown
 
 Pairs = NDArray[np.int64]
 UNLABELLED = -1
@@ -150,7 +150,7 @@ class _Rows:
             raise ConfigError(f"{place}: a line is an object with a prompt and samples, see docs/reward_training.md")
         known = {"prompt", "image"} | ({"sample", "label"} if "sample" in row else {"winner", "loser", "tie"})
         if unknown := sorted(set(row) - known):
-            raise ConfigError(f"{place}: unknown field {shown(unknown[0])!r}; known here: {', '.join(sorted(known))}")
+            raise ConfigError(f"{place}: unknown field {quoted(unknown[0])}; known here: {', '.join(sorted(known))}")
         prompt = self.prompts.setdefault(_text(row, "prompt", place), len(self.prompts))
         if "image" in row:
             self._image(row, place)

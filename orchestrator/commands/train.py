@@ -7,6 +7,7 @@ answers; heavy libraries are imported after the lock, so that a second start end
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 
 from euphonium.config import RunConfig
@@ -26,8 +27,9 @@ def train_policy(config: RunConfig, say: Callable[[str], None], *, verbose: bool
     """
     with writing_alone([(config.run_dir, "output_dir")]):
         from orchestrator.commands.launch import is_complete, plan_start, preflight, prepare_run_dir
-        from orchestrator.pools.ray_session import connect_ray
+        from orchestrator.pools.ray_session import connect_ray, reach_cluster
 
+        reach_cluster(os.environ.get("RAY_ADDRESS", ""))
         preflight(config)
         start = plan_start(config)
         checkpoint = start.checkpoint

@@ -66,9 +66,11 @@ def train_prm(config: PrmConfig, say: PrintLine) -> list[float]:
 def _train_alone(config: PrmConfig, say: PrintLine) -> list[float]:
     # A recipe's mistakes show before samples are drawn for hours.
     open_generator(config.model).build_trunk(config.blocks)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    for prompts in (config.prompts.train, config.prompts.evaluation) if config.prompts is not None else ():
+        read_prompts(prompts, "prompts")
     torch.set_num_threads(config.threads)
     with cluster(config):
+        config.run_dir.mkdir(parents=True, exist_ok=True)
         if config.preferences is None:
             for part in PARTS:
                 _draw(config, part, say)
