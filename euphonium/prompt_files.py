@@ -83,7 +83,7 @@ def _json_prompt(line: str, where: str, folder: Path) -> Prompt:
         or not {"prompt"} <= set(entry) <= {"prompt", "image"}
         or not all(isinstance(value, str) for value in entry.values())
     ):
-        raise ConfigError(f'{where}: a line is an object with the key "prompt", perhaps "image", and texts')
+        raise ConfigError(f'{where}: a line should be an object with the key "prompt", perhaps "image", and texts')
     text = entry["prompt"].strip()
     if not text:
         raise ConfigError(f"{where}: the prompt is empty; give it a text, or leave the line out")

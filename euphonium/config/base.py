@@ -30,25 +30,29 @@ def expanded(path: str) -> str:
         ValueError: no file can have it: it is empty, or too long, or holds a character that paths cannot.
     """
     if not path:
-        raise ValueError("a path is wanted, this one is empty")
+        raise ValueError("this path is empty; give one")
     if "\0" in path:
-        raise ValueError("a path cannot hold a NUL character")
+        raise ValueError("a path cannot hold a NUL character; leave it out")
     if path.startswith("~"):
         whole = os.path.expanduser(path)
         if whole.startswith("~"):
-            raise ValueError(f"there is no home folder for {path.partition('/')[0]!r}")
+            raise ValueError(f"there is no home folder for {path.partition('/')[0]!r}; write the path out")
         path = whole
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
-        raise ValueError("a path cannot hold half of a surrogate pair") from None
+        raise ValueError("a path cannot hold half of a character; write the character itself") from None
     if len(encoded) > LONGEST_PATH or any(len(part) > LONGEST_NAME for part in encoded.split(b"/")):
         raise ValueError(f"too long: file names have at most {LONGEST_NAME} bytes, paths {LONGEST_PATH}")
     return path
 
 
-def user_path(path: str | Path) -> Path:
-    """A path of the command line, as :func:`expanded` leaves it.
+def user_path(path: str | Path, field: str = "") -> Path:
+    """A path of the command line or of a recipe's ``extends``, as :func:`expanded` leaves it.
+
+    Args:
+        path: the path.
+        field: what names it, for errors.
 
     Raises:
         ConfigError: no file can have it.
@@ -56,7 +60,7 @@ def user_path(path: str | Path) -> Path:
     try:
         return Path(expanded(str(path)))
     except ValueError as error:
-        raise ConfigError(f"{str(path)[:LONGEST_NAME]!r}: {error}; give another path") from error
+        raise ConfigError(f"{field and field + ': '}{str(path)[:LONGEST_NAME]!r}: {error}") from error
 
 
 # A file or folder; and one that may be the name of something on the hub instead.

@@ -21,6 +21,9 @@ from euphonium.text_files import has_surrogates, quoted, read_text, shown
 _C = TypeVar("_C", bound=BaseModel)
 
 
+OPTIONS = "`euphonium options` lists all fields"
+
+
 class _Source:
     """The merged values of a recipe and its overrides, with the file and line that each of them comes from."""
 
@@ -55,8 +58,8 @@ class _Source:
         if base is not None:
             where = f"{places[('extends',)]}: extends: "
             if not isinstance(base, str):
-                raise ConfigError(f"{where}the name of one other recipe, got {quoted(base)}")
-            self.read(file.parent / user_path(base), (*seen, file), where)
+                raise ConfigError(f"{where}give the name of one other recipe, got {quoted(base)}")
+            self.read(file.parent / user_path(base, where.removesuffix(": ")), (*seen, file), where)
         _merge(self.values, values)
         self.places.update(places)
 
@@ -74,9 +77,9 @@ class _Source:
         for depth, part in enumerate(path[:-1], start=1):
             target = _entered(target, part)
             if target is None:
-                raise ConfigError(f"{where}: there is no {shown('.'.join(map(str, path[:depth])))}")
+                raise ConfigError(f"{where}: there is no {shown('.'.join(map(str, path[:depth])))}; {OPTIONS}")
         if not _put(target, path[-1], value):
-            raise ConfigError(f"{where}: {shown(key)} is not an entry of the list")
+            raise ConfigError(f"{where}: {shown(key)} is not an entry of the list; {OPTIONS}")
         self.places = {p: w for p, w in self.places.items() if p[: len(path)] != path}
         for length in range(1, len(path) + 1):
             self.places.setdefault(path[:length], where)

@@ -219,7 +219,7 @@ class EvaluationConfig(Node):
     """ODE steps."""
     prompts: PositiveInt = 16
     """Held-out prompts, spread evenly over the file."""
-    samples_per_prompt: PositiveInt = 1
+    samples_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Samples a prompt, each from noise of its own."""
     seed: Seed = 1_000_003
     """Seed of the noise; apart from the run's seed, so that runs compare on the same noise."""

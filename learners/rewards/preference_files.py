@@ -147,7 +147,9 @@ class _Rows:
     def add(self, line: str, place: str) -> None:
         row = parse_json(line, place)
         if not isinstance(row, dict):
-            raise ConfigError(f"{place}: a line is an object with a prompt and samples, see docs/reward_training.md")
+            raise ConfigError(
+                f"{place}: a line should be an object with a prompt and samples, see docs/reward_training.md"
+            )
         known = {"prompt", "image"} | ({"sample", "label"} if "sample" in row else {"winner", "loser", "tie"})
         if unknown := sorted(set(row) - known):
             raise ConfigError(f"{place}: unknown field {quoted(unknown[0])}; known here: {', '.join(sorted(known))}")

@@ -329,7 +329,8 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _failed(message: str, status: int) -> int:
-    sys.stderr.write(f"error: {message}\n")
+    # What people gave is part of it, and must not reach a terminal as it is.
+    sys.stderr.write("error: " + "\n".join(shown(line, 2000) for line in message.split("\n")) + "\n")
     return status
 
 
