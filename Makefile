@@ -28,8 +28,8 @@ test: setup ## Run the tests that CI runs.
 	$(BIN)/mypy
 	$(BIN)/pytest -m "not slow"
 
-test-all: setup ## Run every test, the long ones too.
-	$(BIN)/pytest
+test-all: setup ## Run every test, the long ones too, and 10,000 examples in each fuzz test.
+	EUPHONIUM_FUZZ_EXAMPLES=10000 $(BIN)/pytest
 
 lint: setup ## Check style and types.
 	$(BIN)/ruff check .
