@@ -270,7 +270,7 @@ def options(
     listed = fields_with_reward_options(tree)
     shown = [field for field in listed if field.path.startswith(prefix) or f"[type={prefix}]" in field.path]
     if not shown:
-        raise ConfigError(f"no field begins with {prefix!r}; `euphonium options` lists all")
+        raise ConfigError(f"no field begins with {quoted(prefix)}; `euphonium options` lists all")
     for field in shown:
         say(f"{field.path}  ({field.kind}, {field.default})\n    {field.description}")
 

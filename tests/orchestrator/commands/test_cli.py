@@ -27,6 +27,9 @@ from orchestrator.commands.cli import run_command
         (["trian", "x"], "No such command 'trian'"),
         (["--verbose"], "No such option: --verbose"),
         (["scale", "run", "rollout=0"], "rollout=6"),
+        (["scale", "run", "rollout=" + "9" * 5000], "rollout=6"),
+        (["scale", "run", "9" * 5000], "rollout=6"),
+        (["options", "x" * 5000], "`euphonium options` lists all"),
     ],
 )
 def test_arguments_that_do_not_fit_end_in_a_line(
