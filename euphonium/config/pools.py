@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt
+from euphonium.text_files import quoted
 
 
 def _share(gpus: float) -> float:
@@ -24,7 +25,7 @@ def _whole(gpus: float) -> float:
 def _custom(resources: dict[str, float]) -> dict[str, float]:
     for name in resources:
         if name.lower() in ("cpu", "gpu", "memory", "object_store_memory"):
-            raise ValueError(f"{name!r} is no custom resource; CPUs and GPUs are num_cpus and num_gpus")
+            raise ValueError(f"{quoted(name)} is no custom resource; CPUs and GPUs are num_cpus and num_gpus")
     return resources
 
 

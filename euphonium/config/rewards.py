@@ -14,7 +14,7 @@ OnFailure = Literal["drop_group", "abort"]
 class OutcomeRewardConfig(Node):
     """One outcome reward, which scores finished samples."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=80)]
     """Name in metrics and logs."""
     type: str
     """Short name of a built-in reward (docs/rewards.md), or ``package.module:Class`` of your own."""

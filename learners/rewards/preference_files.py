@@ -178,8 +178,8 @@ class _Rows:
         text, image = _text(row, "prompt", place), self._file(row, "image", place)
         if self.images.setdefault(text, image) != image:
             raise ConfigError(
-                f"{place}: field 'image': the prompt {text!r} already has the image {self.images[text]}; word the "
-                "prompts differently"
+                f"{place}: field 'image': the prompt {quoted(text)} already has the image {self.images[text]}; "
+                "word the prompts differently"
             )
 
     def _sample(self, row: Mapping[str, object], name: str, prompt: int, place: str) -> int:

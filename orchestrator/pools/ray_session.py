@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,6 +24,7 @@ NAMESPACE = "euphonium-"
 CONTROL = "control"
 LEFTOVERS_TIMEOUT_S = 60.0
 REACH_TIMEOUT_S = 15.0
+NONE_RUNS = "no Ray cluster is running on this machine, and RAY_ADDRESS names none: is the job running?"
 
 
 def connect_ray(namespace: str, *, verbose: bool) -> None:
@@ -40,16 +42,18 @@ def connect_ray(namespace: str, *, verbose: bool) -> None:
     _quiet_ray()
     named = os.environ.get("RAY_ADDRESS", "")
     reach_cluster(named)
+    options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.WARNING, "log_to_driver": verbose}
+    if not named and (noted := _noted_cluster()) and not _answers(noted):
+        options["address"] = "local"
     import ray
 
-    options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.WARNING, "log_to_driver": verbose}
     try:
         ray.init(**options)
     except ConnectionError as error:
         if named:
             raise PreflightError(_unreachable(named, one_line(error))) from error
-        # Ray still has the address of a cluster that has ended.
-        _start_here(options)
+        # Ray still has the address of a cluster that has ended since.
+        _start_here(options | {"address": "local"})
     except Exception as error:  # Ray raises bare exceptions where its processes do not come up
         raise PreflightError(_not_started(named, error)) from error
 
@@ -58,7 +62,7 @@ def _start_here(options: Mapping[str, Any]) -> None:
     import ray
 
     try:
-        ray.init(address="local", **options)
+        ray.init(**options)
     except Exception as error:
         raise PreflightError(_not_started("", error)) from error
 
@@ -70,25 +74,26 @@ def join_ray() -> None:
         PreflightError: there is none, or it does not answer.
     """
     _quiet_ray()
-    named = os.environ.get("RAY_ADDRESS")
-    if named:
-        reach_cluster(named)
-    elif any(_asked(address) == "asks for a token" for address in _clusters_here()):
-        _send_token()
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address:
+        reach_cluster(address)
+    else:
+        known = [place for place in (_noted_cluster(), *_clusters_here()) if place]
+        address = next(filter(_answers, known), "")
+        if not address:
+            raise PreflightError(NONE_RUNS)
     import ray
 
     try:
-        ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except ray.exceptions.AuthenticationError as error:
         raise PreflightError(
             "the cluster asks for a token: put it into ~/.ray/auth_token, or name its file in RAY_AUTH_TOKEN_PATH"
         ) from error
     except ConnectionError as error:
-        raise PreflightError(
-            "no Ray cluster is running on this machine, and RAY_ADDRESS names none: is the job running?"
-        ) from error
+        raise PreflightError(NONE_RUNS) from error
     except Exception as error:
-        raise PreflightError(_not_started(named or "", error)) from error
+        raise PreflightError(_not_started(address, error)) from error
 
 
 def reach_cluster(address: str) -> None:
@@ -113,6 +118,20 @@ def reach_cluster(address: str) -> None:
         time.sleep(0.5)
     if answer == "asks for a token":
         _send_token()
+
+
+def _noted_cluster() -> str:
+    """Address that ``ray start`` noted on this machine, and that Ray joins by itself; the cluster may have ended."""
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    return note.read_text().strip() if note.is_file() else ""
+
+
+def _answers(address: str) -> bool:
+    """Whether a cluster answers at an address; makes Ray send its token if it asks for one."""
+    answer = _asked(address)
+    if answer == "asks for a token":
+        _send_token()
+    return answer in ("answers", "asks for a token")
 
 
 def _clusters_here() -> list[str]:

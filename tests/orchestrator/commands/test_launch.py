@@ -14,7 +14,7 @@ from euphonium.config import RunConfig, dump_config
 from euphonium.errors import CheckpointError, ConfigError, PreflightError
 from orchestrator.commands.launch import RESOLVED, plan_start, preflight, prepare_run_dir
 from orchestrator.commands.train import train_policy
-from orchestrator.pools.ray_session import connect_ray
+from orchestrator.pools.ray_session import connect_ray, join_ray
 from orchestrator.report.tracking import METRICS_FILE, Tracker
 from orchestrator.state.checkpoints import CheckpointStore, RunState
 
@@ -179,6 +179,22 @@ def test_a_cluster_that_does_not_answer_ends_the_command(
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"error: RAY_ADDRESS: no Ray cluster answers at {address} (")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_cluster_that_has_ended_but_left_its_address_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    asked: list[object] = []
+    monkeypatch.setattr("ray.init", lambda **options: asked.append(options["address"]))
+    connect_ray("euphonium-x", verbose=False)
+    assert asked == ["local"]
+    monkeypatch.setattr("orchestrator.pools.ray_session._clusters_here", lambda: ["127.0.0.1:2"])
+    with pytest.raises(PreflightError, match="no Ray cluster is running"):
+        join_ray()
 
 
 def test_ray_that_does_not_start_says_so_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
