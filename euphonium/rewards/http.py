@@ -26,6 +26,8 @@ SAFETENSORS = "application/octet-stream"
 # Far more than scores need; a server that sends more is not a scorer.
 MAX_ANSWER_BYTES = 1 << 22
 CHUNK = 1 << 16
+# ValueError and OverflowError: the length of a chunk that is no number, or none that fits.
+BROKEN_ANSWERS = (URLError, HTTPException, OSError, ValueError, OverflowError)
 
 
 class _NoRedirect(HTTPRedirectHandler):
@@ -51,7 +53,7 @@ def _said(error: HTTPError) -> str:
     """The beginning of what a server says about its error, as far as it comes."""
     try:
         said = error.read(300)
-    except (HTTPException, OSError):
+    except BROKEN_ANSWERS:
         return ""
     return f": {shown(said.decode('utf-8', 'replace'), 300)}" if said else ""
 
@@ -121,7 +123,7 @@ class HttpReward:
             raise RewardError(
                 f"{self.url} did not answer within {self.timeout_s} s; see to the server, or raise timeout_s"
             ) from error
-        except (URLError, HTTPException, OSError) as error:
+        except BROKEN_ANSWERS as error:
             if isinstance(getattr(error, "reason", None), TimeoutError):
                 raise RewardError(
                     f"{self.url} did not answer within {self.timeout_s} s; see to the server, or raise timeout_s"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -82,7 +82,14 @@ def server() -> Iterator[tuple[str, Answer]]:
     http.server_close()
 
 
+HUGE_CHUNK = {"Transfer-Encoding": "chunked"}
+
+
 @fuzz()
+@example(status=200, kind="", body=b"f" * 20 + b"\r\n", length=None, headers=HUGE_CHUNK)
+@example(status=500, kind="", body=b"f" * 20 + b"\r\n", length=None, headers=HUGE_CHUNK)
+@example(status=200, kind="", body=b"-9\r\n", length=None, headers=HUGE_CHUNK)
+@example(status=500, kind="", body=b"", length=1000, headers={})
 @given(
     status=st.sampled_from([200, 200, 200, 201, 204, 301, 307, 400, 401, 418, 429, 500, 503, 999]),
     kind=KINDS, body=BODIES, length=st.sampled_from([None, None, None, 0, 1, 1000]),
