@@ -82,13 +82,13 @@ def server() -> Iterator[tuple[str, Answer]]:
     http.server_close()
 
 
-HUGE_CHUNK = {"Transfer-Encoding": "chunked"}
+ODD_CHUNK = {"Transfer-Encoding": "chunked"}
 
 
 @fuzz()
-@example(status=200, kind="", body=b"f" * 20 + b"\r\n", length=None, headers=HUGE_CHUNK)
-@example(status=500, kind="", body=b"f" * 20 + b"\r\n", length=None, headers=HUGE_CHUNK)
-@example(status=200, kind="", body=b"-9\r\n", length=None, headers=HUGE_CHUNK)
+@example(status=200, kind="", body=b"-" + b"f" * 20 + b"\r\n", length=None, headers=ODD_CHUNK)
+@example(status=500, kind="", body=b"-" + b"f" * 20 + b"\r\n", length=None, headers=ODD_CHUNK)
+@example(status=200, kind="", body=b"-9\r\n", length=None, headers=ODD_CHUNK)
 @example(status=500, kind="", body=b"", length=1000, headers={})
 @given(
     status=st.sampled_from([200, 200, 200, 201, 204, 301, 307, 400, 401, 418, 429, 500, 503, 999]),
