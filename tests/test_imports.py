@@ -46,7 +46,7 @@ LIBRARY = {
     "config": {"dynamics", "errors", "text_files"},
     "wire": {"config", "errors", "files"},
     "generators": {"config", "dynamics", "errors", "files", "prompt_files", "wire"},
-    "rewards": {"config", "dynamics", "errors", "files", "generators", "prompt_files", "wire"},
+    "rewards": {"config", "dynamics", "errors", "files", "generators", "prompt_files", "text_files", "wire"},
     "embedded": {
         "config",
         "dynamics",
