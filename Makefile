@@ -28,7 +28,7 @@ test: setup ## Run the tests that CI runs.
 	$(BIN)/mypy
 	$(BIN)/pytest -m "not slow"
 
-test-all: setup ## Run every test, the long ones too, with many more damaged models.
+test-all: setup ## Run every test, the long ones too, and 10,000 examples of what goes wrong.
 	EUPHONIUM_FUZZ_EXAMPLES=$${EUPHONIUM_FUZZ_EXAMPLES:-10000} $(BIN)/pytest
 
 lint: setup ## Check style and types.

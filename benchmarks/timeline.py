@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from euphonium.config import RunConfig, load_config
-from orchestrator.commands.launch import prepare_run_dir
+from orchestrator.commands.launch import plan_start, prepare_run_dir
 from orchestrator.commands.paths import absolute_paths
 
 COLOURS = {
@@ -47,7 +47,7 @@ def trace(config: RunConfig) -> list[dict[str, Any]]:
     from orchestrator.lifecycle import execute
     from orchestrator.run import Run
 
-    prepare_run_dir(config)
+    prepare_run_dir(config, plan_start(config))
     ray.init(address="local", namespace="timeline", log_to_driver=False, logging_level="ERROR")
     try:
         asyncio.run(execute(Run(config, "timeline", None)))

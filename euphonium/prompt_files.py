@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from euphonium.errors import ConfigError
+from euphonium.text_files import file_beside, parse_json, read_lines
 
 MAX_CHARACTERS = 4000
+ENDINGS = (".txt", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Prompt:
 def read_prompt_file(path: Path, field: str) -> list[Prompt]:
     """Reads a ``.txt`` file (one prompt a line) or a ``.jsonl`` file (objects with ``prompt`` and perhaps ``image``).
 
-    Blank lines and, in ``.txt`` files, lines that begin with ``#`` are skipped. Image paths are relative to the file.
+    Blank lines and, in ``.txt`` files, lines that begin with ``#`` are skipped. Image paths are relative to the file;
+    upper and lower case of the file's ending are the same.
 
     Args:
         path: the file.
@@ -37,21 +39,21 @@ def read_prompt_file(path: Path, field: str) -> list[Prompt]:
     Raises:
         ConfigError: the file cannot be read, or a line is not valid; names file and line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{field}: cannot read {path}: {error}") from error
+    lines = read_lines(path, field, ENDINGS, _advice(path))
+    is_json = path.suffix.lower() == ".jsonl"
     prompts = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip() or (path.suffix != ".jsonl" and line.startswith("#")):
+        if not line.strip() or (not is_json and line.startswith("#")):
             continue
         where = f"{path}:{number}"
-        prompt = _json_prompt(line, where, path.parent) if path.suffix == ".jsonl" else Prompt(line.strip())
+        prompt = _json_prompt(line, where, path.parent) if is_json else Prompt(line.strip())
         if len(prompt.text) > MAX_CHARACTERS:
-            raise ConfigError(f"{where}: the prompt has {len(prompt.text)} characters, more than {MAX_CHARACTERS}")
+            raise ConfigError(
+                f"{where}: the prompt has {len(prompt.text)} characters; shorten it to {MAX_CHARACTERS} or fewer"
+            )
         prompts.append(prompt)
     if not prompts:
-        raise ConfigError(f"{field}: {path} holds no prompt")
+        raise ConfigError(f"{field}: {path} holds no prompt; give one a line")
     return prompts
 
 
@@ -75,19 +77,20 @@ def prompt_images(files: Sequence[Path]) -> dict[str, Path]:
 
 
 def _json_prompt(line: str, where: str, folder: Path) -> Prompt:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not valid JSON: {error.msg}") from error
+    entry = parse_json(line, where)
     if (
         not isinstance(entry, dict)
         or not {"prompt"} <= set(entry) <= {"prompt", "image"}
         or not all(isinstance(value, str) for value in entry.values())
     ):
-        raise ConfigError(f'{where}: a line is an object with the key "prompt", perhaps "image", and texts')
-    if "image" not in entry:
-        return Prompt(entry["prompt"].strip())
-    image = (folder / entry["image"]).resolve()
-    if not image.is_file():
-        raise ConfigError(f"{where}: there is no image {image}; images are given relative to the file")
-    return Prompt(entry["prompt"].strip(), image)
+        raise ConfigError(f'{where}: a line should be an object with the key "prompt", perhaps "image", and texts')
+    text = entry["prompt"].strip()
+    if not text:
+        raise ConfigError(f"{where}: the prompt is empty; give it a text, or leave the line out")
+    return Prompt(text, file_beside(folder, entry["image"], f"{where}: image") if "image" in entry else None)
+
+
+def _advice(path: Path) -> str:
+    if path.suffix.lower() != ".json":
+        return ""
+    return 'Of a JSON list, such as videos2caption.json, make a .jsonl file of {"prompt": "its caption"} in every line'

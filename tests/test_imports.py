@@ -40,14 +40,44 @@ def library_parts(path: Path) -> set[str]:
     return names
 
 
-# Inside the library; errors, files, prompt_files and weight_files import nothing of ours but errors.
+# Inside the library; the modules beside its packages import nothing of ours but each other.
 LIBRARY = {
     "dynamics": set(),
-    "config": {"dynamics", "errors"},
+    "config": {"dynamics", "errors", "text_files"},
     "wire": {"config", "errors", "files"},
-    "generators": {"config", "dynamics", "errors", "files", "prompt_files", "weight_files", "wire"},
-    "rewards": {"config", "dynamics", "errors", "files", "generators", "prompt_files", "weight_files", "wire"},
-    "embedded": {"config", "dynamics", "errors", "files", "generators", "prompt_files", "rewards", "wire"},
+    "generators": {
+        "config",
+        "dynamics",
+        "errors",
+        "files",
+        "passes",
+        "prompt_files",
+        "text_files",
+        "weight_files",
+        "wire",
+    },
+    "rewards": {
+        "config",
+        "dynamics",
+        "errors",
+        "files",
+        "generators",
+        "prompt_files",
+        "text_files",
+        "weight_files",
+        "wire",
+    },
+    "embedded": {
+        "config",
+        "dynamics",
+        "errors",
+        "files",
+        "generators",
+        "prompt_files",
+        "rewards",
+        "text_files",
+        "wire",
+    },
 }
 
 

@@ -3,39 +3,100 @@
 from __future__ import annotations
 
 import difflib
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from euphonium.text_files import shown
+
 Path = tuple[str | int, ...]
 
 
-def path_of(item: ErrorDetails) -> Path:
-    """Path of the value that an error is about, without the parts that pydantic adds for its own types."""
-    return tuple(p for p in item["loc"] if not (isinstance(p, str) and p.startswith(("function-", "is-inst", "[key]"))))
+@dataclass(frozen=True)
+class Mistake:
+    """One thing that is wrong with the values that were read.
+
+    Attributes:
+        path: the key.
+        kind: pydantic's name of the error.
+        message: pydantic's message.
+        given: the value.
+        choice: key of the field that takes values of several kinds, if the error is about one of the kinds.
+    """
+
+    path: Path
+    kind: str
+    message: str
+    given: object
+    choice: Path | None = None
 
 
-def explain(model: type[BaseModel], item: ErrorDetails, root: str = "the recipe") -> str:
-    """The message for one error: the key, what is wrong with it, and the nearest known key for an unknown one.
+def mistakes(errors: Sequence[ErrorDetails], values: object) -> list[Mistake]:
+    """What is wrong with values: each thing once, where a field takes several kinds of values and none fits.
+
+    Args:
+        errors: ``ValidationError.errors()``.
+        values: what was validated; it tells keys from the parts that pydantic adds to them for its own types.
+    """
+    found: list[Mistake] = []
+    all_of_them = [_mistake(item, values) for item in errors]
+    for mistake in all_of_them:
+        others = [other for other in all_of_them if other.choice == mistake.choice]
+        if mistake.choice is None or len(others) == 1:
+            found.append(mistake)
+        elif any(len(other.path) > len(mistake.choice) for other in others):
+            # The value is of one of the kinds, with a mistake inside: that it is of no other kind is no news.
+            if len(mistake.path) > len(mistake.choice):
+                found.append(mistake)
+        elif mistake is others[0]:
+            messages = ", or ".join(dict.fromkeys(other.message for other in others))
+            found.append(Mistake(mistake.choice, mistake.kind, messages, mistake.given))
+    return found
+
+
+def _mistake(item: ErrorDetails, values: Any) -> Mistake:
+    path: Path = ()
+    choice, here = None, values
+    for number, part in enumerate(item["loc"], start=1):
+        if _holds(here, part):
+            path, here = (*path, part), here[part]
+        elif item["type"] == "missing" and number == len(item["loc"]):
+            path = (*path, part)
+        elif choice is None:
+            choice = path
+    message = item["msg"].removeprefix("Value error, ").replace("is not a valid path for <class 'pathlib.Path'>",
+                                                                "should be a path")  # fmt: skip
+    return Mistake(path, item["type"], message[:1].lower() + message[1:], item["input"], choice)
+
+
+def _holds(values: Any, part: str | int) -> bool:
+    if isinstance(values, list | tuple):
+        return isinstance(part, int) and part < len(values)
+    return isinstance(values, Mapping) and part in values
+
+
+def explain(model: type[BaseModel], mistake: Mistake, root: str = "the recipe") -> str:
+    """The message for one mistake: the key, what is wrong with it, and the nearest known key for an unknown one.
 
     Args:
         model: root of the tree that was read.
-        item: one entry of ``ValidationError.errors()``.
+        mistake: one of :func:`mistakes`.
         root: what to call the values as a whole, where an error is about no single key.
     """
-    path = path_of(item)
-    key = ".".join(map(str, path)) or root
-    if item["type"] == "extra_forbidden":
+    path = mistake.path
+    key = shown(".".join(map(str, path))) or root
+    if mistake.kind == "extra_forbidden":
         known = fields_at(model, path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
         advice = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known) or 'none'}"
         return f"unknown key {key!r}; {advice}"
-    if item["type"] == "missing":
+    if mistake.kind == "missing":
         return f"{key!r} is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(item["input"], dict | list | BaseModel) else f", got {item['input']!r}"
-    return f"{key}: {message[0].lower() + message[1:]}{given}"
+    given = "" if isinstance(mistake.given, dict | list | BaseModel) else f", got {shown(repr(mistake.given))}"
+    return f"{key}: {mistake.message}{given}"
 
 
 def fields_at(model: type[BaseModel], path: Path) -> list[str]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from euphonium.config import foreign as foreign_names
-from euphonium.config.explain import explain, path_of
+from euphonium.config.base import user_path
+from euphonium.config.explain import Mistake, explain, mistakes
 from euphonium.config.run import RunConfig
+from euphonium.config.yaml_files import KeyPath, parse_yaml
 from euphonium.errors import ConfigError
+from euphonium.text_files import has_surrogates, quoted, read_text, shown
 
 _C = TypeVar("_C", bound=BaseModel)
-_Path = tuple[str | int, ...]
+
+
+OPTIONS = "`euphonium options` lists all fields"
 
 
 class _Source:
@@ -24,9 +29,9 @@ class _Source:
 
     def __init__(self) -> None:
         self.values: dict[str, object] = {}
-        self.places: dict[_Path, str] = {}
+        self.places: dict[KeyPath, str] = {}
 
-    def place(self, path: _Path) -> str:
+    def place(self, path: KeyPath) -> str:
         """File and line of a value, or of its nearest parent that has one."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.places:
@@ -41,56 +46,48 @@ class _Source:
             seen: recipes that extend it, directly or not.
             wanted_by: file and line that name it, as the beginning of an error.
         """
-        file = file.resolve()
+        file = Path(os.path.realpath(file))
         if file in seen:
             chain = " -> ".join(map(_shown, (*seen, file)))
             raise ConfigError(f"{wanted_by}the recipe extends itself: {chain}")
-        try:
-            text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{wanted_by}cannot read the recipe {_shown(file)}: {error.strerror}") from error
-        try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f"{_shown(file)}:{mark.line + 1}" if mark else _shown(file)
-            raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{_shown(file)}: a recipe is a mapping of keys to values")
-        places: dict[_Path, str] = {}
-        values = _mapping(node, file, (), places)
+        text = read_text(file, wanted_by.removesuffix(": "))
+        values, places = parse_yaml(text, _shown(file), lines=True)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{_shown(file)}: a recipe is a mapping of keys to values; give the path of a recipe")
         base = values.pop("extends", None)
         if base is not None:
             where = f"{places[('extends',)]}: extends: "
             if not isinstance(base, str):
-                raise ConfigError(f"{where}the name of one other recipe, got {base!r}")
-            self.read(file.parent / base, (*seen, file), where)
+                raise ConfigError(f"{where}give the name of one other recipe, got {quoted(base)}")
+            self.read(file.parent / user_path(base, where.removesuffix(": ")), (*seen, file), where)
         _merge(self.values, values)
         self.places.update(places)
 
     def override(self, text: str) -> None:
         """Applies one ``a.b=c``; the value is parsed as YAML, so numbers, lists and null work."""
         key, separator, raw = text.partition("=")
+        where = f"override {quoted(text)}"
         if not separator or not key:
-            raise ConfigError(f"override {text!r} is not of the form key.subkey=value")
-        try:
-            value = yaml.safe_load(raw) if raw else None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {text!r}: the value is not valid YAML") from error
-        # YAML 1.1 reads 1e-4 as a string; everybody means the number.
-        if isinstance(value, str):
-            value = _as_number(value)
-        path: _Path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+            raise ConfigError(f"{where} is not of the form key.subkey=value")
+        if has_surrogates(text):
+            raise ConfigError(f"{where} is not UTF-8; write it in UTF-8")
+        value, _ = parse_yaml(raw, where, lines=False)
+        path: KeyPath = tuple(map(_part, key.split(".")))
         target: object = self.values
         for depth, part in enumerate(path[:-1], start=1):
             target = _entered(target, part)
             if target is None:
-                raise ConfigError(f"override {text!r}: there is no {'.'.join(map(str, path[:depth]))}")
+                raise ConfigError(f"{where}: there is no {shown('.'.join(map(str, path[:depth])))}; {OPTIONS}")
         if not _put(target, path[-1], value):
-            raise ConfigError(f"override {text!r}: {key} is not an entry of the list")
+            raise ConfigError(f"{where}: {shown(key)} is not an entry of the list; {OPTIONS}")
         self.places = {p: w for p, w in self.places.items() if p[: len(path)] != path}
         for length in range(1, len(path) + 1):
-            self.places.setdefault(path[:length], f"override {text!r}")
+            self.places.setdefault(path[:length], where)
+
+
+def _part(text: str) -> str | int:
+    """A part of an override's key: the number of a list's entry, or a name."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else text
 
 
 def _entered(target: object, part: str | int) -> object:
@@ -146,13 +143,13 @@ def load_config(
         override 'scales=0.1': unknown key 'scales'; did you mean 'scale'?
     """
     source = _Source()
-    source.read(Path(recipe))
+    source.read(user_path(recipe))
     for text in overrides:
         source.override(text)
     try:
         return model.model_validate(source.values)
     except ValidationError as error:
-        lines = [_explain(model, source, item) for item in error.errors()]
+        lines = [_explain(model, source, mistake) for mistake in mistakes(error.errors(), source.values)]
         count = f"{len(lines)} mistakes" if len(lines) > 1 else "a mistake"
         raise ConfigError(f"{count} in {recipe}:\n  " + "\n  ".join(lines)) from None
 
@@ -162,54 +159,17 @@ def dump_config(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _explain(model: type[BaseModel], source: _Source, item: ErrorDetails) -> str:
+def _explain(model: type[BaseModel], source: _Source, mistake: Mistake) -> str:
     """One error with its file and line; for another project's setting it says what that is called here."""
-    path = path_of(item)
+    path = mistake.path
     place = source.place(path)
-    if item["type"] != "extra_forbidden" or model is not RunConfig:
-        return f"{place}: {explain(model, item)}"
+    if mistake.kind != "extra_forbidden" or model is not RunConfig:
+        return f"{place}: {explain(model, mistake)}"
     key = ".".join(map(str, path))
-    if known_elsewhere := foreign_names.advice(path, item["input"]):
+    if known_elsewhere := foreign_names.advice(path, mistake.given):
         return f"{place}: unknown key {key!r}; {'; '.join(known_elsewhere)}"
     similar = foreign_names.similar(str(path[-1]))
-    return f"{place}: {explain(model, item)}" + (f"; {similar}" if similar else "")
-
-
-def _mapping(node: yaml.MappingNode, file: Path, path: _Path, places: dict[_Path, str]) -> dict[str, object]:
-    """The values of a mapping by key; records file and line of every key in ``places``."""
-    places[path] = f"{_shown(file)}:{node.start_mark.line + 1}"
-    result: dict[str, object] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        if key in result:
-            raise ConfigError(f"{_shown(file)}:{key_node.start_mark.line + 1}: the key {key!r} is given twice")
-        result[key] = _construct(value_node, file, (*path, key), places)
-        places[(*path, key)] = f"{_shown(file)}:{key_node.start_mark.line + 1}"
-    return result
-
-
-def _construct(node: yaml.Node, file: Path, path: _Path, places: dict[_Path, str]) -> object:
-    if isinstance(node, yaml.MappingNode):
-        return _mapping(node, file, path, places)
-    places[path] = f"{_shown(file)}:{node.start_mark.line + 1}"
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(item, file, (*path, i), places) for i, item in enumerate(node.value)]
-    loader = yaml.SafeLoader("")
-    try:
-        value = loader.construct_object(node, deep=True)
-    finally:
-        loader.dispose()
-    plain = isinstance(node, yaml.ScalarNode) and node.style is None
-    return _as_number(value) if plain and isinstance(value, str) else value
-
-
-def _as_number(text: str) -> str | float:
-    if text[:1] in "+-.0123456789" and "e" in text.lower():
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    return text
+    return f"{place}: {explain(model, mistake)}" + (f"; {similar}" if similar else "")
 
 
 def _merge(base: dict[str, object], upper: Mapping[str, object]) -> None:

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt
+from euphonium.text_files import quoted
+
+
+def _share(gpus: float) -> float:
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError("Ray gives out parts of one GPU, or several whole ones")
+    return gpus
+
+
+def _whole(gpus: float) -> float:
+    if gpus not in (0, 1):
+        raise ValueError("a learner takes one whole GPU (1), or none (0)")
+    return gpus
+
+
+def _custom(resources: dict[str, float]) -> dict[str, float]:
+    for name in resources:
+        if name.lower() in ("cpu", "gpu", "memory", "object_store_memory"):
+            raise ValueError(f"{quoted(name)} is no custom resource; CPUs and GPUs are num_cpus and num_gpus")
+    return resources
 
 
 class ShareConfig(Node):
@@ -14,9 +34,9 @@ class ShareConfig(Node):
 
     num_cpus: NonNegativeFloat = 1.0
     """CPUs that each reserves."""
-    num_gpus: NonNegativeFloat = 0.0
-    """GPUs that each reserves: a fraction for actors that share one, 0 or 1 for learners."""
-    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    num_gpus: Annotated[NonNegativeFloat, AfterValidator(_share)] = 0.0
+    """GPUs that each reserves; a fraction for actors that share one."""
+    resources: Annotated[dict[str, PositiveFloat], AfterValidator(_custom)] = Field(default_factory=dict)
     """Custom Ray resources that each reserves, for example ``{rollout: 1}``."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes that may run it, for example ``{pool: rollout}``; Ray's operators may be used
@@ -87,6 +107,9 @@ class OrmPoolConfig(RewardPoolConfig):
 
 class LearnerPoolConfig(ShareConfig, _Workers):
     """Size of the learner group, the resources of each worker, and how they train."""
+
+    num_gpus: Annotated[float, AfterValidator(_whole)] = 0.0
+    """GPUs that each worker reserves: 1, or 0 to train on CPUs."""
 
     max_failures: NonNegativeInt = 2
     """How often the group may be restarted from the latest checkpoint."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from euphonium.config.base import Decay, Name, Node, NonNegativeFloat
+from euphonium.config.base import Decay, Name, Node, NonNegativeFloat, PathOrHubId, Seed, Steps, UserPath
 from euphonium.config.pools import LearnerPoolConfig
 from euphonium.config.rewards import OutcomeRewardConfig
 from euphonium.config.sampling import ModelConfig, PromptsConfig
@@ -16,9 +16,9 @@ from euphonium.config.sampling import ModelConfig, PromptsConfig
 class PreferencesConfig(Node):
     """Preferences in JSON lines: pairs, or samples with binary labels that are paired within their prompt."""
 
-    train: Path
+    train: UserPath
     """File of the training preferences; paths in it are relative to its folder."""
-    held_out: Path | None = None
+    held_out: UserPath | None = None
     """File of the preferences that accuracy is measured on; null holds prompts of ``train`` out."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the prompts of ``train`` that is held out where no file is."""
@@ -58,11 +58,11 @@ class RewardTrainingConfig(Node):
 
     name: Name
     """Name of the training and of its folder."""
-    output_dir: Path = Path("runs")
+    output_dir: UserPath = Path("runs")
     """Where its folder is made."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of samples, pairs and noise."""
-    target: Path
+    target: UserPath
     """Folder that the trained model is written to."""
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights on disk."""
@@ -97,7 +97,7 @@ class PairsConfig(Node):
     """Samples of every training prompt."""
     held_out_samples_per_prompt: Annotated[int, Field(ge=2)] = 16
     """Samples of every held-out prompt, for the accuracy."""
-    num_steps: PositiveInt = 10
+    num_steps: Steps = 10
     """ODE steps of the samples."""
     shift: PositiveFloat = 3.0
     """Time shift of the samples."""
@@ -138,7 +138,7 @@ class PrmConfig(RewardTrainingConfig):
 class BackboneConfig(Node):
     """The vision-language model under the scalar head, and what it sees of a video."""
 
-    path: str
+    path: PathOrHubId
     """Folder or hub id of an InternVL model of transformers, for example ``OpenGVLab/InternVL3-1B-hf``."""
     revision: str | None = None
     """Commit of the hub repository; leave unset for a folder."""

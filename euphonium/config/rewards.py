@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from euphonium.config.base import Node, NonNegativeFloat
+from euphonium.config.base import Node, NonNegativeFloat, PathOrHubId
 
 OnFailure = Literal["drop_group", "abort"]
 
@@ -15,7 +15,7 @@ OnFailure = Literal["drop_group", "abort"]
 class OutcomeRewardConfig(Node):
     """One outcome reward, which scores finished samples."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=80)]
     """Name in metrics and logs."""
     type: str
     """Short name of a built-in reward (docs/rewards.md), or ``package.module:Class`` of your own."""
@@ -59,7 +59,7 @@ class PrmRefreshConfig(Node):
 class ProcessRewardConfig(Node):
     """The process reward model, which scores noisy states."""
 
-    path: str
+    path: PathOrHubId
     """Folder of a trained process reward model."""
     weight: float = 1.0
     """Weight of the process advantage; 0 keeps the gradient guidance alone."""

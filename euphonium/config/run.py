@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import PositiveInt, model_validator
 
-from euphonium.config.base import Name, Node
+from euphonium.config.base import Name, Node, Seed, UserPath
 from euphonium.config.pools import PoolsConfig
 from euphonium.config.rewards import AdvantageConfig, RewardsConfig
 from euphonium.config.sampling import EvaluationConfig, ModelConfig, PromptsConfig, RolloutConfig, SamplerConfig
@@ -22,13 +22,13 @@ class RunConfig(Node):
 
     name: Name
     """Name of the run and of its folder."""
-    output_dir: Path = Path("runs")
+    output_dir: UserPath = Path("runs")
     """Where run folders are made."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the prompts' order, of noise and of the choice of trained steps."""
     iterations: PositiveInt
     """RL iterations."""
-    resume: Literal["auto", "never"] | Path = "auto"
+    resume: Literal["auto", "never"] | UserPath = "auto"
     """``auto`` goes on from the run's newest good checkpoint, ``never`` refuses to touch an old run's folder
     (it is moved aside), a path starts from that checkpoint."""
 
@@ -51,7 +51,7 @@ class RunConfig(Node):
         _every_update_has_a_group(self.objective, self.rollout)
         _some_reward_is_trained(self.advantage, self.rewards)
         _learner_still_has_the_old_policy(self.objective, self.rollout)
-        _best_of_fits_the_group(self.advantage, self.rollout)
+        _best_of_fits_the_group(self.advantage, self.rewards, self.rollout)
         _members_of_each_strength_compare(self.sampler, self.advantage, self.rollout)
         _outcome_rewards_rank(self)
         return self
@@ -96,8 +96,12 @@ def _every_update_has_a_group(objective: ObjectiveConfig, rollout: RolloutConfig
         )
 
 
+def _outcome_weights(advantage: AdvantageConfig, rewards: RewardsConfig) -> list[float]:
+    return [] if advantage.mode == "process" else [reward.weight for reward in rewards.outcome]
+
+
 def _some_reward_is_trained(advantage: AdvantageConfig, rewards: RewardsConfig) -> None:
-    weights = [] if advantage.mode == "process" else [reward.weight for reward in rewards.outcome]
+    weights = _outcome_weights(advantage, rewards)
     if advantage.mode != "outcome" and rewards.process is not None:
         weights.append(rewards.process.weight)
     if not any(weights):
@@ -112,8 +116,14 @@ def _learner_still_has_the_old_policy(objective: ObjectiveConfig, rollout: Rollo
         )
 
 
-def _best_of_fits_the_group(advantage: AdvantageConfig, rollout: RolloutConfig) -> None:
+def _best_of_fits_the_group(advantage: AdvantageConfig, rewards: RewardsConfig, rollout: RolloutConfig) -> None:
     best_of = advantage.best_of
+    weights = _outcome_weights(advantage, rewards)
+    if best_of is not None and not any(weights):
+        raise ValueError(
+            "advantage.best_of ranks the samples of a group by their outcome rewards, none of which is trained on: "
+            "give one a weight, let advantage.mode include them, or leave advantage.best_of out"
+        )
     if best_of is not None and 2 * best_of > rollout.group_size:
         raise ValueError(f"advantage.best_of takes {2 * best_of} of {rollout.group_size} samples of a group")
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt
+from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt, PathOrHubId, Seed, Steps, UserPath
 
 if TYPE_CHECKING:
     from euphonium.dynamics import Guidance, StepTable
@@ -28,7 +27,7 @@ class LoraConfig(Node):
 class ModelConfig(Node):
     """The generator, and the shape of its samples."""
 
-    path: str
+    path: PathOrHubId
     """Folder or hub id of a diffusers pipeline."""
     revision: str | None = None
     """Commit of the hub repository; leave unset for a folder."""
@@ -65,9 +64,9 @@ class PromptsConfig(Node):
     For image-to-video the object also has an ``image``: a file, relative to the prompts', that rollout actors read.
     """
 
-    train: Path
+    train: UserPath
     """Prompts that rollouts draw from."""
-    evaluation: Path
+    evaluation: UserPath
     """Held-out prompts; a prompt that is also in ``train`` is refused."""
 
 
@@ -148,7 +147,7 @@ class MovingWindowConfig(Node):
     """Steps that a sliding window moves at a time."""
     every: PositiveInt = 1
     """Iterations that a sliding window stays in one place."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of a random window."""
 
 
@@ -159,7 +158,7 @@ class SamplerConfig(Node):
     """Transition law of the stochastic sampler; ``ddim`` is for models that predict the noise."""
     eta: PositiveFloat
     """Noise level; its meaning depends on the law (docs/methods.md)."""
-    num_steps: PositiveInt
+    num_steps: Steps
     """Sampling steps T."""
     shift: PositiveFloat = 1.0
     """Time shift s of the noise schedule (flow matching)."""
@@ -247,13 +246,13 @@ class EvaluationConfig(Node):
 
     every: PositiveInt = 10
     """Iterations between evaluations; the first is before training, the last after it."""
-    num_steps: PositiveInt = 30
+    num_steps: Steps = 30
     """ODE steps."""
     prompts: PositiveInt = 16
     """Held-out prompts, spread evenly over the file."""
-    samples_per_prompt: PositiveInt = 1
+    samples_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Samples a prompt, each from noise of its own."""
-    seed: int = 1_000_003
+    seed: Seed = 1_000_003
     """Seed of the noise; apart from the run's seed, so that runs compare on the same noise."""
     clips: NonNegativeInt = 8
     """Clips saved as pictures in ``samples/``."""

@@ -20,11 +20,14 @@ from torch import Tensor
 from euphonium.config import Node
 from euphonium.errors import ConfigError, RewardError
 from euphonium.rewards.frames import check_videos, quantised
+from euphonium.text_files import quoted, shown
 
 SAFETENSORS = "application/octet-stream"
 # Far more than scores need; a server that sends more is not a scorer.
 MAX_ANSWER_BYTES = 1 << 22
 CHUNK = 1 << 16
+# ValueError and OverflowError: the length of a chunk that is no number, or none that fits.
+BROKEN_ANSWERS = (URLError, HTTPException, OSError, ValueError, OverflowError)
 
 
 class _NoRedirect(HTTPRedirectHandler):
@@ -35,6 +38,24 @@ class _NoRedirect(HTTPRedirectHandler):
     ) -> None:
         """Returns None, so that the redirect's status becomes an error."""
         return
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        # Reading the port checks it.
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _said(error: HTTPError) -> str:
+    """The beginning of what a server says about its error, as far as it comes."""
+    try:
+        said = error.read(300)
+    except BROKEN_ANSWERS:
+        return ""
+    return f": {shown(said.decode('utf-8', 'replace'), 300)}" if said else ""
 
 
 class HttpReward:
@@ -66,9 +87,9 @@ class HttpReward:
         Raises:
             ConfigError: not an http(s) address, or the variable is not set.
         """
-        parts, token_env = urlsplit(options.url), options.token_env
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"option url: {options.url!r} is no http:// or https:// address")
+        token_env = options.token_env
+        if not _is_address(options.url):
+            raise ConfigError(f"option url: {quoted(options.url)} is no http:// or https:// address; give one")
         self.url = options.url
         self.timeout_s = options.timeout_s
         self.dtype = options.dtype
@@ -92,19 +113,22 @@ class HttpReward:
                 while chunk := answer.read1(CHUNK):
                     held += chunk
                     if len(held) > MAX_ANSWER_BYTES:
-                        raise RewardError(f"{self.url} answered more than {MAX_ANSWER_BYTES} bytes")
+                        raise RewardError(f"{self.url} answered more than {MAX_ANSWER_BYTES} bytes; scores are a few")
                     if time.monotonic() > deadline:
                         raise TimeoutError
                 return answer.headers.get_content_type(), bytes(held)
         except HTTPError as error:
-            said = error.read(300).decode("utf-8", "replace")
-            raise RewardError(f"{self.url} answered HTTP {error.code}: {said}") from error
+            raise RewardError(f"{self.url} answered HTTP {error.code}{_said(error)}; see to the server") from error
         except TimeoutError as error:
-            raise RewardError(f"{self.url} did not answer within {self.timeout_s} s") from error
-        except (URLError, HTTPException, OSError) as error:
+            raise RewardError(
+                f"{self.url} did not answer within {self.timeout_s} s; see to the server, or raise timeout_s"
+            ) from error
+        except BROKEN_ANSWERS as error:
             if isinstance(getattr(error, "reason", None), TimeoutError):
-                raise RewardError(f"{self.url} did not answer within {self.timeout_s} s") from error
-            raise RewardError(f"cannot reach {self.url}: {error}") from error
+                raise RewardError(
+                    f"{self.url} did not answer within {self.timeout_s} s; see to the server, or raise timeout_s"
+                ) from error
+            raise RewardError(f"cannot reach {self.url}: {shown(error)}; see to the server, or correct url") from error
 
     def _scores(self, content_type: str, body: bytes) -> Tensor:
         """Reads the scores in an answer, float32, of any shape."""
@@ -140,9 +164,12 @@ class HttpReward:
         try:
             scores = self._scores(content_type, answer)
         except Exception as error:  # whatever a foreign server sends must end as an error of this reward
-            raise RewardError(f"{self.url} answered something unreadable: {error}") from error
+            raise RewardError(
+                f"{self.url} answered something unreadable: {shown(error)}; docs/rewards.md says what it should answer"
+            ) from error
         if scores.shape != (len(videos),) or not bool(torch.isfinite(scores).all()):
             raise RewardError(
-                f"{self.url} answered {scores.tolist()!r:.300} for {len(videos)} videos: not one finite number a video"
+                f"{self.url} answered {scores.tolist()!r:.300} for {len(videos)} videos: not one finite number a "
+                "video; see docs/rewards.md"
             )
         return scores

@@ -14,7 +14,7 @@ from typing import TypeGuard
 from pydantic import ValidationError
 
 from euphonium.config import Node, OutcomeRewardConfig
-from euphonium.config.explain import explain
+from euphonium.config.explain import explain, mistakes
 from euphonium.errors import ConfigError
 from euphonium.rewards.base import OutcomeReward
 from euphonium.rewards.shared import Analyser, SharedReward
@@ -120,7 +120,8 @@ def _made(made_by: Callable[..., object], given: Mapping[str, object], analysers
     try:
         options = kind.model_validate(given)
     except ValidationError as error:
-        raise ConfigError("; ".join(explain(kind, item, "options") for item in error.errors())) from None
+        found = mistakes(error.errors(), given)
+        raise ConfigError("; ".join(explain(kind, mistake, "options") for mistake in found)) from None
     analyser_class = made_by.analyser_class if _shares(made_by) else None
     return made_by(options, _analyser(analyser_class, options, analysers)) if analyser_class else made_by(options)
 

@@ -11,7 +11,6 @@ the prompt's videos begin with, in one of its lines or in all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +20,11 @@ from numpy.typing import NDArray
 
 from euphonium.config import PreferencesConfig
 from euphonium.errors import ConfigError
+from euphonium.text_files import file_beside, parse_json, quoted, read_lines, shown
 
 Pairs = NDArray[np.int64]
 UNLABELLED = -1
+ENDINGS = (".jsonl",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +92,14 @@ def read_preferences(path: Path, name: str) -> PreferenceTable:
     Raises:
         ConfigError: the file cannot be read, or a line is not valid; names file, line and field.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name}: cannot read {path}: {error}") from error
+    lines = read_lines(path, name, ENDINGS)
     rows = _Rows(path.parent)
     for number, line in enumerate(lines, start=1):
         if line.strip():
             rows.add(line, f"{path}:{number}")
     table = rows.table()
     if not len(table.pairs) and not len(table.ties) and not (table.label != UNLABELLED).any():
-        raise ConfigError(f"{name}: {path} holds no preference")
+        raise ConfigError(f"{name}: {path} holds no preference; give one a line")
     return table
 
 
@@ -147,15 +145,14 @@ class _Rows:
     images: dict[str, Path] = field(default_factory=dict)
 
     def add(self, line: str, place: str) -> None:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{place}: not valid JSON: {error}") from error
+        row = parse_json(line, place)
         if not isinstance(row, dict):
-            raise ConfigError(f"{place}: not a JSON object")
+            raise ConfigError(
+                f"{place}: a line should be an object with a prompt and samples, see docs/reward_training.md"
+            )
         known = {"prompt", "image"} | ({"sample", "label"} if "sample" in row else {"winner", "loser", "tie"})
         if unknown := sorted(set(row) - known):
-            raise ConfigError(f"{place}: unknown field {unknown[0]!r}; known here: {', '.join(sorted(known))}")
+            raise ConfigError(f"{place}: unknown field {quoted(unknown[0])}; known here: {', '.join(sorted(known))}")
         prompt = self.prompts.setdefault(_text(row, "prompt", place), len(self.prompts))
         if "image" in row:
             self._image(row, place)
@@ -163,34 +160,33 @@ class _Rows:
             sample = self._sample(row, "sample", prompt, place)
             label = row.get("label")
             if label not in (0, 1):
-                raise ConfigError(f"{place}: field 'label' must be 0 or 1, got {label!r}")
+                raise ConfigError(f"{place}: field 'label' must be 0 or 1, got {shown(repr(label))}")
             if self.labels.setdefault(sample, int(label)) != label:
                 raise ConfigError(f"{place}: field 'label': the sample already has the label {1 - int(label)}")
             return
         pair = self._sample(row, "winner", prompt, place), self._sample(row, "loser", prompt, place)
         if pair[0] == pair[1]:
-            raise ConfigError(f"{place}: fields 'winner' and 'loser' name the same file")
+            raise ConfigError(
+                f"{place}: fields 'winner' and 'loser' name the same file; a sample is not better than itself"
+            )
         tie = row.get("tie", False)
         if not isinstance(tie, bool):
-            raise ConfigError(f"{place}: field 'tie' must be true or false, got {tie!r}")
+            raise ConfigError(f"{place}: field 'tie' must be true or false, got {shown(repr(tie))}")
         (self.ties if tie else self.pairs).append(pair)
 
     def _image(self, row: Mapping[str, object], place: str) -> None:
-        text, image = _text(row, "prompt", place), self.folder / _text(row, "image", place)
-        if not image.is_file():
-            raise ConfigError(f"{place}: field 'image': there is no file {image}")
+        text, image = _text(row, "prompt", place), self._file(row, "image", place)
         if self.images.setdefault(text, image) != image:
             raise ConfigError(
-                f"{place}: field 'image': the prompt {text!r} already has the image {self.images[text]}; word the "
-                "prompts differently"
+                f"{place}: field 'image': the prompt {quoted(text)} already has the image {self.images[text]}; "
+                "word the prompts differently"
             )
 
     def _sample(self, row: Mapping[str, object], name: str, prompt: int, place: str) -> int:
-        path = self.folder / _text(row, name, place)
-        key = (prompt, path)
-        if key not in self.samples and not path.is_file():
-            raise ConfigError(f"{place}: field {name!r}: there is no file {path}")
-        return self.samples.setdefault(key, len(self.samples))
+        return self.samples.setdefault((prompt, self._file(row, name, place)), len(self.samples))
+
+    def _file(self, row: Mapping[str, object], name: str, place: str) -> Path:
+        return file_beside(self.folder, _text(row, name, place), f"{place}: field {name!r}")
 
     def table(self) -> PreferenceTable:
         prompt = np.array([prompt for prompt, _ in self.samples], dtype=np.int64)
@@ -211,8 +207,8 @@ class _Rows:
 
 def _text(row: Mapping[str, object], name: str, place: str) -> str:
     if name not in row:
-        raise ConfigError(f"{place}: field {name!r} is missing")
+        raise ConfigError(f"{place}: field {name!r} is missing; add it")
     value = row[name]
     if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"{place}: field {name!r} must be a text, got {value!r}")
+        raise ConfigError(f"{place}: field {name!r} must be a text, got {shown(repr(value))}")
     return value

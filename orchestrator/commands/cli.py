@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from euphonium.errors import ConfigError, EuphoniumError
+from euphonium.text_files import has_surrogates, quoted, shown
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -34,7 +36,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Recipe = Annotated[Path, typer.Argument(help="YAML recipe, for example recipes/embedded/euphonium.yaml.")]
+# What the parser raises for arguments that do not fit; only its subclass is exported.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def _file(text: str) -> Path:
+    """A path argument; ``~`` stays for us where the shell leaves it, as in ``--output=~/clips``."""
+    from euphonium.config.base import user_path
+
+    return user_path(text)
+
+
+def _prompt(text: str) -> str:
+    if has_surrogates(text) or not text.strip():
+        raise ConfigError(f"--prompt {quoted(text)}: a prompt is a text in UTF-8, and not empty")
+    return text
+
+
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initial noise.")]
+Recipe = Annotated[
+    Path,
+    typer.Argument(parser=_file, metavar="RECIPE", help="YAML recipe, for example recipes/embedded/euphonium.yaml."),
+]
 ProtocolOption = Annotated[
     Literal["implicit", "inference_rgg", "distilled"] | None,
     typer.Option(
@@ -61,37 +84,12 @@ def train(
     Joins the running Ray cluster, or starts one on this machine. SIGTERM and Ctrl-C write a checkpoint and end with
     status 0; the same command then goes on from there.
     """
-    import asyncio
-
     from euphonium.config import RunConfig, load_config
-    from orchestrator.commands.launch import is_complete, preflight, prepare_run_dir
     from orchestrator.commands.paths import absolute_paths
-    from orchestrator.pools.ray_session import connect_ray
+    from orchestrator.commands.train import train_policy
 
     config: RunConfig = absolute_paths(load_config(recipe, overrides or []))
-    preflight(config)
-    checkpoint = prepare_run_dir(config)
-    say(f"run {config.name}: {config.run_dir}")
-    if checkpoint is not None:
-        say(f"resuming from {checkpoint.folder} (iteration {checkpoint.state.iteration})")
-        if is_complete(config, checkpoint):
-            say(f"nothing to do: {config.iterations} iterations are done")
-            return
-    namespace = f"euphonium-{config.name}"
-    connect_ray(namespace, verbose=verbose)
-    import ray
-
-    from orchestrator.lifecycle import execute
-    from orchestrator.run import Run
-
-    try:
-
-        async def main() -> None:
-            await execute(Run(config, namespace, checkpoint))
-
-        asyncio.run(main())
-    finally:
-        ray.shutdown()
+    train_policy(config, say, verbose=verbose)
 
 
 @app.command()
@@ -151,20 +149,11 @@ def _ask(call: ObjectRef[_T], timeout_s: float) -> _T:
 @app.command()
 def validate(recipe: Recipe, overrides: Overrides = None) -> None:
     """Check a recipe, its files and its arithmetic, and print the resolved configuration; starts nothing."""
-    import os
-
     from euphonium.config import RunConfig, dump_config, load_config
-    from euphonium.config.foreign import ineffective_variables
     from orchestrator.commands.launch import preflight
     from orchestrator.commands.paths import absolute_paths
 
     config: RunConfig = load_config(recipe, overrides or [])
-    ineffective = ineffective_variables(os.environ)
-    if ineffective:
-        raise ConfigError(
-            "the environment configures nothing here; unset these and put them into the recipe or an override:\n  "
-            + "\n  ".join(ineffective)
-        )
     plan = preflight(absolute_paths(config))
     say(dump_config(config))
     width = max(map(len, plan))
@@ -174,11 +163,19 @@ def validate(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="Exported pipeline, checkpoint, or run folder.")],
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="What to draw; may be given several times.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the clips.")] = Path("generated"),
-    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="ODE steps; default: that of evaluation.num_steps.")] = None,
+    model: Annotated[
+        Path, typer.Argument(parser=_file, metavar="MODEL", help="Exported pipeline, checkpoint, or run folder.")
+    ],
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", "-p", parser=_prompt, help="What to draw; may be given several times.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=_file, metavar="FOLDER", help="Folder for the clips.")
+    ] = Path("generated"),
+    seed: Seed = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="ODE steps; default: that of evaluation.num_steps.")
+    ] = None,
     protocol: ProtocolOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
@@ -186,21 +183,25 @@ def generate(
 ) -> None:
     """Draw clips from a trained model and save them as GIFs with a contact sheet."""
     from euphonium.config import EvaluationConfig
-    from orchestrator.commands.inference import Drawing, generate_clips
+    from euphonium.locks import writing_alone
 
     steps = EvaluationConfig().num_steps if steps is None else steps
-    drawing = Drawing(seed=seed, steps=steps, protocol=protocol, size=_given(height=height, width=width, frames=frames))
-    for path in generate_clips(model, prompt, output, drawing):
-        say(str(path))
+    with writing_alone([(output, "--output")]):
+        from orchestrator.commands.inference import Drawing, generate_clips
+
+        size = _given(height=height, width=width, frames=frames)
+        drawing = Drawing(seed=seed, steps=steps, protocol=protocol, size=size)
+        for path in generate_clips(model, prompt, output, drawing):
+            say(str(path))
 
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Checkpoint or run folder.")],
+    model: Annotated[Path, typer.Argument(parser=_file, metavar="MODEL", help="Checkpoint or run folder.")],
     base: Annotated[bool, typer.Option("--base", help="Evaluate the generator before training instead.")] = False,
-    prompts: Annotated[int | None, typer.Option(help="Held-out prompts; default: the run's.")] = None,
-    samples_per_prompt: Annotated[int | None, typer.Option(help="Samples a prompt; default: the run's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the noise; default: the run's.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Held-out prompts; default: the run's.")] = None,
+    samples_per_prompt: Annotated[int | None, typer.Option(min=1, help="Samples a prompt; default: the run's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the noise; default: the run's.")] = None,
     protocol: ProtocolOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
@@ -247,20 +248,25 @@ def train_orm_command(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="Checkpoint or run folder.")],
-    output: Annotated[Path, typer.Argument(help="New folder for the diffusers pipeline.")],
+    model: Annotated[Path, typer.Argument(parser=_file, metavar="MODEL", help="Checkpoint or run folder.")],
+    output: Annotated[
+        Path, typer.Argument(parser=_file, metavar="OUTPUT", help="New folder for the diffusers pipeline.")
+    ],
     policy: Annotated[bool, typer.Option("--policy", help="The policy itself, not its moving average.")] = False,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="The low-rank adapter alone, for ``pipeline.load_lora_weights``.")
     ] = False,
 ) -> None:
     """Write a checkpoint as a folder that ``diffusers.DiffusionPipeline.from_pretrained`` loads."""
-    from orchestrator.commands.inference import open_checkpoint
-    from orchestrator.export_policy import export_adapter, export_checkpoint
+    from euphonium.locks import writing_alone
 
-    checkpoint, config = open_checkpoint(model)
-    write = export_adapter if adapter else export_checkpoint
-    write(checkpoint.folder, config, output, policy=policy)
+    with writing_alone([(output, "OUTPUT")]):
+        from orchestrator.commands.inference import open_checkpoint
+        from orchestrator.export_policy import export_adapter, export_checkpoint
+
+        checkpoint, config = open_checkpoint(model)
+        write = export_adapter if adapter else export_checkpoint
+        write(checkpoint.folder, config, output, policy=policy)
     say(str(output))
 
 
@@ -280,7 +286,7 @@ def options(
     listed = fields_with_reward_options(tree)
     shown = [field for field in listed if field.path.startswith(prefix) or f"[type={prefix}]" in field.path]
     if not shown:
-        raise ConfigError(f"no field begins with {prefix!r}; `euphonium options` lists all")
+        raise ConfigError(f"no field begins with {quoted(prefix)}; `euphonium options` lists all")
     for field in shown:
         say(f"{field.path}  ({field.kind}, {field.default})\n    {field.description}")
 
@@ -292,31 +298,56 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    """Entry point of the console script: turns the application's errors into a message and an exit status."""
+    """Entry point of the console script: turns errors into a line, and into an exit status (euphonium/errors.py)."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     for chatty in ("ray", "diffusers", "transformers", "httpx", "DeepSpeed"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # A terminal may not have every character of a prompt.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # A console script does not look for modules where it is called, but recipes name rewards of people's own by module.
     # Behind everything else, so that nothing there takes the place of a library.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    status: Any = 0
-    try:
-        app()
-    except SystemExit as end:
-        status = end.code or 0
-    except EuphoniumError as error:
-        sys.stderr.write(f"error: {error}\n")
-        status = error.exit_status
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        sys.stderr.write(f"error: {error}. Make room; the same command then goes on from the newest checkpoint\n")
-        status = EuphoniumError.exit_status
+    status = run_command(sys.argv[1:] or ["--help"])
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: Ray Train's thread may still be in a call, and shutting the interpreter down meanwhile has crashed.
     os._exit(status)
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs one command; returns its exit status, after a line on stderr if it is not 0."""
+    try:
+        result = app(list(arguments), prog_name="euphonium", standalone_mode=False)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except EuphoniumError as error:
+        return _failed(str(error), error.exit_status)
+    except _UsageError as error:
+        context: typer.Context | None = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "euphonium"
+        what = " ".join(error.format_message().rstrip(".").split())
+        return _failed(f"{shown(what, 500)}; see {command} --help", ConfigError.exit_status)
+    except typer.Abort:
+        return _failed("stopped", EuphoniumError.exit_status)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _failed(
+                f"{error}. Make room; the same command then goes on from the newest checkpoint",
+                EuphoniumError.exit_status,
+            )
+        if error.filename is None:
+            raise
+        return _failed(f"{shown(error.filename, 1000)}: {error.strerror}; see to the path", EuphoniumError.exit_status)
+    return result if isinstance(result, int) else 0
+
+
+def _failed(message: str, status: int) -> int:
+    # What people gave is part of it, and must not reach a terminal as it is.
+    sys.stderr.write("error: " + "\n".join(shown(line, 2000) for line in message.split("\n")) + "\n")
+    return status
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ Both ask the control desk alone (orchestrator/desk.py), so that a busy run loop 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from euphonium.errors import ConfigError, PreflightError
+from euphonium.text_files import quoted
 from euphonium.wire.records import RunSnapshot
 from orchestrator.pools.ray_session import CONTROL, NAMESPACE
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 ROLES = ("rollout", "prm", "orm", "learner")
 ANSWER_TIMEOUT_S = 30.0
+_SIZE = re.compile("[1-9][0-9]{0,5}")
 
 
 def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:
@@ -30,8 +33,10 @@ def parse_sizes(arguments: Sequence[str]) -> dict[str, int]:
     sizes = {}
     for argument in arguments:
         role, _, number = argument.partition("=")
-        if role not in ROLES or not number.isdecimal() or int(number) < 1:
-            raise ConfigError(f"{argument!r}: a pool and its size are wanted, for example rollout=6; pools: {ROLES}")
+        if role not in ROLES or not _SIZE.fullmatch(number):
+            raise ConfigError(
+                f"{quoted(argument)}: a pool and its size are wanted, for example rollout=6; pools: {', '.join(ROLES)}"
+            )
         sizes[role] = int(number)
     return sizes
 
@@ -58,7 +63,7 @@ def find_desk(run: str | None) -> tuple[str, ActorProxy[Desk]]:
     if run is None and len(runs) == 1:
         (run,) = runs
     if run is None or run not in runs:
-        which = f"no run named {run}" if run is not None else "no run" if not runs else "more than one run"
+        which = f"no run named {quoted(run)}" if run is not None else "no run" if not runs else "more than one run"
         raise PreflightError(f"the cluster has {which}; it has: {', '.join(sorted(runs)) or 'none'}")
     return run, named_actor(Desk, CONTROL, runs[run])
 

@@ -17,6 +17,7 @@ import torch
 
 from euphonium.config import GuidanceConfig, ModelConfig, RunConfig, load_config
 from euphonium.errors import CheckpointError, ConfigError
+from euphonium.files import MANIFEST
 from euphonium.generators.sample_size import SampleSize, read_sample_size
 from euphonium.rewards.total import total_weight, weighted_total
 from euphonium.wire.devices import local_device
@@ -40,9 +41,15 @@ def open_checkpoint(path: Path) -> tuple[Checkpoint, RunConfig]:
     if (path / "checkpoints").is_dir():
         checkpoint = CheckpointStore(path / "checkpoints", keep_last=1).newest()
         if checkpoint is None:
-            raise CheckpointError(f"{path} holds no good checkpoint")
-    else:
+            raise CheckpointError(
+                f"{path} holds no good checkpoint; let the run write one, or give another run's folder"
+            )
+    elif (path / MANIFEST).is_file():
         checkpoint = verify(path)
+    else:
+        raise CheckpointError(
+            f"{path} holds neither a run nor a checkpoint; give the folder of a run, or one of its checkpoints/step_*"
+        )
     return checkpoint, load_config(checkpoint.folder / CONFIG)
 
 

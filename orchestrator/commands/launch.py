@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from euphonium.config import RunConfig, dump_config
+from euphonium.config.foreign import ineffective_variables
 from euphonium.errors import CheckpointError, ConfigError
+from euphonium.files import written_aside
+from euphonium.locks import refuse_unwritable
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
-from orchestrator.state.checkpoints import Checkpoint, CheckpointStore, verify
+from orchestrator.state.checkpoints import CONFIG, Checkpoint, CheckpointStore, verify
 
 if TYPE_CHECKING:
     from euphonium.dynamics import StepTable
@@ -40,19 +46,24 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     from orchestrator.evaluation import evaluation_set
     from orchestrator.groups.prompts import read_prompts
 
+    refuse_ineffective_variables()
+    refuse_unwritable(config.run_dir, "output_dir")
+    prompts = read_prompts(config.prompts.train, "prompts.train")
+    evaluation_set(config)
+    build_rewards(config.rewards.outcome)
+    # From here on models may be downloaded: what is quickly looked at comes before.
     family = open_generator(config.model)
     check_generator(family)
     shape = family.latent_shape
-    prompts = read_prompts(config.prompts.train, "prompts.train")
-    evaluation_set(config)
     check_pictures(family, config.prompts)
-    build_rewards(config.rewards.outcome)
     if config.rewards.process is not None:
         from euphonium.rewards.process import ProcessRewardModel
 
         ProcessRewardModel.check(Path(config.rewards.process.path), config.model)
     table = family.step_table(config.sampler)
-    kept = select_steps(table, 1, config.objective.timestep_fraction, 0).shape[1]
+    steps = select_steps(table, 1, config.objective.timestep_fraction, 0).shape[1]
+    best_of, size = config.advantage.best_of, config.rollout.group_size
+    trained = size if best_of is None else min(size, 2 * best_of)
     rollout, pools, process = config.rollout, config.pools, config.rewards.process
     refreshes = process is not None and process.refresh is not None
     samples = rollout.prompts_per_iteration * rollout.group_size
@@ -66,8 +77,8 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         "samples per iteration": f"{rollout.prompts_per_iteration} prompts x {rollout.group_size} = {samples}",
         "sampler": f"{config.sampler.law}, {table.num_steps} steps, stochastic {_ranges(table.stochastic_steps)}, "
         f"guided {_ranges(table.guided_steps) or 'none'}",
-        "trained transitions per iteration": samples * kept,
-        "trajectory bytes per iteration": samples * kept * values * 8,
+        "trained transitions per iteration": rollout.prompts_per_iteration * trained * steps,
+        "trajectory bytes per iteration": samples * steps * values * 8,
         "rollout actors": f"{pools.rollout.num_actors} x {pools.rollout.num_gpus:g} GPU",
         "PRM servers": f"{pools.prm.num_actors} x {pools.prm.num_gpus:g} GPU" if process else "none",
         "PRM refresh": f"1 x {pools.refresh_pool.num_gpus:g} GPU" if refreshes else "none",
@@ -109,6 +120,20 @@ def _adapter_plan(config: RunConfig, family: Generator) -> dict[str, str]:
     return {"adapter": "exported added into the weights, or alone (export --adapter)"}
 
 
+def refuse_ineffective_variables() -> None:
+    """Checks that the environment sets nothing that other projects read from it, and this one does not.
+
+    Raises:
+        ConfigError: it does; says what each is called in a recipe.
+    """
+    ineffective = ineffective_variables(os.environ)
+    if ineffective:
+        raise ConfigError(
+            "the environment configures nothing here; unset these and put them into the recipe or an override:\n  "
+            + "\n  ".join(ineffective)
+        )
+
+
 def _ranges(steps: list[int]) -> str:
     """``[0, 1, 2, 5]`` as ``0-2, 5``."""
     parts: list[list[int]] = []
@@ -120,10 +145,21 @@ def _ranges(steps: list[int]) -> str:
     return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
-def prepare_run_dir(config: RunConfig) -> Checkpoint | None:
-    """Creates the run's folder, or finds the checkpoint that an earlier run in it is resumed from.
+@dataclass(frozen=True)
+class Start:
+    """How a run begins.
 
-    Nothing is ever overwritten: with ``resume: never`` an old folder is moved aside.
+    Attributes:
+        checkpoint: what it is resumed from, or None.
+        moves_aside: whether the folder of an earlier run is in its place, and is moved aside first.
+    """
+
+    checkpoint: Checkpoint | None
+    moves_aside: bool = False
+
+
+def plan_start(config: RunConfig) -> Start:
+    """Finds out how a run begins; changes nothing.
 
     Raises:
         CheckpointError: there is an earlier run, but all of its checkpoints are damaged.
@@ -141,21 +177,28 @@ def prepare_run_dir(config: RunConfig) -> Checkpoint | None:
         began = metrics.exists() and metrics.stat().st_size > 0
         if resume == "never" or (began and not store.folders()):
             # A run that was killed before its first checkpoint has nothing to go on from, and starts anew.
-            aside = folder.with_name(f"{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}")
-            folder.rename(aside)
-            log.warning("moved the earlier run %s aside to %s", folder, aside)
-        else:
-            checkpoint = store.newest()
-            if checkpoint is None and began:
-                raise CheckpointError(
-                    f"{folder} holds an earlier run, but all its checkpoints are damaged; take another name=..., or "
-                    "resume=never to move it aside"
-                )
+            return Start(None, moves_aside=True)
+        checkpoint = store.newest()
+        if checkpoint is None and began:
+            raise CheckpointError(
+                f"{folder} holds an earlier run, but all its checkpoints are damaged; take another name=..., or "
+                "resume=never to move it aside"
+            )
     if checkpoint is not None:
-        _check_same_run(checkpoint, config)
+        check_same_run(checkpoint, config)
+    return Start(checkpoint)
+
+
+def prepare_run_dir(config: RunConfig, start: Start) -> None:
+    """Creates the run's folder; nothing is ever overwritten, an old one is moved aside where the plan says so."""
+    folder = config.run_dir
+    if start.moves_aside:
+        aside = folder.with_name(f"{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        folder.rename(aside)
+        log.warning("moved the earlier run %s aside to %s", folder, aside)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESOLVED).write_text(dump_config(config))
-    return checkpoint
+    with written_aside(folder / RESOLVED) as file:
+        file.write_text(dump_config(config), encoding="utf-8")
 
 
 def is_complete(config: RunConfig, checkpoint: Checkpoint) -> bool:
@@ -163,14 +206,19 @@ def is_complete(config: RunConfig, checkpoint: Checkpoint) -> bool:
     done = checkpoint.state.iteration
     if done != config.iterations:
         return done > config.iterations
-    evaluated = any(
-        r["iteration"] == done and "time/evaluation_s" in r for r in read_metrics(config.run_dir / METRICS_FILE)
-    )
+    metrics = config.run_dir / METRICS_FILE
+    records = read_metrics(metrics) if metrics.is_file() else []
+    evaluated = any(record["iteration"] == done and "time/evaluation_s" in record for record in records)
     return evaluated and (config.run_dir / "export").is_dir()
 
 
-def _check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
-    old = yaml.safe_load((checkpoint.folder / "config.yaml").read_text())
+def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Checks that a checkpoint is of the same run, and warns of settings that have changed.
+
+    Raises:
+        ConfigError: it is of another run.
+    """
+    old = yaml.safe_load((checkpoint.folder / CONFIG).read_text(encoding="utf-8"))
     new = config.model_dump(mode="json")
     for part in ("model", "seed"):
         if old.get(part) != new[part]:
@@ -178,6 +226,22 @@ def _check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
                 f"resume: {checkpoint.folder} is of a run with {part}: {old.get(part)}, this one has {new[part]}; "
                 "take another name=... for another run"
             )
+    _refuse_what_the_checkpoint_lacks(checkpoint, old, config)
     for part in sorted(set(new) - {"name", "output_dir", "resume"}):
         if old.get(part) != new[part]:
             log.warning("resuming with other settings in %s: %s -> %s", part, old.get(part), new[part])
+
+
+def _refuse_what_the_checkpoint_lacks(checkpoint: Checkpoint, old: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuses what has to be there from a run's first iteration on, and so is in no checkpoint of a run without it."""
+    kl, old_kl = config.objective.kl, old["objective"].get("kl") or {}
+    if config.optimizer.averages and not old["optimizer"]["ema_decay"]:
+        field, lacks = "optimizer.ema_decay", "moving average of the weights"
+    elif kl is not None and kl.anchor != "none" and old_kl.get("anchor", "none") == "none":
+        field, lacks = "objective.kl.anchor", "policy from before training, which this KL penalty measures from"
+    else:
+        return
+    raise ConfigError(
+        f"{field}: {checkpoint.folder} is of a run that began without it, and holds no {lacks}; leave the field as it "
+        "was, or begin a run with another name=..."
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from euphonium.config import OrmConfig
+from euphonium.locks import writing_alone
 from learners.rewards.preference_files import open_preferences
 from learners.rewards.worker import RESULT_FILE
 from orchestrator.commands.paths import absolute_paths
@@ -27,9 +28,14 @@ def train_orm(config: OrmConfig, say: Callable[[str], None]) -> dict[str, Any]:
         ConfigError: preferences or backbone cannot be used.
         TrainingError: the group was lost for good, or the loss is not finite.
     """
+    config = absolute_paths(config)
+    with writing_alone([(config.run_dir, "output_dir"), (config.target, "target")]):
+        return _train_alone(config, say)
+
+
+def _train_alone(config: OrmConfig, say: Callable[[str], None]) -> dict[str, Any]:
     from euphonium.rewards.outcome_model import OutcomeModel
 
-    config = absolute_paths(config)
     OutcomeModel.from_backbone(config.model, device_map="meta")
     train, held_out = open_preferences(config.preferences, config.seed)
     for part, table in (("training", train), ("held-out", held_out)):

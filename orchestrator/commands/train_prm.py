@@ -27,6 +27,7 @@ from euphonium.generators.conditioning import Conditioning, stack_conditionings
 from euphonium.generators.generator import Generator, images_for
 from euphonium.generators.pictures import check_pictures, require_pictures
 from euphonium.generators.registry import open_generator
+from euphonium.locks import writing_alone
 from euphonium.rewards.registry import build_rewards
 from euphonium.rewards.total import total_weight, weighted_total
 from euphonium.wire.devices import local_device, reserved_device
@@ -63,6 +64,11 @@ def train_prm(config: PrmConfig, say: PrintLine) -> list[float]:
         TrainingError: the group was lost for good, or the loss is not finite.
     """
     config = absolute_paths(config)
+    with writing_alone([(config.run_dir, "output_dir"), (config.target, "target")]):
+        return _train_alone(config, say)
+
+
+def _train_alone(config: PrmConfig, say: PrintLine) -> list[float]:
     # A recipe's mistakes show before samples are drawn for hours.
     family = open_generator(config.model)
     check_generator(family)
@@ -71,9 +77,11 @@ def train_prm(config: PrmConfig, say: PrintLine) -> list[float]:
     if config.prompts is not None:
         check_pictures(family, config.prompts)
     build_rewards(config.outcome)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    for prompts in (config.prompts.train, config.prompts.evaluation) if config.prompts is not None else ():
+        read_prompts(prompts, "prompts")
     torch.set_num_threads(config.threads)
     with cluster(config):
+        config.run_dir.mkdir(parents=True, exist_ok=True)
         if config.preferences is None:
             for part in PARTS:
                 _draw(config, part, say)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from euphonium.config import RunConfig
+from euphonium.errors import PreflightError
 from orchestrator.report.metrics import PrometheusEndpoint, find_metric
 
 log = logging.getLogger(__name__)
@@ -35,9 +36,7 @@ class Tracker:
         self.endpoint = None
         if config.metrics.prometheus_port is not None:
             rewards = [reward.name for reward in config.rewards.outcome]
-            self.endpoint = PrometheusEndpoint(
-                config.name, config.metrics.prometheus_port, config.metrics.prometheus_host, rewards
-            )
+            self.endpoint = _endpoint(config, config.metrics.prometheus_port, rewards)
 
     def record(self, values: Mapping[str, float]) -> None:
         """Writes the metrics of an iteration; every key must be declared in ``orchestrator/report/metrics.py``."""
@@ -71,6 +70,17 @@ class Tracker:
             self._events.close()
         if self.endpoint is not None:
             self.endpoint.close()
+
+
+def _endpoint(config: RunConfig, port: int, rewards: list[str]) -> PrometheusEndpoint:
+    try:
+        return PrometheusEndpoint(config.name, port, config.metrics.prometheus_host, rewards)
+    except OSError as error:
+        raise PreflightError(
+            f"metrics.prometheus_port: cannot serve metrics at {config.metrics.prometheus_host}:{port} "
+            f"({error.strerror}); "
+            "take 0 for any free port, null for no metrics there, or another metrics.prometheus_host"
+        ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -91,7 +91,7 @@ class CheckpointStore:
 
     def _commit(self, folder: Path, state: RunState, config_yaml: str) -> Checkpoint:
         (folder / STATE).write_text(json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n")
-        (folder / CONFIG).write_text(config_yaml)
+        (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
         target = self.folder / f"step_{state.iteration:06d}"
         commit_folder(folder, target, FORMAT)
         self._being_filled.discard(folder)

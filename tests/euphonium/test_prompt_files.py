@@ -24,7 +24,7 @@ def test_images_are_found_beside_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a cat", "image": "none.png"}', r"p\.jsonl:1: there is no image .*none\.png"),
+        ('{"prompt": "a cat", "image": "none.png"}', r"p\.jsonl:1: image: there is no file .*none\.png"),
         ('{"prompt": "a cat", "image": 3}', 'the key "prompt", perhaps "image"'),
         ('{"image": "none.png"}', 'the key "prompt", perhaps "image"'),
         ('{"prompt": "a cat", "picture": "none.png"}', 'the key "prompt", perhaps "image"'),
@@ -41,3 +41,57 @@ def test_one_text_with_two_images_is_refused(tmp_path: Path) -> None:
         write(tmp_path / f"{name}.jsonl", f'{{"prompt": "a cat", "image": "{name}.png"}}')
     with pytest.raises(ConfigError, match="'a cat' has two images"):
         prompt_images([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+
+
+def test_lines_end_where_lines_end_and_nowhere_else(tmp_path: Path) -> None:
+    odd = "a\u2028b\x0cc\x85d\x1ce"
+    (tmp_path / "p.jsonl").write_bytes(
+        b'{"prompt": "' + odd.encode().replace(b"\x0c", b"").replace(b"\x1c", b"") + b'"}\r\n'
+    )
+    assert [prompt.text for prompt in read_prompt_file(tmp_path / "p.jsonl", "f")] == ["a\u2028bc\x85de"]
+    (tmp_path / "p.txt").write_bytes(odd.encode() + b"\r\nsecond\rthird\nfourth")
+    assert [prompt.text for prompt in read_prompt_file(tmp_path / "p.txt", "f")] == [odd, "second", "third", "fourth"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbf# a comment\na dog")
+    assert read_prompt_file(tmp_path / "p.txt", "f") == [Prompt("a dog")]
+    (tmp_path / "p.JSONL").write_bytes(b'\xef\xbb\xbf{"prompt": "a cat"}')
+    assert read_prompt_file(tmp_path / "p.JSONL", "f") == [Prompt("a cat")]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.csv", b"a dog", r"^f: \S+p\.csv ends in \.csv; known are \.txt, \.jsonl$"),
+        ("p", b"a dog", r"^f: \S+/p has no ending; known are \.txt, \.jsonl$"),
+        ("videos2caption.json", b'[{"caption": "A dog"}]', r"make a \.jsonl file of \{\"prompt\": \"its caption\"\}"),
+        ("p.jsonl", b'{"prompt": " "}', r"p\.jsonl:1: the prompt is empty"),
+        ("p.jsonl", b'\n{"prompt": "a", "prompt": "b"}', r"p\.jsonl:2: .*'prompt' is given twice"),
+        ("p.jsonl", b'{"prompt": "\\ud83d"}', r"p\.jsonl:1: .*half of a character"),
+        ("p.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}", r"p\.jsonl:1: not readable JSON"),
+        ("p.jsonl", b"[" * 100_000, r"p\.jsonl:1: .*nested too deeply"),
+        ("p.jsonl", b'{"prompt": NaN}', r"p\.jsonl:1: .*NaN is no number"),
+        ("p.jsonl", b'{"prompt": "a", "image": "\\u0000"}', r"p\.jsonl:1: image: there is no file"),
+        ("p.jsonl", b'{"prompt": "a", "image": "' + b"x" * 300 + b'"}', r"p\.jsonl:1: image: .*File name too long"),
+        ("p.jsonl", b'{"prompt": "a", "image": "."}', r"p\.jsonl:1: image: .*it is no file"),
+        ("p.txt", b"ok\nok\xff", r"^f: \S+p\.txt is not UTF-8: byte 5 \(line 2\) is 0xff; save the file as UTF-8$"),
+        ("p.txt", b"\xef\xbb\xbfok\xff", r"byte 5 \(line 1\)"),
+        ("p.txt", "a dog".encode("utf-16"), r"byte 0 \(line 1\) is 0xff"),
+        ("p.txt", b"\n# only a comment\n", r"f: \S+p\.txt holds no prompt"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_used_are_named(name: str, data: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=message) as refused:
+        read_prompt_file(tmp_path / name, "f")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("path", [".txt", "none.txt", "x" * 300 + ".txt", "a\0b.txt", "file/p.txt"])
+def test_paths_that_cannot_be_read_are_named_with_their_field(path: str, tmp_path: Path) -> None:
+    (tmp_path / ".txt").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=rf"^prompts\.train: cannot read {tmp_path}/") as refused:
+        read_prompt_file(tmp_path / path, "prompts.train")
+    assert "\n" not in str(refused.value)

@@ -47,7 +47,7 @@ def test_pairs_ties_and_labels_in_one_file(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ("{", "not valid JSON"),
-        ([1], "not a JSON object"),
+        ([1], "a line should be an object"),
         ({"prompt": "x", "winner": "a.npy"}, "field 'loser' is missing"),
         ({"winner": "a.npy", "loser": "b.npy"}, "field 'prompt' is missing"),
         (pair("x", "a", "nowhere"), "field 'loser': there is no file"),

@@ -1,16 +1,22 @@
 """Around a run: its folder, and the cluster that it joins."""
 
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from euphonium.config import RunConfig
-from euphonium.errors import CheckpointError
-from orchestrator.commands.launch import RESOLVED, preflight, prepare_run_dir
-from orchestrator.report.tracking import METRICS_FILE
+from euphonium.config import RunConfig, dump_config
+from euphonium.errors import CheckpointError, ConfigError, PreflightError
+from orchestrator.commands.launch import RESOLVED, plan_start, preflight, prepare_run_dir
+from orchestrator.commands.train import train_policy
+from orchestrator.pools.ray_session import connect_ray, join_ray
+from orchestrator.report.tracking import METRICS_FILE, Tracker
+from orchestrator.state.checkpoints import CheckpointStore, RunState
 
 
 def begun(config: RunConfig) -> None:
@@ -24,7 +30,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew_and_loses
     config = make_config("resume=auto")
     begun(config)
     (config.run_dir / "checkpoints" / "step_000002.tmp-1").mkdir(parents=True)
-    assert prepare_run_dir(config) is None
+    start = plan_start(config)
+    assert start.checkpoint is None
+    prepare_run_dir(config, start)
     assert [file.name for file in config.run_dir.iterdir()] == [RESOLVED]
     (aside,) = config.run_dir.parent.glob(f"{config.run_dir.name}.*")
     assert (aside / METRICS_FILE).is_file()
@@ -35,7 +43,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(make_config: C
     begun(config)
     (config.run_dir / "checkpoints" / "step_000002").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="all its checkpoints are damaged"):
-        prepare_run_dir(config)
+        prepare_run_dir(config, plan_start(config))
     assert (config.run_dir / METRICS_FILE).is_file()
 
 
@@ -60,3 +68,153 @@ def test_the_command_line_shows_its_token_to_a_cluster_that_asks_for_it() -> Non
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert (status.returncode, status.stderr) == (3, "error: the cluster has no run; it has: none\n")
+
+
+def committed(config: RunConfig) -> Path:
+    """A run of this recipe with one checkpoint."""
+    store = CheckpointStore(config.run_dir / "checkpoints", 2)
+    return store.commit(
+        store.begin(2), RunState(iteration=2, next_group=4, world_size=2), dump_config(config)
+    ).folder  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optimizer.ema_decay", "optimizer.ema_decay=0.9"),
+        ("objective.kl.anchor", "objective.kl={anchor: fixed}"),
+        ("objective.kl.anchor", "objective.kl={anchor: moving, previous: k3}"),
+    ],
+)
+@pytest.mark.parametrize("before", [[], ["objective.kl={previous: k3}"]])
+def test_what_no_checkpoint_of_the_run_holds_is_not_newly_switched_on(
+    make_config: Callable[..., RunConfig], field: str, value: str, before: list[str]
+) -> None:
+    folder = committed(make_config(*before))
+    assert plan_start(make_config(*before, "optimizer.learning_rate=1e-5")).checkpoint is not None
+    for resume in ("auto", str(folder)):
+        with pytest.raises(ConfigError, match=rf"^{field}: .*step_000002 is of a run that began without it"):
+            plan_start(make_config(*before, value, f"resume={resume}"))
+
+
+def test_what_a_run_had_may_stay_change_or_go(make_config: Callable[..., RunConfig]) -> None:
+    committed(make_config("optimizer.ema_decay=0.9", "objective.kl={anchor: fixed}"))
+    for after in (["optimizer.ema_decay=0.5", "objective.kl={anchor: moving}"], ["optimizer.ema_decay=0"]):
+        assert plan_start(make_config(*after)).checkpoint is not None
+
+
+def test_looking_changes_nothing(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config("resume=never")
+    begun(config)
+    before = sorted(config.run_dir.parent.rglob("*"))
+    assert plan_start(config).moves_aside
+    assert sorted(config.run_dir.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("override", "trained"), [("advantage.best_of=null", 24), ("advantage.best_of=1", 16)])
+def test_the_plan_counts_the_samples_that_are_trained(
+    make_config: Callable[..., RunConfig], override: str, trained: int
+) -> None:
+    plan = preflight(make_config(override))
+    # Two prompts, four steps, three samples or the best and the worst of them; all of them are stored.
+    assert plan["trained transitions per iteration"] == trained
+    assert plan["trajectory bytes per iteration"] == preflight(make_config())["trajectory bytes per iteration"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prompts.train=videos.csv", "prompts.train"),
+        ("rewards.outcome.0.type=sprite_icno", "did you mean"),
+        ("output_dir=/dev/null", "output_dir"),
+    ],
+)
+def test_quick_checks_come_before_a_model_is_downloaded(
+    make_config: Callable[..., RunConfig], override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preflight(make_config("model.path=someone/generator", override))
+
+
+def test_variables_of_other_projects_are_refused_by_train_as_by_validate(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = make_config()
+    monkeypatch.setenv("PROCESS_REWARD_ADVANTAGE_COEF", "1.0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match=r"PROCESS_REWARD_ADVANTAGE_COEF=1.0 is rewards.process.weight here"):
+        train_policy(config, print, verbose=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_best_of_needs_an_outcome_reward_to_rank_by(make_config: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"advantage\.best_of ranks the samples"):
+        make_config("advantage.mode=process", "advantage.best_of=1")
+
+
+def test_a_port_that_is_taken_is_named(make_config: Callable[..., RunConfig]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = make_config(f"metrics.prometheus_port={taken.getsockname()[1]}")
+        config.run_dir.mkdir(parents=True)
+        with pytest.raises(PreflightError, match=r"metrics\.prometheus_port: .*Address already in use"):
+            Tracker(config, 0)
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """A port that takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("command", ["train", "status"])
+def test_a_cluster_that_does_not_answer_ends_the_command(
+    make_config: Callable[..., RunConfig], tmp_path: Path, silent: int, command: str
+) -> None:
+    make_config()
+    address = f"127.0.0.1:{silent if command == 'train' else 1}"
+    arguments = [command, str(tmp_path / "recipe.yaml")] if command == "train" else [command]
+    began = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-m", "orchestrator", *arguments], env={**os.environ, "RAY_ADDRESS": address},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert time.monotonic() - began < 60
+    assert (ended.returncode, ended.stdout) == (3, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"error: RAY_ADDRESS: no Ray cluster answers at {address} (")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_cluster_that_has_ended_but_left_its_address_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    asked: list[object] = []
+    monkeypatch.setattr("ray.init", lambda **options: asked.append(options["address"]))
+    connect_ray("euphonium-x", verbose=False)
+    assert asked == ["local"]
+    monkeypatch.setattr("orchestrator.pools.ray_session._clusters_here", lambda: ["127.0.0.1:2"])
+    with pytest.raises(PreflightError, match="no Ray cluster is running"):
+        join_ray()
+
+
+def test_ray_that_does_not_start_says_so_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup.\nThis could happen because ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(PreflightError, match=r"Ray did not start .*timed out during startup. This could") as refused:
+        connect_ray("euphonium-x", verbose=False)
+    assert "\n" not in str(refused.value)

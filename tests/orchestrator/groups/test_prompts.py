@@ -37,8 +37,8 @@ def test_text_and_json_lines_are_read(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{broken", "p.jsonl:2: not valid JSON"),
-        ('{"text": "a"}', "p.jsonl:2: a line is an object"),
-        ('{"prompt": "a", "x": 1}', "p.jsonl:2: a line is an object"),
+        ('{"text": "a"}', "p.jsonl:2: a line should be an object"),
+        ('{"prompt": "a", "x": 1}', "p.jsonl:2: a line should be an object"),
         ('{"prompt": "' + "x" * 5000 + '"}', "p.jsonl:2: the prompt has 5000 characters"),
     ],
 )
