@@ -51,7 +51,7 @@ class RunConfig(Node):
         _every_update_has_a_group(self.objective, self.rollout)
         _some_reward_is_trained(self.advantage, self.rewards)
         _learner_still_has_the_old_policy(self.objective, self.rollout)
-        _best_of_fits_the_group(self.advantage, self.rewards, self.rollout)
+        _best_of_fits_the_group(self.advantage, self.rollout)
         _members_of_each_strength_compare(self.sampler, self.advantage, self.rollout)
         _outcome_rewards_rank(self)
         return self
@@ -116,14 +116,8 @@ def _learner_still_has_the_old_policy(objective: ObjectiveConfig, rollout: Rollo
         )
 
 
-def _best_of_fits_the_group(advantage: AdvantageConfig, rewards: RewardsConfig, rollout: RolloutConfig) -> None:
+def _best_of_fits_the_group(advantage: AdvantageConfig, rollout: RolloutConfig) -> None:
     best_of = advantage.best_of
-    weights = _outcome_weights(advantage, rewards)
-    if best_of is not None and not any(weights):
-        raise ValueError(
-            "advantage.best_of ranks the samples of a group by their outcome rewards, none of which is trained on: "
-            "give one a weight, let advantage.mode include them, or leave advantage.best_of out"
-        )
     if best_of is not None and 2 * best_of > rollout.group_size:
         raise ValueError(f"advantage.best_of takes {2 * best_of} of {rollout.group_size} samples of a group")
 
@@ -155,6 +149,12 @@ def _outcome_rewards_rank(config: RunConfig) -> None:
     }
     for field, needed in needed_by.items():
         if needed and not weighted:
-            raise ValueError(f"{field} goes by the weighted outcome rewards, all of which have weight 0")
+            raise ValueError(
+                f"{field} goes by the weighted outcome rewards, all of which have weight 0: give one a weight, or leave it "
+                "out"
+            )
     if best_of is not None and config.advantage.mode == "process":
-        raise ValueError("advantage.best_of chooses by outcome advantages, which advantage.mode: process leaves out")
+        raise ValueError(
+            "advantage.best_of chooses by outcome advantages, which advantage.mode: process leaves out: let the mode "
+            "include them, or leave advantage.best_of out"
+        )
