@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -14,13 +14,20 @@ from euphonium.errors import CheckpointError, ConfigError
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
 from orchestrator.state.checkpoints import Checkpoint, CheckpointStore, verify
 
+if TYPE_CHECKING:
+    from euphonium.generators.generator import Generator
+
 log = logging.getLogger(__name__)
 
 RESOLVED = "config.resolved.yaml"
 
 
-def preflight(config: RunConfig) -> dict[str, Any]:
+def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, Any]:
     """Checks everything that can be checked without starting anything.
+
+    Args:
+        config: the recipe.
+        family: its generator, where it is open already; else it is opened, and downloaded if need be.
 
     Returns:
         The plan of the run, as text by name.
@@ -35,7 +42,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     from orchestrator.evaluation import evaluation_set
     from orchestrator.groups.prompts import read_prompts
 
-    family = open_generator(config.model)
+    family = open_generator(config.model) if family is None else family
     shape = family.latent_shape
     prompts = read_prompts(config.prompts.train, "prompts.train")
     evaluation_set(config)
