@@ -39,7 +39,7 @@ def print_plan(
     Raises:
         ConfigError: it does not fit, or it cannot be planned.
     """
-    config = load_config(recipe, overrides)
+    config: RunConfig = load_config(recipe, overrides)
     given = {name: value for name, value in sizes.items() if value is not None} | _assumed(assumed)
     plan = _plan(config, recipe, given)
     if as_json:

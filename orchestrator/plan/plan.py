@@ -11,7 +11,7 @@ from typing import Any
 from euphonium.config import PrmConfig, RunConfig, load_config
 from euphonium.errors import ConfigError
 from orchestrator.plan.fit import RoleFit, fits_of, smallest_learner
-from orchestrator.plan.hardware import GIB, Hardware
+from orchestrator.plan.hardware import Hardware
 from orchestrator.plan.memory import publication_bytes
 from orchestrator.plan.nodes import NodeUse, Objects, place
 from orchestrator.plan.passes import Passes
@@ -204,8 +204,3 @@ def _node_problems(fits: list[RoleFit], nodes: list[NodeUse], hardware: Hardware
             f"--object-store-memory)"
         )
     return problems
-
-
-def gib(nbytes: float) -> float:
-    """Bytes as GiB."""
-    return nbytes / GIB

@@ -148,17 +148,6 @@ def _scored(config: RunConfig, stochastic: list[int], guided: list[int]) -> set[
     return {k + (process.credit == "next_state") for k in credited}
 
 
-def with_pools(config: RunConfig, *, rollout: int, prm: int, orm: int, learner: int) -> RunConfig:
-    """The recipe with other sizes of its pools; 0 leaves a pool as it is."""
-    pools = config.pools
-    sizes = {"rollout": rollout, "prm": prm, "orm": orm}
-    changed = {
-        name: getattr(pools, name).model_copy(update={"num_actors": size}) for name, size in sizes.items() if size
-    }
-    changed["learner"] = pools.learner.model_copy(update={"num_workers": learner})
-    return config.model_copy(update={"pools": pools.model_copy(update=changed)})
-
-
 def replaced(sizes: PassSizes, **changes: int) -> PassSizes:
     """Other sizes of passes."""
     return dataclasses.replace(sizes, **changes)

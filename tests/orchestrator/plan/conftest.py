@@ -1,10 +1,15 @@
-"""Plans of a test keep their measurements in its own folder."""
+"""Plans of the tests keep their measurements apart from the user's, and share them."""
 
 from pathlib import Path
 
 import pytest
 
 
+@pytest.fixture(scope="session")
+def _measurements(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def _own_cache(_measurements: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(_measurements))

@@ -35,5 +35,5 @@ def test_the_planned_peak_is_the_measured_one(name: str, step: str, tmp_path: Pa
     cost = getattr(Passes(config, prm_blocks=4), step)(samples)
     planned = cost.peak_bytes + cost.workspace_bytes
     measured = getattr(Passes(config, 4, torch.device("cpu"), allocated), step)(samples).peak_bytes
-    assert measured > 10 * MIB
+    assert measured > 5 * MIB
     assert planned == pytest.approx(measured, rel=TOLERANCE), f"{planned / MIB:.1f} of {measured / MIB:.1f} MiB"

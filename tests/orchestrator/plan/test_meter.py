@@ -76,7 +76,8 @@ def test_checkpoints_are_computed_again_and_save_memory() -> None:
 
     plain, saving = measure(lambda: through(False)), measure(lambda: through(True))
     assert saving.peak_bytes < 0.6 * plain.peak_bytes
-    assert saving.matmul_flops == pytest.approx(plain.matmul_flops * 4 / 3)
+    # Of two layers the first is computed again; of the second only the input is needed.
+    assert saving.matmul_flops == pytest.approx(plain.matmul_flops * 7 / 6)
 
 
 def test_masks_of_trimmed_prompts_select_everything() -> None:
