@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from orchestrator.plan.hardware import Hardware
 from orchestrator.plan.memory import COUNTED, RoleMemory, learner_memory, orm_memory, prm_memory, rollout_memory
 from orchestrator.plan.passes import Passes
-from orchestrator.plan.workload import PassSizes, replaced
+from orchestrator.plan.workload import SIZE_FIELDS, PassSizes, replaced
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def fits_of(passes: Passes, sizes: PassSizes, hardware: Hardware) -> list[RoleFi
         found.append(_prm(passes, sizes, hardware))
     memory = orm_memory(passes, sizes)
     advice = _pass_advice(
-        "pools.orm.max_batch", sizes.decode, "an ORM server", lambda n: orm_memory(passes, replaced(sizes, decode=n)),
+        SIZE_FIELDS["decode"], sizes.decode, "an ORM server", lambda n: orm_memory(passes, replaced(sizes, decode=n)),
         hardware, last_resort="set model.vae_tiling: true",
     )  # fmt: skip
     found.append(_fit("orm", pools.orm.num_actors, memory, hardware, advice))
@@ -73,7 +73,7 @@ def _rollout(passes: Passes, sizes: PassSizes, hardware: Hardware) -> RoleFit:
         return rollout_memory(passes, replaced(sizes, rollout=samples, evaluation=min(samples, sizes.evaluation)))
 
     advice = _pass_advice(
-        "rollout.group_size", sizes.rollout, "a rollout actor", memory_of, hardware,
+        SIZE_FIELDS["rollout"], sizes.rollout, "a rollout actor", memory_of, hardware,
         last_resort="take larger GPUs, or a smaller model.height, model.width or model.frames",
     )  # fmt: skip
     return _fit("rollout", passes.config.pools.rollout.num_actors, rollout_memory(passes, sizes), hardware, advice)
@@ -81,7 +81,7 @@ def _rollout(passes: Passes, sizes: PassSizes, hardware: Hardware) -> RoleFit:
 
 def _prm(passes: Passes, sizes: PassSizes, hardware: Hardware) -> RoleFit:
     advice = _pass_advice(
-        "pools.prm.max_batch", sizes.prm, "a PRM server", lambda n: prm_memory(passes, replaced(sizes, prm=n)),
+        SIZE_FIELDS["prm"], sizes.prm, "a PRM server", lambda n: prm_memory(passes, replaced(sizes, prm=n)),
         hardware, last_resort="take larger GPUs, or a process reward model of fewer blocks",
     )  # fmt: skip
     return _fit("prm", passes.config.pools.prm.num_actors, prm_memory(passes, sizes), hardware, advice)
@@ -112,7 +112,7 @@ def _learner_advice(passes: Passes, sizes: PassSizes, ranks: int, hardware: Hard
     begin = f"a rank of the learner needs {needed:.1f} GiB of the {hardware.gpu_gib:g}"
     rows = largest(lambda n: learner_memory(passes, replaced(sizes, learner=n), ranks), sizes.learner, hardware)
     if rows:
-        return f"pools.learner.rows_per_micro_batch: {sizes.learner}: {begin}; {rows} fits"
+        return f"{SIZE_FIELDS['learner']}: {sizes.learner}: {begin}; {rows} fits"
     if not passes.config.pools.learner.gradient_checkpointing:
         return f"pools.learner.gradient_checkpointing: {begin} with one row; set it to true"
     enough = smallest_learner(passes, replaced(sizes, learner=1), hardware)

@@ -15,9 +15,13 @@ MEGABYTE = 1 << 20
 
 # Kernels of convolutions count elements of a tensor in 32 bits, with a sign.
 COUNTED = 1 << 31
-# DeepSpeed's defaults: elements that may be gathered at a time, of the buffer in which gradients are reduced, and that
-# the optimizer updates at a time.
-MAX_LIVE, REDUCE_BUCKET, SUB_GROUP = 1_000_000_000, 500_000_000, 1_000_000_000
+# DeepSpeed's options in elements, with its defaults: what may be gathered at a time, the buffer in which gradients are
+# reduced, and what the optimizer updates at a time.
+ELEMENTS = {
+    "stage3_max_live_parameters": 1_000_000_000,
+    "reduce_bucket_size": 500_000_000,
+    "sub_group_size": 1_000_000_000,
+}
 # Most prompts whose encodings a rollout actor keeps.
 ENCODED_PROMPTS = 4096
 # Parameters of the networks of built-in rewards, and bytes each: InternVL3-1B, Qwen2-VL-2B, CLIP ViT-H/14 and ViT-L/14.
@@ -159,19 +163,20 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
     """
     size, pool, width = passes.network_size, passes.config.pools.learner, passes.generator.dtype.itemsize
     trained = size.trained / ranks
-    part = min(SUB_GROUP, trained)
+    live, bucket, part, accumulated = _deepspeed(passes)
+    part = min(part, trained)
     copies = _frozen_copies(passes)
     items = [
         Item("share of the weights", size.weight_bytes / ranks),
         Item("whole small weights", size.whole * width),
         Item("float32 weights and Adam's moments", 12 * trained, on_host=pool.offload_optimizer),
-        Item("share of the gradients", width * trained, on_host=pool.offload_optimizer),
-        Item("buffer of reduced gradients", REDUCE_BUCKET * width),
+        Item("share of the gradients", accumulated * trained, on_host=pool.offload_optimizer),
+        Item("buffer of reduced gradients", bucket * width),
         Item(
             f"micro-batch of {sizes.learner}", passes.micro_step(sizes.learner).peak_bytes, "backward",
             activations=True,
         ),
-        Item("gathered weights", min(size.parameters, MAX_LIVE + size.unit) * width, "backward"),
+        Item("gathered weights", min(size.parameters, live + size.unit) * width, "backward"),
         Item("gradients of a block", min(size.unit, size.trained) * width, "backward"),
         Item("gradients and temporaries of the update", 3 * FLOAT32 * part, "update", on_host=pool.offload_optimizer),
         Item("process and checkpoint copies", 12 * trained, on_host=True),
@@ -182,6 +187,19 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
     if passes.config.optimizer.averages:
         items.append(Item("moving averages", FLOAT32 * trained))
     return RoleMemory(tuple(items), pool.num_gpus)
+
+
+def _deepspeed(passes: Passes) -> tuple[float, float, float, int]:
+    """The learner's :data:`ELEMENTS` in their order, and bytes of a number of the accumulated gradients."""
+    from learners.engine.zero3 import training_options
+
+    config, dtype = passes.config, passes.generator.dtype
+    options = training_options(config.pools.learner, config.optimizer, dtype, whole_below=0)
+    zero, types = (options.get(name) for name in ("zero_optimization", "data_types"))
+    set_here = zero if isinstance(zero, dict) else {}
+    live, bucket, part = (float(set_here.get(name, default)) for name, default in ELEMENTS.items())
+    single = isinstance(types, dict) and types.get("grad_accum_dtype") == "fp32"
+    return live, bucket, part, FLOAT32 if single else dtype.itemsize
 
 
 def _frozen_copies(passes: Passes) -> int:

@@ -13,6 +13,15 @@ from orchestrator.plan.inputs import conditioning
 FLOAT32 = 4
 
 
+# The recipe's field that sets the size of each pass.
+SIZE_FIELDS = {
+    "rollout": "rollout.group_size",
+    "prm": "pools.prm.max_batch",
+    "decode": "pools.orm.max_batch",
+    "learner": "pools.learner.rows_per_micro_batch",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PassSizes:
     """Samples or transitions in one pass of each role: the one place where a plan reads them from the recipe.

@@ -52,12 +52,13 @@ def test_a_plan_for_programs(euphonium: Callable[..., subprocess.CompletedProces
 def test_what_does_not_fit_has_the_status_of_a_configuration_error(
     euphonium: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    done = euphonium("plan", *GPUS, "--gpu", "2", "--host", "10")
+    done = euphonium("plan", *GPUS, "--gpu", "2", "--host", "10", "--nodes", "1", "--gpus-per-node", "4")
     assert done.returncode == 2
     assert "does not fit: " in done.stdout
     assert "error: the plan does not fit:" in done.stderr
     assert "GiB of the 2 on" in done.stderr or "of the learner needs" in done.stderr
     assert "host memory of its 10" in done.stderr
+    assert "they take 6 GPUs, and 1 nodes of 4 have 4" in done.stderr
     assert euphonium("plan", "--assume", "mfus=1").returncode == 2
 
 
