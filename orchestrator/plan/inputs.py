@@ -38,11 +38,10 @@ def conditioning(generator: Generator, batch: int, device: torch.device = META) 
     if generator.takes_image:
         channels, _, height, width = generator.latent_shape
         entries[IMAGE] = (channels, 1, height, width)
-    made = {
-        name: torch.zeros(batch, *shape, dtype=generator.dtype, device=device)
-        if not name.rstrip("_2").endswith("mask") else torch.ones(batch, *shape, dtype=generator.dtype, device=device)
-        for name, shape in entries.items()
-    }  # fmt: skip
+    made: Conditioning = {}
+    for name, shape in entries.items():
+        fill = torch.ones if "mask" in name else torch.zeros
+        made[name] = fill(batch, *shape, dtype=generator.dtype, device=device)
     if generator.config.cfg_scale is not None:
         made |= {NEGATIVE + name: tensor for name, tensor in made.items()}
     return made
