@@ -155,6 +155,8 @@ class PoolsConfig(Node):
     """Outcome-reward servers, which decode latents and score the videos."""
     learner: LearnerPoolConfig = LearnerPoolConfig()
     """The ZeRO-3 learner group."""
+    gpu_memory_gib: PositiveFloat | None = None
+    """Memory of each GPU, for ``euphonium validate`` to refuse a recipe that does not fit; null only warns, of 80."""
     start_timeout_s: PositiveFloat = 300.0
     """Longest wait for all actors to be ready."""
     rejoin_timeout_s: PositiveFloat = 300.0

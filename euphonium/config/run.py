@@ -150,8 +150,8 @@ def _outcome_rewards_rank(config: RunConfig) -> None:
     for field, needed in needed_by.items():
         if needed and not weighted:
             raise ValueError(
-                f"{field} goes by the weighted outcome rewards, all of which have weight 0: give one a weight, or leave it "
-                "out"
+                f"{field} goes by the weighted outcome rewards, all of which have weight 0: give one a weight, or "
+                "leave it out"
             )
     if best_of is not None and config.advantage.mode == "process":
         raise ValueError(

@@ -26,7 +26,11 @@ def open_generator(config: ModelConfig) -> Generator:
     Raises:
         ConfigError: there is no pipeline, its class is not supported, or it does not support the settings.
     """
-    pipeline = PipelineFolder.find(config)
+    return adapter_of(PipelineFolder.find(config), config)
+
+
+def adapter_of(pipeline: PipelineFolder, config: ModelConfig) -> Generator:
+    """The adapter of a pipeline's class; raises ConfigError as :func:`open_generator` does."""
     name = pipeline.index().get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(

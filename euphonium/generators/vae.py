@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from euphonium.errors import ConfigError
@@ -37,7 +37,11 @@ class VideoVae:
 
     @classmethod
     def load(cls, kind: Autoencoder, folder: Path, device: torch.device, dtype: torch.dtype) -> Self:
-        """Loads a VAE of diffusers' class ``kind`` from a pipeline's folder."""
+        """Loads a VAE of diffusers' class ``kind`` from a pipeline's folder; on the meta device without weights."""
+        if device.type == "meta":
+            with device:
+                network = kind.from_config(kind.load_config(folder / "vae"))
+            return cls(nn.Module.to(network, dtype=dtype).eval(), device, dtype)
         return cls(kind.from_pretrained(folder / "vae", dtype=dtype).to(device).eval(), device, dtype)
 
     def saving_memory(self, *, tiling: bool, slicing: bool) -> Self:

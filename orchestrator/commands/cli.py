@@ -148,17 +148,51 @@ def _ask(call: ObjectRef[_T], timeout_s: float) -> _T:
 
 @app.command()
 def validate(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Check a recipe, its files and its arithmetic, and print the resolved configuration; starts nothing."""
+    """Check a recipe, its files, its arithmetic and its memory, and print the resolved configuration; starts nothing.
+
+    A published model that is not here is checked by its configuration files. Memory that does not fit is a warning, or
+    an error where pools.gpu_memory_gib says what the GPUs have.
+    """
     from euphonium.config import RunConfig, dump_config, load_config
+    from euphonium.generators.described import describe_generator
     from orchestrator.commands.launch import preflight
     from orchestrator.commands.paths import absolute_paths
+    from orchestrator.commands.planning import plan_lines
 
     config: RunConfig = load_config(recipe, overrides or [])
-    plan = preflight(absolute_paths(config))
+    absolute = absolute_paths(config)
+    plan = preflight(absolute, describe_generator(absolute.model)) | plan_lines(absolute, recipe)
     say(dump_config(config))
     width = max(map(len, plan))
     for name, value in plan.items():
         say(f"# {name:<{width}}  {value}")
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    gpu: Annotated[float | None, typer.Option(help="GiB of a GPU; default: pools.gpu_memory_gib, or 80.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes with GPUs; default: as many as the pools fill.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    host: Annotated[float, typer.Option(help="GiB of a node's memory.")] = 1000.0,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Another assumption that the plan prints, such as mfu=0.3 or tflops=362."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan for programs.")] = False,
+) -> None:
+    """Tell whether a recipe fits its GPUs, and how long an iteration takes; starts nothing and needs no weights.
+
+    Memory and operations are those of the real networks, run on the meta device; seconds follow from assumed speeds.
+    Status 2 if it does not fit.
+    """
+    from orchestrator.commands.planning import print_plan
+
+    sizes = {"gpu_gib": gpu, "nodes": nodes, "gpus_per_node": gpus_per_node, "host_gib": host}
+    print_plan(recipe, overrides or [], sizes, assume or [], as_json=as_json, say=say)
 
 
 @app.command()

@@ -24,13 +24,20 @@ if TYPE_CHECKING:
     from euphonium.dynamics import StepTable
     from euphonium.generators.generator import Generator
 
+if TYPE_CHECKING:
+    from euphonium.generators.generator import Generator
+
 log = logging.getLogger(__name__)
 
 RESOLVED = "config.resolved.yaml"
 
 
-def preflight(config: RunConfig) -> dict[str, Any]:
+def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, Any]:
     """Checks everything that can be checked without starting anything.
+
+    Args:
+        config: the recipe.
+        family: its generator, where it is open already; else it is opened, and downloaded if need be.
 
     Returns:
         The plan of the run, as text by name.
@@ -52,8 +59,10 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     evaluation_set(config)
     build_rewards(config.rewards.outcome)
     # From here on models may be downloaded: what is quickly looked at comes before.
-    family = open_generator(config.model)
-    check_generator(family)
+    described = family is not None and not Path(config.model.path).exists()
+    family = open_generator(config.model) if family is None else family
+    if not described:
+        check_generator(family)
     shape = family.latent_shape
     check_pictures(family, config.prompts)
     if config.rewards.process is not None:

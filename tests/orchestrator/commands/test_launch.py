@@ -148,7 +148,7 @@ def test_variables_of_other_projects_are_refused_by_train_as_by_validate(
 
 
 def test_best_of_needs_an_outcome_reward_to_rank_by(make_config: Callable[..., RunConfig]) -> None:
-    with pytest.raises(ConfigError, match=r"advantage\.best_of ranks the samples"):
+    with pytest.raises(ConfigError, match=r"advantage\.best_of chooses by outcome advantages"):
         make_config("advantage.mode=process", "advantage.best_of=1")
 
 

@@ -1,0 +1,57 @@
+"""Generators that are described by their configuration files alone: no weights, no network.
+
+The configurations of published models ship in ``published/<owner>/<name>`` (its README says where each number is
+from), so that a recipe can be checked and planned where its model has never been downloaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from euphonium.config import ModelConfig
+from euphonium.errors import ConfigError
+from euphonium.generators.folder import PipelineFolder
+from euphonium.generators.generator import Generator
+from euphonium.generators.registry import adapter_of
+
+PUBLISHED = Path(__file__).parent / "published"
+
+
+def describe_generator(config: ModelConfig) -> Generator:
+    """Opens the generator that ``model.path`` names from configuration files; nothing is downloaded.
+
+    A local folder's own files are taken where there is one, else those that ship, else what is in the hub's cache.
+
+    Returns:
+        The generator; it may lack weights, and then builds networks but loads none.
+
+    Raises:
+        ConfigError: there is no folder and no description of this model, or the generator does not support the recipe.
+    """
+    local, shipped = Path(config.path), PUBLISHED / config.path
+    if local.exists():
+        return adapter_of(PipelineFolder.find(config), config)
+    if (shipped / "model_index.json").is_file():
+        return adapter_of(PipelineFolder(shipped), config)
+    cached = _cached(config)
+    if cached is None:
+        raise ConfigError(
+            f"model.path: {config.path} is no folder here, and its configuration files do not ship; download it, or "
+            f"take one of {', '.join(published_models())}"
+        )
+    return adapter_of(PipelineFolder(cached), config)
+
+
+def published_models() -> list[str]:
+    """Hub ids of the models whose configuration files ship."""
+    return sorted(str(index.parent.relative_to(PUBLISHED)) for index in PUBLISHED.glob("*/*/model_index.json"))
+
+
+def _cached(config: ModelConfig) -> Path | None:
+    """The model's snapshot in the hub's cache, or None."""
+    if config.path.count("/") != 1 or config.path.startswith((".", "/")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(config.path, "model_index.json", revision=config.revision)
+    return Path(index).parent if isinstance(index, str) else None

@@ -1,0 +1,132 @@
+"""What does not fit, and the field that would change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orchestrator.plan.hardware import Hardware
+from orchestrator.plan.memory import COUNTED, RoleMemory, learner_memory, orm_memory, prm_memory, rollout_memory
+from orchestrator.plan.passes import Passes
+from orchestrator.plan.workload import SIZE_FIELDS, PassSizes, replaced
+
+
+@dataclass(frozen=True)
+class RoleFit:
+    """One role's memory, and how large a pass may be.
+
+    Attributes:
+        role: name of the pool.
+        members: processes of the pool.
+        memory: memory of each.
+        gpu_gib: GiB that a GPU of the pool needs.
+        host_gib: GiB of host memory of each process.
+        advice: what does not fit and what to change; empty if it fits.
+    """
+
+    role: str
+    members: int
+    memory: RoleMemory
+    gpu_gib: float
+    host_gib: float
+    advice: str = ""
+
+
+# Memory of a role as a function of the size of its pass.
+MemoryOf = Callable[[int], RoleMemory]
+
+
+def largest(memory_of: MemoryOf, size: int, hardware: Hardware) -> int:
+    """Largest pass up to ``size`` that fits on a GPU, 0 if none does; the memory of passes grows evenly."""
+    if memory_of(size).fits(hardware):
+        return size
+    one, two = memory_of(1), memory_of(2)
+    if not one.fits(hardware):
+        return 0
+    room, each = hardware.gpu_gib - one.gpu_gib(hardware), two.gpu_gib(hardware) - one.gpu_gib(hardware)
+    fitting = 1 + int(room / max(each, 1e-9))
+    if one.largest:
+        fitting = min(fitting, int((COUNTED - 1) / one.largest))
+    return max(1, min(size - 1, fitting))
+
+
+def fits_of(passes: Passes, sizes: PassSizes, hardware: Hardware) -> list[RoleFit]:
+    """Memory of all roles of a recipe, in the order in which work passes them."""
+    pools = passes.config.pools
+    found = [_rollout(passes, sizes, hardware)]
+    if passes.prm_blocks is not None:
+        found.append(_prm(passes, sizes, hardware))
+    memory = orm_memory(passes, sizes)
+    advice = _pass_advice(
+        SIZE_FIELDS["decode"], sizes.decode, "an ORM server", lambda n: orm_memory(passes, replaced(sizes, decode=n)),
+        hardware, last_resort="set model.vae_tiling: true",
+    )  # fmt: skip
+    found.append(_fit("orm", pools.orm.num_actors, memory, hardware, advice))
+    ranks = pools.learner.num_workers
+    memory = learner_memory(passes, sizes, ranks)
+    found.append(_fit("learner", ranks, memory, hardware, _learner_advice(passes, sizes, ranks, hardware)))
+    return found
+
+
+def _rollout(passes: Passes, sizes: PassSizes, hardware: Hardware) -> RoleFit:
+    def memory_of(samples: int) -> RoleMemory:
+        return rollout_memory(passes, replaced(sizes, rollout=samples, evaluation=min(samples, sizes.evaluation)))
+
+    advice = _pass_advice(
+        SIZE_FIELDS["rollout"], sizes.rollout, "a rollout actor", memory_of, hardware,
+        last_resort="take larger GPUs, or a smaller model.height, model.width or model.frames",
+    )  # fmt: skip
+    return _fit("rollout", passes.config.pools.rollout.num_actors, rollout_memory(passes, sizes), hardware, advice)
+
+
+def _prm(passes: Passes, sizes: PassSizes, hardware: Hardware) -> RoleFit:
+    advice = _pass_advice(
+        SIZE_FIELDS["prm"], sizes.prm, "a PRM server", lambda n: prm_memory(passes, replaced(sizes, prm=n)),
+        hardware, last_resort="take larger GPUs, or a process reward model of fewer blocks",
+    )  # fmt: skip
+    return _fit("prm", passes.config.pools.prm.num_actors, prm_memory(passes, sizes), hardware, advice)
+
+
+def _fit(role: str, members: int, memory: RoleMemory, hardware: Hardware, advice: str) -> RoleFit:
+    return RoleFit(role, members, memory, memory.gpu_gib(hardware), memory.host_gib(hardware), advice)
+
+
+def _pass_advice(field: str, size: int, who: str, memory_of: MemoryOf, hardware: Hardware, *, last_resort: str) -> str:
+    memory = memory_of(size)
+    if memory.fits(hardware):
+        return ""
+    needed = memory.gpu_gib(hardware)
+    fitting = largest(memory_of, size, hardware)
+    remedy = f"{fitting} fits" if fitting else f"no number fits: {last_resort}"
+    if needed <= hardware.gpu_gib:
+        return (
+            f"{field}: {size} makes tensors of {memory.largest:.2g} elements, and convolutions count to 2^31; {remedy}"
+        )
+    return f"{field}: {size} needs {needed:.1f} GiB of the {hardware.gpu_gib:g} on {who}; {remedy}"
+
+
+def _learner_advice(passes: Passes, sizes: PassSizes, ranks: int, hardware: Hardware) -> str:
+    needed = learner_memory(passes, sizes, ranks).gpu_gib(hardware)
+    if needed <= hardware.gpu_gib:
+        return ""
+    begin = f"a rank of the learner needs {needed:.1f} GiB of the {hardware.gpu_gib:g}"
+    rows = largest(lambda n: learner_memory(passes, replaced(sizes, learner=n), ranks), sizes.learner, hardware)
+    if rows:
+        return f"{SIZE_FIELDS['learner']}: {sizes.learner}: {begin}; {rows} fits"
+    if not passes.config.pools.learner.gradient_checkpointing:
+        return f"pools.learner.gradient_checkpointing: {begin} with one row; set it to true"
+    enough = smallest_learner(passes, replaced(sizes, learner=1), hardware)
+    if enough is not None:
+        return f"pools.learner.num_workers: {ranks}: {begin} with one row; {enough} ranks fit"
+    return (
+        f"pools.learner: {begin} with one row, and with any number of ranks; set offload_optimizer: true, or train "
+        "adapters (model.lora)"
+    )
+
+
+def smallest_learner(passes: Passes, sizes: PassSizes, hardware: Hardware) -> int | None:
+    """Fewest ranks whose memory suffices; None if no number does."""
+    for ranks in range(1, 257):
+        if learner_memory(passes, sizes, ranks).gpu_gib(hardware) <= hardware.gpu_gib:
+            return ranks
+    return None

@@ -1,0 +1,176 @@
+"""Seconds of an iteration, by role, and the split of the GPUs that makes it shortest.
+
+Speeds are taken for granted (:class:`orchestrator.plan.hardware.Hardware`); nothing here was timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from orchestrator.plan.hardware import GB, Hardware
+from orchestrator.plan.memory import computes_in, publication_bytes
+from orchestrator.plan.meter import Cost
+from orchestrator.plan.passes import Passes
+from orchestrator.plan.workload import PassSizes, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Members of every pool; each has a GPU of its own where a plan is timed."""
+
+    rollout: int
+    prm: int
+    orm: int
+    learner: int
+
+    @property
+    def total(self) -> int:
+        """All members."""
+        return self.rollout + self.prm + self.orm + self.learner
+
+    def __str__(self) -> str:
+        prm = f", {self.prm} PRM" if self.prm else ""
+        return f"{self.rollout} rollout{prm}, {self.orm} ORM, {self.learner} learner"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """What one GPU takes for the passes of an iteration, in seconds, and the bytes that it moves.
+
+    Attributes:
+        velocity: a step of a group.
+        gradient: process rewards and gradients of a group's states; 0 without a PRM.
+        score: process rewards of a group's states.
+        decode: decoding of one sample.
+        micro_step: a micro-batch of the learner with all forward passes of references.
+        update: work of the optimizer on host memory, a rank of one.
+        zero_bytes: bytes of weights and gradients that a micro-batch moves.
+        iteration_bytes: trajectories of an iteration.
+        publication_bytes: new weights.
+        rows: transitions of a micro-batch.
+    """
+
+    velocity: float
+    gradient: float
+    score: float
+    decode: float
+    micro_step: float
+    update: float
+    zero_bytes: float
+    iteration_bytes: float
+    publication_bytes: float
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterationTime:
+    """Seconds of an iteration; ``busy`` is what each pool computes, evenly spread over its members.
+
+    Attributes:
+        rollout: drawing all groups, with waits for process rewards.
+        scoring: what outcome rewards take after the last group is drawn.
+        fetch: the learner's fetch of the trajectories.
+        update: the updates.
+        exposed: of these, waits for ZeRO-3's collectives.
+        publish: new weights, from the learner to the last rollout actor.
+        total: the iteration.
+        busy: seconds that each role's GPUs compute.
+    """
+
+    rollout: float
+    scoring: float
+    fetch: float
+    update: float
+    exposed: float
+    publish: float
+    total: float
+    busy: dict[str, float]
+
+
+def speeds(passes: Passes, sizes: PassSizes, work: Workload, hardware: Hardware) -> Speeds:
+    """Speeds of a recipe's passes."""
+
+    def seconds(role: str, cost: Cost, times: float) -> float:
+        return hardware.seconds(cost, computes_in(passes, role)) * times
+
+    group, pool, size = work.group_size, passes.config.pools.learner, passes.network_size
+    width = passes.generator.dtype.itemsize
+    micro = seconds("learner", passes.micro_step(sizes.learner), 1)
+    forward = seconds("learner", passes.velocity(sizes.learner), 1) if work.references else 0.0
+    return Speeds(
+        velocity=seconds("rollout", passes.velocity(sizes.rollout), group / sizes.rollout),
+        gradient=seconds("prm", passes.gradient(sizes.prm), group / sizes.prm) if work.guided else 0.0,
+        score=seconds("prm", passes.score(sizes.prm), group / sizes.prm) if work.scored else 0.0,
+        decode=seconds("orm", passes.decode(sizes.decode), 1 / sizes.decode),
+        micro_step=micro + work.references * forward,
+        update=hardware.host_adam_s * size.trained / GB / pool.threads if pool.offload_optimizer else 0.0,
+        zero_bytes=(2 + work.references) * size.weight_bytes + size.trained * width,
+        iteration_bytes=work.iteration_bytes,
+        publication_bytes=publication_bytes(passes),
+        rows=sizes.learner,
+    )
+
+
+def iteration_time(
+    speed: Speeds, work: Workload, split: Split, hardware: Hardware, *, overlapped: bool
+) -> IterationTime:
+    """Seconds of an iteration with pools of these sizes.
+
+    Args:
+        speed: what the passes take.
+        work: what an iteration consists of.
+        split: sizes of the pools.
+        hardware: speeds of transfers.
+        overlapped: whether rollouts go on while the learner trains (``rollout.max_staleness`` above 0).
+    """
+    asking = split.rollout / split.prm if split.prm else 0.0
+    group = (
+        work.guided * max(speed.velocity, asking * speed.gradient)
+        + work.scored * max(speed.velocity, asking * speed.score)
+        + max(0, work.steps - work.guided - work.scored) * speed.velocity
+    )
+    waves = -(-work.groups // split.rollout)
+    rollout = waves * group
+    decoding = work.samples * work.decodes * speed.decode / split.orm
+    last = work.groups - (waves - 1) * split.rollout
+    # Earlier waves are scored while the next one is drawn.
+    scoring = max(decoding * last / work.groups, decoding - rollout * (waves - 1) / waves)
+    batches = work.micro_batches(speed.rows, split.learner)
+    moved = speed.zero_bytes * (1 - 1 / split.learner)
+    exposed = batches * (1 - hardware.zero_overlap) * hardware.collective_s(moved, split.learner)
+    update = batches * speed.micro_step + exposed + work.updates * speed.update / split.learner
+    fetch = speed.iteration_bytes / (hardware.store_gbs * GB)
+    receiving = hardware.nodes_for(split.rollout)
+    publish = speed.publication_bytes * (1 / (hardware.publish_gbs * GB) + receiving / (hardware.store_gbs * GB))
+    sampling, learning = rollout + scoring, fetch + update
+    total = max(sampling, learning) + publish if overlapped else sampling + learning + publish
+    steps = work.groups / split.rollout
+    return IterationTime(
+        rollout=rollout, scoring=scoring, fetch=fetch, update=update, exposed=exposed, publish=publish, total=total,
+        busy={
+            "rollout": steps * work.steps * speed.velocity,
+            "prm": asking * steps * (work.guided * speed.gradient + work.scored * speed.score),
+            "orm": decoding,
+            "learner": batches * speed.micro_step,
+        },
+    )  # fmt: skip
+
+
+def best_split(total: int, *, with_prm: bool, smallest_learner: int, time_of: Callable[[Split], float]) -> Split | None:
+    """The split of ``total`` GPUs with the shortest iteration; None if they are too few for all roles.
+
+    Args:
+        total: GPUs.
+        with_prm: whether there are PRM servers.
+        smallest_learner: ranks that the learner needs for its memory.
+        time_of: seconds of an iteration.
+    """
+
+    def splits() -> Iterator[Split]:
+        for learner in range(smallest_learner, total):
+            for orm in range(1, total - learner):
+                for prm in range(1, total - learner - orm) if with_prm else (0,):
+                    yield Split(rollout=total - learner - orm - prm, prm=prm, orm=orm, learner=learner)
+
+    return min(splits(), key=time_of, default=None)

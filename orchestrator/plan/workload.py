@@ -1,0 +1,169 @@
+"""What an iteration of a recipe consists of: passes, how large they are, transitions, bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from math import prod
+
+from euphonium.config import RunConfig
+from euphonium.generators.generator import Generator
+from orchestrator.plan.inputs import conditioning
+
+FLOAT32 = 4
+
+
+# The recipe's field that sets the size of each pass.
+SIZE_FIELDS = {
+    "rollout": "rollout.samples_per_pass",
+    "prm": "pools.prm.max_batch",
+    "decode": "pools.orm.decode_batch",
+    "learner": "pools.learner.rows_per_micro_batch",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassSizes:
+    """Samples or transitions in one pass of each role: the one place where a plan reads them from the recipe.
+
+    Attributes:
+        rollout: samples of a velocity pass of a rollout.
+        evaluation: samples of a velocity pass of an evaluation.
+        prm: states of a pass of a PRM server.
+        decode: samples that an ORM server decodes at a time.
+        learner: transitions of a micro-batch.
+    """
+
+    rollout: int
+    evaluation: int
+    prm: int
+    decode: int
+    learner: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> PassSizes:
+        """Reads a recipe; the largest passes that its requests allow."""
+        group, pools, evaluation = config.rollout.group_size, config.pools, config.evaluation
+        together = config.rollout.samples_per_pass
+        evaluated = evaluation.prompts * evaluation.samples_per_prompt
+        shares = -(-evaluated // pools.rollout.num_actors)
+        clients = pools.rollout.num_actors if pools.prm.merge else 1
+        merged = max(group, group * min(clients, pools.prm.max_batch // group))
+        scored = max(evaluated, group * config.rollout.prompts_per_iteration if pools.orm.merge else group)
+        return cls(
+            rollout=min(together, group),
+            evaluation=min(together, shares),
+            prm=min(pools.prm.max_batch, merged),
+            decode=min(pools.orm.decode_batch, pools.orm.max_batch, scored),
+            learner=pools.learner.rows_per_micro_batch,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """An iteration.
+
+    Attributes:
+        groups: groups, one a prompt.
+        group_size: samples of a group.
+        steps: sampling steps, each a velocity.
+        guided: of these, steps with a gradient of the process reward.
+        scored: further states whose process reward is needed.
+        decodes: decoded samples for each that is drawn: 1, and two a perturbation of guidance by SPSA.
+        rows: transitions of a group that are trained.
+        updates: optimizer steps.
+        references: further forward passes of a transition, on average: anchor, previous policy, replay.
+        latent_values: numbers of a sample's latents.
+        group_bytes: bytes of a group's transitions.
+        evaluation_velocities: velocities of an evaluation.
+        evaluation_samples: samples of an evaluation.
+    """
+
+    groups: int
+    group_size: int
+    steps: int
+    guided: int
+    scored: int
+    decodes: int
+    rows: int
+    updates: int
+    references: float
+    latent_values: int
+    group_bytes: int
+    evaluation_velocities: int
+    evaluation_samples: int
+
+    @property
+    def samples(self) -> int:
+        """Samples of an iteration."""
+        return self.groups * self.group_size
+
+    @property
+    def iteration_bytes(self) -> int:
+        """Bytes of the trajectories of an iteration."""
+        return self.groups * self.group_bytes
+
+    def micro_batches(self, rows_per_micro_batch: int, ranks: int) -> int:
+        """Micro-batches of every rank in an iteration; a micro-batch mixes no groups, and ranks keep step."""
+        pieces = -(-self.rows // rows_per_micro_batch)
+        return sum(
+            -(-pieces * len(range(update, self.groups, self.updates)) // ranks) for update in range(self.updates)
+        )
+
+
+def workload_of(config: RunConfig, generator: Generator) -> Workload:
+    """The workload of a recipe; a window that moves counts as it is in the first iteration."""
+    from actors.sampler import select_steps
+
+    table = generator.step_table(config.sampler)
+    kept = select_steps(table, 1, config.objective.timestep_fraction, 0).shape[1]
+    rollout, objective, guidance = config.rollout, config.objective, config.sampler.guidance
+    best = config.advantage.best_of
+    trained = rollout.group_size if best is None else 2 * best
+    spsa = guidance is not None and guidance.source == "spsa"
+    guided = len(table.guided_steps) if config.rewards.process is not None and not spsa else 0
+    values = prod(generator.latent_shape)
+    tensors = 3 if objective.kind == "standard" and table.guided_steps else 2
+    prompt = sum(tensor.nbytes for tensor in conditioning(generator, 1).values())
+    kl = objective.kl
+    evaluation = config.evaluation
+    evaluated = evaluation.prompts * evaluation.samples_per_prompt
+    return Workload(
+        groups=rollout.prompts_per_iteration,
+        group_size=rollout.group_size,
+        steps=table.num_steps,
+        guided=guided,
+        scored=len(_scored(config, table.stochastic_steps, table.guided_steps) - set(table.guided_steps)),
+        decodes=1 + 2 * guidance.spsa.perturbations * len(table.guided_steps) if guidance is not None and spsa else 1,
+        rows=trained * kept,
+        updates=objective.updates_per_iteration,
+        references=(kl is not None and kl.anchor != "none") + objective.needs_previous_policy + _replayed(config),
+        latent_values=values,
+        group_bytes=FLOAT32 * rollout.group_size * kept * tensors * values + prompt,
+        evaluation_velocities=evaluated * evaluation.num_steps,
+        evaluation_samples=evaluated,
+    )
+
+
+def _scored(config: RunConfig, stochastic: list[int], guided: list[int]) -> set[int]:
+    """States whose process rewards the advantages need, as rollout actors have them."""
+    process = config.rewards.process
+    if process is None or process.weight == 0 or config.advantage.mode == "outcome":
+        return set()
+    credited = stochastic if process.steps == "all" else [k for k in stochastic if k in guided]
+    offsets = {"state": (0,), "next_state": (1,), "progress": (0, 1)}[process.credit]
+    return {k + offset for k in credited for offset in offsets}
+
+
+def _replayed(config: RunConfig) -> float:
+    """Share of the transitions whose old log-probabilities the learner computes in a pass of their own."""
+    from learners.policy.objective import old_log_probs
+
+    updates = config.objective.updates_per_iteration
+    on_policy = config.rollout.max_staleness == 0
+    return sum(old_log_probs(config, i, on_policy=on_policy) == "replay" for i in range(updates)) / updates
+
+
+def replaced(sizes: PassSizes, **changes: int) -> PassSizes:
+    """Other sizes of passes."""
+    return dataclasses.replace(sizes, **changes)

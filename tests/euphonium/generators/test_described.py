@@ -1,0 +1,77 @@
+"""Descriptions of published models have the published numbers of parameters, and need no weights and no network."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from euphonium.config import ModelConfig, load_config
+from euphonium.errors import ConfigError
+from euphonium.generators.described import PUBLISHED, describe_generator, published_models
+
+# Published sizes, in billions, and how far a rounded one may be off.
+SIZES = {
+    "hunyuanvideo-community/HunyuanVideo": (12.821, 0.001),
+    "Skywork/SkyReels-V1-Hunyuan-I2V": (12.821, 0.001),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": (8.33, 0.03),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14.288, 0.01),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (1.419, 0.005),
+    "black-forest-labs/FLUX.1-dev": (11.901, 0.001),
+    "stabilityai/stable-diffusion-3.5-medium": (2.243, 0.005),
+    "CompVis/stable-diffusion-v1-4": (0.8595, 0.0005),
+}
+
+
+def model(path: str) -> ModelConfig:
+    index = json.loads((PUBLISHED / path / "model_index.json").read_text())["_class_name"]
+    distilled = ("Hunyuan" in index and "15" not in index) or index == "FluxPipeline"
+    return ModelConfig(path=path, height=512, width=512, embedded_guidance=1.0 if distilled else None)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a description asks for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_every_recipe_has_a_description() -> None:
+    paths = [path for path in Path("recipes").rglob("*.yaml") if path.name not in ("base.yaml", "prm.yaml")]
+    named = {load_config(path).model.path for path in paths}
+    assert {name for name in named if not Path(name).exists()} <= set(published_models())
+    assert set(SIZES) == set(published_models())
+
+
+@pytest.mark.parametrize("path", SIZES)
+def test_a_network_has_the_published_number_of_parameters(path: str) -> None:
+    generator = describe_generator(model(path))
+    with torch.device("meta"):
+        network = generator.build_transformer()
+    size, tolerance = SIZES[path]
+    assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(size, abs=tolerance)
+    assert not generator.transformer_files()
+
+
+@pytest.mark.parametrize("path", SIZES)
+def test_a_vae_is_described_and_fits_the_latents(path: str) -> None:
+    generator = describe_generator(model(path))
+    vae = generator.load_vae(torch.device("meta"), torch.bfloat16)
+    latents = torch.zeros(1, *generator.latent_shape, device="meta")
+    assert vae.decode(latents).shape == (1, 1, 3, 512, 512)
+
+
+def test_a_local_folders_own_files_win(tiny_generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "hunyuanvideo-community/HunyuanVideo"
+    Path(name).parent.mkdir()
+    Path(name).symlink_to(tiny_generator)
+    config = ModelConfig(path=name, frames=9, height=32, width=32)
+    assert describe_generator(config).transformer_config()["num_layers"] < 20
+
+
+def test_a_model_without_a_description_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.path: some/model is no folder .*FLUX.1-dev"):
+        describe_generator(ModelConfig(path="some/model", height=64, width=64))

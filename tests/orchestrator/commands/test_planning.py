@@ -1,0 +1,74 @@
+"""``euphonium plan`` and ``validate`` on the command line: what is printed, and the status."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from euphonium.config import RunConfig
+
+GPUS = [f"pools.{pool}.num_gpus=1" for pool in ("rollout", "prm", "orm", "learner")]
+
+
+@pytest.fixture
+def euphonium(
+    tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    tiny_recipe_file(tmp_path)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "orchestrator", command, str(tmp_path / "recipe.yaml"), *arguments],
+            env=environment, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+
+    return run
+
+
+def test_a_plan_that_fits(euphonium: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = euphonium("plan", *GPUS)
+    assert done.returncode == 0, done.stderr
+    assert "it fits" in done.stdout
+    assert "mfu 0.4" in done.stdout
+    assert "5 GPUs of 80 GiB" not in done.stdout
+    assert "6 GPUs of 80 GiB, on 1 node of 8" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_a_plan_for_programs(euphonium: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    plan = json.loads(euphonium("plan", *GPUS, "--json", "--assume", "mfu=0.2").stdout)
+    assert plan["gpus"] == 6
+    assert plan["hardware"]["mfu"] == 0.2
+    assert {fit["role"]: fit["members"] for fit in plan["fits"]} == {"rollout": 2, "prm": 1, "orm": 1, "learner": 2}
+    assert plan["time"]["total"] > 0
+    assert plan["problems"] == []
+
+
+def test_what_does_not_fit_has_the_status_of_a_configuration_error(
+    euphonium: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = euphonium("plan", *GPUS, "--gpu", "2", "--host", "10", "--nodes", "1", "--gpus-per-node", "4")
+    assert done.returncode == 2
+    assert "does not fit: " in done.stdout
+    assert "error: the plan does not fit:" in done.stderr
+    assert "GiB of the 2 on" in done.stderr or "of the learner needs" in done.stderr
+    assert "host memory of its 10" in done.stderr
+    assert "they take 6 GPUs, and 1 nodes of 4 have 4" in done.stderr
+    assert euphonium("plan", "--assume", "mfus=1").returncode == 2
+
+
+def test_validate_warns_and_refuses_where_the_memory_is_stated(
+    euphonium: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = euphonium("validate", *GPUS, "pools.gpu_memory_gib=2")
+    assert done.returncode == 2
+    assert "the plan does not fit" in done.stderr
+    done = euphonium("validate", *GPUS, "pools.gpu_memory_gib=80")
+    assert done.returncode == 0, done.stderr
+    assert "# GiB of a GPU" in done.stdout
+    assert "# estimated iteration" in done.stdout

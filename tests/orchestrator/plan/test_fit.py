@@ -1,0 +1,121 @@
+"""What does not fit is named with the field that changes it, and the change helps."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from euphonium.config import RunConfig
+from orchestrator.plan.fit import RoleFit, fits_of, largest
+from orchestrator.plan.hardware import GIB, Hardware
+from orchestrator.plan.memory import COUNTED, Item, RoleMemory, learner_memory
+from orchestrator.plan.nodes import Objects, place
+from orchestrator.plan.passes import Passes
+from orchestrator.plan.workload import PassSizes, workload_of
+from tests.orchestrator.plan.models import medium
+
+SMALL = Hardware(gpu_gib=1.0, reserved_gib=0.0)
+POOL = {"num_gpus": 1}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., RunConfig]:
+    def make(learner: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
+        pools = {"rollout": POOL, "prm": POOL, "orm": POOL, "learner": POOL | {"num_workers": 2} | (learner or {})}
+        return medium("hunyuan-video", tmp_path / "model", pools=pools, **settings)
+
+    return make
+
+
+def of(role: str, config: RunConfig, gpu_gib: float) -> RoleFit:
+    passes = Passes(config, prm_blocks=4)
+    hardware = replace(SMALL, gpu_gib=gpu_gib)
+    return next(fit for fit in fits_of(passes, PassSizes.of(config), hardware) if fit.role == role)
+
+
+def at_most(change: dict[str, Any], role: str) -> dict[str, Any]:
+    return {"pools": {"rollout": POOL, "prm": POOL, "orm": POOL, "learner": POOL} | {role: POOL | change}}
+
+
+@pytest.mark.parametrize(("role", "field"), [("prm", "pools.prm.max_batch"), ("orm", "pools.orm.max_batch")])
+def test_the_largest_pass_that_fits_is_named(role: str, field: str, tmp_path: Path) -> None:
+    def planned(batch: int, gpu_gib: float) -> RoleFit:
+        return of(role, medium("hunyuan-video", tmp_path / "m", **at_most({"max_batch": batch}, role)), gpu_gib)
+
+    room = planned(2, 1000).gpu_gib * 1.001
+    refused = planned(4, room)
+    assert f"{field}: 4 needs {refused.gpu_gib:.1f} GiB of the {room:g}" in refused.advice
+    assert refused.advice.endswith("; 2 fits")
+    assert not planned(2, room).advice
+
+
+def test_where_one_sample_is_too_much_another_remedy_is_named(config: Callable[..., RunConfig]) -> None:
+    assert "no number fits: set model.vae_tiling: true" in of("orm", config(), 0.1).advice
+    assert "no number fits" in of("rollout", config(), 0.1).advice
+
+
+def test_the_remedies_of_the_learner_in_turn(config: Callable[..., RunConfig]) -> None:
+    def needed(**learner: Any) -> float:
+        return of("learner", config(learner), 1000).gpu_gib
+
+    one, two = (needed(rows_per_micro_batch=rows, gradient_checkpointing=True) for rows in (1, 2))
+    assert one < two
+    advice = of("learner", config({"rows_per_micro_batch": 2, "gradient_checkpointing": True}), (one + two) / 2).advice
+    assert advice.startswith("pools.learner.rows_per_micro_batch: 2")
+    assert advice.endswith("1 fits")
+    advice = of("learner", config({"rows_per_micro_batch": 1}), one * 0.999).advice
+    assert "gradient_checkpointing" in advice
+    advice = of("learner", config({"rows_per_micro_batch": 1, "gradient_checkpointing": True}), one * 0.999).advice
+    assert "num_workers: 2" in advice
+    assert "3 ranks fit" in advice
+    advice = of("learner", config({"gradient_checkpointing": True}), 0.5).advice
+    assert "offload_optimizer" in advice
+
+
+def test_zero_shares_states_and_offloading_moves_them(config: Callable[..., RunConfig]) -> None:
+    passes = Passes(config({"rows_per_micro_batch": 1}))
+    trained = passes.network_size.trained
+    sizes = PassSizes.of(passes.config)
+    held = {ranks: {item.name: item for item in learner_memory(passes, sizes, ranks).items} for ranks in (1, 4)}
+    assert held[1]["float32 weights and Adam's moments"].nbytes == 12 * trained
+    assert held[4]["float32 weights and Adam's moments"].nbytes == 3 * trained
+    away = Passes(config({"rows_per_micro_batch": 1, "offload_optimizer": True}))
+    before, after = (learner_memory(p, sizes, 1) for p in (passes, away))
+    assert before.gpu_gib(SMALL) - after.gpu_gib(SMALL) > 12 * trained / GIB
+    assert after.host_gib(SMALL) - before.host_gib(SMALL) > 12 * trained / GIB
+
+
+def test_phases_are_not_held_together() -> None:
+    items = (Item("weights", GIB), Item("forward", 2 * GIB, "a"), Item("step", 3 * GIB, "b"))
+    assert RoleMemory(items, 1).gpu_gib(SMALL) == 4
+    assert RoleMemory(items, 0.5).gpu_gib(SMALL) == 8  # two of them share the GPU
+    assert RoleMemory(items, 0).gpu_gib(SMALL) == 0
+
+
+def test_convolutions_count_elements() -> None:
+    def memory_of(samples: int) -> RoleMemory:
+        return RoleMemory((Item("decoding", samples),), 1, largest=samples * COUNTED / 3)
+
+    assert largest(memory_of, 16, SMALL) == 2
+
+
+def test_nodes_are_filled_and_hold_what_travels(config: Callable[..., RunConfig]) -> None:
+    memory = RoleMemory((), 1)
+    fits = [RoleFit(role, members, memory, 1, 10) for role, members in (("rollout", 3), ("orm", 1), ("learner", 4))]
+    objects = Objects(iteration=6 * GIB, publication=GIB, kinds=1, ahead=0, groups_of_actor=2 * GIB)
+    first, second = place(fits, objects, Hardware(gpus_per_node=4))
+    assert (first.members, second.members) == ({"learner": 4}, {"rollout": 3, "orm": 1})
+    # All trajectories and three versions of the weights; what three actors drew and one version.
+    assert (first.store_gib, second.store_gib) == (9, 7)
+    assert first.host_gib == 4 * 10 + 9
+
+
+def test_the_workload_is_what_the_roles_do(config: Callable[..., RunConfig]) -> None:
+    passes = Passes(config())
+    work = workload_of(passes.config, passes.generator)
+    assert (work.samples, work.steps, work.rows) == (32, 8, 4 * 7)
+    # Eight groups of 28 rows, two a micro-batch, on two ranks.
+    assert work.micro_batches(2, 2) == 8 * 14 / 2
+    assert work.micro_batches(5, 3) == 16  # 48 pieces

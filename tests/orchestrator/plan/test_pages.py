@@ -1,0 +1,38 @@
+"""Every shipped recipe fits, and its line in the docs is current."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.plan.pages import BEGIN, END, HEAD, PAGE, plan_of, recipes, row
+
+# Those whose networks are run once a group of recipes; the others take half a minute each.
+QUICK = {
+    "hunyuan-video/euphonium.yaml",
+    "flux/dancegrpo.yaml",
+    "flux/mixgrpo.yaml",
+    "stable-diffusion-1.4/dancegrpo.yaml",
+}
+
+
+def table() -> str:
+    return PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+
+
+def test_the_table_has_a_line_for_every_recipe() -> None:
+    lines = table().removeprefix(HEAD).splitlines()
+    assert [line.split("`")[1] for line in lines] == [str(recipe.relative_to("recipes")) for recipe in recipes()]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(path, marks=() if str(path.relative_to("recipes")) in QUICK else pytest.mark.slow)
+        for path in recipes()
+    ],
+    ids=str,
+)
+def test_a_recipe_fits_and_its_line_is_current(recipe: Path) -> None:
+    plan = plan_of(recipe)
+    assert not plan.problems
+    assert row(recipe, plan) in table(), "run python -m orchestrator.plan.pages"

@@ -1,0 +1,60 @@
+"""Seconds of an iteration, and the split that makes it shortest."""
+
+import itertools
+
+import pytest
+
+from orchestrator.plan.hardware import Hardware
+from orchestrator.plan.timing import Speeds, Split, best_split, iteration_time
+from orchestrator.plan.workload import Workload
+
+WORK = Workload(
+    groups=12, group_size=8, steps=10, guided=4, scored=0, decodes=1, rows=80, updates=2, references=0,
+    latent_values=1, group_bytes=0, evaluation_velocities=0, evaluation_samples=0,
+)  # fmt: skip
+SPEED = Speeds(
+    velocity=1.0, gradient=0.5, score=0.0, decode=0.1, micro_step=0.2, update=0.0, zero_bytes=0, iteration_bytes=0,
+    publication_bytes=0, rows=1,
+)  # fmt: skip
+NEAR = Hardware()
+
+
+def seconds(split: Split, *, overlapped: bool = False) -> float:
+    return iteration_time(SPEED, WORK, split, NEAR, overlapped=overlapped).total
+
+
+def test_enough_prm_servers_hide_behind_the_velocity() -> None:
+    few = iteration_time(SPEED, WORK, Split(rollout=6, prm=1, orm=1, learner=1), NEAR, overlapped=False)
+    enough = iteration_time(SPEED, WORK, Split(rollout=6, prm=3, orm=1, learner=1), NEAR, overlapped=False)
+    # Two waves of ten steps, of which four wait for six answers of half a second.
+    assert few.rollout == 2 * (6 * 1.0 + 4 * 3.0)
+    assert enough.rollout == 2 * 10 * 1.0
+
+
+def test_an_iteration_is_a_sum_or_the_longer_half() -> None:
+    split = Split(rollout=6, prm=3, orm=2, learner=4)
+    time = iteration_time(SPEED, WORK, split, NEAR, overlapped=False)
+    assert time.update == 2 * (6 * 80 / 4) * 0.2
+    # Half of the samples come in the last wave, to two servers.
+    assert time.scoring == pytest.approx(48 * 0.1 / 2)
+    assert time.total == time.rollout + time.scoring + time.update
+    assert seconds(split, overlapped=True) == max(time.rollout + time.scoring, time.update)
+
+
+def test_the_best_split_is_the_best_of_all() -> None:
+    found = best_split(12, with_prm=True, smallest_learner=2, time_of=seconds)
+    every = [
+        Split(rollout=r, prm=p, orm=o, learner=n)
+        for r, p, o, n in itertools.product(range(1, 12), repeat=4)
+        if r + p + o + n == 12 and n >= 2
+    ]
+    assert found is not None
+    assert seconds(found) == min(map(seconds, every))
+    assert best_split(12, with_prm=False, smallest_learner=2, time_of=seconds).prm == 0
+    assert best_split(3, with_prm=True, smallest_learner=1, time_of=seconds) is None
+
+
+def test_collectives_between_nodes_are_as_fast_as_the_network() -> None:
+    hardware = Hardware(gpus_per_node=8, nvlink_gbs=300, network_gbs=10)
+    assert hardware.collective_s(30e9, 8) == pytest.approx(0.1)
+    assert hardware.collective_s(30e9, 16) == pytest.approx(1.5)
