@@ -13,6 +13,8 @@ from pydantic_core import ErrorDetails
 from euphonium.text_files import shown
 
 Path = tuple[str | int, ...]
+# Errors whose message by pydantic does not say what is wanted.
+WORDED = {"path_type": "input should be a path", "int_parsing_size": "input should fit into 64 bits"}
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,7 @@ def _mistake(item: ErrorDetails, values: Any) -> Mistake:
             path = (*path, part)
         elif choice is None:
             choice = path
-    message = item["msg"].removeprefix("Value error, ").replace("is not a valid path for <class 'pathlib.Path'>",
-                                                                "should be a path")  # fmt: skip
+    message = WORDED.get(item["type"], item["msg"].removeprefix("Value error, "))
     return Mistake(path, item["type"], message[:1].lower() + message[1:], item["input"], choice)
 
 

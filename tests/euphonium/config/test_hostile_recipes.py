@@ -41,6 +41,7 @@ def failure(recipe: Path, *overrides: str) -> str:
         ("seed='99999999999999999999'", "seed: input should be less than"),
         (f"seed={'9' * 5000}", "no readable value"),
         (f"seed=0x{'f' * 5000}", "more than 64 bits"),
+        ("seed=9223372036854775808.0", "seed: input should fit into 64 bits"),
         ("sampler.num_steps=1000000000", "less than or equal to 10000"),
         ("pools.learner.num_gpus=0.5", "one whole GPU (1), or none (0)"),
         ("pools.learner.num_gpus=2", "one whole GPU (1), or none (0)"),
