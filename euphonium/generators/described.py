@@ -28,11 +28,13 @@ def describe_generator(config: ModelConfig) -> Generator:
     Raises:
         ConfigError: there is no folder and no description of this model, or the generator does not support the recipe.
     """
-    local, shipped = Path(config.path), PUBLISHED / config.path
+    local = Path(config.path)
     if local.exists():
         return adapter_of(PipelineFolder.find(config), config)
-    if (shipped / "model_index.json").is_file():
-        return adapter_of(PipelineFolder(shipped), config)
+    # A folder that is yet to be put together from published parts goes by its name.
+    for shipped in (PUBLISHED / config.path, *sorted(PUBLISHED.glob(f"*/{local.name}"))):
+        if (shipped / "model_index.json").is_file():
+            return adapter_of(PipelineFolder(shipped), config)
     cached = _cached(config)
     if cached is None:
         raise ConfigError(

@@ -8,7 +8,6 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.euphonium.conftest import folders
 from torch import nn
 
 from euphonium.config import LoraConfig, RunConfig, load_config
@@ -20,7 +19,6 @@ from orchestrator.export_policy import export_adapter
 from tests.euphonium.generators.cases import CASES, CPU, conditioning_of, family_of, noise
 from tests.euphonium.generators.tiny_pipelines import Folders
 
-__all__ = ["folders"]
 LORA = LoraConfig(rank=2, alpha=3.0)
 RECIPE = Path(__file__).parents[2] / "recipes" / "embedded" / "dancegrpo.yaml"
 

@@ -1,7 +1,6 @@
 """The conditionings that plans are made of are those of the families' own prompt encoders."""
 
 import pytest
-from tests.euphonium.conftest import folders  # noqa: F401  # a fixture
 
 from euphonium.generators.registry import FAMILIES
 from orchestrator.plan.inputs import PROMPTS, conditioning
@@ -14,7 +13,7 @@ def test_every_family_is_described() -> None:
 
 
 @one_a_family
-def test_entries_are_those_of_the_encoder(name: str, folders: Folders) -> None:  # noqa: F811
+def test_entries_are_those_of_the_encoder(name: str, folders: Folders) -> None:
     family = family_of(name, folders)
     planned, real = conditioning(family, 2), conditioning_of(family)
     assert planned.keys() == real.keys()
@@ -28,5 +27,5 @@ def test_entries_are_those_of_the_encoder(name: str, folders: Folders) -> None: 
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_batch_has_as_many_rows(batch: int, folders: Folders) -> None:  # noqa: F811
+def test_a_batch_has_as_many_rows(batch: int, folders: Folders) -> None:
     assert {len(tensor) for tensor in conditioning(family_of("wan", folders), batch).values()} == {batch}
