@@ -153,7 +153,7 @@ class Engine(ABC):
         """Copies of all tensors of a kind by name, on the CPU of rank 0; empty elsewhere."""
         found: dict[str, Tensor] = {}
         for bucket in self._gathered(kind, BUCKET):
-            found |= bucket
+            found |= on_cpu(bucket)
         return found
 
     def gathered(self, bucket_bytes: int, *, average: bool = False) -> Iterator[dict[str, Tensor]]:
@@ -164,7 +164,7 @@ class Engine(ABC):
             average: gather the moving averages, if there are any, instead of the weights, in the weights' type.
 
         Yields:
-            On rank 0 the tensors of the bucket by name, on the CPU; elsewhere an empty mapping.
+            On rank 0 the tensors of the bucket by name, on the model's device; elsewhere an empty mapping.
         """
         return self._gathered("average" if average and self.averages is not None else "weights", bucket_bytes)
 
@@ -198,8 +198,13 @@ def fill_piece(piece: Tensor, whole: Tensor, rank: int) -> None:
 
 
 def _joined(pieces: list[Tensor], shape: torch.Size) -> Tensor:
-    """Joins all ranks' pieces to the whole tensor, on the CPU, without padding."""
-    return torch.cat(pieces)[: shape.numel()].view(shape).cpu()
+    """Joins all ranks' pieces to the whole tensor, without padding."""
+    return torch.cat(pieces)[: shape.numel()].view(shape)
+
+
+def on_cpu(bucket: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The bucket's tensors on the CPU."""
+    return {name: tensor.cpu() for name, tensor in bucket.items()}
 
 
 def adamw(parameters: Iterable[nn.Parameter], settings: OptimizerConfig | RewardOptimizerConfig) -> torch.optim.AdamW:

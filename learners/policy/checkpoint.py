@@ -20,7 +20,7 @@ from torch import Tensor
 from euphonium.dynamics.kl import KlController
 from euphonium.errors import CheckpointError
 from euphonium.files import writing
-from learners.engine.engine import BUCKET, whole_shape
+from learners.engine.engine import BUCKET, on_cpu, whole_shape
 from learners.engine.partitioned import ZeroPolicy
 from learners.engine.shards import Shards, read_shards, write_shard
 from learners.policy.references import Reference
@@ -128,6 +128,6 @@ def _trainer(state: TrainingState) -> dict[str, object]:
 def _write_weights(policy: ZeroPolicy, file: Path, *, average: bool) -> None:
     whole: dict[str, Tensor] = {}
     for bucket in policy.gathered(BUCKET, average=average):
-        whole |= bucket
+        whole |= on_cpu(bucket)
     if policy.rank == 0:
         save_file(whole, file, metadata={"format": "pt"})

@@ -85,16 +85,14 @@ def split_into_buckets(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 def as_bucket(tensors: Mapping[str, Tensor]) -> tuple[Bucket, tuple[TensorEntry, ...]]:
     """A bucket of tensors on the CPU, which shares their memory where they are contiguous, and its entries."""
-    entries, bucket = [], []
-    for name, tensor in tensors.items():
-        raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-        entries.append(
-            TensorEntry(
-                name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), nbytes=raw.nbytes
-            )
-        )
-        bucket.append(raw)
-    return bucket, tuple(entries)
+    bucket = [tensor.detach().contiguous().flatten().view(torch.uint8).numpy() for tensor in tensors.values()]
+    return bucket, tuple(entry_of(name, tensor) for name, tensor in tensors.items())
+
+
+def entry_of(name: str, tensor: Tensor) -> TensorEntry:
+    """The entry of a tensor in a manifest."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return TensorEntry(name=name, dtype=kind, shape=tuple(tensor.shape), nbytes=tensor.nbytes)
 
 
 def pack(tensors: Mapping[str, Tensor]) -> tuple[Bucket, BucketManifest]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorProxy
     from torch._C._distributed_c10d import TCPStore
 
-# Tensors on the CPU by name, a bucket at a time; the next bucket may be made while the one before is under way.
+# Tensors by name, a bucket at a time, where the learner has them; the next may be made while one is under way.
 Buckets = Iterable[Mapping[str, Tensor]]
 
 STORE_ATTEMPTS = 5
@@ -138,7 +138,7 @@ class ObjectStoreSender:
         manifests: list[BucketManifest] = []
         with ThreadPoolExecutor(1, "checksum") as thread:
             for tensors in buckets:
-                bucket, entries = as_bucket(tensors)
+                bucket, entries = as_bucket({name: tensor.cpu() for name, tensor in tensors.items()})
                 check = thread.submit(checksum, bucket)
                 boxed = [ray.put(bucket)]
                 pending.append(self._store.put_bucket.remote(version, kind, len(manifests), boxed, publication.keep))
