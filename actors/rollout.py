@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actors.guidance import ScaledGradients
 from actors.sampler import (
@@ -35,7 +35,7 @@ from euphonium.config import GuidanceConfig, ProcessRewardConfig, RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import TrainingError
 from euphonium.generators.conditioning import Conditioning, ConditioningCache, expand, stack_conditionings
-from euphonium.generators.generator import images_for
+from euphonium.generators.generator import Generator, images_for
 from euphonium.generators.lora import adapter_parameters, add_adapter
 from euphonium.generators.registry import open_generator
 from euphonium.passes import Passes
@@ -184,19 +184,7 @@ class RolloutWorker:
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
         """The policy's output as a function of state and time, for a conditioning of one prompt or of one a sample."""
-
-        @torch.no_grad()
-        def velocity(x: Tensor, time: float) -> Tensor:
-            times = torch.full((len(x),), time, dtype=torch.float32, device=self.device)
-            prompt = expand(conditioning, len(x))
-
-            def one_pass(part: slice) -> Tensor:
-                read = {name: tensor[part] for name, tensor in prompt.items()}
-                return self.family.velocity(self.transformer, x[part], times[part], read)
-
-            return torch.cat(self.passes.run(len(x), one_pass))
-
-        return velocity
+        return velocity_in_passes(self.family, self.transformer, conditioning, self.passes)
 
     def _scored_states(self, table: StepTable) -> tuple[int, ...]:
         """States whose process rewards the advantages need, besides those at which guidance asks for gradients."""
@@ -218,6 +206,32 @@ class RolloutWorker:
             steps = credited_steps(process, table)
             credited[:, steps] = after[:, steps] - before[:, steps]
         return np.ascontiguousarray(credited.numpy())
+
+
+def velocity_in_passes(
+    family: Generator, transformer: nn.Module, conditioning: Conditioning, passes: Passes
+) -> Velocity:
+    """A transformer's output as a function of state and time, without gradients, in passes that fit.
+
+    Args:
+        family: the generator.
+        transformer: its transformer.
+        conditioning: conditioning of one prompt, or of one a sample.
+        passes: passes over the samples.
+    """
+
+    @torch.no_grad()
+    def velocity(x: Tensor, time: float) -> Tensor:
+        times = torch.full((len(x),), time, dtype=torch.float32, device=x.device)
+        prompt = expand(conditioning, len(x))
+
+        def one_pass(part: slice) -> Tensor:
+            read = {name: tensor[part] for name, tensor in prompt.items()}
+            return family.velocity(transformer, x[part], times[part], read)
+
+        return torch.cat(passes.run(len(x), one_pass))
+
+    return velocity
 
 
 def credited_steps(process: ProcessRewardConfig, table: StepTable) -> list[int]:

@@ -101,6 +101,8 @@ class PairsConfig(Node):
     """ODE steps of the samples."""
     shift: PositiveFloat = 3.0
     """Time shift of the samples."""
+    samples_per_pass: PositiveInt = 16
+    """Most samples in one forward pass of the generator; a pass that does not fit is halved for good."""
     margin: NonNegativeFloat = 0.1
     """Pairs whose weighted outcome rewards differ by less are left out: their order is mostly noise."""
 

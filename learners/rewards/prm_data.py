@@ -19,6 +19,8 @@ from learners.rewards.preference_files import Pairs, ranked_pairs
 
 INDEX_FILE = "index.json"
 LATENTS_FILE = "latents.npy"
+SCORES_FILE = "scores.npy"
+DRAWING_FILE = "drawing.json"
 SAMPLES_FILE = "samples.npz"
 CONDITIONING_FILE = "conditioning.safetensors"
 
@@ -29,24 +31,83 @@ def is_prepared(folder: Path, fingerprint: str) -> bool:
     return index.is_file() and json.loads(index.read_text())["mark"] == fingerprint
 
 
-def write_scored(
-    folder: Path, fingerprint: str, latents: NDArray[np.float32], prompt: NDArray[np.int64], score: NDArray[np.float64],
-    conditioning: Conditioning,
-) -> None:  # fmt: skip
-    """Writes drawn samples with their scores, by which they will be paired.
+class Drawing:
+    """A folder that is being filled with drawn samples and their scores, batch by batch, by any number of processes.
 
-    Args:
-        folder: created if it does not exist.
-        fingerprint: fingerprint of the settings that they were drawn with.
-        latents: ``[samples, *latent]``.
-        prompt: ``[samples]``, index of each sample's prompt.
-        score: ``[samples]``.
-        conditioning: conditioning of all prompts, as one batch.
+    Latents are larger than any memory: they are written where they will be read. What is there survives an
+    interruption.
+
+    Attributes:
+        folder: the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / LATENTS_FILE, latents)
-    np.savez(folder / SAMPLES_FILE, prompt=prompt, score=score)
-    _finish(folder, fingerprint, latents.shape[1:], None, conditioning)
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        self._fingerprint = fingerprint
+        self._latents: NDArray[np.float32] = np.load(folder / LATENTS_FILE, mmap_mode="r+")
+        self._scores: NDArray[np.float64] = np.load(folder / SCORES_FILE, mmap_mode="r+")
+
+    @classmethod
+    def begin(cls, folder: Path, fingerprint: str, shape: tuple[int, ...]) -> Drawing:
+        """Opens a drawing with the same settings, or begins one anew.
+
+        Args:
+            folder: created if it does not exist.
+            fingerprint: fingerprint of the settings that samples are drawn with.
+            shape: ``[samples, *latent]``.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        described = folder / DRAWING_FILE
+        if not described.is_file() or json.loads(described.read_text())["mark"] != fingerprint:
+            described.unlink(missing_ok=True)
+            np.lib.format.open_memmap(folder / LATENTS_FILE, mode="w+", dtype=np.float32, shape=shape)
+            scores = np.lib.format.open_memmap(folder / SCORES_FILE, mode="w+", dtype=np.float64, shape=shape[:1])
+            scores[:] = np.nan
+            scores.flush()
+            with written_aside(described) as aside:
+                aside.write_text(json.dumps({"mark": fingerprint}) + "\n")
+        return cls(folder, fingerprint)
+
+    @classmethod
+    def join(cls, folder: Path) -> Drawing:
+        """Opens a drawing that has begun."""
+        return cls(folder, json.loads((folder / DRAWING_FILE).read_text())["mark"])
+
+    @property
+    def done(self) -> int:
+        """Samples that are there."""
+        return int(np.isfinite(self._scores).sum())
+
+    def has(self, begin: int, count: int) -> bool:
+        """Whether samples are there."""
+        return bool(np.isfinite(self._scores[begin : begin + count]).all())
+
+    def write(self, begin: int, latents: NDArray[np.float32], scores: NDArray[np.float64]) -> None:
+        """Writes samples ``[batch, *latent]`` and their scores ``[batch]``, which say that they are there."""
+        self._latents[begin : begin + len(latents)] = latents
+        self._latents.flush()  # type: ignore[attr-defined]  # a memory map
+        self._scores[begin : begin + len(scores)] = scores
+        self._scores.flush()  # type: ignore[attr-defined]
+
+    def finish(self, prompt: NDArray[np.int64], conditioning: Conditioning) -> NDArray[np.float64]:
+        """Makes the folder one that can be opened, and returns the scores.
+
+        Args:
+            prompt: ``[samples]``, index of each sample's prompt.
+            conditioning: conditioning of all prompts, as one batch.
+
+        Raises:
+            ValueError: samples are missing.
+        """
+        # Anew: a file system shared with other processes may have shown this one less than there is.
+        scores = np.load(self.folder / SCORES_FILE)
+        if not np.isfinite(scores).all():
+            raise ValueError(f"{self.folder}: {int((~np.isfinite(scores)).sum())} of {len(scores)} samples are missing")
+        np.savez(self.folder / SAMPLES_FILE, prompt=prompt, score=scores)
+        _finish(self.folder, self._fingerprint, self._latents.shape[1:], None, conditioning)
+        for name in (SCORES_FILE, DRAWING_FILE):
+            (self.folder / name).unlink()
+        return scores
 
 
 def write_paired(
@@ -86,7 +147,7 @@ def open_prepared(folder: Path, margin: float) -> Preferences:
     """Opens a complete folder; latents stay on disk, memory-mapped or in their files.
 
     Args:
-        folder: a folder that :func:`write_scored` or :func:`write_paired` wrote.
+        folder: a folder that :class:`Drawing` or :func:`write_paired` wrote.
         margin: smallest difference of two scores that makes a pair; written pairs are taken as they are.
     """
     index = json.loads((folder / INDEX_FILE).read_text())

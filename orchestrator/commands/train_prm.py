@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.rollout import encode_one
+from actors.rollout import encode_one, velocity_in_passes
 from actors.sampler import initial_noise, sample_deterministic
 from euphonium.config import OrmPoolConfig, PrmConfig
 from euphonium.config.rewards import optional_rewards
@@ -28,13 +28,14 @@ from euphonium.generators.generator import Generator, images_for
 from euphonium.generators.pictures import check_pictures, require_pictures
 from euphonium.generators.registry import open_generator
 from euphonium.locks import writing_alone
+from euphonium.passes import Passes
 from euphonium.rewards.registry import build_rewards
 from euphonium.rewards.total import total_weight, weighted_total
 from euphonium.wire.devices import local_device, reserved_device
 from euphonium.wire.records import Array
 from learners.rewards.preference import TENTHS, read_latent
 from learners.rewards.preference_files import PreferenceTable, open_preferences
-from learners.rewards.prm_data import is_prepared, write_paired, write_scored
+from learners.rewards.prm_data import Drawing, is_prepared, write_paired
 from learners.rewards.video_files import read_frames
 from learners.rewards.worker import RESULT_FILE
 from orchestrator.commands.paths import absolute_paths
@@ -218,11 +219,13 @@ def _draw(config: PrmConfig, part: str, say: PrintLine) -> None:
         return
     conditioning = _encoded_prompts(config, prompts, images_for(family, config.prompts), say, part)
     index = np.repeat(np.arange(len(prompts)), count)
+    drawing = Drawing.begin(folder, fingerprint, (len(index), *family.latent_shape))
+    if drawing.done:
+        say(f"{part}: {drawing.done} of {len(index)} samples are there already")
     batches = -(-len(index) // BATCH)
-    shares = map_shares(_samples, config.learner, batches, say, part, config, prompts, index, conditioning)
-    latents, score = (np.concatenate(arrays) for arrays in zip(*shares, strict=True))
-    write_scored(folder, fingerprint, latents, index, score, conditioning)
-    say(f"{part}: {len(latents)} samples, mean score {score.mean():.3f}, spread within a prompt "
+    map_shares(_samples, config.learner, batches, say, part, config, prompts, index, conditioning, folder.resolve())
+    score = drawing.finish(index, conditioning)
+    say(f"{part}: {len(index)} samples, mean score {score.mean():.3f}, spread within a prompt "
         f"{score.reshape(len(prompts), count).std(axis=1).mean():.3f}")  # fmt: skip
 
 
@@ -243,30 +246,27 @@ def _conditioning(
 
 
 def _samples(
-    share: Iterable[int], config: PrmConfig, prompts: Sequence[str], index: Array, conditioning: Conditioning
-) -> tuple[Array, Array]:
-    """Draws and scores some batches; returns latents ``[samples, *latent]`` and scores ``[samples]``."""
+    share: Iterable[int], config: PrmConfig, prompts: Sequence[str], index: Array, conditioning: Conditioning,
+    folder: Path,
+) -> None:  # fmt: skip
+    """Draws and scores some batches, and writes each into the folder as it is done; leaves out those that are there."""
     family, device = open_generator(config.model), _device(config)
     transformer = family.load_transformer(device).requires_grad_(False)
     scorer = OrmScorer(config.outcome, family, device, OrmPoolConfig())
     table = family.ode_table(config.pairs.num_steps, config.pairs.shift)
-    latents: list[Array] = []
-    scores = []
+    drawing, passes = Drawing.join(folder), Passes(config.pairs.samples_per_pass, "pairs.samples_per_pass")
     for number in share:
         begin = number * BATCH
         chosen = index[begin : begin + BATCH]
+        if drawing.has(begin, len(chosen)):
+            continue
         batch = {name: tensor[torch.from_numpy(chosen)].to(device) for name, tensor in conditioning.items()}
         seed = int(np.random.SeedSequence([config.seed, len(prompts), begin]).generate_state(1, np.uint64)[0] >> 1)
         start, _ = initial_noise(family.latent_shape, len(chosen), seed, shared=False, device=device)
-
-        def velocity(x: torch.Tensor, time: float, batch: Conditioning = batch) -> torch.Tensor:
-            return family.velocity(transformer, x, torch.full((len(x),), time, device=device), batch)
-
+        velocity = velocity_in_passes(family, transformer, batch, passes)
         latent = sample_deterministic(table, velocity, start).cpu().numpy()
         values = scorer.score(latent, [prompts[i] for i in chosen], optional_rewards(config.outcome))
-        scores.append(weighted_total(values, config.outcome, len(chosen)))
-        latents.append(latent)
-    return np.concatenate(latents), np.concatenate(scores) / total_weight(config.outcome)
+        drawing.write(begin, latent, weighted_total(values, config.outcome, len(chosen)) / total_weight(config.outcome))
 
 
 def _fingerprint(config: PrmConfig, family: Generator, what: list[object]) -> str:

@@ -23,7 +23,7 @@ from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from learners.engine.local import LocalEngine
 from learners.rewards.preference import gaps_by_noise
-from learners.rewards.prm_data import open_prepared, write_scored
+from learners.rewards.prm_data import Drawing, open_prepared
 from learners.rewards.process import PrmTraining
 from learners.rewards.worker import train
 from orchestrator.commands.train_prm import train_prm
@@ -96,11 +96,10 @@ def train_one(name: str, generator: Path, folder: Path) -> Trained:
         encode = family.prompt_encoder(CPU, dict.fromkeys(prompts, picture(folder)) if family.takes_image else None)
         latents = torch.randn(len(prompts) * SAMPLES, *family.latent_shape, generator=random)
         latents += 2 * torch.randn(*latents.shape[:2], 1, 1, 1, generator=random)
-        write_scored(
-            config.run_dir / "data" / part, "mark", latents.numpy(), np.repeat(np.arange(len(prompts)), SAMPLES),
-            latents[:, 0].mean(dim=(1, 2, 3)).double().numpy(),
-            stack_conditionings([encode_one(encode, prompt) for prompt in prompts]),
-        )  # fmt: skip
+        drawing = Drawing.begin(config.run_dir / "data" / part, "mark", tuple(latents.shape))
+        drawing.write(0, latents.numpy(), latents[:, 0].mean(dim=(1, 2, 3)).double().numpy())
+        conditioning = stack_conditionings([encode_one(encode, prompt) for prompt in prompts])
+        drawing.finish(np.repeat(np.arange(len(prompts)), SAMPLES), conditioning)
     training = PrmTraining(config, CPU)
     engine = LocalEngine(training.model, training.settings, CPU)
     before = gaps_by_noise(engine, training.held_out, training.held_out.pairs, per_tenth=PAIRS)

@@ -19,6 +19,7 @@ from euphonium.generators.encoding import fitted, load_encoder
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from orchestrator.commands.train_prm import accuracy_chart, accuracy_table, train_prm
+from reward_servers.orm import OrmScorer
 
 EMBEDDED = {
     "path": "euphonium/embedded/weights",
@@ -82,6 +83,36 @@ def test_the_same_command_again_draws_nothing_and_trains_nothing(trained: dict[s
     assert "going on from the checkpoint of update 4" in lines
     after = load_file(folder / "prm" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_drawing_goes_on_where_it_was_interrupted(
+    trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples are on disk batch by batch; what is drawn after an interruption is what would have been drawn."""
+    monkeypatch.setattr("orchestrator.commands.train_prm.BATCH", 2)
+    whole = train_prm(drawn(tmp_path / "whole", trained["run"]), print)
+    config = drawn(tmp_path / "cut", trained["run"])
+    score, batches = OrmScorer.score, []
+
+    def interrupted(self: OrmScorer, *arguments: Any) -> Any:
+        batches.append(len(arguments[0]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return score(self, *arguments)
+
+    monkeypatch.setattr(OrmScorer, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_prm(config, print)
+    lines: list[str] = []
+    batches.append(0)
+    assert train_prm(config, lines.append) == whole
+    assert "train: 4 of 8 samples are there already" in lines
+    assert batches == [2, 2, 2, 0, 2, 2, 2, 2, 2], "two of four batches of training, then three of held-out samples"
+    folders = [tmp_path / name / "runs" / "prm" / "data" / "train" for name in ("whole", "cut")]
+    assert np.array_equal(*(np.load(folder / "latents.npy") for folder in folders))
+    assert sorted(path.name for path in folders[1].iterdir()) == [
+        "conditioning.safetensors", "index.json", "latents.npy", "samples.npz",
+    ]  # fmt: skip
 
 
 def test_another_recipe_in_the_same_folder_is_refused(trained: dict[str, Any]) -> None:
