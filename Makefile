@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests without a Ray cluster run side by side, a file at a time; a cluster wants the machine for itself.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .PHONY: help setup demo test test-all lint format measure picture clean
 
@@ -26,10 +28,12 @@ test: setup ## Run the tests that CI runs.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow and not ray"
+	$(BIN)/pytest -m "not slow and ray"
 
 test-all: setup ## Run every test, the long ones too, and 10,000 examples of what goes wrong.
-	EUPHONIUM_FUZZ_EXAMPLES=$${EUPHONIUM_FUZZ_EXAMPLES:-10000} $(BIN)/pytest
+	EUPHONIUM_FUZZ_EXAMPLES=$${EUPHONIUM_FUZZ_EXAMPLES:-10000} $(BIN)/pytest $(SIDE_BY_SIDE) -m "not ray"
+	$(BIN)/pytest -m ray
 
 lint: setup ## Check style and types.
 	$(BIN)/ruff check .
