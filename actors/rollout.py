@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -30,6 +31,7 @@ from actors.sampler import (
     sample_group,
     select_steps,
 )
+from actors.sleeper import Sleeper
 from actors.sources import RewardSources
 from euphonium.config import GuidanceConfig, ProcessRewardConfig, RunConfig
 from euphonium.dynamics import StepTable
@@ -41,7 +43,7 @@ from euphonium.generators.registry import open_generator
 from euphonium.passes import Passes
 from euphonium.wire.arrays import as_array
 from euphonium.wire.deadlines import node_id
-from euphonium.wire.devices import reserved_device
+from euphonium.wire.devices import release_unused, reserved_device
 from euphonium.wire.records import Array, GroupInfo, GroupPayload, GroupTask, Readiness, WeightOrder
 from euphonium.wire.roles import RolloutContext, WeightDirectory, named_actor
 from euphonium.wire.weights.follower import WeightFollower
@@ -58,7 +60,9 @@ class RolloutWorker:
         self.config = config
         self.device = device
         self.family = open_generator(config.model)
-        self.transformer = self.family.load_transformer(device)
+        pool = config.pools.rollout
+        # An actor that Ray restarts may come back while the learner works on the same GPU.
+        self.transformer = self.family.load_transformer(torch.device("cpu") if pool.sleep else device)
         if config.model.lora is not None:
             add_adapter(self.transformer, config.model.lora)
             self.published = dict(adapter_parameters(self.transformer))
@@ -67,11 +71,23 @@ class RolloutWorker:
         self.transformer.requires_grad_(False)
         if config.rollout.compile:
             self.family.compile_blocks(self.transformer)
-        encoder = self.family.prompt_encoder(device, images_for(self.family, config.prompts))
+        self._sleeper = Sleeper(self.transformer, device)
+        if pool.sleep:
+            self._sleeper.sleep()
+        encoding = torch.device("cpu") if pool.encode_on_cpu else device
+        encoder = self.family.prompt_encoder(encoding, images_for(self.family, config.prompts))
         self._conditionings = ConditioningCache(lambda prompt: encode_one(encoder, prompt), CACHE_BYTES)
         self._tables = lru_cache(maxsize=8)(lambda iteration: self.family.step_table(config.sampler, iteration))
         self.passes = Passes(config.rollout.samples_per_pass, "rollout.samples_per_pass")
         self.policy_version = 0
+
+    def sleep(self) -> None:
+        """Moves the policy to host memory, until :meth:`wake`."""
+        self._sleeper.sleep()
+
+    def wake(self) -> None:
+        """Brings the policy back to the device, if it sleeps; to be called before anything that computes with it."""
+        self._sleeper.wake()
 
     def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Loads published weights, and notes their version.
@@ -270,6 +286,7 @@ class RolloutActor:
         self.worker = make_worker(config, device)
         directory = named_actor(WeightDirectory, store)
         self.weights = WeightFollower(directory, self.worker.load_weights, device, config.pools)
+        self._pool = config.pools.rollout
         self.sources = RewardSources(config, index)
 
     def __repr__(self) -> str:
@@ -289,8 +306,9 @@ class RolloutActor:
             RewardError: no server returned the process rewards.
             TrainingError: samples are not finite.
         """
-        pulled = self.weights.follow(context)
-        info, latents, payload = self.worker.generate(task, self.sources.of_group(task, context))
+        with self._awake():
+            pulled = self.weights.follow(context)
+            info, latents, payload = self.worker.generate(task, self.sources.of_group(task, context))
         return dataclasses.replace(info, seconds={**info.seconds, "weights": pulled}), latents, payload
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int], context: RolloutContext) -> Array:
@@ -299,8 +317,9 @@ class RolloutActor:
         Raises:
             WeightsMissingError: the weight store does not have the weights.
         """
-        self.weights.follow(context)
-        return self.worker.evaluate(prompts, seeds)
+        with self._awake():
+            self.weights.follow(context)
+            return self.worker.evaluate(prompts, seeds)
 
     def receive(self, order: WeightOrder) -> None:
         """Receives the weights of a broadcast.
@@ -309,3 +328,16 @@ class RolloutActor:
             LostActorError: the learner or another member is gone; the weights must be fetched from the store.
         """
         self.weights.receive(order)
+
+    def sleep(self) -> None:
+        """Leaves the GPU until the next group or evaluation."""
+        self.worker.sleep()
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        if self._pool.sleep:
+            self.worker.wake()
+        try:
+            yield
+        finally:
+            release_unused(self._pool.num_gpus)

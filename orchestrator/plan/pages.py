@@ -40,6 +40,7 @@ def row(recipe: Path, plan: Plan) -> str:
     by_role = {fit.role: fit for fit in plan.fits}
     members = [str(by_role[role].members) if role in by_role else "-" for role in ROLES]
     gib = [f"{by_role[role].gpu_gib:.0f}" if role in by_role else "-" for role in ROLES]
+    together = f"; together {plan.shared.needed_gib:.0f}" if plan.shared is not None else ""
     work = [f"{plan.petaflops[role]:.3g}" if role in by_role else "-" for role in ROLES]
     time = duration(plan.time.total) if plan.time is not None else "-"
     best = "-"
@@ -47,7 +48,7 @@ def row(recipe: Path, plan: Plan) -> str:
         sizes = [str(getattr(plan.best, role)) if role in by_role else "-" for role in ROLES]
         best = f"{', '.join(sizes)}: {duration(plan.best_time.total)}"
     cells = [
-        f"`{recipe.relative_to('recipes')}`", ", ".join(members), ", ".join(gib), ", ".join(work),
+        f"`{recipe.relative_to('recipes')}`", ", ".join(members), ", ".join(gib) + together, ", ".join(work),
         f"{plan.work.iteration_bytes / GB:.3g} GB", f"{plan.publication_bytes / GB:.3g} GB", time, best,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |\n"
