@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 class _ByDevice(_TorchBackend):
     @override
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         seen = set(worker_group.execute(torch.cuda.is_available))
         if len(seen) > 1:
             raise RuntimeError("some learner ranks see a GPU and others see none, though all have reserved one")

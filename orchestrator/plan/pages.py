@@ -6,6 +6,7 @@ A test fails when the table is not current, or when a recipe does not fit the GP
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from euphonium.config import RunConfig, load_config
 from orchestrator.plan.hardware import GB, Hardware
@@ -20,6 +21,11 @@ HEAD = (
     "| trajectories | new weights | an iteration | shortest split |\n|---|---|---|---|---|---|---|---|\n"
 )
 ROLES = ("rollout", "prm", "orm", "learner")
+# Machines of recipes whose names begin so: one with a single GPU, one with eight.
+MACHINES: dict[str, dict[str, Any]] = {
+    "one-gpu": {"nodes": 1, "gpus_per_node": 1, "host_gib": 128.0},
+    "one-node": {"nodes": 1},
+}
 
 
 def recipes() -> list[Path]:
@@ -30,9 +36,11 @@ def recipes() -> list[Path]:
 
 
 def plan_of(recipe: Path) -> Plan:
-    """The plan of a shipped recipe on GPUs of 80 GiB."""
+    """The plan of a shipped recipe on the GPUs that it is meant for: of 80 GiB, unless it says otherwise."""
     config: RunConfig = load_config(ROOT / recipe)
-    return make_plan(config, Hardware(), blocks_of_prm(config, ROOT / recipe))
+    stated = config.pools.gpu_memory_gib or Hardware.gpu_gib
+    machines = next((m for begin, m in MACHINES.items() if recipe.stem.startswith(begin)), {})
+    return make_plan(config, Hardware(gpu_gib=stated, **machines), blocks_of_prm(config, ROOT / recipe))
 
 
 def row(recipe: Path, plan: Plan) -> str:
