@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from actors.rollout import CACHE_BYTES
 from euphonium.config import OutcomeRewardConfig
 from orchestrator.plan.hardware import GIB, Hardware
 from orchestrator.plan.passes import Passes, prompt_bytes
@@ -106,6 +105,8 @@ class RoleMemory:
 
 def rollout_memory(passes: Passes, sizes: PassSizes) -> RoleMemory:
     """A rollout actor: the policy, text encoders, encoded prompts, and a pass."""
+    from actors.rollout import CACHE_BYTES
+
     config = passes.config
     drawn = config.iterations * config.rollout.prompts_per_iteration + config.evaluation.prompts
     pool = config.pools.rollout
