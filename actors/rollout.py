@@ -56,13 +56,18 @@ CACHE_BYTES = 8 << 30
 class RolloutWorker:
     """Draws groups and evaluation samples with the weights that it holds."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, *, asleep: bool = False) -> None:
+        """Loads the models.
+
+        Args:
+            config: configuration of the run.
+            device: where to compute.
+            asleep: whether the policy begins in host memory, and :meth:`wake` brings it to the device.
+        """
         self.config = config
         self.device = device
         self.family = open_generator(config.model)
-        pool = config.pools.rollout
-        # An actor that Ray restarts may come back while the learner works on the same GPU.
-        self.transformer = self.family.load_transformer(torch.device("cpu") if pool.sleep else device)
+        self.transformer = self.family.load_transformer(torch.device("cpu") if asleep else device)
         if config.model.lora is not None:
             add_adapter(self.transformer, config.model.lora)
             self.published = dict(adapter_parameters(self.transformer))
@@ -72,9 +77,9 @@ class RolloutWorker:
         if config.rollout.compile:
             self.family.compile_blocks(self.transformer)
         self._sleeper = Sleeper(self.transformer, device)
-        if pool.sleep:
+        if asleep:
             self._sleeper.sleep()
-        encoding = torch.device("cpu") if pool.encode_on_cpu else device
+        encoding = torch.device("cpu") if config.pools.rollout.encode_on_cpu else device
         encoder = self.family.prompt_encoder(encoding, images_for(self.family, config.prompts))
         self._conditionings = ConditioningCache(lambda prompt: encode_one(encoder, prompt), CACHE_BYTES)
         self._tables = lru_cache(maxsize=8)(lambda iteration: self.family.step_table(config.sampler, iteration))
@@ -270,7 +275,7 @@ class RolloutActor:
         index: int,
         config: RunConfig,
         store: str,
-        make_worker: Callable[[RunConfig, torch.device], RolloutWorker] = RolloutWorker,
+        make_worker: Callable[[RunConfig, torch.device], RolloutWorker] | None = None,
     ) -> None:
         """Loads the models.
 
@@ -278,12 +283,16 @@ class RolloutActor:
             index: index of the actor in its pool.
             config: configuration of the run.
             store: name of the weight store's actor.
-            make_worker: constructs the worker; tests and benchmarks pass a cheaper one.
+            make_worker: constructs the worker, where tests and benchmarks want a cheaper one.
         """
         torch.set_num_threads(config.pools.rollout.threads)
         device = reserved_device(config.pools.rollout.num_gpus)
         self.index = index
-        self.worker = make_worker(config, device)
+        if make_worker is not None:
+            self.worker = make_worker(config, device)
+        else:
+            # One that Ray restarts may come back while the learner works on the same GPU.
+            self.worker = RolloutWorker(config, device, asleep=config.pools.rollout.sleep)
         directory = named_actor(WeightDirectory, store)
         self.weights = WeightFollower(directory, self.worker.load_weights, device, config.pools)
         self._pool = config.pools.rollout

@@ -36,7 +36,7 @@ def summary(plan: Plan) -> dict[str, str]:
     lines["PFLOP an iteration"] = ", ".join(f"{role} {amount:.4g}" for role, amount in plan.petaflops.items())
     if plan.time is not None:
         lines["estimated iteration"] = (
-            f"{duration(plan.time.total)} on {plan.gpus} GPUs of {plan.hardware.tflops:g} TFLOP/s"
+            f"{duration(plan.time.total)} on {_gpus(plan)} of {plan.hardware.tflops:g} TFLOP/s"
         )
     return lines
 
@@ -62,9 +62,13 @@ def _header(plan: Plan) -> list[str]:
         return ["no GPU is reserved"]
     filled = plan.hardware.nodes_for(plan.gpus)
     return [
-        f"{plan.gpus} GPUs of {plan.hardware.gpu_gib:g} GiB, on {filled} "
+        f"{_gpus(plan)} of {plan.hardware.gpu_gib:g} GiB, on {filled} "
         f"node{'s' if filled > 1 else ''} of {plan.hardware.gpus_per_node} with {plan.hardware.host_gib:g} GiB"
     ]
+
+
+def _gpus(plan: Plan) -> str:
+    return f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''}"
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -57,7 +57,7 @@ def test_the_same_tensors_have_the_same_values_after_a_sleep(monkeypatch: pytest
 
 def test_a_worker_that_sleeps_between_groups_draws_the_same(make_config: Callable[..., RunConfig]) -> None:
     plain = RolloutWorker(make_config(*ALONE), CPU)
-    drowsy = RolloutWorker(make_config(*ALONE, "pools.rollout.sleep=true"), CPU)
+    drowsy = RolloutWorker(make_config(*ALONE), CPU, asleep=True)
     for seed in range(2):
         task = GroupTask(group_id=seed, prompt=TASK.prompt, seed=seed)
         weights = {name: tensor + 0.01 * seed for name, tensor in plain.published.items()}
