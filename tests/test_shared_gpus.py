@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ def two_gpus() -> Iterator[str]:
     import ray
     from ray.cluster_utils import Cluster
 
+    # Workers cannot import the tests: what is defined here travels to them whole.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     node = {"num_cpus": 4, "num_gpus": 2, "include_dashboard": False, "object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args=node)
     ray.init(address=cluster.address, namespace="tests", log_to_driver=False)
