@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Tests without a Ray cluster run side by side, a file at a time; a cluster wants the machine for itself.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-all lint format measure picture clean
+.PHONY: help setup demo demo-gpu test test-all lint format measure picture clean
 
 help: ## Show this help.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: setup ## Post-train the embedded generator through Ray, on this machine.
 	$(BIN)/euphonium train recipes/embedded/euphonium-sage.yaml name=demo resume=never
+
+demo-gpu: setup ## The same with all roles on one GPU, which they share by fractions.
+	$(BIN)/euphonium train recipes/embedded/one-gpu.yaml name=demo-gpu resume=never
 
 test: setup ## Run the tests that CI runs.
 	$(BIN)/ruff check .

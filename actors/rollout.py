@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -30,6 +31,7 @@ from actors.sampler import (
     sample_group,
     select_steps,
 )
+from actors.sleeper import Sleeper
 from actors.sources import RewardSources
 from euphonium.config import GuidanceConfig, ProcessRewardConfig, RunConfig
 from euphonium.dynamics import StepTable
@@ -41,7 +43,7 @@ from euphonium.generators.registry import open_generator
 from euphonium.passes import Passes
 from euphonium.wire.arrays import as_array
 from euphonium.wire.deadlines import node_id
-from euphonium.wire.devices import reserved_device
+from euphonium.wire.devices import release_unused, reserved_device
 from euphonium.wire.records import Array, GroupInfo, GroupPayload, GroupTask, Readiness, WeightOrder
 from euphonium.wire.roles import RolloutContext, WeightDirectory, named_actor
 from euphonium.wire.weights.follower import WeightFollower
@@ -54,11 +56,18 @@ CACHE_BYTES = 8 << 30
 class RolloutWorker:
     """Draws groups and evaluation samples with the weights that it holds."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, *, asleep: bool = False) -> None:
+        """Loads the models.
+
+        Args:
+            config: configuration of the run.
+            device: where to compute.
+            asleep: whether the policy begins in host memory, and :meth:`wake` brings it to the device.
+        """
         self.config = config
         self.device = device
         self.family = open_generator(config.model)
-        self.transformer = self.family.load_transformer(device)
+        self.transformer = self.family.load_transformer(torch.device("cpu") if asleep else device)
         if config.model.lora is not None:
             add_adapter(self.transformer, config.model.lora)
             self.published = dict(adapter_parameters(self.transformer))
@@ -67,11 +76,23 @@ class RolloutWorker:
         self.transformer.requires_grad_(False)
         if config.rollout.compile:
             self.family.compile_blocks(self.transformer)
-        encoder = self.family.prompt_encoder(device, images_for(self.family, config.prompts))
+        self._sleeper = Sleeper(self.transformer, device)
+        if asleep:
+            self._sleeper.sleep()
+        encoding = torch.device("cpu") if config.pools.rollout.encode_on_cpu else device
+        encoder = self.family.prompt_encoder(encoding, images_for(self.family, config.prompts))
         self._conditionings = ConditioningCache(lambda prompt: encode_one(encoder, prompt), CACHE_BYTES)
         self._tables = lru_cache(maxsize=8)(lambda iteration: self.family.step_table(config.sampler, iteration))
         self.passes = Passes(config.rollout.samples_per_pass, "rollout.samples_per_pass")
         self.policy_version = 0
+
+    def sleep(self) -> None:
+        """Moves the policy to host memory, until :meth:`wake`."""
+        self._sleeper.sleep()
+
+    def wake(self) -> None:
+        """Brings the policy back to the device, if it sleeps; to be called before anything that computes with it."""
+        self._sleeper.wake()
 
     def load_weights(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Loads published weights, and notes their version.
@@ -268,7 +289,7 @@ class RolloutActor:
         index: int,
         config: RunConfig,
         store: str,
-        make_worker: Callable[[RunConfig, torch.device], RolloutWorker] = RolloutWorker,
+        make_worker: Callable[[RunConfig, torch.device], RolloutWorker] | None = None,
     ) -> None:
         """Loads the models.
 
@@ -276,14 +297,19 @@ class RolloutActor:
             index: index of the actor in its pool.
             config: configuration of the run.
             store: name of the weight store's actor.
-            make_worker: constructs the worker; tests and benchmarks pass a cheaper one.
+            make_worker: constructs the worker, where tests and benchmarks want a cheaper one.
         """
         torch.set_num_threads(config.pools.rollout.threads)
         device = reserved_device(config.pools.rollout.num_gpus)
         self.index = index
-        self.worker = make_worker(config, device)
+        if make_worker is not None:
+            self.worker = make_worker(config, device)
+        else:
+            # One that Ray restarts may come back while the learner works on the same GPU.
+            self.worker = RolloutWorker(config, device, asleep=config.pools.rollout.sleep)
         directory = named_actor(WeightDirectory, store)
         self.weights = WeightFollower(directory, self.worker.load_weights, device, config.pools)
+        self._pool = config.pools.rollout
         self.sources = RewardSources(config, index)
 
     def __repr__(self) -> str:
@@ -303,8 +329,9 @@ class RolloutActor:
             RewardError: no server returned the process rewards.
             TrainingError: samples are not finite.
         """
-        pulled = self.weights.follow(context)
-        info, latents, payload = self.worker.generate(task, self.sources.of_group(task, context))
+        with self._awake():
+            pulled = self.weights.follow(context)
+            info, latents, payload = self.worker.generate(task, self.sources.of_group(task, context))
         return dataclasses.replace(info, seconds={**info.seconds, "weights": pulled}), latents, payload
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int], context: RolloutContext) -> Array:
@@ -313,8 +340,9 @@ class RolloutActor:
         Raises:
             WeightsMissingError: the weight store does not have the weights.
         """
-        self.weights.follow(context)
-        return self.worker.evaluate(prompts, seeds)
+        with self._awake():
+            self.weights.follow(context)
+            return self.worker.evaluate(prompts, seeds)
 
     def receive(self, order: WeightOrder) -> None:
         """Receives the weights of a broadcast.
@@ -323,3 +351,16 @@ class RolloutActor:
             LostActorError: the learner or another member is gone; the weights must be fetched from the store.
         """
         self.weights.receive(order)
+
+    def sleep(self) -> None:
+        """Leaves the GPU until the next group or evaluation."""
+        self.worker.sleep()
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        if self._pool.sleep:
+            self.worker.wake()
+        try:
+            yield
+        finally:
+            release_unused(self._pool.num_gpus)

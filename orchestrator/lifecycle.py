@@ -1,7 +1,7 @@
 """Start and end of a run: the roles come up, the algorithm runs, a checkpoint or the trained policy is left.
 
-Waits for: all actors (``pools.start_timeout_s``) and the learner group (``pools.learner.start_timeout_s``); both may be
-given up when a stop is requested.
+Waits for: the places of the learner group on GPUs, before any actor is started; all actors (``pools.start_timeout_s``)
+and the learner group (``pools.learner.start_timeout_s``). All may be given up when a stop is requested.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from euphonium.wire.records import Publish
 from orchestrator.algorithm import train
 from orchestrator.learning.link import LearnerRestartedError
+from orchestrator.learning.placement import placement_groups, wait_placed
 from orchestrator.pools.ray_session import name_is_free
 from orchestrator.run import JOIN_TIMEOUT_S, Run
 from orchestrator.state.interruption import StopRequestedError
@@ -46,10 +47,13 @@ async def _start_roles(run: Run) -> None:
     run.learners.open()
     run.desk.open()
     await run.learners.resume_from(*run.checkpoints.resume_point)
-    run.learners.start(run.learner_group())
-    run.pools.start()
     run.journal.enter("starting roles")
     run.desk.poll()
+    # Ranks need room for all of them at once; actors take what is left, piece by piece.
+    others = placement_groups()
+    run.learners.start(run.learner_group())
+    await run.interruptible(wait_placed(run.config.pools.learner, others, run.journal.say))
+    run.pools.start()
     await run.interruptible(run.pools.wait_started())
     await run.interruptible(run.learners.joined(*run.checkpoints.resume_point))
     await run.interruptible(run.process_reward.restore())

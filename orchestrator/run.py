@@ -132,6 +132,7 @@ class Run:
             receivers=() if turn.evaluates else self.pools.weight_receivers(),
             history=self.position.history,
         )
+        await self.rollouts.sleep()
         async with self.learners.turn:
             report = await self.learners.carry_out(order)
         if turn.last:

@@ -19,6 +19,7 @@ import torch
 
 from euphonium.config import RewardPoolConfig
 from euphonium.errors import EuphoniumError, RewardError
+from euphonium.wire.devices import release_unused
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ class MicroBatcher(Generic[Q, A]):
         self._what = what
         self._max_batch = pool.max_batch if pool.merge else 0
         self._wait_s = pool.wait_ms / 1000
+        self._num_gpus = pool.num_gpus
         self._thread = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (pool.threads,))
         self._queue: deque[_Waiting[Q, A]] = deque()
         self._arrival = asyncio.Event()
@@ -164,7 +166,14 @@ class MicroBatcher(Generic[Q, A]):
 
     async def run(self, work: Callable[[], R]) -> R:
         """Runs other work in the model's thread, between passes, and waits for its result."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+        def tidily() -> R:
+            try:
+                return work()
+            finally:
+                release_unused(self._num_gpus)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, tidily)
 
     async def close(self) -> None:
         """Ends the thread; requests that still wait fail with a RewardError."""
@@ -190,8 +199,7 @@ class MicroBatcher(Generic[Q, A]):
             requests = [waiting.request for waiting in self._batch]
             began = loop.time()
             try:
-                merged_pass = partial(isolated, self._compute, requests, self._what)
-                answers = await loop.run_in_executor(self._thread, merged_pass)
+                answers = await self.run(partial(isolated, self._compute, requests, self._what))
             finally:
                 self._finished = loop.time()
                 self.worked_s += self._finished - began

@@ -2,7 +2,14 @@
 
 from euphonium.config.base import Node
 from euphonium.config.loading import dump_config, load_config
-from euphonium.config.pools import LearnerPoolConfig, OrmPoolConfig, PoolConfig, PoolsConfig, RewardPoolConfig
+from euphonium.config.pools import (
+    LearnerPoolConfig,
+    OrmPoolConfig,
+    PoolConfig,
+    PoolsConfig,
+    RewardPoolConfig,
+    RolloutPoolConfig,
+)
 from euphonium.config.reward_training import (
     BackboneConfig,
     OrmConfig,
@@ -77,6 +84,7 @@ __all__ = [
     "RewardTrainingConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "RolloutPoolConfig",
     "RunConfig",
     "SamplerConfig",
     "SpsaConfig",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt
 from euphonium.text_files import quoted
@@ -16,9 +16,12 @@ def _share(gpus: float) -> float:
     return gpus
 
 
-def _whole(gpus: float) -> float:
-    if gpus not in (0, 1):
-        raise ValueError("a learner takes one whole GPU (1), or none (0)")
+def _more_than_half(gpus: float) -> float:
+    if gpus != 0 and not 0.5 < gpus <= 1:
+        raise ValueError(
+            "a learner takes a GPU (1), none (0), or more than half of one, such as 0.6, and leaves the rest to other "
+            "roles: of two halves Ray may put both on one GPU, and NCCL refuses two ranks there"
+        )
     return gpus
 
 
@@ -83,6 +86,17 @@ class PoolConfig(ActorConfig, _Actors):
     """Size of a pool of actors, and the resources of each."""
 
 
+class RolloutPoolConfig(PoolConfig):
+    """Size of the pool of rollout actors, the resources of each, and what it holds on its GPU."""
+
+    sleep: bool = False
+    """Keep the policy in pinned host memory while the learner works, and bring it back for the next rollouts: for
+    actors that share a GPU with a learner rank on which there is no room for both at work."""
+    encode_on_cpu: bool = False
+    """Keep the text encoders in host memory and encode prompts there, each once: slow, but it saves their weights on
+    the GPU."""
+
+
 class RewardPoolConfig(PoolConfig):
     """Size of a pool of reward servers, the resources of each, and how it merges requests."""
 
@@ -108,8 +122,9 @@ class OrmPoolConfig(RewardPoolConfig):
 class LearnerPoolConfig(ShareConfig, _Workers):
     """Size of the learner group, the resources of each worker, and how they train."""
 
-    num_gpus: Annotated[float, AfterValidator(_whole)] = 0.0
-    """GPUs that each worker reserves: 1, or 0 to train on CPUs."""
+    num_gpus: Annotated[float, AfterValidator(_more_than_half)] = 0.0
+    """GPUs that each worker reserves: 1, more than half of one to share it with actors of other roles, or 0 to train on
+    CPUs."""
 
     max_failures: NonNegativeInt = 2
     """How often the group may be restarted from the latest checkpoint."""
@@ -144,7 +159,7 @@ class LearnerPoolConfig(ShareConfig, _Workers):
 class PoolsConfig(Node):
     """All pools; their sizes are independent of each other."""
 
-    rollout: PoolConfig = PoolConfig()
+    rollout: RolloutPoolConfig = RolloutPoolConfig()
     """Rollout actors, on generator GPUs."""
     prm: RewardPoolConfig = RewardPoolConfig()
     """Process-reward servers, which answer with reward and gradient."""
@@ -161,6 +176,15 @@ class PoolsConfig(Node):
     """Longest wait for all actors to be ready."""
     rejoin_timeout_s: PositiveFloat = 300.0
     """Longest wait for a lost actor to be back; then its pool goes on without it."""
+
+    @model_validator(mode="after")
+    def _broadcasts_have_their_gpus(self) -> Self:
+        if self.learner.weight_transport == "collective" and (self.rollout.sleep or 0 < self.learner.num_gpus < 1):
+            raise ValueError(
+                "pools.learner.weight_transport: collective is a group of GPUs that each belong to one member; with "
+                "pools.rollout.sleep, or a learner that shares its GPUs, take object_store"
+            )
+        return self
 
     @property
     def refresh_pool(self) -> PoolConfig:

@@ -51,6 +51,7 @@ class RunConfig(Node):
         _every_update_has_a_group(self.objective, self.rollout)
         _some_reward_is_trained(self.advantage, self.rewards)
         _learner_still_has_the_old_policy(self.objective, self.rollout)
+        _sleep_comes_in_turn(self.pools, self.rollout)
         _best_of_fits_the_group(self.advantage, self.rollout)
         _members_of_each_strength_compare(self.sampler, self.advantage, self.rollout)
         _outcome_rewards_rank(self)
@@ -113,6 +114,14 @@ def _learner_still_has_the_old_policy(objective: ObjectiveConfig, rollout: Rollo
         raise ValueError(
             "rollout.max_staleness above 0 trains on groups of earlier policies, which the learner no longer has: "
             "it goes without objective.ratio_normalisation, and without objective.kl.previous: gaussian"
+        )
+
+
+def _sleep_comes_in_turn(pools: PoolsConfig, rollout: RolloutConfig) -> None:
+    if pools.rollout.sleep and rollout.max_staleness > 0:
+        raise ValueError(
+            f"pools.rollout.sleep leaves the GPUs to the learner while it works, and rollout.max_staleness "
+            f"({rollout.max_staleness}) has rollouts go on meanwhile: set it to 0, or sleep to false"
         )
 
 

@@ -25,3 +25,13 @@ def reserved_device(num_gpus: float) -> torch.device:
 def local_device() -> torch.device:
     """The GPU if this process sees one, else the CPU: for commands that a user runs on a machine of their own."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def release_unused(num_gpus: float) -> None:
+    """Gives back the GPU memory that PyTorch keeps for later, where other processes share the GPU.
+
+    Args:
+        num_gpus: GPUs that this process has reserved; only a part of one is shared.
+    """
+    if 0 < num_gpus < 1 and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -99,6 +99,11 @@ class RolloutServer(PoolMember, Protocol):
         """Takes part in a broadcast of weights."""
         ...
 
+    @ray.method
+    def sleep(self) -> None:
+        """Leaves the GPU until the next group or evaluation."""
+        ...
+
 
 class PrmServer(PoolMember, Protocol):
     """A server of process rewards and their gradients."""

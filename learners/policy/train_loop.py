@@ -21,6 +21,7 @@ from ray.actor import ActorProxy
 from euphonium.config import RunConfig
 from euphonium.errors import EuphoniumError, LostActorError, TrainingError
 from euphonium.wire.deadlines import get
+from euphonium.wire.devices import release_unused
 from euphonium.wire.records import Publish, Save, Update, UpdateOrder, UpdateReport
 from euphonium.wire.roles import Mailbox, WeightDirectory, named_actor
 from euphonium.wire.weights.sender import Publication
@@ -65,6 +66,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             order = get(mailbox.lease.remote(rank, attempt), None, "the next order")
             metrics = {"time/learner_wait_s": time.perf_counter() - waited}
             metrics |= carry_out(order, learner, store, timeout)
+            release_unused(config.pools.learner.num_gpus)
             report = UpdateReport(version=order.version, metrics=metrics)
             receipt = mailbox.acknowledge.remote(rank, attempt, report)
             get(receipt, timeout, f"the mailbox's receipt for iteration {order.version}")

@@ -77,12 +77,15 @@ def torch_trainer(
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+    from orchestrator.learning.backend import GpuGroup
+
     gpu = pool.num_gpus > 0
-    environment = {"OMP_NUM_THREADS": str(pool.threads), "DS_ACCELERATOR": "cuda" if gpu else "cpu"}
+    # With GPUs, DeepSpeed's accelerator is named where the rank finds its device.
+    environment = {"OMP_NUM_THREADS": str(pool.threads)} | ({} if gpu else {"DS_ACCELERATOR": "cpu"})
     return TorchTrainer(
         loop,
         train_loop_config=settings,
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=GpuGroup() if gpu else TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(
             num_workers=pool.num_workers,
             use_gpu=gpu,

@@ -12,6 +12,7 @@ from orchestrator.plan.passes import Passes, prompt_bytes
 from orchestrator.plan.workload import FLOAT32, PassSizes
 
 MEGABYTE = 1 << 20
+TEXT_ENCODERS = "text encoders"
 
 # Kernels of convolutions count elements of a tensor in 32 bits, with a sign.
 COUNTED = 1 << 31
@@ -22,8 +23,6 @@ ELEMENTS = {
     "reduce_bucket_size": 500_000_000,
     "sub_group_size": 1_000_000_000,
 }
-# Most prompts whose encodings a rollout actor keeps.
-ENCODED_PROMPTS = 4096
 # Parameters of the networks of built-in rewards, and bytes each: InternVL3-1B, Qwen2-VL-2B, CLIP ViT-H/14 and ViT-L/14.
 REWARD_NETWORKS: dict[str, tuple[float, int]] = {
     "solireward": (0.94e9, 2),
@@ -44,7 +43,8 @@ class Item:
         nbytes: bytes.
         phase: when it is held; items of different phases are never held together. Empty for always.
         on_host: whether it is in host memory.
-        activations: whether the allocator wastes a share of it.
+        activations: whether it is held while a pass is computed only, and the allocator wastes a share of it.
+        sleeps: whether it is in host memory while the learner works, and on the GPU otherwise.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Item:
     phase: str = ""
     on_host: bool = False
     activations: bool = False
+    sleeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,21 @@ class RoleMemory:
         return self.gpu_gib(hardware) <= hardware.gpu_gib and not (self.gpu_share and self.largest >= COUNTED)
 
     def gpu_gib(self, hardware: Hardware) -> float:
-        """GiB of the GPU that it is on, together with the others that share it; 0 without a GPU."""
+        """GiB of its GPU while it works, without others that share it (sharing.py); 0 without a GPU."""
         if self.gpu_share == 0:
             return 0.0
-        sharing = max(1, int(1 / self.gpu_share))
-        return sharing * (hardware.reserved_gib + self._peak(hardware, on_host=False))
+        return hardware.reserved_gib + self._peak(hardware, on_host=False)
+
+    def resting_gib(self, hardware: Hardware) -> float:
+        """GiB of its GPU while it waits for other roles; 0 without a GPU."""
+        if self.gpu_share == 0:
+            return 0.0
+        kept = [i for i in self.items if not (i.on_host or i.phase or i.activations or i.sleeps)]
+        return hardware.reserved_gib + sum(item.nbytes for item in kept) / GIB
 
     def host_gib(self, hardware: Hardware) -> float:
         """GiB of host memory; without a GPU everything is there."""
-        held = self._peak(hardware, on_host=True)
+        held = self._peak(hardware, on_host=True) + sum(item.nbytes for item in self.items if item.sleeps) / GIB
         if self.gpu_share == 0:
             held += self._peak(hardware, on_host=False)
         return hardware.process_gib + held
@@ -98,13 +105,16 @@ class RoleMemory:
 
 def rollout_memory(passes: Passes, sizes: PassSizes) -> RoleMemory:
     """A rollout actor: the policy, text encoders, encoded prompts, and a pass."""
+    from actors.rollout import CACHE_BYTES
+
     config = passes.config
     drawn = config.iterations * config.rollout.prompts_per_iteration + config.evaluation.prompts
-    prompts = min(ENCODED_PROMPTS, -(-drawn // config.pools.rollout.num_actors))
+    pool = config.pools.rollout
+    encodings = min(CACHE_BYTES, -(-drawn // pool.num_actors) * prompt_bytes(passes.generator))
     items = [
-        Item("weights", passes.network_size.weight_bytes),
-        Item("text encoders", passes.encoder_bytes),
-        Item(f"encodings of {prompts} long prompts", prompts * prompt_bytes(passes.generator)),
+        Item("weights", passes.network_size.weight_bytes, sleeps=pool.sleep),
+        Item(TEXT_ENCODERS, passes.encoder_bytes, on_host=pool.encode_on_cpu),
+        Item("encoded prompts", encodings, on_host=True),
         Item("bucket of new weights", config.pools.learner.weight_bucket_mb * MEGABYTE),
         Item(f"velocity of {sizes.rollout}", passes.velocity(sizes.rollout).peak_bytes, "rollout", activations=True),
         Item(
@@ -113,7 +123,7 @@ def rollout_memory(passes: Passes, sizes: PassSizes) -> RoleMemory:
         ),
     ]  # fmt: skip
     if passes.generator.takes_image:
-        items.append(Item("VAE", passes.vae_size.weight_bytes))
+        items.append(Item("VAE", passes.vae_size.weight_bytes, on_host=pool.encode_on_cpu))
     return RoleMemory(tuple(items), config.pools.rollout.num_gpus)
 
 

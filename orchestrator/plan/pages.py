@@ -6,6 +6,7 @@ A test fails when the table is not current, or when a recipe does not fit the GP
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from euphonium.config import RunConfig, load_config
 from orchestrator.plan.hardware import GB, Hardware
@@ -20,6 +21,11 @@ HEAD = (
     "| trajectories | new weights | an iteration | shortest split |\n|---|---|---|---|---|---|---|---|\n"
 )
 ROLES = ("rollout", "prm", "orm", "learner")
+# Machines of recipes whose names begin so: one with a single GPU, one with eight.
+MACHINES: dict[str, dict[str, Any]] = {
+    "one-gpu": {"nodes": 1, "gpus_per_node": 1, "host_gib": 128.0},
+    "one-node": {"nodes": 1},
+}
 
 
 def recipes() -> list[Path]:
@@ -30,9 +36,11 @@ def recipes() -> list[Path]:
 
 
 def plan_of(recipe: Path) -> Plan:
-    """The plan of a shipped recipe on GPUs of 80 GiB."""
+    """The plan of a shipped recipe on the GPUs that it is meant for: of 80 GiB, unless it says otherwise."""
     config: RunConfig = load_config(ROOT / recipe)
-    return make_plan(config, Hardware(), blocks_of_prm(config, ROOT / recipe))
+    stated = config.pools.gpu_memory_gib or Hardware.gpu_gib
+    machines = next((m for begin, m in MACHINES.items() if recipe.stem.startswith(begin)), {})
+    return make_plan(config, Hardware(gpu_gib=stated, **machines), blocks_of_prm(config, ROOT / recipe))
 
 
 def row(recipe: Path, plan: Plan) -> str:
@@ -40,6 +48,7 @@ def row(recipe: Path, plan: Plan) -> str:
     by_role = {fit.role: fit for fit in plan.fits}
     members = [str(by_role[role].members) if role in by_role else "-" for role in ROLES]
     gib = [f"{by_role[role].gpu_gib:.0f}" if role in by_role else "-" for role in ROLES]
+    together = f"; together {plan.shared.needed_gib:.0f}" if plan.shared is not None else ""
     work = [f"{plan.petaflops[role]:.3g}" if role in by_role else "-" for role in ROLES]
     time = duration(plan.time.total) if plan.time is not None else "-"
     best = "-"
@@ -47,7 +56,7 @@ def row(recipe: Path, plan: Plan) -> str:
         sizes = [str(getattr(plan.best, role)) if role in by_role else "-" for role in ROLES]
         best = f"{', '.join(sizes)}: {duration(plan.best_time.total)}"
     cells = [
-        f"`{recipe.relative_to('recipes')}`", ", ".join(members), ", ".join(gib), ", ".join(work),
+        f"`{recipe.relative_to('recipes')}`", ", ".join(members), ", ".join(gib) + together, ", ".join(work),
         f"{plan.work.iteration_bytes / GB:.3g} GB", f"{plan.publication_bytes / GB:.3g} GB", time, best,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |\n"

@@ -15,7 +15,8 @@ from orchestrator.plan.hardware import Hardware
 from orchestrator.plan.memory import publication_bytes
 from orchestrator.plan.nodes import NodeUse, Objects, place
 from orchestrator.plan.passes import Passes
-from orchestrator.plan.timing import IterationTime, Split, best_split, iteration_time, speeds
+from orchestrator.plan.sharing import SharedGpu, fullest_gpu, gpus_filled, sharing_advice
+from orchestrator.plan.timing import IterationTime, Split, best_split, iteration_time, speeds, turns_time
 from orchestrator.plan.workload import PassSizes, Workload, workload_of
 
 PETA = 1e15
@@ -31,14 +32,15 @@ class Plan:
         model: the generator in a few words.
         hardware: what was assumed of the machines.
         fits: memory by role.
+        shared: the fullest GPU that processes share; None if none do.
         nodes: memory by node.
         work: what an iteration consists of.
         petaflops: operations of an iteration by role, in 1e15.
         evaluation_petaflops: operations of an evaluation's sampling.
         publication_bytes: bytes of the weights of one publication.
-        split: sizes of the pools; None where not every member has one GPU of its own, which is not timed.
+        split: sizes of the pools; None where a member has no GPU or several, which is not timed.
         time: seconds of an iteration with them.
-        best: the split of the same number of GPUs with the shortest iteration.
+        best: the split of the same number of GPUs with the shortest iteration; None where GPUs are shared.
         best_time: seconds of an iteration with it.
         problems: what does not fit, each with the field to change.
     """
@@ -47,6 +49,7 @@ class Plan:
     model: str
     hardware: Hardware
     fits: list[RoleFit]
+    shared: SharedGpu | None
     nodes: list[NodeUse]
     work: Workload
     petaflops: dict[str, float]
@@ -60,9 +63,8 @@ class Plan:
 
     @property
     def gpus(self) -> int:
-        """GPUs that the pools reserve."""
-        shares = sum(fit.members * fit.memory.gpu_share for fit in self.fits)
-        return -(-int(shares * 1000) // 1000)
+        """GPUs that the pools fill."""
+        return gpus_filled(self.fits)
 
     def as_json(self) -> str:
         """The plan for programs."""
@@ -87,6 +89,9 @@ def make_plan(config: RunConfig, hardware: Hardware, prm_blocks: int | None = No
     passes = Passes(config, prm_blocks if config.rewards.process is not None else None)
     sizes, work = PassSizes.of(config), workload_of(config, passes.generator)
     fits = fits_of(passes, sizes, hardware)
+    overlapped = config.rollout.max_staleness > 0
+    shared = fullest_gpu(fits, hardware, overlapped=overlapped)
+    crowded = sharing_advice(shared, fits, hardware, sleeps=config.pools.rollout.sleep)
     objects = Objects(
         iteration=work.iteration_bytes,
         publication=publication_bytes(passes),
@@ -96,7 +101,9 @@ def make_plan(config: RunConfig, hardware: Hardware, prm_blocks: int | None = No
     )
     nodes = place(fits, objects, hardware)
     split = _split(fits)
-    timed = _timed(passes, sizes, work, hardware, split) if split is not None else (None, None, None)
+    timed: tuple[IterationTime | None, Split | None, IterationTime | None] = (None, None, None)
+    if split is not None:
+        timed = _timed(passes, sizes, work, hardware, split, shared=shared is not None)
     network = passes.network_size
     return Plan(
         name=config.name,
@@ -106,6 +113,7 @@ def make_plan(config: RunConfig, hardware: Hardware, prm_blocks: int | None = No
         ),
         hardware=hardware,
         fits=fits,
+        shared=shared,
         nodes=nodes,
         work=work,
         petaflops=_petaflops(passes, sizes, work),
@@ -116,7 +124,8 @@ def make_plan(config: RunConfig, hardware: Hardware, prm_blocks: int | None = No
         time=timed[0],
         best=timed[1],
         best_time=timed[2],
-        problems=[fit.advice for fit in fits if fit.advice] + _node_problems(fits, nodes, hardware),
+        problems=[advice for advice in (*(fit.advice for fit in fits), crowded) if advice]
+        + _node_problems(fits, nodes, hardware),
     )  # fmt: skip
 
 
@@ -142,18 +151,20 @@ def blocks_of_prm(config: RunConfig, recipe: Path) -> int | None:
 
 
 def _split(fits: list[RoleFit]) -> Split | None:
-    if any(fit.memory.gpu_share != 1 for fit in fits):
+    if any(not 0 < fit.memory.gpu_share <= 1 for fit in fits):
         return None
     members = {fit.role: fit.members for fit in fits}
     return Split(**{"prm": 0} | members)
 
 
 def _timed(
-    passes: Passes, sizes: PassSizes, work: Workload, hardware: Hardware, split: Split
+    passes: Passes, sizes: PassSizes, work: Workload, hardware: Hardware, split: Split, *, shared: bool
 ) -> tuple[IterationTime, Split | None, IterationTime | None]:
     """Time with the recipe's pools, the best split, and its time."""
     speed = speeds(passes, sizes, work, hardware)
     overlapped = passes.config.rollout.max_staleness > 0
+    if shared:
+        return turns_time(speed, work, split, hardware), None, None
 
     def time_of(candidate: Split) -> IterationTime:
         return iteration_time(speed, work, candidate, hardware, overlapped=overlapped)
@@ -183,10 +194,10 @@ def _petaflops(passes: Passes, sizes: PassSizes, work: Workload) -> dict[str, fl
 
 def _node_problems(fits: list[RoleFit], nodes: list[NodeUse], hardware: Hardware) -> list[str]:
     problems = []
-    gpus = sum(fit.members * fit.memory.gpu_share for fit in fits)
+    gpus = gpus_filled(fits)
     if hardware.nodes is not None and gpus > hardware.nodes * hardware.gpus_per_node:
         problems.append(
-            f"pools: they take {gpus:g} GPUs, and {hardware.nodes} nodes of {hardware.gpus_per_node} have "
+            f"pools: they take {gpus} GPUs, and {hardware.nodes} nodes of {hardware.gpus_per_node} have "
             f"{hardware.nodes * hardware.gpus_per_node}; make them smaller"
         )
     fullest = max(nodes, key=lambda node: node.host_gib)

@@ -29,12 +29,14 @@ def summary(plan: Plan) -> dict[str, str]:
     lines = {}
     if plan.gpus:
         lines["GiB of a GPU"] = ", ".join(f"{fit.role} {fit.gpu_gib:.1f}" for fit in plan.fits if fit.gpu_gib)
+    if plan.shared is not None:
+        lines["GiB of a shared GPU"] = f"{plan.shared.needed_gib:.1f} ({plan.shared.roles})"
     fullest = max(plan.nodes, key=lambda node: node.host_gib)
     lines["GiB of a host"] = f"up to {fullest.host_gib:.0f}, of which {fullest.store_gib:.1f} in the object store"
     lines["PFLOP an iteration"] = ", ".join(f"{role} {amount:.4g}" for role, amount in plan.petaflops.items())
     if plan.time is not None:
         lines["estimated iteration"] = (
-            f"{duration(plan.time.total)} on {plan.gpus} GPUs of {plan.hardware.tflops:g} TFLOP/s"
+            f"{duration(plan.time.total)} on {_gpus(plan)} of {plan.hardware.tflops:g} TFLOP/s"
         )
     return lines
 
@@ -60,9 +62,13 @@ def _header(plan: Plan) -> list[str]:
         return ["no GPU is reserved"]
     filled = plan.hardware.nodes_for(plan.gpus)
     return [
-        f"{plan.gpus} GPUs of {plan.hardware.gpu_gib:g} GiB, on {filled} "
+        f"{_gpus(plan)} of {plan.hardware.gpu_gib:g} GiB, on {filled} "
         f"node{'s' if filled > 1 else ''} of {plan.hardware.gpus_per_node} with {plan.hardware.host_gib:g} GiB"
     ]
+
+
+def _gpus(plan: Plan) -> str:
+    return f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''}"
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -71,6 +77,12 @@ def _memory(plan: Plan) -> list[str]:
         gpu = f"{fit.gpu_gib:.1f}" if fit.gpu_gib else "-"
         begin = f"{NAMES[fit.role]:<14}{fit.members:>7}{gpu:>9}{fit.host_gib:>10.1f}  "
         lines += textwrap.wrap(_items(fit), WIDTH, initial_indent=begin, subsequent_indent=" " * len(begin))
+    if plan.shared is not None:
+        shared = (
+            f"a GPU that {plan.shared.roles} share: {plan.shared.sampling_gib:.1f} GiB while groups are drawn and "
+            f"scored, {plan.shared.learning_gib:.1f} while the learner works"
+        )
+        lines += textwrap.wrap(shared, WIDTH, subsequent_indent="  ")
     return lines
 
 

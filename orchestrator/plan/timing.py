@@ -5,6 +5,7 @@ Speeds are taken for granted (:class:`orchestrator.plan.hardware.Hardware`); not
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -155,6 +156,25 @@ def iteration_time(
             "learner": batches * speed.micro_step,
         },
     )  # fmt: skip
+
+
+def turns_time(speed: Speeds, work: Workload, split: Split, hardware: Hardware) -> IterationTime:
+    """Seconds of an iteration whose roles share their GPUs: nothing runs beside anything else, and each role is as fast
+    as its members alone.
+
+    Args:
+        speed: what the passes take.
+        work: what an iteration consists of.
+        split: sizes of the pools.
+        hardware: speeds of transfers.
+    """
+    apart = iteration_time(speed, work, split, hardware, overlapped=False)
+    asking = split.rollout / split.prm if split.prm else 0.0
+    waves = -(-work.groups // split.rollout)
+    rewards = asking * (work.guided * speed.gradient + work.scored * speed.score)
+    rollout, scoring = waves * (work.steps * speed.velocity + rewards), apart.busy["orm"]
+    total = rollout + scoring + apart.fetch + apart.update + apart.publish
+    return dataclasses.replace(apart, rollout=rollout, scoring=scoring, total=total)
 
 
 def best_split(total: int, *, with_prm: bool, smallest_learner: int, time_of: Callable[[Split], float]) -> Split | None:

@@ -8,6 +8,7 @@ first. Requests to ORM servers have retries of their own (euphonium/wire/clients
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -97,6 +98,20 @@ class RolloutService:
             TrainingError: the rollout pool has no actor left.
         """
         return await self._attempts(lambda: self._samples(prompts, seeds, kind), "evaluation samples")
+
+    async def sleep(self) -> None:
+        """Has all rollout actors leave their GPUs until their next work, if the recipe wants it; waits until they have.
+
+        One that is lost meanwhile comes back asleep.
+        """
+        if not self._config.pools.rollout.sleep:
+            return
+
+        async def sleep(member: Member[ActorProxy[RolloutServer]]) -> None:
+            with contextlib.suppress(LateError, LostActorError):
+                await self._rollout_answer(member, member.handle.sleep.remote(), f"{member.name} going to sleep")
+
+        await asyncio.gather(*map(sleep, self._pools.rollout.roster.present))
 
     async def scores(
         self, latents: Array | ObjectRef[Array], prompts: Sequence[str], timeout_s: float, optional: Sequence[str]

@@ -33,7 +33,7 @@ class ActorFactories:
 
 
 class RunPools(Mapping[str, ActorPool[Any]]):
-    """All pools of a run by role, in the order in which they start. The constructor starts nothing.
+    """All pools of a run by role. The constructor starts nothing.
 
     Attributes:
         prm: pool of process-reward servers, or None without a process reward.
@@ -107,8 +107,11 @@ class RunPools(Mapping[str, ActorPool[Any]]):
     # --- start, change, end -------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Starts all actors, from within the event loop."""
-        for pool in self.values():
+        """Starts all actors, from within the event loop.
+
+        The largest shares of GPUs come first: Ray fills up one GPU after another, and what is small finds room in gaps.
+        """
+        for pool in sorted(self.values(), key=lambda pool: -pool.spec.config.num_gpus):
             pool.start()
 
     async def wait_started(self) -> None:

@@ -29,6 +29,12 @@ def load(path: Path) -> RunConfig:
     return load_config(path)
 
 
+def extended(path: Path) -> list[Path]:
+    """A recipe and those that it extends."""
+    parent = yaml.safe_load(path.read_text()).get("extends")
+    return [path, *([] if parent is None else extended(path.with_name(parent)))]
+
+
 @pytest.mark.parametrize("path", RUNS, ids=str)
 def test_a_run_loads_and_writes_back(path: Path) -> None:
     config = load(path)
@@ -50,7 +56,7 @@ def test_outcome_rewards_are_there_and_take_their_options(path: Path) -> None:
         assert set(reward.options) <= set(options.model_fields)
         required = {name for name, field in options.model_fields.items() if field.is_required()}
         # What a recipe cannot ship it asks for.
-        text = "".join(file.read_text() for file in {path, path.with_name("base.yaml")} if file.is_file())
+        text = "".join(file.read_text() for file in extended(path))
         assert all(name in text for name in required - set(reward.options)), reward.name
         if path.parent.name == "embedded":
             assert isinstance(build_reward(reward), OutcomeReward)

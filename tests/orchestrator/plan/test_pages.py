@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from euphonium.config import load_config
 from orchestrator.plan.pages import BEGIN, END, HEAD, PAGE, plan_of, recipes, row
 
 # Those whose networks are run once a group of recipes; the others take half a minute each.
@@ -12,6 +13,7 @@ QUICK = {
     "flux/dancegrpo.yaml",
     "flux/mixgrpo.yaml",
     "stable-diffusion-1.4/dancegrpo.yaml",
+    "wan-2.1/one-gpu-24.yaml",
 }
 
 
@@ -22,6 +24,16 @@ def table() -> str:
 def test_the_table_has_a_line_for_every_recipe() -> None:
     lines = table().removeprefix(HEAD).splitlines()
     assert [line.split("`")[1] for line in lines] == [str(recipe.relative_to("recipes")) for recipe in recipes()]
+
+
+@pytest.mark.parametrize("recipe", [path for path in recipes() if path.stem.startswith("one-")], ids=str)
+def test_a_recipe_of_one_machine_has_its_evidence_in_the_docs_and_shares_its_gpus(recipe: Path) -> None:
+    config = load_config(recipe)
+    text = (PAGE.parent / "models.md").read_text(encoding="utf-8")
+    assert f"`{recipe.relative_to('recipes')}`" in text or f"`{recipe.name}`" in text
+    pools = config.pools
+    shares = [pools.rollout, pools.orm, pools.learner, *([pools.prm] if config.rewards.process else [])]
+    assert all(0 < share.num_gpus < 1 for share in shares)
 
 
 @pytest.mark.parametrize(

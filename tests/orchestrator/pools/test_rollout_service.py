@@ -50,7 +50,7 @@ class Handle:
 
     def __init__(self, script: Sequence[Any]) -> None:
         self.asked: list[tuple[Any, ...]] = []
-        self.generate = self.evaluate = Method(iter(script), self.asked)
+        self.generate = self.evaluate = self.sleep = Method(iter(script), self.asked)
 
 
 class Setting:
@@ -113,6 +113,22 @@ def test_missing_weights_are_published_again_and_their_actor_goes_on(make_config
     context = RolloutContext(version=5, history=2, kind="average")
     assert setting.handles[0].asked == [(["a prompt"], [7], context)] * 2
     assert setting.service.rollout_actors == 1
+
+
+def test_actors_go_to_sleep_where_the_recipe_wants_it_and_one_that_is_lost_over_it_is_no_error(
+    make_config: MakeConfig,
+) -> None:
+    async def sleep(setting: Setting) -> list[str]:
+        service = await setting.open()
+        await service.sleep()
+        return [member.name for member in setting.pools.rollout.roster.present]
+
+    setting = Setting(make_config("pools.rollout.sleep=true"), [None], [LostActorError("rollout-1 died")])
+    assert asyncio.run(sleep(setting)) == ["rollout-0"]
+    assert [handle.asked for handle in setting.handles] == [[()], [()]]
+    awake = Setting(make_config(), [], [])
+    assert asyncio.run(sleep(awake)) == ["rollout-0", "rollout-1"]
+    assert [handle.asked for handle in awake.handles] == [[], []]
 
 
 def test_after_the_last_attempt_the_last_error_is_raised(make_config: MakeConfig) -> None:
