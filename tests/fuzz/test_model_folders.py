@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.euphonium.conftest import folders
 
 from euphonium.config import ModelConfig, OutcomeRewardConfig
 from euphonium.errors import ConfigError
@@ -24,8 +23,6 @@ from tests.euphonium.generators.tiny_pipelines import BUILDERS, Folders, model_f
 from tests.euphonium.rewards import test_clip, test_solireward, test_videoalign
 from tests.fuzz.damage import Damage, damaged, damages, fuzzed
 from tests.learners.rewards.tiny_backbone import build_backbone
-
-__all__ = ["folders"]
 
 CPU = torch.device("cpu")
 # What to do: get the files again, or another setting of the recipe.
