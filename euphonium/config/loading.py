@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from euphonium.config import foreign as foreign_names
 from euphonium.config.base import user_path
 from euphonium.config.explain import Mistake, explain, mistakes
 from euphonium.config.run import RunConfig
-from euphonium.config.yaml_files import KeyPath, parse_yaml
+from euphonium.config.yaml_files import KeyPath, dump_yaml, parse_yaml
 from euphonium.errors import ConfigError
 from euphonium.text_files import has_surrogates, quoted, read_text, shown
 
@@ -156,7 +155,7 @@ def load_config(
 
 def dump_config(config: BaseModel) -> str:
     """The whole tree, defaults included, as YAML that :func:`load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _explain(model: type[BaseModel], source: _Source, mistake: Mistake) -> str:
