@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def check_prm(config: PrmConfig, family: Generator | None = None) -> dict[str, A
     if config.prompts is not None:
         for field, file in (("train", config.prompts.train), ("evaluation", config.prompts.evaluation)):
             drawn[f"{field} prompts"] = len(read_prompts(file, f"prompts.{field}"))
+    tables = preference_tables(config)
+    drawn |= {f"{part.replace('_', '-')} pairs": len(table.pairs) for part, table in tables.items()}
     build_rewards(config.outcome)
+    # From here on a generator may be downloaded.
     described = family is not None and not Path(config.model.path).exists()
     family = open_generator(config.model) if family is None else family
     if not described:
@@ -49,9 +53,7 @@ def check_prm(config: PrmConfig, family: Generator | None = None) -> dict[str, A
         family.build_trunk(config.blocks)
     if config.prompts is not None:
         check_pictures(family, config.prompts)
-    if config.preferences is not None:
-        tables = preference_tables(config, family)
-        drawn = {f"{part.replace('_', '-')} pairs": len(table.pairs) for part, table in tables.items()}
+    check_images(tables, family)
     return {
         "trains": "a process reward model (train-prm)",
         "generator": f"{family.pipeline_class} at {family.folder}",
@@ -92,13 +94,14 @@ def check_orm(config: OrmConfig, *, downloads: bool = True) -> dict[str, Any]:
     return {"trains": "an outcome reward model (train-orm)", "backbone": backbone, **counts, **_ranks(config)}
 
 
-def preference_tables(config: PrmConfig, family: Generator) -> dict[str, PreferenceTable]:
-    """The preferences of a recipe of ``train-prm`` by part, from its files.
+def preference_tables(config: PrmConfig) -> dict[str, PreferenceTable]:
+    """The preferences of a recipe of ``train-prm`` by part, from its files; none if its samples are drawn.
 
     Raises:
-        ConfigError: a file cannot be read, or a part has no pair, or lacks images that the generator takes.
+        ConfigError: a file cannot be read, or a part has no pair.
     """
-    assert config.preferences is not None
+    if config.preferences is None:
+        return {}
     tables = dict(zip(PARTS, open_preferences(config.preferences, config.seed), strict=True))
     for part, table in tables.items():
         if not len(table.pairs):
@@ -106,9 +109,18 @@ def preference_tables(config: PrmConfig, family: Generator) -> dict[str, Prefere
                 f"preferences: the {part.replace('_', '-')} part has no pair: give winner and loser, or samples of one "
                 "prompt with both labels"
             )
-        if family.takes_image:
-            require_pictures(family, table.prompts, table.images, f"preferences: the {part} part")
     return tables
+
+
+def check_images(tables: Mapping[str, PreferenceTable], family: Generator) -> None:
+    """Checks that preferences have the images that their generator takes.
+
+    Raises:
+        ConfigError: some lack one, or it cannot be read.
+    """
+    if family.takes_image:
+        for part, table in tables.items():
+            require_pictures(family, table.prompts, table.images, f"preferences: the {part} part")
 
 
 def _check_surroundings(config: PrmConfig | OrmConfig) -> None:

@@ -119,7 +119,7 @@ def accuracy_chart(result: dict[str, Any], title: str) -> Any:
 def _encode(config: PrmConfig, say: PrintLine) -> None:
     """Reads preference files, and encodes their prompts and videos."""
     family = open_generator(config.model)
-    for part, table in preference_tables(config, family).items():
+    for part, table in preference_tables(config).items():
         images = {prompt: str(image) for prompt, image in table.images.items()}
         fingerprint = _fingerprint(
             config, family, [[str(f) for f in table.files], table.prompts, table.pairs.tolist(), images]
