@@ -129,7 +129,8 @@ def test_an_impossible_sampler_is_refused_while_reading(recipe: Path) -> None:
         (["sampler.guidance={scale: 0.1}"], "set rewards.process.path"),
         (["sampler.guidance={scale: 0.1, beta: 1}"], "exactly one of scale"),
         (["rewards.outcome.1.name=icon"], "'icon' is taken"),
-        (["rewards.outcome.0.weight=0", "rewards.outcome.1.weight=0"], "nothing to learn from"),
+        (["rewards.outcome.0.weight=0", "rewards.outcome.1.weight=0"], "learn from; give one a weight"),
+        (["sampler.sde_window=[-1, 8]"], "(-1, 8) is not a range of the 8 steps 0..7; give its first step"),
         (["objective.updates_per_iteration=5"], "an update would have no group"),
         (
             [
