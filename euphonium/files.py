@@ -90,27 +90,33 @@ def verify_folder(folder: Path, version: int) -> None:
         version: version of the format that the caller reads.
 
     Raises:
-        CheckpointError: something is missing, changed, or in another format.
+        OtherFormatError: it is in another format.
+        CheckpointError: something is missing or changed.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = manifest["format"]
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder} is no whole checkpoint: its {MANIFEST} cannot be read ({error})") from error
-    if manifest.get("format") != version:
-        raise CheckpointError(
-            f"{folder} has checkpoint format {manifest.get('format')}, this version reads format {version}; "
+    if found != version:
+        raise OtherFormatError(
+            f"{folder} has checkpoint format {found}, this version reads format {version}; "
             "resume with the version that wrote it, or start anew from its exported weights"
         )
-    files = manifest["files"]
-    for name, entry in files.items():
+    for name, (size, _) in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        if not path.is_file() or path.stat().st_size != size:
             raise CheckpointError(f"{folder}: {name} is missing or has another size than the manifest says")
     with ThreadPoolExecutor(THREADS) as threads:
         digests = list(threads.map(lambda name: sha256(folder / name), files))
-    for (name, entry), digest in zip(files.items(), digests, strict=True):
-        if digest != entry["sha256"]:
+    for (name, (_, expected)), digest in zip(files.items(), digests, strict=True):
+        if digest != expected:
             raise CheckpointError(f"{folder}: {name} has other contents than the manifest says")
+
+
+class OtherFormatError(CheckpointError):
+    """A checkpoint that another version of this project wrote, and this one cannot read."""
 
 
 @contextmanager

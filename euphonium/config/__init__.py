@@ -1,7 +1,7 @@
 """The configuration: a tree of pydantic models, read from YAML recipes and overrides; all defaults are here."""
 
 from euphonium.config.base import Node
-from euphonium.config.loading import dump_config, load_config
+from euphonium.config.loading import dump_config, load_any_config, load_config
 from euphonium.config.pools import (
     LearnerPoolConfig,
     OrmPoolConfig,
@@ -90,5 +90,6 @@ __all__ = [
     "SpsaConfig",
     "WatchConfig",
     "dump_config",
+    "load_any_config",
     "load_config",
 ]

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from euphonium.config import foreign as foreign_names
 from euphonium.config.base import user_path
 from euphonium.config.explain import Mistake, explain, mistakes
+from euphonium.config.reward_training import OrmConfig, PrmConfig
 from euphonium.config.run import RunConfig
-from euphonium.config.yaml_files import KeyPath, parse_yaml
+from euphonium.config.yaml_files import KeyPath, dump_yaml, parse_yaml
 from euphonium.errors import ConfigError
 from euphonium.text_files import has_surrogates, quoted, read_text, shown
 
@@ -142,10 +142,40 @@ def load_config(
         ...     print(str(error).splitlines()[-1].strip())
         override 'scales=0.1': unknown key 'scales'; did you mean 'scale'?
     """
+    return _validated(_merged(recipe, overrides), recipe, model)
+
+
+def load_any_config(recipe: Path | str, overrides: Sequence[str] = ()) -> RunConfig | PrmConfig | OrmConfig:
+    """Reads and validates a recipe of any command, which its sections tell.
+
+    Args:
+        recipe: YAML file.
+        overrides: ``a.b=c`` settings.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    source = _merged(recipe, overrides)
+    keys = set(source.values)
+    model = source.values.get("model")
+    # The trainings of reward models alone write to a target; only that of an outcome reward model has no generator.
+    if "target" not in keys:
+        return _validated(source, recipe, RunConfig)
+    generates = isinstance(model, dict) and {"height", "width"} & set(model)
+    if generates or keys & (set(PrmConfig.model_fields) - set(OrmConfig.model_fields)):
+        return _validated(source, recipe, PrmConfig)
+    return _validated(source, recipe, OrmConfig)
+
+
+def _merged(recipe: Path | str, overrides: Sequence[str]) -> _Source:
     source = _Source()
     source.read(user_path(recipe))
     for text in overrides:
         source.override(text)
+    return source
+
+
+def _validated(source: _Source, recipe: Path | str, model: type[_C]) -> _C:
     try:
         return model.model_validate(source.values)
     except ValidationError as error:
@@ -156,7 +186,7 @@ def load_config(
 
 def dump_config(config: BaseModel) -> str:
     """The whole tree, defaults included, as YAML that :func:`load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _explain(model: type[BaseModel], source: _Source, mistake: Mistake) -> str:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt
 from euphonium.text_files import quoted
+
+# What Ray accepts as labels of nodes, and as conditions on them.
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
+_LABEL_PART = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,61}[A-Za-z0-9])?")
+_SELECTOR = re.compile(rf"!?({_LABEL.pattern}|in\({_LABEL.pattern}(, ?{_LABEL.pattern})*\))")
+LONGEST_PREFIX = 253
 
 
 def _share(gpus: float) -> float:
@@ -32,6 +39,23 @@ def _custom(resources: dict[str, float]) -> dict[str, float]:
     return resources
 
 
+def _labels(labels: dict[str, str]) -> dict[str, str]:
+    for name, value in labels.items():
+        prefix, separator, last = name.rpartition("/")
+        prefixed = len(prefix) <= LONGEST_PREFIX and all(_LABEL_PART.fullmatch(part) for part in prefix.split("."))
+        if not _LABEL.fullmatch(last) or (separator and not prefixed):
+            raise ValueError(
+                f"{quoted(name)} is no name of a label; Ray takes letters, digits, '-', '_' and '.', at most 63, "
+                "first and last a letter or digit, behind a prefix such as 'example.org/' if need be"
+            )
+        if value and not _SELECTOR.fullmatch(value):
+            raise ValueError(
+                f"{quoted(value)} is no value of the label {quoted(name)}; Ray takes letters, digits, '-', '_' and "
+                "'.', at most 63, first and last a letter or digit, or its operators: '!a', 'in(a,b)', '!in(a,b)'"
+            )
+    return labels
+
+
 class ShareConfig(Node):
     """Resources of each actor or worker of a pool."""
 
@@ -41,7 +65,7 @@ class ShareConfig(Node):
     """GPUs that each reserves; a fraction for actors that share one."""
     resources: Annotated[dict[str, PositiveFloat], AfterValidator(_custom)] = Field(default_factory=dict)
     """Custom Ray resources that each reserves, for example ``{rollout: 1}``."""
-    labels: dict[str, str] = Field(default_factory=dict)
+    labels: Annotated[dict[str, str], AfterValidator(_labels)] = Field(default_factory=dict)
     """Labels of the nodes that may run it, for example ``{pool: rollout}``; Ray's operators may be used
     (``{zone: "in(a,b)"}``)."""
     threads: PositiveInt = 1

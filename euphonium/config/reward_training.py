@@ -130,9 +130,13 @@ class PrmConfig(RewardTrainingConfig):
         if self.preferences is None and (self.prompts is None or not self.outcome):
             raise ValueError("set preferences (pairs that exist), or prompts and outcome (samples that are drawn)")
         if self.outcome and not any(reward.weight for reward in self.outcome):
-            raise ValueError("outcome: samples are ranked by the weighted rewards, all of which have weight 0")
+            raise ValueError(
+                "outcome: samples are ranked by the weighted rewards, all of which have weight 0; give one a weight"
+            )
         if self.preferences is not None and (self.prompts is not None or self.outcome):
-            raise ValueError("preferences exclude prompts and outcome: a training has one source of pairs")
+            raise ValueError(
+                "preferences exclude prompts and outcome: a training has one source of pairs; leave the other out"
+            )
         shares_are_equal(self.optimizer, self.learner)
         return self
 

@@ -106,7 +106,9 @@ def _some_reward_is_trained(advantage: AdvantageConfig, rewards: RewardsConfig) 
     if advantage.mode != "outcome" and rewards.process is not None:
         weights.append(rewards.process.weight)
     if not any(weights):
-        raise ValueError("all rewards that advantage.mode lets in have weight 0: nothing to learn from")
+        raise ValueError(
+            "all rewards that advantage.mode lets in have weight 0: nothing to learn from; give one a weight"
+        )
 
 
 def _learner_still_has_the_old_policy(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 import yaml
+from typing_extensions import override
 
 from euphonium.errors import ConfigError
 from euphonium.text_files import has_surrogates, quoted, shown
@@ -46,6 +47,23 @@ def parse_yaml(text: str, where: str, *, lines: bool) -> tuple[object, dict[KeyP
     except RecursionError as error:
         raise ConfigError(f"{where}: nested too deeply; a recipe has at most {DEEPEST} levels") from error
     return (None if node is None else reader.value(node, ())), reader.places
+
+
+def dump_yaml(value: object) -> str:
+    """YAML that :func:`parse_yaml` reads back as the same value."""
+    return yaml.dump(value, Dumper=_Writer, sort_keys=False, allow_unicode=True)
+
+
+class _Writer(yaml.SafeDumper):
+    """Quotes the texts that PyYAML takes for texts, and the reader for numbers: ``'1e9'``."""
+
+    @override
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = None if isinstance(as_number(data), str) else "'"
+        return self.represent_scalar(_TAG + "str", data, style=style)
+
+
+_Writer.add_representer(str, _Writer.represent_str)
 
 
 class _Reader:

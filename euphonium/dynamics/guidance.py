@@ -87,5 +87,8 @@ def checked_window(name: str, window: tuple[int, int] | None, num_steps: int) ->
     """
     start, stop = window if window is not None else (0, num_steps)
     if not 0 <= start < stop <= num_steps:
-        raise StepTableError(f"{name} ({start}, {stop}) is not a range of the {num_steps} steps 0..{num_steps - 1}")
+        raise StepTableError(
+            f"{name} ({start}, {stop}) is not a range of the {num_steps} steps 0..{num_steps - 1}; give its first step "
+            f"and the one after its last, at most {num_steps}"
+        )
     return start, stop

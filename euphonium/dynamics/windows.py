@@ -40,5 +40,7 @@ def random_window(iteration: int, *, size: int, allowed: tuple[int, int], seed: 
 def _starts(size: int, allowed: tuple[int, int]) -> tuple[int, int]:
     first, last = allowed[0], allowed[1] - size
     if size < 1 or first < 0 or last < first:
-        raise ValueError(f"a window of {size} steps does not fit into the steps {allowed[0]} to {allowed[1]}")
+        raise ValueError(
+            f"a window of {size} steps does not fit into the steps {allowed[0]} to {allowed[1]}; make it shorter"
+        )
     return first, last

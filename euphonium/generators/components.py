@@ -104,7 +104,7 @@ def _classes(pipeline: PipelineFolder) -> dict[str, Loadable]:
 
 def _open(folder: Path, kind: Loadable) -> object:
     if not folder.is_dir():
-        raise ValueError("its folder is missing")
+        raise ValueError("model_index.json names it, but its folder is missing")
     if isinstance(kind, type) and issubclass(kind, nn.Module):
         _require(folder, "config.json")
         return _on_meta(folder, kind)

@@ -139,7 +139,7 @@ class _Entries(ComponentConfig):
 
 def _downloaded(config: ModelConfig) -> Path:
     if config.path.count("/") != 1 or config.path.startswith((".", "/")):
-        raise ConfigError(f"model.path: {config.path} is neither a folder nor a hub id (owner/name)")
+        raise ConfigError(f"model.path: {config.path} is neither a folder nor a hub id (owner/name); give one")
     from huggingface_hub import snapshot_download
 
     try:

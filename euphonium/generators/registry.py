@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.flux import Flux
@@ -13,6 +15,9 @@ from euphonium.generators.skyreels import SkyReelsImageToVideo
 from euphonium.generators.stable_diffusion import StableDiffusion
 from euphonium.generators.stable_diffusion_3 import StableDiffusion3
 from euphonium.generators.wan import Wan
+
+# Bytes of one sample, as pixels and as latents: more than this is a mistake, and no process has so much memory.
+MOST_SAMPLE_BYTES = 1 << 40
 
 FAMILIES: dict[str, type[Generator]] = {
     family.pipeline_class: family
@@ -40,10 +45,21 @@ def adapter_of(pipeline: PipelineFolder, config: ModelConfig) -> Generator:
     try:
         family = FAMILIES[name](pipeline, config)
         # What the families compute of the components' configurations.
-        _ = family.latent_shape
+        shape = family.latent_shape
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(
             f"model.path: the config.json files of {FAMILIES[name].backbone} and vae in {pipeline.path} make no {name} "
             f"({type(error).__name__}: {error}); download or copy {pipeline.path} again"
         ) from error
+    _refuse_impossible_size(config, shape)
     return family
+
+
+def _refuse_impossible_size(config: ModelConfig, latent_shape: tuple[int, ...]) -> None:
+    size = 4 * (3 * config.frames * config.height * config.width + math.prod(latent_shape))
+    if size > MOST_SAMPLE_BYTES:
+        raise ConfigError(
+            f"model.frames, model.height and model.width: one sample of {config.frames} frames of {config.height} x "
+            f"{config.width} takes {size / (1 << 30):.0f} GiB, and no process can hold more than "
+            f"{MOST_SAMPLE_BYTES >> 30}; lower them"
+        )

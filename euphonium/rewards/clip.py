@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
+from euphonium.config.base import PathOrHubId
 from euphonium.errors import ConfigError
 from euphonium.rewards.frames import check_videos, cropped, normalised, quantised, resized, spread
 from euphonium.rewards.pretrained import (
@@ -142,7 +143,7 @@ class _ClipReward(ABC):
     class Options(PretrainedOptions):
         """Which network, and how many frames it sees."""
 
-        weights: str
+        weights: PathOrHubId
         """Folder of a CLIP in transformers' layout, with tokenizer and preprocessor, or a hub id with ``revision``."""
         frames: PositiveInt = 8
         """Frames of a video that are scored, evenly spread, and averaged."""
@@ -152,7 +153,7 @@ class _ClipReward(ABC):
         """Type of the network's weights."""
         trust_remote_code: bool = False
         """Let Python code that comes with the weights run; no published CLIP needs it."""
-        checkpoint: str | None = None
+        checkpoint: PathOrHubId | None = None
         """File with OpenCLIP weights that replace those of ``weights``; a path, or owner/name:file."""
         checkpoint_revision: str | None = None
         """Commit of the hub repository in ``checkpoint``."""
@@ -255,9 +256,9 @@ class AestheticReward(_ClipReward):
     class Options(_ClipReward.Options):
         """The options of every CLIP reward, and the head."""
 
-        weights: str
+        weights: PathOrHubId
         """The CLIP that the head was trained on (ViT-L/14 for the published ones): a folder, or a hub id."""
-        head: str
+        head: PathOrHubId
         """File of the head, ``.safetensors`` or ``.pth``: a path, or owner/name:file."""
         head_revision: str | None = None
         """Commit of the hub repository in ``head``."""

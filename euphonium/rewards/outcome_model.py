@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from euphonium.config import BackboneConfig
+from euphonium.config.base import UserPath
 from euphonium.errors import ConfigError
 from euphonium.rewards.frames import check_videos
 from euphonium.rewards.pretrained import NetworkOptions, device_of, whole_network
@@ -263,7 +264,7 @@ class TrainedOutcomeReward:
     class Options(NetworkOptions):
         """Which model."""
 
-        path: str
+        path: UserPath
         """Folder that ``euphonium train-orm`` wrote."""
         batch: PositiveInt = 4
         """Videos in one forward pass."""
@@ -275,7 +276,7 @@ class TrainedOutcomeReward:
             ConfigError: the folder holds no such model.
         """
         self.device = device_of(options.device)
-        self.model = OutcomeModel.load(Path(options.path)).to(self.device)
+        self.model = OutcomeModel.load(options.path).to(self.device)
         self.batch = options.batch
 
     @torch.inference_mode()

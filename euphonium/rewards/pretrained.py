@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from euphonium.config import Node
+from euphonium.config.base import PathOrHubId
 from euphonium.errors import ConfigError
 from euphonium.weight_files import check_index, one_line, shapes_of, some
 
@@ -38,7 +39,7 @@ class NetworkOptions(Node):
 class PretrainedOptions(NetworkOptions):
     """Options of rewards with published weights."""
 
-    weights: str
+    weights: PathOrHubId
     """Folder with the weights, or a hub id together with ``revision``."""
     revision: str | None = None
     """Commit of the hub id in ``weights``."""

@@ -17,6 +17,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from euphonium.config.base import PathOrHubId
 from euphonium.errors import ConfigError
 from euphonium.rewards.frames import check_videos, cropped, normalised, quantised, resized
 from euphonium.rewards.pretrained import PretrainedOptions, device_of, dtype_of, filled, loading, pinned, read_weights
@@ -227,7 +228,7 @@ class SoliReward:
     class Options(PretrainedOptions):
         """The checkpoint, and the texts that it was trained with."""
 
-        weights: str
+        weights: PathOrHubId
         """Folder or hub id with the checkpoint (Yukino271828/SoliReward)."""
         subfolder: str = ""
         """Where the checkpoint lies within ``weights``."""

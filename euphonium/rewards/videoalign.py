@@ -19,11 +19,13 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from typing_extensions import override
 
+from euphonium.config.base import PathOrHubId, UserPath
 from euphonium.errors import ConfigError
 from euphonium.rewards.frames import check_videos, normalised, quantised, resized
 from euphonium.rewards.pretrained import PretrainedOptions, device_of
 from euphonium.rewards.shared import Analyser, SharedReward
 from euphonium.rewards.videoalign_checkpoint import ASPECTS, SPECIAL_TOKENS, CheckpointSource, load_checkpoint
+from euphonium.text_files import read_text
 
 VIDEO_TOKEN = "<|video_pad|>"
 PROMPT_PLACE = "{text_prompt}"
@@ -32,32 +34,44 @@ LEAST_PIXELS = 128 * 28 * 28
 LEAST_FRAMES, MOST_FRAMES, FRAME_FACTOR = 4, 768, 2
 
 
-def read_template(path: str) -> str:
+def read_template(file: Path) -> str:
     """The rubric: a text file, or VideoAlign's ``prompt_template.py``, of which one constant is read and nothing run.
 
     Raises:
         ConfigError: no such file, or no rubric with the place of the prompt and the three tokens in it.
     """
-    file = Path(path)
     if not file.is_file():
         raise ConfigError(
-            f"option template: no file {path!r}; give prompt_template.py of https://github.com/KwaiVGI/VideoAlign, "
-            "whose wording the published weights were trained with, or a text file of your own"
+            f"option template: no file {str(file)!r}; give prompt_template.py of "
+            "https://github.com/KwaiVGI/VideoAlign, whose wording the published weights were trained with, or a text "
+            "file of your own"
         )
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file, "option template")
     if file.suffix == ".py":
-        constants = {
-            target.id: node.value.value
-            for node in ast.parse(text).body
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
-        text = str(constants.get(TEMPLATE_NAME, ""))
+        text = _python_constant(text, file)
     wrong = [part for part in (*SPECIAL_TOKENS, PROMPT_PLACE) if text.count(part) != 1]
     if wrong:
-        raise ConfigError(f"option template: {path!r} must hold each of {', '.join(wrong)} exactly once")
+        raise ConfigError(f"option template: {str(file)!r} must hold each of {', '.join(wrong)} exactly once")
     return text
+
+
+def _python_constant(code: str, file: Path) -> str:
+    """The rubric among the constants of a Python file, empty if it is not there."""
+    try:
+        body = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"option template: {str(file)!r} is no readable Python: {why}; download it again, or give a text file"
+        ) from error
+    constants = {
+        target.id: node.value.value
+        for node in body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    return str(constants.get(TEMPLATE_NAME, ""))
 
 
 def sampled_frames(frames: int, video_fps: float, sample_fps: float) -> list[int]:
@@ -112,13 +126,13 @@ class VideoAlignAnalyser(Analyser[Tensor]):
     class Options(PretrainedOptions):
         """The checkpoint, and how it looks at a video."""
 
-        weights: str
+        weights: PathOrHubId
         """Folder or hub id of the checkpoint (KwaiVGI/VideoReward)."""
-        base: str
+        base: PathOrHubId
         """Folder or hub id of Qwen2-VL-2B-Instruct; only its configuration files are read."""
         base_revision: str | None = None
         """Commit of the hub id in ``base``."""
-        template: str
+        template: UserPath
         """VideoAlign's prompt_template.py, or a text file with a rubric of your own."""
         video_fps: PositiveFloat
         """Frames a second at which the generated videos play. A wrong value shifts all scores."""

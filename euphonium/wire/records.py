@@ -227,7 +227,7 @@ class LearnerState:
     Attributes:
         report: report of the order that is waited for, or None while it is under way.
         failure: why the group gave up, or None.
-        generation: how many times a learner group has joined the mailbox.
+        generation: number of the learner group that has joined the mailbox; 0 for none, and no two share one.
         ready: whether the group can take orders.
         resumed: policy version of the checkpoint from which it started.
     """

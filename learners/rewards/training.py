@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from euphonium.config import RewardOptimizerConfig
 from euphonium.errors import CheckpointError, TrainingError
-from euphonium.files import commit_folder, verify_folder, written_aside
+from euphonium.files import OtherFormatError, commit_folder, verify_folder, written_aside
 from learners.engine.engine import Engine
 from learners.engine.schedule import learning_rate
 from learners.engine.shards import Shards, read_shards, write_shard
@@ -274,23 +274,20 @@ def load_newest(engine: Engine, folder: Path, fingerprint: str) -> Progress:
     for found in sorted(folder.glob("update_*"), reverse=True):
         if found.suffix == ".tmp":
             continue
+        try:
+            verify_folder(found, FORMAT)
+        except OtherFormatError as error:
+            raise CheckpointError(f"{error}, give this training another name, or remove {folder}") from error
+        except CheckpointError as error:
+            log.warning("skipping a damaged checkpoint: %s", error)
+            continue
         state = json.loads((found / STATE_FILE).read_text())
-        version = state.pop("format", None)
-        if version != FORMAT:
-            raise CheckpointError(
-                f"{found} has checkpoint format {version}, this version reads format {FORMAT}; go on with the version "
-                f"that wrote it, give this training another name, or remove {folder}"
-            )
         if state.pop("mark") != fingerprint:
             raise CheckpointError(
                 f"{found} belongs to a training with another recipe; give this one another name, or remove {folder}"
             )
-        try:
-            verify_folder(found, FORMAT)
-        except CheckpointError as error:
-            log.warning("skipping a damaged checkpoint: %s", error)
-            continue
-        with Shards(found, state.pop("world_size")) as shards:
+        world_size, _ = state.pop("world_size"), state.pop("format")
+        with Shards(found, world_size) as shards:
             progress = Progress(**state)
             read_shards(engine, shards, progress.update)
         return progress

@@ -49,7 +49,7 @@ def _file(text: str) -> Path:
 
 def _prompt(text: str) -> str:
     if has_surrogates(text) or not text.strip():
-        raise ConfigError(f"--prompt {quoted(text)}: a prompt is a text in UTF-8, and not empty")
+        raise ConfigError(f"--prompt {quoted(text)}: a prompt is a text in UTF-8, and not empty; give one")
     return text
 
 
@@ -150,21 +150,32 @@ def _ask(call: ObjectRef[_T], timeout_s: float) -> _T:
 def validate(recipe: Recipe, overrides: Overrides = None) -> None:
     """Check a recipe, its files, its arithmetic and its memory, and print the resolved configuration; starts nothing.
 
-    A published model that is not here is checked by its configuration files. Memory that does not fit is a warning, or
-    an error where pools.gpu_memory_gib says what the GPUs have.
+    Takes recipes of train, train-prm and train-orm. A published model that is not here is checked by its configuration
+    files. Memory that does not fit is a warning, or an error where pools.gpu_memory_gib says what the GPUs have.
     """
-    from euphonium.config import RunConfig, dump_config, load_config
-    from euphonium.generators.described import describe_generator
-    from orchestrator.commands.launch import preflight
+    from euphonium.config import OrmConfig, PrmConfig, dump_config, load_any_config
     from orchestrator.commands.paths import absolute_paths
-    from orchestrator.commands.planning import plan_lines
 
-    config: RunConfig = load_config(recipe, overrides or [])
-    absolute = absolute_paths(config)
-    plan = preflight(absolute, describe_generator(absolute.model)) | plan_lines(absolute, recipe)
+    config = load_any_config(recipe, overrides or [])
+    if isinstance(config, OrmConfig):
+        from orchestrator.commands.reward_checks import check_orm
+
+        found = check_orm(absolute_paths(config), downloads=False)
+    elif isinstance(config, PrmConfig):
+        from euphonium.generators.described import describe_generator
+        from orchestrator.commands.reward_checks import check_prm
+
+        found = check_prm(absolute_paths(config), describe_generator(config.model))
+    else:
+        from euphonium.generators.described import describe_generator
+        from orchestrator.commands.launch import preflight
+        from orchestrator.commands.planning import plan_lines
+
+        absolute = absolute_paths(config)
+        found = preflight(absolute, describe_generator(absolute.model)) | plan_lines(absolute, recipe)
     say(dump_config(config))
-    width = max(map(len, plan))
-    for name, value in plan.items():
+    width = max(map(len, found))
+    for name, value in found.items():
         say(f"# {name:<{width}}  {value}")
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from euphonium.config import OrmConfig
 from euphonium.locks import writing_alone
-from learners.rewards.preference_files import open_preferences
 from learners.rewards.worker import RESULT_FILE
 from orchestrator.commands.paths import absolute_paths
+from orchestrator.commands.reward_checks import check_orm
 from orchestrator.commands.reward_group import cluster, run_training
 
 
@@ -34,14 +34,9 @@ def train_orm(config: OrmConfig, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _train_alone(config: OrmConfig, say: Callable[[str], None]) -> dict[str, Any]:
-    from euphonium.rewards.outcome_model import OutcomeModel
-
-    OutcomeModel.from_backbone(config.model, device_map="meta")
-    train, held_out = open_preferences(config.preferences, config.seed)
-    for part, table in (("training", train), ("held-out", held_out)):
-        labelled = int((table.label >= 0).sum())
-        say(f"{part}: {len(table.files)} samples of {len(table.prompts)} prompts, {len(table.pairs)} pairs, "
-            f"{len(table.ties)} ties, {labelled} labels")  # fmt: skip
+    found = check_orm(config)
+    for part in ("train", "held-out"):
+        say(f"{part}: {found[part]}")
     with cluster(config):
         run_training("orm", config, say)
     result: dict[str, Any] = json.loads((config.run_dir / RESULT_FILE).read_text())

@@ -22,30 +22,27 @@ from euphonium.config import OrmPoolConfig, PrmConfig
 from euphonium.config.rewards import optional_rewards
 from euphonium.errors import ConfigError
 from euphonium.files import written_aside
-from euphonium.generators.components import check_generator
 from euphonium.generators.conditioning import Conditioning, stack_conditionings
 from euphonium.generators.generator import Generator, images_for
-from euphonium.generators.pictures import check_pictures, require_pictures
 from euphonium.generators.registry import open_generator
 from euphonium.locks import writing_alone
 from euphonium.passes import Passes
-from euphonium.rewards.registry import build_rewards
 from euphonium.rewards.total import total_weight, weighted_total
 from euphonium.wire.devices import local_device, reserved_device
 from euphonium.wire.records import Array
 from learners.rewards.preference import TENTHS, read_latent
-from learners.rewards.preference_files import PreferenceTable, open_preferences
+from learners.rewards.preference_files import PreferenceTable
 from learners.rewards.prm_data import Drawing, is_prepared, write_paired
 from learners.rewards.video_files import read_frames
 from learners.rewards.worker import RESULT_FILE
 from orchestrator.commands.paths import absolute_paths
+from orchestrator.commands.reward_checks import PARTS, check_prm, preference_tables
 from orchestrator.commands.reward_group import PrintLine, cluster, map_shares, run_training
 from orchestrator.groups.prompts import read_prompts
 from orchestrator.report.charts import line_chart
 from reward_servers.orm import OrmScorer
 
 BATCH = 32
-PARTS = ("train", "held_out")
 ACCURACY_FILE = "accuracy.json"
 CHART_FILE = "accuracy.png"
 
@@ -70,16 +67,7 @@ def train_prm(config: PrmConfig, say: PrintLine) -> list[float]:
 
 
 def _train_alone(config: PrmConfig, say: PrintLine) -> list[float]:
-    # A recipe's mistakes show before samples are drawn for hours.
-    family = open_generator(config.model)
-    check_generator(family)
-    with torch.device("meta"):
-        family.build_trunk(config.blocks)
-    if config.prompts is not None:
-        check_pictures(family, config.prompts)
-    build_rewards(config.outcome)
-    for prompts in (config.prompts.train, config.prompts.evaluation) if config.prompts is not None else ():
-        read_prompts(prompts, "prompts")
+    check_prm(config)
     torch.set_num_threads(config.threads)
     with cluster(config):
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -131,17 +119,8 @@ def accuracy_chart(result: dict[str, Any], title: str) -> Any:
 
 def _encode(config: PrmConfig, say: PrintLine) -> None:
     """Reads preference files, and encodes their prompts and videos."""
-    assert config.preferences is not None
     family = open_generator(config.model)
-    tables = dict(zip(PARTS, open_preferences(config.preferences, config.seed), strict=True))
-    for part, table in tables.items():
-        if not len(table.pairs):
-            raise ConfigError(
-                f"preferences: the {part.replace('_', '-')} part has no pair: give winner and loser, or samples of one "
-                "prompt with both labels"
-            )
-        if family.takes_image:
-            require_pictures(family, table.prompts, table.images, f"preferences: the {part} part")
+    for part, table in preference_tables(config).items():
         images = {prompt: str(image) for prompt, image in table.images.items()}
         fingerprint = _fingerprint(
             config, family, [[str(f) for f in table.files], table.prompts, table.pairs.tolist(), images]

@@ -1,7 +1,7 @@
 """The run loop's link to the learner group: sends orders and gets reports, through the mailbox.
 
-The mailbox counts how many times a learner group has joined it, the *generation*. An order that names an earlier
-generation is refused, which is how the run loop learns that the group was restarted.
+The mailbox gives each learner group that joins it another number, the *generation*. An order that names the generation
+of an earlier group is refused, which is how the run loop learns that the group was restarted.
 
 Waits for: a group that starts or restarts (``pools.learner.start_timeout_s``), and its reports
 (``pools.learner.update_timeout_s``); both waits end when the group fails.
@@ -95,15 +95,11 @@ class LearnerLink:
             TrainingError: the group or the mailbox does not come back.
         """
         deadline = time.monotonic() + RECOVERY_TIMEOUT_S
-        known = self._generation
         while True:
             try:
-                # A restarted mailbox counts from 0, and lets nobody join until it knows the checkpoint.
-                state = await self._ask(lambda: self._mailbox.state.remote(-1, -1, 0.0))
-                if state.generation < known:
-                    known = 0
+                # A restarted mailbox lets nobody join until it knows the checkpoint.
                 await self.resume_from(checkpoint, iteration)
-                return (await self._joined(known)).resumed
+                return (await self._joined(self._generation)).resumed
             except LearnerRestartedError:
                 if time.monotonic() > deadline:
                     raise TrainingError("the learner mailbox does not come back") from None
@@ -143,13 +139,13 @@ class LearnerLink:
         self.group.join(timeout_s)
 
     async def _joined(self, after: int) -> LearnerState:
-        """Waits until a group of a later generation than ``after`` can take orders."""
+        """Waits until a group of another generation than ``after`` can take orders."""
         deadline = time.monotonic() + self._pool.start_timeout_s
         while True:
             state = await self._ask(lambda: self._mailbox.state.remote(-1, after, 2.0))
             if state.failure is not None:
                 raise TrainingError(state.failure)
-            if state.generation > after and state.ready:
+            if state.generation != after and state.ready:
                 self._generation = state.generation
                 return state
             self.check()

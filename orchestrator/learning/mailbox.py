@@ -8,9 +8,10 @@ Invariant: an order is a transaction. It is submitted once, leased by every rank
 acknowledged it; an order for an earlier learner group is never accepted.
 
 Each start of the learner group is an *attempt*, whose name all its ranks share; calls of an earlier attempt are
-refused, also those that have been waiting here since before it died. The *generation* counts the attempts. The run
-loop submits an order for the generation that it knows of, because the group may have been restarted from a checkpoint
-since. A restarted mailbox counts from 0 again, and lets nobody join before it knows the checkpoint to resume from.
+refused, also those that have been waiting here since before it died. The *generation* numbers the attempt that has
+joined; it is drawn at random, so that none repeats one of before, also not one that a restarted mailbox has forgotten.
+The run loop submits an order for the generation that it knows of, because the group may have been restarted from a
+checkpoint since. A restarted mailbox lets nobody join before it knows the checkpoint to resume from.
 
 The run loop waits here for a report (:meth:`LearnerMailbox.state`). A rank waits for the next order
 (:meth:`LearnerMailbox.lease`) and, when it starts, for the checkpoint to resume from (:meth:`LearnerMailbox.join`).
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 
 from euphonium.errors import LostActorError
 from euphonium.wire.records import LearnerState, UpdateOrder, UpdateReport
@@ -36,7 +38,8 @@ class LearnerMailbox:
         ...     await mailbox.set_checkpoint(None, 0)
         ...     await mailbox.join("first start", world_size=1)
         ...     await mailbox.learner_ready("first start")
-        ...     print("accepted", await mailbox.submit(order, generation=1))
+        ...     first = (await mailbox.state(-1, generation=0, timeout_s=1.0)).generation
+        ...     print("accepted", await mailbox.submit(order, first))
         ...     print("leased", await mailbox.lease(0, "first start") == order)
         ...     await mailbox.join("second start", world_size=1)  # Ray Train has restarted the group
         ...     await mailbox.learner_ready("second start")
@@ -44,7 +47,7 @@ class LearnerMailbox:
         ...         await mailbox.acknowledge(0, "first start", UpdateReport(version=0))
         ...     except LostActorError as error:
         ...         print(error)
-        ...     print("accepted", await mailbox.submit(order, generation=1))
+        ...     print("accepted", await mailbox.submit(order, first))
         >>> asyncio.run(main())
         accepted True
         leased True
@@ -63,6 +66,7 @@ class LearnerMailbox:
         self._ready = False
         self._attempt = ""
         self._world_size = 0
+        self._ranks_joined = 0
         self._checkpoint: tuple[str | None, int] | None = None
         self._resumed: tuple[str | None, int] = None, 0
 
@@ -124,18 +128,21 @@ class LearnerMailbox:
                 # Whatever an earlier attempt had under way is void: this one resumes from the checkpoint.
                 self._attempt, self._world_size, self._resumed = attempt, world_size, self._checkpoint
                 self._order, self._report = None, None
-                self._generation, self._ready = self._generation + 1, False
+                self._generation, self._ready, self._ranks_joined = 1 + secrets.randbits(60), False, 0
                 self._changed.notify_all()
+            self._ranks_joined += 1
             return self._resumed
 
     async def learner_ready(self, attempt: str) -> None:
         """Called by rank 0 once the group can take orders.
 
         Raises:
-            LostActorError: a later attempt has joined.
+            LostActorError: a later attempt has joined, or a part of the group has joined the mailbox before this one.
         """
         async with self._changed:
             self._must_be_current(attempt)
+            if self._ranks_joined < self._world_size:
+                raise LostActorError("the learner mailbox was restarted while this learner group joined it")
             self._ready = True
             self._changed.notify_all()
 

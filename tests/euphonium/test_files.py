@@ -42,3 +42,13 @@ def test_a_committed_folder_replaces_the_one_before_and_knows_its_files(tmp_path
         verify_folder(target, 3)
     with pytest.raises(CheckpointError, match=f"its {MANIFEST} cannot be read"):
         verify_folder(target / "inner", 3)
+
+
+@pytest.mark.parametrize("manifest", [b"", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b"{}", b'{"format": 3}',
+                                      b'{"format": 3, "files": {"inner/a": 1}}'])  # fmt: skip
+def test_a_damaged_manifest_is_a_damaged_checkpoint(manifest: bytes, tmp_path: Path) -> None:
+    target = tmp_path / "step_1"
+    commit_folder(filled(tmp_path / "aside", "first"), target, version=3)
+    (target / MANIFEST).write_bytes(manifest)
+    with pytest.raises(CheckpointError, match=f"its {MANIFEST} cannot be read"):
+        verify_folder(target, 3)

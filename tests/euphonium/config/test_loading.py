@@ -63,6 +63,15 @@ def test_a_written_configuration_reads_back_the_same(recipe: Path, tmp_path: Pat
     assert load_config(copy) == config
 
 
+@pytest.mark.parametrize("name", ["1e9", "1E5", "1e999", ".5e3", "-1e2", "1:30", "0x1f", "2026-01-01", "null", "e1"])
+def test_a_text_that_looks_like_a_number_is_written_as_a_text(recipe: Path, tmp_path: Path, name: str) -> None:
+    config = load_config(recipe, [f"model.path='{name}'"])
+    assert config.model.path == name
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+
+
 def test_an_unknown_key_is_named_with_line_and_suggestion(recipe: Path) -> None:
     recipe.write_text(MINIMAL.replace("  num_steps: 8", "  num_steps: 8\n  shfit: 3.0"))
     message = failure(recipe)
@@ -120,7 +129,8 @@ def test_an_impossible_sampler_is_refused_while_reading(recipe: Path) -> None:
         (["sampler.guidance={scale: 0.1}"], "set rewards.process.path"),
         (["sampler.guidance={scale: 0.1, beta: 1}"], "exactly one of scale"),
         (["rewards.outcome.1.name=icon"], "'icon' is taken"),
-        (["rewards.outcome.0.weight=0", "rewards.outcome.1.weight=0"], "nothing to learn from"),
+        (["rewards.outcome.0.weight=0", "rewards.outcome.1.weight=0"], "learn from; give one a weight"),
+        (["sampler.sde_window=[-1, 8]"], "(-1, 8) is not a range of the 8 steps 0..7; give its first step"),
         (["objective.updates_per_iteration=5"], "an update would have no group"),
         (
             [

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from euphonium.config import RunConfig
 from euphonium.errors import ConfigError
-from euphonium.generators.components import check_generator
+from euphonium.generators.components import check_generator, load_pipeline
 from euphonium.generators.registry import open_generator
 from orchestrator.commands.launch import preflight
 from orchestrator.export_policy import export_checkpoint
@@ -152,3 +152,14 @@ def test_validate_and_export_look_at_every_component(make_config: Callable[..., 
     with pytest.raises(ConfigError, match="component text_encoder_2"):
         export_checkpoint(checkpoint, config, target)
     assert not target.exists()
+
+
+def test_a_component_that_only_the_index_knows_is_refused_with_the_index(folders: Folders, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(folders("FluxPipeline"), copy)
+    index = copy / "model_index.json"
+    index.write_text(index.read_text().replace('"text_encoder_2"', '"teyt_encoder_2"'))
+    with pytest.raises(
+        ConfigError, match=r"component teyt_encoder_2 of .*: model_index\.json names it, but its folder"
+    ):
+        load_pipeline(copy)

@@ -14,7 +14,7 @@ from euphonium.config import OutcomeRewardConfig
 from euphonium.errors import ConfigError
 from euphonium.rewards.registry import build_reward, build_rewards
 from euphonium.rewards.shared import Batch
-from euphonium.rewards.videoalign import VideoAlignReward, frame_size, patches, sampled_frames
+from euphonium.rewards.videoalign import VideoAlignReward, frame_size, patches, read_template, sampled_frames
 from euphonium.rewards.videoalign_checkpoint import VideoRewardNetwork
 
 HEIGHT, WIDTH = 308, 336  # a size that the reward leaves as it is
@@ -295,6 +295,28 @@ def test_the_frame_rate_must_be_given(published: dict[str, Any]) -> None:
     options = {name: str(published[name]) for name in ("weights", "base", "template")}
     with pytest.raises(ConfigError, match="'video_fps' is missing"):
         build_reward(OutcomeRewardConfig(name="tested", type="videoalign", options=options))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "why"),
+    [
+        ("template.txt", b"caf\xe9", r"template\.txt is not UTF-8: byte 3 \(line 1\) is 0xe9; save the file as UTF-8"),
+        ("template.py", b"x = (", r"template\.py' is no readable Python: .*; download it again, or give a text file"),
+        ("template.py", b"x = 'a\0'", r"template\.py' is no readable Python"),
+        ("template.py", b"x = " + b"(" * 5000, r"template\.py' is no readable Python"),
+    ],
+)
+def test_an_unreadable_template_is_refused(name: str, data: bytes, why: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=f"option template: .*{why}"):
+        read_template(tmp_path / name)
+
+
+def test_a_template_with_a_byte_order_mark_is_the_same_template(published: dict[str, Any], tmp_path: Path) -> None:
+    plain = read_template(published["template"])
+    for name, text in (("own.txt", plain), ("own.py", published["template"].read_text())):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert read_template(tmp_path / name) == plain
 
 
 def test_an_incomplete_template_is_refused(published: dict[str, Any], tmp_path: Path) -> None:

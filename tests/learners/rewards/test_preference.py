@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from euphonium.config import ModelConfig, RunConfig
 from euphonium.errors import CheckpointError, ConfigError, TrainingError
+from euphonium.files import MANIFEST
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from learners.engine.engine import Engine
@@ -151,14 +152,15 @@ def test_patience_stops_and_keeps_the_best_weights(tmp_path: Path) -> None:
     assert float(weights["weight"]) == seen[4] != seen[8]
 
 
+@pytest.mark.parametrize("damaged", ["shard_00000_of_00001.safetensors", STATE_FILE, MANIFEST])
 def test_checkpoints_of_another_recipe_are_refused_and_damaged_ones_skipped(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damaged: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = toy_settings(updates=6, evaluate_every=100)
     fit(LocalEngine(one_weight(), settings, CPU), Line([0.5]), settings, tmp_path, "mark", lambda _: None)
     with pytest.raises(CheckpointError, match="another recipe"):
         fit(LocalEngine(one_weight(), settings, CPU), Line([0.5]), settings, tmp_path, "other", lambda _: None)
-    file = next(tmp_path.glob("update_*")) / "shard_00000_of_00001.safetensors"
+    file = next(tmp_path.glob("update_*")) / damaged
     file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
     records: list[dict[str, Any]] = []
     fit(LocalEngine(one_weight(), settings, CPU), Line([0.5]), settings, tmp_path, "mark", records.append)
@@ -169,9 +171,9 @@ def test_checkpoints_of_another_recipe_are_refused_and_damaged_ones_skipped(
 def test_checkpoints_of_another_format_are_refused(tmp_path: Path) -> None:
     settings = toy_settings(updates=2, evaluate_every=100)
     fit(LocalEngine(one_weight(), settings, CPU), Line([0.5]), settings, tmp_path, "mark", lambda _: None)
-    (state,) = tmp_path.glob(f"update_*/{STATE_FILE}")
-    state.write_text(json.dumps({n: v for n, v in json.loads(state.read_text()).items() if n != "format"}))
-    with pytest.raises(CheckpointError, match=r"update_0000002 has checkpoint format None, .* another name, or remove"):
+    (manifest,) = tmp_path.glob(f"update_*/{MANIFEST}")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
+    with pytest.raises(CheckpointError, match=r"update_0000002 has checkpoint format 1, .* another name, or remove"):
         fit(LocalEngine(one_weight(), settings, CPU), Line([0.5]), settings, tmp_path, "mark", lambda _: None)
 
 

@@ -29,6 +29,7 @@ from orchestrator.commands.cli import run_command
         (["scale", "run", "rollout=0"], "rollout=6"),
         (["scale", "run", "rollout=" + "9" * 5000], "rollout=6"),
         (["scale", "run", "9" * 5000], "rollout=6"),
+        (["generate", "x", "-p", ""], "--prompt '': a prompt is a text in UTF-8, and not empty; give one"),
         (["options", "x" * 5000], "`euphonium options` lists all"),
     ],
 )

@@ -147,6 +147,12 @@ def test_variables_of_other_projects_are_refused_by_train_as_by_validate(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("size", [["model.frames=99999999"], ["model.height=4194304", "model.width=32768"]])
+def test_a_size_that_no_process_can_hold_is_refused(make_config: Callable[..., RunConfig], size: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"model\.frames.* takes \d+ GiB, and no process can hold more than 1024"):
+        preflight(make_config(*size))
+
+
 def test_best_of_needs_an_outcome_reward_to_rank_by(make_config: Callable[..., RunConfig]) -> None:
     with pytest.raises(ConfigError, match=r"advantage\.best_of chooses by outcome advantages"):
         make_config("advantage.mode=process", "advantage.best_of=1")

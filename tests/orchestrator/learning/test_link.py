@@ -158,7 +158,7 @@ def test_a_mailbox_that_dies_over_an_order_is_a_restart_of_the_group(make_settin
         setting.mailbox.restart()
         with pytest.raises(LearnerRestartedError, match="the learner mailbox will not come"):
             await waiting
-        # It counts from 0 again, and the group joins it for the first time.
+        # It has forgotten the group, which joins it again.
         told, iteration = await asyncio.gather(setting.join("b"), link.joined("step_6", 6))
         assert (told, iteration) == (("step_6", 6), 6)
         assert (await asyncio.gather(setting.work("b"), link.carry_out(ORDER)))[0] is ORDER
@@ -181,6 +181,41 @@ def test_a_mailbox_that_dies_while_a_group_is_awaited_is_told_the_checkpoint_aga
         assert await setting.join("b") == ("step_6", 6)
         assert await waiting == 6
         assert setting.pauses == []
+
+    play(scene())
+
+
+def test_a_group_that_joins_a_restarted_mailbox_before_it_is_awaited_has_joined(
+    make_setting: Callable[..., Setting],
+) -> None:
+    async def scene() -> None:
+        setting = make_setting("pools.learner.start_timeout_s=0.5", mailbox=Impatient)
+        link = await setting.up()
+        setting.mailbox.restart()
+        # What the run loop does when a checkpoint is complete.
+        await link.resume_from("step_6", 6)
+        assert await setting.join("b") == ("step_6", 6)
+        assert await link.joined("step_6", 6) == 6
+        assert (await asyncio.gather(setting.work("b"), link.carry_out(ORDER)))[0] is ORDER
+
+    play(scene())
+
+
+def test_an_order_for_the_group_of_the_mailbox_before_is_refused(make_setting: Callable[..., Setting]) -> None:
+    async def scene() -> None:
+        setting = make_setting()
+        link = await setting.up()
+        setting.mailbox.restart()
+        await link.resume_from("step_4", 4)
+        await setting.join("b")
+        fresh = asyncio.ensure_future(setting.work("b"))
+        with pytest.raises(LearnerRestartedError):
+            await link.carry_out(ORDER)
+        await turn_over()
+        assert not fresh.done(), "the group has got no order"
+        assert await link.joined("step_4", 4) == 4
+        await link.carry_out(ORDER)
+        assert await fresh is ORDER
 
     play(scene())
 
