@@ -53,7 +53,8 @@ class _Source:
         text = read_text(file, wanted_by.removesuffix(": "))
         values, places = parse_yaml(text, _shown(file), lines=True)
         if not isinstance(values, dict):
-            raise ConfigError(f"{_shown(file)}: a recipe is a mapping of keys to values; give the path of a recipe")
+            what = "a recipe is a mapping of keys to values; give the path of a recipe"
+            raise ConfigError(f"{wanted_by}{_shown(file)}: {what}")
         base = values.pop("extends", None)
         if base is not None:
             where = f"{places[('extends',)]}: extends: "

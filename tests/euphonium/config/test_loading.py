@@ -147,6 +147,13 @@ def test_fields_that_do_not_fit_together_are_refused(recipe: Path, overrides: li
     assert message in failure(recipe, *overrides)
 
 
+def test_what_is_no_recipe_is_refused_with_the_line_that_extends_it(recipe: Path) -> None:
+    recipe.write_text(f"extends: /dev/null\n{MINIMAL}")
+    assert "recipe.yaml:1: extends: /dev/null: a recipe is a mapping of keys to values; give the path" in failure(
+        recipe
+    )
+
+
 def test_a_recipe_builds_on_another(recipe: Path, tmp_path: Path) -> None:
     child = tmp_path / "child.yaml"
     child.write_text("extends: recipe.yaml\nsampler: {eta: 0.9}\n")

@@ -1,4 +1,4 @@
-"""Which pools a run has, and what each of them takes; nothing is started."""
+"""Which pools a run has, what each of them takes, and in which order they start; there are no actors."""
 
 import asyncio
 from collections.abc import Callable
@@ -71,3 +71,29 @@ def test_a_broadcast_of_weights_reaches_the_rollout_actors_that_are_present(
         pools.rollout.roster.add(Member(f"rollout-{i}", None))
     asyncio.run(pools.rollout.roster.join(pools.rollout.roster.members[1]))
     assert pools.weight_receivers() == receivers
+
+
+def test_the_largest_shares_of_gpus_are_started_first(make_config: MakeConfig) -> None:
+    """Ray fills up one GPU after another: small shares that come first would leave no room for large ones."""
+    started: list[str] = []
+
+    class Starting:
+        """An actor that never comes up."""
+
+        def __init__(self, name: str) -> None:
+            started.append(name)
+            self.ready = self
+
+        def remote(self) -> Any:
+            return asyncio.get_running_loop().create_future()
+
+    shares = ("pools.rollout.num_gpus=0.3", "pools.prm.num_gpus=0.1", "pools.orm.num_gpus=0.2")
+    roles = dict.fromkeys(("rollout", "orm", "prm"), lambda _i, options: Starting(options["name"]))
+    pools = RunPools(make_config(*shares), ActorFactories(**roles), Progress(1, 0))
+
+    async def start() -> None:
+        pools.start()
+        pools.stop()
+
+    asyncio.run(start())
+    assert started == ["rollout-0", "rollout-1", "orm-0", "prm-0"]
