@@ -125,8 +125,7 @@ class LearnerPoolConfig(ShareConfig, _Workers):
     """ZeRO-3 keeps parameters of fewer elements whole on every rank."""
     gather_blocks: bool = True
     """ZeRO-3 gathers a block of the policy as a whole, not layer by layer: less overhead, and the weights and gradients
-    of one block at a time on every rank. Adapters, training with classifier-free guidance, and reward models go layer
-    by layer in any case."""
+    of one block at a time on every rank. Adapters and reward models go layer by layer in any case."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory."""
     offload_references: bool = False

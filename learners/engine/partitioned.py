@@ -60,9 +60,8 @@ class ZeroPolicy(ZeroEngine):
         place_buffers(self.module, _own_device())
         if pool.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()  # type: ignore[operator]
-        # See gather_by_block: with adapters no input of the first block needs a gradient, and guidance passes every
-        # block twice, with the prompt and without.
-        if pool.gather_blocks and lora is None and family.config.cfg_scale is None:
+        # See gather_by_block: with adapters no input of the first block needs a gradient.
+        if pool.gather_blocks and lora is None:
             gather_by_block(self.module)
         super().__init__(self.module, optimizer, options, averages=optimizer.averages)
         self._ema_decay = optimizer.ema_decay

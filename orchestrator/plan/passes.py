@@ -122,9 +122,9 @@ class Passes:
         return Size(**{part: int(number) for part, number in found.items()})
 
     def _network_size(self) -> Size:
-        pool, model = self.config.pools.learner, self.config.model
+        pool = self.config.pools.learner
         trained = self._trained()
-        blocks = pool.gather_blocks and model.lora is None and model.cfg_scale is None
+        blocks = pool.gather_blocks and self.config.model.lora is None
         return dataclasses.replace(
             _size(self.network),
             trained=sum(p.numel() for p in trained.values()),
@@ -138,7 +138,7 @@ class Passes:
         return dict(self.network.named_parameters())
 
     def _velocity(self, samples: int) -> Cost:
-        """A rollout's velocity for ``samples`` states, both passes of classifier-free guidance included."""
+        """A rollout's velocity for ``samples`` states, with the negative prompt's rows of classifier-free guidance."""
         x, time = states(self.generator, samples, self.device)
         prompt = conditioning(self.generator, samples, self.device)
         self.network.eval().requires_grad_(False)

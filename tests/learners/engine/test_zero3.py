@@ -86,9 +86,13 @@ class Blocks(nn.Module):
         return self.block(hidden_states=x)
 
 
-@pytest.fixture(scope="module")
-def both(train_on_two_ranks: Callable) -> dict:
-    trained = train_on_two_ranks(*OVERRIDES)
+# Prompts and the negative one have different lengths: ranks attend in parts that differ.
+WAYS = {"plain": (), "with guidance": ("model.cfg_scale=2", "model.negative_prompt=blurry")}
+
+
+@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
+def both(request: pytest.FixtureRequest, train_on_two_ranks: Callable) -> dict:
+    trained = train_on_two_ranks(*OVERRIDES, *request.param)
     return {"ranks": trained["ranks"], "reference": reference(trained["config"], trained["iterations"])}
 
 
