@@ -140,7 +140,8 @@ class Generator(Backbone):
             return self.network(transformer, x, time, positive(conditioning))
         both = stack_conditionings([positive(conditioning), negative(conditioning)])
         output = self.network(transformer, torch.cat([x, x]), torch.cat([time, time]), both)
-        return guided(*output.chunk(2), self.config.cfg_scale)
+        conditional, unconditional = output.chunk(2)
+        return guided(conditional, unconditional, self.config.cfg_scale)
 
     def step_table(self, sampler: SamplerConfig, iteration: int = 0) -> StepTable:
         """The step table of a stochastic sampler for this model.

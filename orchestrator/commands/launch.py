@@ -50,6 +50,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     from euphonium.generators.pictures import check_pictures
     from euphonium.generators.registry import open_generator
     from euphonium.rewards.registry import build_rewards
+    from learners.engine.options import check_options
     from orchestrator.evaluation import evaluation_set
     from orchestrator.groups.prompts import read_prompts
 
@@ -58,6 +59,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     prompts = read_prompts(config.prompts.train, "prompts.train")
     evaluation_set(config)
     build_rewards(config.rewards.outcome)
+    check_options(config.pools.learner)
     # From here on models may be downloaded: what is quickly looked at comes before.
     described = family is not None and not Path(config.model.path).exists()
     family = open_generator(config.model) if family is None else family

@@ -99,7 +99,7 @@ class Passes:
             "blocks": self.prm_blocks,
             "objective": config.objective.model_dump(mode="json", include={"kind", "step_weights"}),
             "learner": config.pools.learner.model_dump(
-                mode="json", include={"gradient_checkpointing", "gather_blocks", "persistence_threshold"}
+                mode="json", include={"gradient_checkpointing", "gather_blocks", "persistence_threshold", "shard"}
             ),
         }
 
@@ -129,7 +129,11 @@ class Passes:
             _size(self.network),
             trained=sum(p.numel() for p in trained.values()),
             unit=_gather_unit(self.network, blocks=blocks),
-            whole=sum(p.numel() for p in self.network.parameters() if p.numel() < pool.persistence_threshold),
+            whole=sum(
+                p.numel()
+                for p in self.network.parameters()
+                if pool.shard == "optimizer" or p.numel() < pool.persistence_threshold
+            ),
         )
 
     def _trained(self) -> dict[str, nn.Parameter]:

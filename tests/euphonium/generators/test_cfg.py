@@ -1,4 +1,4 @@
-"""Classifier-free guidance in one pass: the numbers and gradients of two passes, and one block's gradients at a time."""
+"""Classifier-free guidance in one pass: numbers and gradients of two passes, and one block's gradients at a time."""
 
 from __future__ import annotations
 

@@ -286,7 +286,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "HunyuanVideoPipeline": {"frames": 5, "height": 32, "width": 32, "embedded_guidance": 6.0},
     "HunyuanVideo15Pipeline": {"frames": 5, "cfg_scale": 6.0},
     "HunyuanSkyreelsImageToVideoPipeline": {
-        "frames": 5, "height": 32, "width": 32, "embedded_guidance": 1.0, "cfg_scale": 6.0,
+        "frames": 5,
+        "height": 32,
+        "width": 32,
+        "embedded_guidance": 1.0,
+        "cfg_scale": 6.0,
     },
 }
 
