@@ -45,7 +45,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     Raises:
         ConfigError: the run cannot work; names the field, and what to do.
     """
-    from actors.sampler import select_steps
+    from actors.sampler import select_steps, state_rows
     from euphonium.generators.components import check_generator
     from euphonium.generators.pictures import check_pictures
     from euphonium.generators.registry import open_generator
@@ -72,7 +72,8 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
 
         ProcessRewardModel.check(Path(config.rewards.process.path), config.model)
     table = family.step_table(config.sampler)
-    steps = select_steps(table, 1, config.objective.timestep_fraction, 0).shape[1]
+    kept = select_steps(table, config.rollout.group_size, config.objective.timestep_fraction, 0)
+    steps, states = kept.shape[1], state_rows(kept)[1]
     best_of, size = config.advantage.best_of, config.rollout.group_size
     trained = size if best_of is None else min(size, 2 * best_of)
     rollout, pools, process = config.rollout, config.pools, config.rewards.process
@@ -89,7 +90,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         "sampler": f"{config.sampler.law}, {table.num_steps} steps, stochastic {_ranges(table.stochastic_steps)}, "
         f"guided {_ranges(table.guided_steps) or 'none'}",
         "trained transitions per iteration": rollout.prompts_per_iteration * trained * steps,
-        "trajectory bytes per iteration": samples * steps * values * 8,
+        "trajectory bytes per iteration": rollout.prompts_per_iteration * states * values * 4,
         "rollout actors": f"{pools.rollout.num_actors} x {pools.rollout.num_gpus:g} GPU",
         "PRM servers": f"{pools.prm.num_actors} x {pools.prm.num_gpus:g} GPU" if process else "none",
         "PRM refresh": f"1 x {pools.refresh_pool.num_gpus:g} GPU" if refreshes else "none",

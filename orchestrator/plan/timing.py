@@ -147,7 +147,8 @@ def iteration_time(
     exposed = batches * (1 - hardware.zero_overlap) * hardware.collective_s(moved, split.learner)
     exposed += work.updates * hardware.collective_s(speed.whole_bytes * (1 - 1 / split.learner), split.learner)
     update = batches * speed.micro_step + exposed + work.updates * speed.update / split.learner
-    fetch = speed.iteration_bytes / (hardware.store_gbs * GB)
+    # Every node fetches the groups that its ranks train on.
+    fetch = speed.iteration_bytes / hardware.nodes_for(split.learner) / (hardware.store_gbs * GB)
     receiving = hardware.nodes_for(split.rollout)
     publish = speed.publication_bytes * (1 / (hardware.publish_gbs * GB) + receiving / (hardware.store_gbs * GB))
     sampling, learning = rollout + scoring, fetch + update

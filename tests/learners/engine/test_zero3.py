@@ -43,17 +43,17 @@ def reference(config: RunConfig, iterations: list) -> tuple[dict[str, Tensor], d
             losses = []
             for g in range(update, GROUPS, UPDATES):
                 payload = payloads[g]
-                flat = {n: torch.tensor(getattr(payload, n)).flatten(0, 1) for n in ("states", "next_states")}
+                rows, states = payload.rows.flatten(), torch.tensor(payload.states)
                 k = torch.tensor(payload.steps).flatten()
                 shape = (-1, 1, 1, 1, 1)
                 sigma, delta = sigmas[k].view(shape), (sigmas[k] - sigmas[k + 1]).view(shape)
                 prompt = {n: torch.tensor(a) for n, a in payload.conditioning.items()}
-                x = flat["states"]
+                x = states[rows]
                 v = worker.family.velocity(model, x, sigmas[k], expand(prompt, len(k)))
                 variance = eta**2 * delta
                 mean = x - delta * v - variance / 2 * (x + (1 - sigma) * v) / sigma
                 density = torch.distributions.Normal(mean, variance.sqrt())
-                log_prob = density.log_prob(flat["next_states"]).flatten(1).mean(1)
+                log_prob = density.log_prob(states[rows + 1]).flatten(1).mean(1)
                 ratio = torch.exp(log_prob - torch.tensor(payload.log_probs).flatten())
                 samples = torch.arange(len(k)) // payload.steps.shape[1]
                 advantage = torch.tensor(advantages[g])[samples, k]
