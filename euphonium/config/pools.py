@@ -116,7 +116,8 @@ class LearnerPoolConfig(ShareConfig, _Workers):
     start_timeout_s: PositiveFloat = 300.0
     """Longest wait for the group to start."""
     update_timeout_s: PositiveFloat = 1800.0
-    """Longest time that the updates of one iteration may take."""
+    """Longest time without a sign of life from the group while it carries out an order: it gives one after every
+    micro-batch, and after fetching groups, updating, and publishing weights. An update itself may take any time."""
     rows_per_micro_batch: PositiveInt = 16
     """Transitions (sample, step) in one forward and backward pass."""
     gradient_checkpointing: bool = False

@@ -232,6 +232,7 @@ class LearnerState:
         generation: how many times a learner group has joined the mailbox.
         ready: whether the group can take orders.
         resumed: policy version of the checkpoint from which it started.
+        silent_s: seconds since its last sign of life, or since the order that is under way.
     """
 
     report: UpdateReport | None
@@ -239,6 +240,7 @@ class LearnerState:
     generation: int
     ready: bool
     resumed: int
+    silent_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
