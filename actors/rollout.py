@@ -263,7 +263,7 @@ def credited_steps(process: ProcessRewardConfig, table: StepTable) -> list[int]:
 def _payload(trajectory: Trajectory, conditioning: Conditioning) -> GroupPayload:
     return GroupPayload(
         states=trajectory.states.numpy(),
-        next_states=trajectory.next_states.numpy(),
+        rows=trajectory.rows.numpy(),
         steps=trajectory.steps.numpy(),
         log_probs=trajectory.log_probs.numpy(),
         gradients=None if trajectory.gradients is None else trajectory.gradients.numpy(),

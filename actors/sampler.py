@@ -63,11 +63,11 @@ class Trajectory:
 
     Attributes:
         final: float32 ``[group, *latent]``, the samples.
-        states: float32 ``[group, K, *latent]``, x_k of the kept transitions.
-        next_states: like ``states``, x_{k+1}.
+        states: float32 ``[states, *latent]``, the states of the kept transitions, each once.
+        rows: int64 ``[group, K]``, where x_k of each transition is in ``states``; x_{k+1} follows it.
         steps: int64 ``[group, K]``, k of the kept transitions.
         log_probs: float32 ``[group, K]``, log-probabilities of the kept transitions.
-        gradients: like ``states``, reward gradients that enter the mean, or None.
+        gradients: float32 ``[group, K, *latent]``, reward gradients that enter the mean, or None.
         process_rewards: float32 ``[group, num_steps + 1]``, process rewards of all states, 0 where none was requested;
             None if none was requested at all.
         seconds: time by part: ``velocity``, and ``process_reward`` for waits after the velocity was ready.
@@ -75,7 +75,7 @@ class Trajectory:
 
     final: Tensor
     states: Tensor
-    next_states: Tensor
+    rows: Tensor
     steps: Tensor
     log_probs: Tensor
     gradients: Tensor | None
@@ -108,6 +108,26 @@ def select_steps(table: StepTable, group_size: int, fraction: float, seed: int) 
     draws = np.random.default_rng([seed, 1])
     rows = [np.sort(draws.permutation(candidates)[:count]) for _ in range(group_size)]
     return torch.from_numpy(np.stack(rows)).long()
+
+
+def state_rows(steps: Tensor) -> tuple[Tensor, int]:
+    """Where the states of kept transitions are, if each is kept once, sample by sample.
+
+    Args:
+        steps: int64 ``[group, K]``, k of the transitions.
+
+    Returns:
+        Like ``steps``: where x_k is, which x_{k+1} follows; and the number of states.
+
+    Example:
+        >>> state_rows(torch.tensor([[0, 1], [0, 2]]))  # x_0 x_1 x_2, x_0 x_1 x_2 x_3
+        (tensor([[0, 1],
+                [3, 5]]), 7)
+    """
+    needed = torch.zeros(len(steps), int(steps.max()) + 2, dtype=torch.bool)
+    needed.scatter_(1, steps, True).scatter_(1, steps + 1, True)
+    places = needed.flatten().cumsum(0).view_as(needed) - 1
+    return places.gather(1, steps), int(needed.sum())
 
 
 class Step(NamedTuple):
@@ -170,7 +190,7 @@ def sample_group(
     scores = rewards.of_all_states(len(start))
     seconds["process_reward"] += time.perf_counter() - began
     return Trajectory(
-        final=x, states=kept.states, next_states=kept.next_states, steps=recording.steps, log_probs=kept.log_probs,
+        final=x, states=kept.states, rows=kept.rows, steps=recording.steps, log_probs=kept.log_probs,
         gradients=kept.gradients, process_rewards=scores, seconds=seconds,
     )  # fmt: skip
 
@@ -255,7 +275,8 @@ class _Transitions:
         self._table = table
         self._recording = recording
         shape = (*recording.steps.shape, *start.shape[1:])
-        self.states, self.next_states = torch.empty(shape), torch.empty(shape)
+        self.rows, count = state_rows(recording.steps)
+        self.states = torch.empty((count, *start.shape[1:]))
         self.log_probs = torch.empty(recording.steps.shape)
         self.gradients = torch.zeros(shape) if recording.guided_mean and table.guided_steps else None
 
@@ -268,7 +289,10 @@ class _Transitions:
         if gradient is not None and not self._recording.guided_mean:
             mean = self._table.mean(k, x, v)
         self.log_probs[rows, columns] = self._table.log_prob(k, x_next, mean)[rows].cpu()
-        self.states[rows, columns] = x[rows].cpu()
-        self.next_states[rows, columns] = x_next[rows].cpu()
+        places = self.rows[rows, columns]
+        # Where the step before is kept too, its next state is this state.
+        new = ~(self._recording.steps[rows] == k - 1).any(dim=1)
+        self.states[places[new]] = x[rows[new]].cpu()
+        self.states[places + 1] = x_next[rows].cpu()
         if self.gradients is not None and gradient is not None:
             self.gradients[rows, columns] = gradient[rows].cpu()

@@ -155,17 +155,24 @@ class LearnerPoolConfig(ShareConfig, _Workers):
     start_timeout_s: PositiveFloat = 300.0
     """Longest wait for the group to start."""
     update_timeout_s: PositiveFloat = 1800.0
-    """Longest time that the updates of one iteration may take."""
+    """Longest time without a sign of life from the group while it carries out an order: it gives one after every
+    micro-batch, and after fetching groups, updating, and publishing weights. An update itself may take any time."""
     rows_per_micro_batch: PositiveInt = 16
     """Transitions (sample, step) in one forward and backward pass."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    shard: Literal["full", "optimizer"] = "full"
+    """What of the policy the ranks share: ``full``, weights, gradients and optimizer states; or ``optimizer``, which
+    keeps the weights whole on every rank, also those that adapters leave as they are: they are gathered once an update
+    instead of twice a micro-batch, and take their whole size. Frozen copies are shared in any case."""
     persistence_threshold: NonNegativeInt = 10_000
     """ZeRO-3 keeps parameters of fewer elements whole on every rank."""
     gather_blocks: bool = True
     """ZeRO-3 gathers a block of the policy as a whole, not layer by layer: less overhead, and the weights and gradients
-    of one block at a time on every rank. Adapters, training with classifier-free guidance, and reward models go layer
-    by layer in any case."""
+    of one block at a time on every rank. Adapters and reward models go layer by layer in any case."""
+    deepspeed: dict[str, bool | int | float] = Field(default_factory=dict)
+    """Further fields of DeepSpeed's section ``zero_optimization`` by their own names, such as ``reduce_bucket_size``,
+    ``stage3_max_live_parameters`` and ``zero_hpz_partition_size``. Prefetching takes whole blocks by itself."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory."""
     offload_references: bool = False

@@ -44,7 +44,7 @@ class ModelConfig(Node):
     embedded_guidance: float | None = None
     """Guidance scale that guidance-distilled models take as an input; None for models without."""
     cfg_scale: float | None = None
-    """Classifier-free guidance, in rollout, training and evaluation alike: two forward passes; None for none."""
+    """Classifier-free guidance, in rollout, training and evaluation alike: passes of twice the rows; None for none."""
     negative_prompt: str = ""
     """What classifier-free guidance steers away from."""
     vae_tiling: bool = False

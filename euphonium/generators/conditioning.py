@@ -118,8 +118,15 @@ def expand(conditioning: Conditioning, batch: int) -> Conditioning:
     return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in conditioning.items()}
 
 
+# Ends of the names of a prompt's tokens and of their mask, which both go on with the number of the encoder.
+_TOKENS, _MASK = "hidden_states", "attention_mask"
+
+
 def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
     """Concatenates conditionings to one batch; shorter ones are padded with zeros, also in their masks.
+
+    Raises:
+        ValueError: conditionings of different lengths have no mask, so that padding would change what they say.
 
     >>> short, long = ({"encoder_attention_mask": torch.ones(1, length)} for length in (1, 3))
     >>> stack_conditionings([short, long])["encoder_attention_mask"].tolist()
@@ -130,6 +137,9 @@ def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
         tensors = [part[name] for part in parts]
         if tensors[0].dim() > 1:
             longest = max(t.shape[1] for t in tensors)
+            masked = _TOKENS not in name or name.replace(_TOKENS, _MASK) in parts[0]
+            if not masked and any(t.shape[1] != longest for t in tensors):
+                raise ValueError(f"conditionings differ in the length of {name!r}, which has no mask to pad it under")
             tensors = [
                 t if t.shape[1] == longest
                 else torch.cat([t, t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:])], dim=1)

@@ -26,6 +26,7 @@ from euphonium.generators.conditioning import (
     guided,
     negative,
     positive,
+    stack_conditionings,
     with_first_frames,
     with_negative_prompt,
 )
@@ -131,12 +132,16 @@ class Generator(Backbone):
     def velocity(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """The output that sampling and likelihood use: :meth:`network` with classifier-free guidance, if configured.
 
-        Rollout and learner both call this, so training differentiates through the guidance (DanceGRPO, App. C).
+        Rollout and learner both call this, so training differentiates through the guidance (DanceGRPO, App. C). Both
+        outputs come from one pass of twice the rows: autograd would otherwise hold a parameter's gradient of one pass
+        until it has that of the other, and so those of the whole model at a time.
         """
-        output = self.network(transformer, x, time, positive(conditioning))
         if self.config.cfg_scale is None:
-            return output
-        return guided(output, self.network(transformer, x, time, negative(conditioning)), self.config.cfg_scale)
+            return self.network(transformer, x, time, positive(conditioning))
+        both = stack_conditionings([positive(conditioning), negative(conditioning)])
+        output = self.network(transformer, torch.cat([x, x]), torch.cat([time, time]), both)
+        conditional, unconditional = output.chunk(2)
+        return guided(conditional, unconditional, self.config.cfg_scale)
 
     def step_table(self, sampler: SamplerConfig, iteration: int = 0) -> StepTable:
         """The step table of a stochastic sampler for this model.

@@ -88,9 +88,9 @@ class HunyuanVideo(Generator):
 
     @override
     def prepare_attention(self, transformer: nn.Module) -> nn.Module:
-        from euphonium.generators.attention import leave_out_full_masks
+        from euphonium.generators.attention import leave_out_masks
 
-        leave_out_full_masks(transformer)
+        leave_out_masks(transformer)
         return transformer
 
     def network_input(self, x: Tensor, arguments: dict[str, Tensor]) -> Tensor:

@@ -83,16 +83,18 @@ class GroupPayload:
     """The trained transitions of a group, K of every sample.
 
     Attributes:
-        states: float32 ``[group, K, *latent]``, x_k.
-        next_states: float32 like ``states``, x_{k+1} exactly as its log-probability was computed.
+        states: float32 ``[states, *latent]``, exactly as log-probabilities were computed; those that consecutive
+            transitions share are there once.
+        rows: int64 ``[group, K]``, where x_k of every transition is in ``states``; x_{k+1} follows it.
         steps: int64 ``[group, K]``, k of every transition.
         log_probs: float32 ``[group, K]``, log-probabilities under the policy that drew them.
-        gradients: float32 like ``states``, reward gradients, where the objective keeps guidance in the mean; else None.
+        gradients: float32 ``[group, K, *latent]``, reward gradients, where the objective keeps guidance in the mean;
+            else None.
         conditioning: the encoded prompt, arrays with a leading dimension of 1.
     """
 
     states: Array
-    next_states: Array
+    rows: NDArray[np.int64]
     steps: Array
     log_probs: Array
     gradients: Array | None
@@ -101,7 +103,7 @@ class GroupPayload:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        arrays = [self.states, self.next_states, self.steps, self.log_probs, *self.conditioning.values()]
+        arrays = [self.states, self.rows, self.steps, self.log_probs, *self.conditioning.values()]
         return sum(a.nbytes for a in arrays) + (self.gradients.nbytes if self.gradients is not None else 0)
 
 
@@ -230,6 +232,7 @@ class LearnerState:
         generation: number of the learner group that has joined the mailbox; 0 for none, and no two share one.
         ready: whether the group can take orders.
         resumed: policy version of the checkpoint from which it started.
+        silent_s: seconds since its last sign of life, or since the order that is under way.
     """
 
     report: UpdateReport | None
@@ -237,6 +240,7 @@ class LearnerState:
     generation: int
     ready: bool
     resumed: int
+    silent_s: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -219,6 +219,11 @@ class Mailbox(Protocol):
         ...
 
     @ray.method
+    def alive(self, attempt: str) -> None:
+        """Called by rank 0 while it works on an order."""
+        ...
+
+    @ray.method
     def acknowledge(self, rank: int, attempt: str, report: UpdateReport) -> None:
         """Called by every rank when an order is done."""
         ...

@@ -21,7 +21,11 @@ from euphonium.errors import TrainingError
 from euphonium.generators.generator import Generator
 from euphonium.generators.lora import ADAPTER, adapter_parameters, add_adapter, initial_adapter
 from learners.engine.engine import fill_piece, whole_shape
-from learners.engine.zero3 import Options, ZeroEngine, frozen_options, shard, training_options
+from learners.engine.options import Options, frozen_options, prefetch_blocks, training_options
+from learners.engine.zero3 import ZeroEngine, drop_second_copies, shard
+
+# More elements than any parameter has: DeepSpeed then keeps all of them whole.
+EVERY = 1 << 62
 
 
 class ZeroPolicy(ZeroEngine):
@@ -50,20 +54,19 @@ class ZeroPolicy(ZeroEngine):
             lora: settings of the low-rank adapter that is trained; None trains all weights.
             frozen_adapters: names of further adapters, for frozen references.
         """
-        # References are refreshed piece by piece, which would not reach small parameters that are kept whole.
-        whole_below = 0 if frozen_adapters else pool.persistence_threshold
+        whole_below = EVERY if pool.shard == "optimizer" else pool.persistence_threshold
         options = training_options(pool, optimizer, family.dtype, whole_below=whole_below)
         adapters = (ADAPTER, *frozen_adapters) if lora is not None else ()
         self.module = _loaded(family, lora, adapters, options)
         if lora is not None:
             _train_adapter(self.module, adapters)
+        drop_second_copies(self.module)
         place_buffers(self.module, _own_device())
         if pool.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()  # type: ignore[operator]
-        # See gather_by_block: with adapters no input of the first block needs a gradient, and guidance passes every
-        # block twice, with the prompt and without.
-        if pool.gather_blocks and lora is None and family.config.cfg_scale is None:
-            gather_by_block(self.module)
+        # See gather_by_block: with adapters no input of the first block needs a gradient.
+        if pool.gather_blocks and lora is None:
+            prefetch_blocks(options, gather_by_block(self.module))
         super().__init__(self.module, optimizer, options, averages=optimizer.averages)
         self._ema_decay = optimizer.ema_decay
 
@@ -88,7 +91,7 @@ def frozen_transformer(family: Generator, pool: LearnerPoolConfig) -> tuple[nn.M
     module.requires_grad_(False)
     place_buffers(module, _own_device())
     if pool.gather_blocks:
-        gather_by_block(module)
+        prefetch_blocks(options, gather_by_block(module))
     engine, *_ = deepspeed.initialize(model=module, config=options)
     engine.eval()
     return engine, {name: shard(p) for name, p in module.named_parameters()}
@@ -107,21 +110,26 @@ def _own_device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def gather_by_block(module: nn.Module) -> None:
+def gather_by_block(module: nn.Module) -> int:
     """Makes ZeRO-3 gather, release and reduce each transformer block as a whole, not layer by layer.
 
     DeepSpeed's hooks then run for some tens of blocks instead of hundreds of layers, and its collectives are fewer and
     larger; a rank holds the weights and gradients of one whole block at a time. Must be called before
     ``deepspeed.initialize``. DeepSpeed reduces a block's gradients once those of its inputs are there, so every block
     must have an input that needs a gradient, and be called once in a forward pass.
+
+    Returns:
+        Parameters of the largest block; 0 without blocks.
     """
     from deepspeed.utils import set_z3_leaf_modules
 
     never_split: Sequence[str] = getattr(module, "_no_split_modules", None) or ()
     names = [name for name in never_split if name.endswith("TransformerBlock")]
-    for block in set_z3_leaf_modules(module, names, raise_if_not_found=False):
+    blocks: list[nn.Module] = set_z3_leaf_modules(module, names, raise_if_not_found=False)
+    for block in blocks:
         signature = inspect.signature(block.forward)
         block.register_forward_pre_hook(functools.partial(_positional, signature), with_kwargs=True)
+    return max((sum(whole_shape(p).numel() for p in block.parameters()) for block in blocks), default=0)
 
 
 def _positional(

@@ -19,9 +19,7 @@ from typing_extensions import override
 from euphonium.config import LearnerPoolConfig, OptimizerConfig, RewardOptimizerConfig
 from euphonium.wire.devices import reserved_device
 from learners.engine.engine import Engine, HeldKind, adamw
-
-# DeepSpeed's own configuration: JSON values.
-Options = dict[str, object]
+from learners.engine.options import Options, training_options
 
 
 def quiet_deepspeed() -> None:
@@ -50,60 +48,6 @@ def join_group(num_gpus: float) -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device
-
-
-def training_options(
-    pool: LearnerPoolConfig, settings: OptimizerConfig | RewardOptimizerConfig, dtype: torch.dtype, *, whole_below: int
-) -> Options:
-    """DeepSpeed options of a model in training; gradients are accumulated by hand, so accumulation is 1 there.
-
-    Args:
-        pool: settings of the learner group.
-        settings: settings of the optimiser.
-        dtype: type of the weights.
-        whole_below: parameters with fewer elements are kept whole on every rank; after pieces are overwritten, they
-            need :meth:`ZeroEngine.weights_changed`.
-    """
-    zero: Options = {
-        "stage3_param_persistence_threshold": whole_below,
-        "contiguous_gradients": True,
-        "overlap_comm": torch.cuda.is_available(),
-    }
-    if pool.offload_optimizer:
-        zero["offload_optimizer"] = _host_memory()
-    options = _options(zero, dtype)
-    if dtype != torch.float32:
-        # An update adds up hundreds of micro-batches; in bfloat16 the sum would lose the later ones to rounding.
-        options["data_types"] = {"grad_accum_dtype": "fp32"}
-    return options | {
-        "gradient_clipping": settings.max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-
-
-def frozen_options(pool: LearnerPoolConfig, dtype: torch.dtype) -> Options:
-    """DeepSpeed options of a model that is not trained, and whose pieces may be overwritten at any time."""
-    zero: Options = {"stage3_param_persistence_threshold": 0}
-    if pool.offload_references:
-        zero["offload_param"] = _host_memory()
-    return _options(zero, dtype)
-
-
-def _options(zero: Options, dtype: torch.dtype) -> Options:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        # DeepSpeed's own linear replaces torch's for the whole process and computes in another order: the learner
-        # must give the very numbers that rollout actors got.
-        "zero_optimization": {"stage": 3, "memory_efficient_linear": False, **zero},
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "steps_per_print": 10**9,
-    }
-
-
-def _host_memory() -> Options:
-    return {"device": "cpu", "pin_memory": torch.cuda.is_available()}
 
 
 class ZeroEngine(Engine):
@@ -145,6 +89,7 @@ class ZeroEngine(Engine):
 
     @override
     def weights_changed(self) -> None:
+        drop_second_copies(self._deepspeed.module)
         whole = self._deepspeed.optimizer.persistent_parameters
         if whole:
             # Small parameters that are held whole on every rank.
@@ -196,6 +141,13 @@ def shard(parameter: nn.Parameter) -> Tensor:
     """This rank's flat piece of a partitioned parameter; the last rank's may end in padding."""
     piece: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
     return piece.detach()
+
+
+def drop_second_copies(model: nn.Module) -> None:
+    """Drops the copies that a node's ranks share with ``zero_hpz_partition_size``; the next pass makes them anew."""
+    for parameter in model.parameters():
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]  # DeepSpeed's
 
 
 def _register_attention(model: nn.Module) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from euphonium.generators.conditioning import expand
 from euphonium.wire.arrays import as_tensor
@@ -58,8 +60,8 @@ def plan_updates(rows_per_group: Sequence[int], updates: int, rows_per_micro_bat
         >>> (update,) = plan_updates([5, 2], updates=1, rows_per_micro_batch=3, world_size=2)
         >>> for rank, batches in enumerate(update):
         ...     print(rank, [(b.group, b.begin, b.end, round(b.weight, 2)) for b in batches])
-        0 [(0, 0, 3, 0.29), (1, 0, 2, 0.29)]
-        1 [(0, 3, 5, 0.29), (0, 3, 5, 0.0)]
+        0 [(0, 0, 3, 0.29), (0, 3, 5, 0.29)]
+        1 [(1, 0, 2, 0.29), (1, 0, 2, 0.0)]
         >>> round(sum((b.end - b.begin) * b.weight for batches in update for b in batches), 6)  # the world size
         2.0
     """
@@ -76,7 +78,10 @@ def plan_updates(rows_per_group: Sequence[int], updates: int, rows_per_micro_bat
             for g in groups
             for begin in range(0, rows_per_group[g], rows_per_micro_batch)
         ]  # fmt: skip
-        shares = [pieces[rank::world_size] for rank in range(world_size)]
+        # Pieces of a group go to neighbours, so that a rank fetches few groups, and a node its share of them.
+        size, larger = divmod(len(pieces), world_size)
+        ends = list(accumulate(size + (rank < larger) for rank in range(world_size)))
+        shares = [pieces[begin:end] for begin, end in pairwise([0, *ends])]
         for share in shares:
             if len(share) < len(shares[0]):
                 padding = share[0] if share else pieces[0]
@@ -98,7 +103,8 @@ def load_rows(batch: MicroBatch, group: TrainingGroup, payload: GroupPayload, de
     index = np.arange(batch.begin, batch.end)
     samples, columns = group.samples[index // kept], index % kept
     steps = payload.steps[samples, columns]
-    # If all samples are trained, the rows are a view of the shared memory that the group is in; else they are copied.
+    states = payload.rows[samples, columns]
+    # If all samples are trained, rows are a view of the shared memory that the group is in; else they are copied.
     whole = len(group.samples) == payload.steps.shape[0]
 
     def flat(array: Array) -> torch.Tensor:
@@ -108,8 +114,8 @@ def load_rows(batch: MicroBatch, group: TrainingGroup, payload: GroupPayload, de
 
     conditioning = {name: as_tensor(array).to(device) for name, array in payload.conditioning.items()}
     return Transitions(
-        states=flat(payload.states),
-        next_states=flat(payload.next_states),
+        states=_taken(payload.states, states).to(device),
+        next_states=_taken(payload.states, states + 1).to(device),
         steps=torch.from_numpy(np.ascontiguousarray(steps)).long(),
         log_probs=flat(payload.log_probs),
         advantages=torch.from_numpy(np.ascontiguousarray(group.advantages[:, samples, steps])).to(device),
@@ -117,3 +123,10 @@ def load_rows(batch: MicroBatch, group: TrainingGroup, payload: GroupPayload, de
         conditioning=expand(conditioning, batch.end - batch.begin),
         weight=batch.weight,
     )
+
+
+def _taken(array: Array, index: NDArray[np.int64]) -> torch.Tensor:
+    """Rows of an array: a view if they follow each other, as those of one sample do; else a copy."""
+    if np.all(np.diff(index) == 1):
+        return as_tensor(array[index[0] : index[-1] + 1])
+    return torch.from_numpy(array[index])

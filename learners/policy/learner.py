@@ -48,6 +48,7 @@ class Learner:
         controller: controller of the KL penalty's weight, or None.
         updates_done: number of optimiser steps so far.
         version: policy version, which is the number of iterations trained.
+        progressed: called after every micro-batch.
     """
 
     def __init__(self, config: RunConfig, rank: int, world_size: int, device: torch.device) -> None:
@@ -75,6 +76,7 @@ class Learner:
         self.publisher = Publisher(config, rank, device, self.policy)
         self.updates_done = 0
         self.version = 0
+        self.progressed: Callable[[], None] = lambda: None
 
     def _reference(self, adapter: str | None) -> Reference:
         if self.config.model.lora is not None:
@@ -132,6 +134,7 @@ class Learner:
                     # The last backward pass moves the weights.
                     deviations = self._agreement(statistics.deviations())
                 self.policy.backward(value.loss, last=last)
+                self.progressed()
             self.updates_done += 1
             statistics.norms.append(self.policy.grad_norm())
             self._after_update(statistics.of_this_update())
@@ -224,9 +227,10 @@ class Learner:
 
         Where any rank needs them for its micro-batch, all ranks make the pass, because all take part in each.
         """
-        return {
-            (index, position): replayed_log_probs(tables[batch.group], self.velocity, cut(batch))
-            for index, shares in enumerate(plan)
-            for position, batch in enumerate(shares[self.rank])
-            if any(self._old_log_probs(index, groups[share[position].group]) == "replay" for share in shares)
-        }
+        found: dict[tuple[int, int], Tensor] = {}
+        for index, shares in enumerate(plan):
+            for position, batch in enumerate(shares[self.rank]):
+                if any(self._old_log_probs(index, groups[share[position].group]) == "replay" for share in shares):
+                    found[index, position] = replayed_log_probs(tables[batch.group], self.velocity, cut(batch))
+                    self.progressed()
+        return found

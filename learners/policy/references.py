@@ -98,7 +98,7 @@ class AdapterReference(_Pieces):
         self._family = family
         self._policy = policy
         self._adapter = adapter
-        self._pieces = {}
+        self._pieces: dict[str, Tensor] = {}
         if adapter is not None:
             self._pieces = {
                 name.replace(f".{adapter}.", f".{ADAPTER}."): shard(p)
@@ -106,6 +106,16 @@ class AdapterReference(_Pieces):
                 if f".{adapter}." in name
             }
             self.refresh(policy)
+
+    @override
+    def refresh(self, policy: ZeroPolicy) -> None:
+        super().refresh(policy)
+        policy.weights_changed()
+
+    @override
+    def restore(self, state: dict[str, Tensor]) -> None:
+        super().restore(state)
+        self._policy.weights_changed()
 
     @override
     @torch.no_grad()

@@ -4,7 +4,8 @@ Nobody can call into a Ray Train worker, so the group pulls its orders. All rank
 order. A rank that cannot go on tells the mailbox why before it raises, so that the run ends with that message.
 
 Waits for: the next order, without a deadline of its own, since the run loop ends the run if rollouts stop; the groups
-of an update and the mailbox's receipts, each with ``pools.learner.update_timeout_s``.
+of an update and the mailbox's receipts, each with ``pools.learner.update_timeout_s``. Rank 0 tells the mailbox of every
+part of an order that it is through with, without waiting: whoever waits for the order counts from there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ from learners.policy.checkpoint import load_rank_state, save_rank_state
 from learners.policy.learner import Learner
 
 log = logging.getLogger(__name__)
+
+# Fewest seconds between two signs of life.
+SIGN_EVERY_S = 2.0
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -60,6 +65,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         learner.publisher.publish(store, Publication(version=learner.version, kind="policy"))
         if rank == 0:
             get(mailbox.learner_ready.remote(attempt), timeout, "the mailbox's note of the learner's start")
+            learner.progressed = signs_of_life(mailbox, attempt)
         stopped = False
         while not stopped:
             waited = time.perf_counter()
@@ -118,9 +124,11 @@ def _update(order: Update, learner: Learner, store: ActorProxy[WeightDirectory],
     mine = sorted(learner.groups_needed(order.groups))
     payloads = get([order.payloads[i] for i in mine], timeout_s, f"the groups of iteration {order.version}")
     fetched = time.perf_counter()
+    learner.progressed()
     metrics = learner.update(order.groups, dict(zip(mine, payloads, strict=True)))
     updated = time.perf_counter()
     learner.version = order.version
+    learner.progressed()
     publication = Publication(
         version=order.version, kind="policy", keep=order.stop, receivers=order.receivers, history=order.history
     )
@@ -130,6 +138,7 @@ def _update(order: Update, learner: Learner, store: ActorProxy[WeightDirectory],
         "time/update_s": updated - fetched,
         "time/publish_s": time.perf_counter() - updated,
     }
+    learner.progressed()
     if order.publish_average:
         learner.publisher.publish(store, Publication(version=order.version, kind="average", keep=order.stop))
     if order.checkpoint is not None:
@@ -141,6 +150,20 @@ def _save(order: Save, learner: Learner) -> dict[str, float]:
     began = time.perf_counter()
     save_rank_state(learner, Path(order.folder))
     return {"time/checkpoint_s": time.perf_counter() - began}
+
+
+def signs_of_life(mailbox: ActorProxy[Mailbox], attempt: str) -> Callable[[], None]:
+    """A function that tells the mailbox that this group is at work, every few seconds at most; it does not wait."""
+    latest = -SIGN_EVERY_S
+
+    def tell() -> None:
+        nonlocal latest
+        now = time.monotonic()
+        if now - latest >= SIGN_EVERY_S:
+            latest = now
+            mailbox.alive.remote(attempt)
+
+    return tell
 
 
 def _common_name() -> str:

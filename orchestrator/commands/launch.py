@@ -45,11 +45,12 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     Raises:
         ConfigError: the run cannot work; names the field, and what to do.
     """
-    from actors.sampler import select_steps
+    from actors.sampler import select_steps, state_rows
     from euphonium.generators.components import check_generator
     from euphonium.generators.pictures import check_pictures
     from euphonium.generators.registry import open_generator
     from euphonium.rewards.registry import build_rewards
+    from learners.engine.options import check_options
     from orchestrator.evaluation import evaluation_set
     from orchestrator.groups.prompts import read_prompts
 
@@ -58,6 +59,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     prompts = read_prompts(config.prompts.train, "prompts.train")
     evaluation_set(config)
     build_rewards(config.rewards.outcome)
+    check_options(config.pools.learner)
     # From here on models may be downloaded: what is quickly looked at comes before.
     described = family is not None and not Path(config.model.path).exists()
     family = open_generator(config.model) if family is None else family
@@ -70,7 +72,8 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
 
         ProcessRewardModel.check(Path(config.rewards.process.path), config.model)
     table = family.step_table(config.sampler)
-    steps = select_steps(table, 1, config.objective.timestep_fraction, 0).shape[1]
+    kept = select_steps(table, config.rollout.group_size, config.objective.timestep_fraction, 0)
+    steps, states = kept.shape[1], state_rows(kept)[1]
     best_of, size = config.advantage.best_of, config.rollout.group_size
     trained = size if best_of is None else min(size, 2 * best_of)
     rollout, pools, process = config.rollout, config.pools, config.rewards.process
@@ -87,7 +90,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         "sampler": f"{config.sampler.law}, {table.num_steps} steps, stochastic {_ranges(table.stochastic_steps)}, "
         f"guided {_ranges(table.guided_steps) or 'none'}",
         "trained transitions per iteration": rollout.prompts_per_iteration * trained * steps,
-        "trajectory bytes per iteration": samples * steps * values * 8,
+        "trajectory bytes per iteration": rollout.prompts_per_iteration * states * values * 4,
         "rollout actors": f"{pools.rollout.num_actors} x {pools.rollout.num_gpus:g} GPU",
         "PRM servers": f"{pools.prm.num_actors} x {pools.prm.num_gpus:g} GPU" if process else "none",
         "PRM refresh": f"1 x {pools.refresh_pool.num_gpus:g} GPU" if refreshes else "none",

@@ -3,8 +3,8 @@
 The mailbox gives each learner group that joins it another number, the *generation*. An order that names the generation
 of an earlier group is refused, which is how the run loop learns that the group was restarted.
 
-Waits for: a group that starts or restarts (``pools.learner.start_timeout_s``), and its reports
-(``pools.learner.update_timeout_s``); both waits end when the group fails.
+Waits for: a group that starts or restarts (``pools.learner.start_timeout_s``), and its reports, as long as
+it gives signs of life (``pools.learner.update_timeout_s``); both waits end when the group fails.
 """
 
 from __future__ import annotations
@@ -170,12 +170,11 @@ class LearnerLink:
 
         Raises:
             LearnerRestartedError: the group was restarted; the order was not carried out, or is void.
-            TrainingError: the group failed, or took too long.
+            TrainingError: the group failed, or gave no sign of life for too long.
         """
         generation = self._generation
         if not await self._ask(lambda: self._mailbox.submit.remote(order, generation)):
             raise LearnerRestartedError
-        deadline = time.monotonic() + self._pool.update_timeout_s
         while True:
             state = await self._ask(lambda: self._mailbox.state.remote(order.version, generation, 5.0))
             if state.failure is not None:
@@ -185,10 +184,10 @@ class LearnerLink:
             if state.report is not None:
                 return state.report
             self.check()
-            if time.monotonic() > deadline:
+            if state.silent_s > self._pool.update_timeout_s:
                 raise TrainingError(
-                    f"the learner group did not finish iteration {order.version} within "
-                    f"{self._pool.update_timeout_s:.0f} s (pools.learner.update_timeout_s)"
+                    f"the learner group, at work on iteration {order.version}, has not got through a micro-batch, or "
+                    f"any other part of it, for {self._pool.update_timeout_s:.0f} s (pools.learner.update_timeout_s)"
                 )
 
     async def republish(self, version: int) -> None:

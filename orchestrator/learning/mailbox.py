@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 
 from euphonium.errors import LostActorError
 from euphonium.wire.records import LearnerState, UpdateOrder, UpdateReport
@@ -69,6 +70,7 @@ class LearnerMailbox:
         self._ranks_joined = 0
         self._checkpoint: tuple[str | None, int] | None = None
         self._resumed: tuple[str | None, int] = None, 0
+        self._last_sign = time.monotonic()
 
     def __repr__(self) -> str:
         return "learner-mailbox"
@@ -91,6 +93,7 @@ class LearnerMailbox:
             if generation != self._generation or not self._ready:
                 return False
             self._order = order
+            self._last_sign = time.monotonic()
             self._leased.clear()
             self._acknowledged.clear()
             self._report = None
@@ -110,7 +113,7 @@ class LearnerMailbox:
             report = self._report if self._report is not None and self._report.version == number else None
             return LearnerState(
                 report=report, failure=self._failure, generation=self._generation, ready=self._ready,
-                resumed=self._resumed[1],
+                resumed=self._resumed[1], silent_s=time.monotonic() - self._last_sign,
             )  # fmt: skip
 
     # --- the learners' side ------------------------------------------------------------------------------------
@@ -159,7 +162,13 @@ class LearnerMailbox:
             self._must_be_current(attempt)
             assert self._order is not None
             self._leased.add(rank)
+            self._last_sign = time.monotonic()
             return self._order
+
+    async def alive(self, attempt: str) -> None:
+        """Called by rank 0 while it works on an order; a sign of life of an earlier attempt says nothing."""
+        if attempt == self._attempt:
+            self._last_sign = time.monotonic()
 
     async def acknowledge(self, rank: int, attempt: str, report: UpdateReport) -> None:
         """Called by every rank when it has carried out an order; the last one completes the transaction.
@@ -170,6 +179,7 @@ class LearnerMailbox:
         async with self._changed:
             self._must_be_current(attempt)
             self._acknowledged[rank] = report
+            self._last_sign = time.monotonic()
             if len(self._acknowledged) == self._world_size:
                 self._report = self._acknowledged[0]
                 self._order = None

@@ -175,10 +175,10 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
     trained = size.trained / ranks
     live, bucket, part, accumulated = _deepspeed(passes)
     part = min(part, trained)
-    copies = _frozen_copies(passes)
+    copies = frozen_copies(passes)
     items = [
         Item("share of the weights", size.weight_bytes / ranks),
-        Item("whole small weights", size.whole * width),
+        Item("whole weights" if pool.shard == "optimizer" else "whole small weights", size.whole * width),
         Item("float32 weights and Adam's moments", 12 * trained, on_host=pool.offload_optimizer),
         Item("share of the gradients", accumulated * trained, on_host=pool.offload_optimizer),
         Item("buffer of reduced gradients", bucket * width),
@@ -186,7 +186,7 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
             f"micro-batch of {sizes.learner}", passes.micro_step(sizes.learner).peak_bytes, "backward",
             activations=True,
         ),
-        Item("gathered weights", min(size.parameters, live + size.unit) * width, "backward"),
+        Item("gathered weights", min(size.parameters - size.whole, live + size.unit) * width, "backward"),
         Item("gradients of a block", min(size.unit, size.trained) * width, "backward"),
         Item("gradients and temporaries of the update", 3 * FLOAT32 * part, "update", on_host=pool.offload_optimizer),
         Item("process and checkpoint copies", 12 * trained, on_host=True),
@@ -201,7 +201,7 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
 
 def _deepspeed(passes: Passes) -> tuple[float, float, float, int]:
     """The learner's :data:`ELEMENTS` in their order, and bytes of a number of the accumulated gradients."""
-    from learners.engine.zero3 import training_options
+    from learners.engine.options import training_options
 
     config, dtype = passes.config, passes.generator.dtype
     options = training_options(config.pools.learner, config.optimizer, dtype, whole_below=0)
@@ -212,7 +212,7 @@ def _deepspeed(passes: Passes) -> tuple[float, float, float, int]:
     return live, bucket, part, FLOAT32 if single else dtype.itemsize
 
 
-def _frozen_copies(passes: Passes) -> int:
+def frozen_copies(passes: Passes) -> int:
     """Further transformers of a learner rank; with adapters there are none."""
     objective = passes.config.objective
     if passes.config.model.lora is not None:

@@ -99,7 +99,7 @@ class Passes:
             "blocks": self.prm_blocks,
             "objective": config.objective.model_dump(mode="json", include={"kind", "step_weights"}),
             "learner": config.pools.learner.model_dump(
-                mode="json", include={"gradient_checkpointing", "gather_blocks", "persistence_threshold"}
+                mode="json", include={"gradient_checkpointing", "gather_blocks", "persistence_threshold", "shard"}
             ),
         }
 
@@ -122,14 +122,18 @@ class Passes:
         return Size(**{part: int(number) for part, number in found.items()})
 
     def _network_size(self) -> Size:
-        pool, model = self.config.pools.learner, self.config.model
+        pool = self.config.pools.learner
         trained = self._trained()
-        blocks = pool.gather_blocks and model.lora is None and model.cfg_scale is None
+        blocks = pool.gather_blocks and self.config.model.lora is None
         return dataclasses.replace(
             _size(self.network),
             trained=sum(p.numel() for p in trained.values()),
             unit=_gather_unit(self.network, blocks=blocks),
-            whole=sum(p.numel() for p in self.network.parameters() if p.numel() < pool.persistence_threshold),
+            whole=sum(
+                p.numel()
+                for p in self.network.parameters()
+                if pool.shard == "optimizer" or p.numel() < pool.persistence_threshold
+            ),
         )
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -138,7 +142,7 @@ class Passes:
         return dict(self.network.named_parameters())
 
     def _velocity(self, samples: int) -> Cost:
-        """A rollout's velocity for ``samples`` states, both passes of classifier-free guidance included."""
+        """A rollout's velocity for ``samples`` states, with the negative prompt's rows of classifier-free guidance."""
         x, time = states(self.generator, samples, self.device)
         prompt = conditioning(self.generator, samples, self.device)
         self.network.eval().requires_grad_(False)

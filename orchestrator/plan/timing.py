@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from orchestrator.plan.hardware import GB, Hardware
-from orchestrator.plan.memory import computes_in, publication_bytes
+from orchestrator.plan.memory import computes_in, frozen_copies, publication_bytes
 from orchestrator.plan.meter import Cost
 from orchestrator.plan.passes import Passes
 from orchestrator.plan.workload import PassSizes, Workload
@@ -47,6 +47,7 @@ class Speeds:
         micro_step: a micro-batch of the learner with all forward passes of references.
         update: work of the optimizer on host memory, a rank of one.
         zero_bytes: bytes of weights and gradients that a micro-batch moves.
+        whole_bytes: bytes of whole weights that are gathered after an update.
         iteration_bytes: trajectories of an iteration.
         publication_bytes: new weights.
         rows: transitions of a micro-batch.
@@ -59,6 +60,7 @@ class Speeds:
     micro_step: float
     update: float
     zero_bytes: float
+    whole_bytes: float
     iteration_bytes: float
     publication_bytes: float
     rows: int
@@ -99,6 +101,9 @@ def speeds(passes: Passes, sizes: PassSizes, work: Workload, hardware: Hardware)
     width = passes.generator.dtype.itemsize
     micro = seconds("learner", passes.micro_step(sizes.learner), 1)
     forward = seconds("learner", passes.velocity(sizes.learner), 1) if work.references else 0.0
+    gathered = (size.parameters - size.whole) * width
+    # Frozen copies are shared in any case; adapters and replay use the policy's own weights.
+    reference = size.weight_bytes if frozen_copies(passes) else gathered
     return Speeds(
         velocity=seconds("rollout", passes.velocity(sizes.rollout), group / sizes.rollout),
         gradient=seconds("prm", passes.gradient(sizes.prm), group / sizes.prm) if work.guided else 0.0,
@@ -106,7 +111,8 @@ def speeds(passes: Passes, sizes: PassSizes, work: Workload, hardware: Hardware)
         decode=seconds("orm", passes.decode(sizes.decode), 1 / sizes.decode),
         micro_step=micro + work.references * forward,
         update=hardware.host_adam_s * size.trained / GB / pool.threads if pool.offload_optimizer else 0.0,
-        zero_bytes=(2 + work.references) * size.weight_bytes + size.trained * width,
+        zero_bytes=2 * gathered + work.references * reference + size.trained * width,
+        whole_bytes=size.weight_bytes - gathered,
         iteration_bytes=work.iteration_bytes,
         publication_bytes=publication_bytes(passes),
         rows=sizes.learner,
@@ -140,8 +146,10 @@ def iteration_time(
     batches = work.micro_batches(speed.rows, split.learner)
     moved = speed.zero_bytes * (1 - 1 / split.learner)
     exposed = batches * (1 - hardware.zero_overlap) * hardware.collective_s(moved, split.learner)
+    exposed += work.updates * hardware.collective_s(speed.whole_bytes * (1 - 1 / split.learner), split.learner)
     update = batches * speed.micro_step + exposed + work.updates * speed.update / split.learner
-    fetch = speed.iteration_bytes / (hardware.store_gbs * GB)
+    # Every node fetches the groups that its ranks train on.
+    fetch = speed.iteration_bytes / hardware.nodes_for(split.learner) / (hardware.store_gbs * GB)
     receiving = hardware.nodes_for(split.rollout)
     publish = speed.publication_bytes * (1 / (hardware.publish_gbs * GB) + receiving / (hardware.store_gbs * GB))
     sampling, learning = rollout + scoring, fetch + update

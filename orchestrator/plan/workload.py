@@ -113,17 +113,19 @@ class Workload:
 
 def workload_of(config: RunConfig, generator: Generator) -> Workload:
     """The workload of a recipe; a window that moves counts as it is in the first iteration."""
-    from actors.sampler import select_steps
+    from actors.sampler import select_steps, state_rows
 
     table = generator.step_table(config.sampler)
-    kept = select_steps(table, 1, config.objective.timestep_fraction, 0).shape[1]
+    steps = select_steps(table, config.rollout.group_size, config.objective.timestep_fraction, 0)
+    kept, stored = steps.shape[1], state_rows(steps)[1]
     rollout, objective, guidance = config.rollout, config.objective, config.sampler.guidance
     best = config.advantage.best_of
     trained = rollout.group_size if best is None else 2 * best
     spsa = guidance is not None and guidance.source == "spsa"
     guided = len(table.guided_steps) if config.rewards.process is not None and not spsa else 0
     values = prod(generator.latent_shape)
-    tensors = 3 if objective.kind == "standard" and table.guided_steps else 2
+    if objective.kind == "standard" and table.guided_steps:
+        stored += steps.numel()
     prompt = sum(tensor.nbytes for tensor in conditioning(generator, 1).values())
     kl = objective.kl
     evaluation = config.evaluation
@@ -139,7 +141,7 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
         updates=objective.updates_per_iteration,
         references=(kl is not None and kl.anchor != "none") + objective.needs_previous_policy + _replayed(config),
         latent_values=values,
-        group_bytes=FLOAT32 * rollout.group_size * kept * tensors * values + prompt,
+        group_bytes=FLOAT32 * stored * values + prompt,
         evaluation_velocities=evaluated * evaluation.num_steps,
         evaluation_samples=evaluated,
     )

@@ -89,10 +89,10 @@ class StubWorker:
         group = self.config.rollout.group_size
         rng = np.random.default_rng(task.seed)
         latents = rng.standard_normal((group, SIZE), dtype=np.float32) + self.weights
-        states = np.zeros((group, 1, self.values), dtype=np.float32)
-        states[:, 0, :SIZE] = latents
+        states = np.zeros((2 * group, self.values), dtype=np.float32)
+        states[::2, :SIZE] = latents
         payload = GroupPayload(
-            states=states, next_states=states, steps=np.zeros((group, 1), dtype=np.int64),
+            states=states, rows=2 * np.arange(group)[:, None], steps=np.zeros((group, 1), dtype=np.int64),
             log_probs=np.zeros((group, 1), dtype=np.float32), gradients=None, conditioning={},
         )  # fmt: skip
         info = GroupInfo(
@@ -223,7 +223,7 @@ class StubLearners:
             self.crashes.remove(order.version)
             raise LostActorError("crashed")
         for payload in payloads:
-            self.weights = 0.9 * self.weights + 0.1 * payload.states[:, 0, :SIZE].mean(0)
+            self.weights = 0.9 * self.weights + 0.1 * payload.states[payload.rows[:, 0], :SIZE].mean(0)
 
     def _publish(self, version: int, kind: str) -> None:
         for _ in range(20):

@@ -6,6 +6,7 @@ import doctest
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,6 +110,14 @@ def test_stacking_pads_sequences_and_leaves_the_rest() -> None:
         "hidden": (2, 3, 2), "pooled": (2, 3), "scale": (2,),
     }  # fmt: skip
     assert stacked["hidden"][0, :, 0].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_what_has_no_mask_is_not_padded() -> None:
+    parts = [{"encoder_hidden_states_2": torch.ones(1, length, 2)} for length in (1, 3)]
+    with pytest.raises(ValueError, match="'encoder_hidden_states_2', which has no mask"):
+        stack_conditionings(parts)
+    masked = [part | {"encoder_attention_mask_2": torch.ones(1, 1 + 2 * i)} for i, part in enumerate(parts)]
+    assert stack_conditionings(masked)["encoder_attention_mask_2"].tolist() == [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
 
 
 def test_the_examples_hold() -> None:

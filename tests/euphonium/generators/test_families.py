@@ -225,7 +225,7 @@ def test_rollout_actors_draw_groups(
     info, final, payload = worker.generate(GroupTask(group_id=0, prompt="a red car", seed=1), None)
     group = config.rollout.group_size
     assert final.shape == (group, *worker.family.latent_shape)
-    assert payload.states.shape[:2] == (group, len(worker.table().stochastic_steps))
+    assert payload.rows.shape == (group, len(worker.table().stochastic_steps))
     sent = [as_tensor(array) for array in payload.conditioning.values()]
     assert all(tensor.shape[0] == 1 and tensor.dtype == worker.family.dtype for tensor in sent)
     assert np.isfinite(payload.log_probs).all()

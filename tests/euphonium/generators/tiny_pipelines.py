@@ -285,7 +285,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"cfg_scale": 7.5},
     "HunyuanVideoPipeline": {"frames": 5, "height": 32, "width": 32, "embedded_guidance": 6.0},
     "HunyuanVideo15Pipeline": {"frames": 5, "cfg_scale": 6.0},
-    "HunyuanSkyreelsImageToVideoPipeline": {"frames": 5, "height": 32, "width": 32, "embedded_guidance": 1.0},
+    "HunyuanSkyreelsImageToVideoPipeline": {
+        "frames": 5,
+        "height": 32,
+        "width": 32,
+        "embedded_guidance": 1.0,
+        "cfg_scale": 6.0,
+    },
 }
 
 

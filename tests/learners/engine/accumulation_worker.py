@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from euphonium.config import LearnerPoolConfig, OptimizerConfig
-from learners.engine.zero3 import ZeroEngine, join_group, training_options
+from learners.engine.options import training_options
+from learners.engine.zero3 import ZeroEngine, join_group
 
 
 class Sum(nn.Module):

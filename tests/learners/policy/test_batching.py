@@ -18,6 +18,10 @@ from tests.learners.groups import training_group
 def test_every_row_is_trained_once_and_ranks_stay_in_step(rows: list[int], updates: int, size: int, world: int) -> None:
     plan = plan_updates(rows, updates, size, world)
     assert len(plan) == min(updates, len(rows))
+    for shares in plan:
+        # Two ranks have at most one group in common, or a group is shared by all ranks between them.
+        trained = [{batch.group for batch in share if batch.weight > 0} for share in shares]
+        assert sum(map(len, trained)) <= len(set.union(*trained)) + world - 1
     seen: list[tuple[int, int]] = []
     for shares in plan:
         assert len({len(share) for share in shares}) == 1
@@ -34,8 +38,9 @@ def test_every_row_is_trained_once_and_ranks_stay_in_step(rows: list[int], updat
 def test_rows_are_cut_sample_by_sample_with_their_own_advantages() -> None:
     group, kept, steps = 3, 2, 5
     payload = GroupPayload(
-        states=np.arange(group * kept, dtype=np.float32).reshape(group, kept, 1),
-        next_states=10 + np.arange(group * kept, dtype=np.float32).reshape(group, kept, 1),
+        # x_0 x_1 x_3 x_4, x_1 x_2 x_4 x_5, x_2 x_3 x_4
+        states=np.array([[0], [1], [3], [4], [11], [12], [14], [15], [22], [23], [24]], dtype=np.float32),
+        rows=np.array([[0, 2], [4, 6], [8, 9]]),
         steps=np.array([[0, 3], [1, 4], [2, 3]]),
         log_probs=np.arange(group * kept, dtype=np.float32).reshape(group, kept) / 10,
         gradients=None,
@@ -48,14 +53,20 @@ def test_rows_are_cut_sample_by_sample_with_their_own_advantages() -> None:
         return load_rows(MicroBatch(group=0, begin=begin, end=end, weight=0.5), trained, payload, torch.device("cpu"))
 
     rows = cut([0, 1, 2], 1, 5)
-    assert rows.states.flatten().tolist() == [1, 2, 3, 4]
-    assert rows.next_states.flatten().tolist() == [11, 12, 13, 14]
+    assert rows.states.flatten().tolist() == [3, 11, 14, 22]
+    assert rows.next_states.flatten().tolist() == [4, 12, 15, 23]
     assert rows.steps.tolist() == [3, 1, 4, 2]
     assert rows.advantages.tolist() == [[advantages[0, i, k] for i, k in ((0, 3), (1, 1), (1, 4), (2, 2))]]
     torch.testing.assert_close(rows.log_probs, torch.tensor([0.1, 0.2, 0.3, 0.4]))
     assert rows.conditioning["text"].shape == (4, 4)
 
     chosen = cut([0, 2], 1, 4)
-    assert chosen.states.flatten().tolist() == [1, 4, 5]
+    assert chosen.states.flatten().tolist() == [3, 22, 23]
+    assert chosen.next_states.flatten().tolist() == [4, 23, 24]
+    # The states of consecutive transitions are views of the memory that the group is in.
+    last = cut([0, 1, 2], 4, 6)
+    assert (last.states.tolist(), last.next_states.tolist()) == ([[22], [23]], [[23], [24]])
+    payload.states[9] = 50
+    assert (last.states.tolist(), last.next_states.tolist()) == ([[22], [50]], [[50], [24]])
     assert chosen.steps.tolist() == [3, 2, 3]
     assert chosen.advantages.tolist() == [[advantages[0, i, k] for i, k in ((0, 3), (2, 2), (2, 3))]]

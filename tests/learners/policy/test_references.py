@@ -33,6 +33,9 @@ CASES = {
         "objective.ratio_normalisation=true",
     ),
     "adapters with dual moving KL": (*KL, "model.lora={rank: 4, alpha: 8}"),
+    "adapters with dual moving KL on whole weights": (
+        *KL, "model.lora={rank: 4, alpha: 8}", "pools.learner.shard=optimizer"
+    ),
     "adapters with fixed anchor": ("objective.kl={weight: 0.5, anchor: fixed}", "model.lora={rank: 4, alpha: 8}"),
 }  # fmt: skip
 

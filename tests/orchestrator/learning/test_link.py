@@ -143,8 +143,28 @@ def test_a_group_that_does_not_start_in_time_is_an_error_that_names_the_setting(
 def test_an_order_that_takes_too_long_is_an_error_that_names_the_setting(make_setting: Callable[..., Setting]) -> None:
     async def scene() -> None:
         link = await make_setting("pools.learner.update_timeout_s=0.05", mailbox=Impatient).up()
-        with pytest.raises(TrainingError, match=r"finish iteration 1 within 0 s \(pools\.learner\.update_timeout_s\)"):
+        with pytest.raises(TrainingError, match=r"iteration 1, .* for 0 s \(pools\.learner\.update_timeout_s\)"):
             await link.carry_out(ORDER)
+
+    play(scene())
+
+
+def test_an_order_may_take_any_time_while_the_group_gives_signs_of_life(make_setting: Callable[..., Setting]) -> None:
+    async def scene() -> None:
+        setting = make_setting("pools.learner.update_timeout_s=0.3", mailbox=Impatient)
+        link = await setting.up()
+        waiting = asyncio.ensure_future(link.carry_out(ORDER))
+        for _ in range(12):
+            await asyncio.sleep(0.1)
+            await setting.mailbox.alive.remote("a")
+        assert not waiting.done()
+        for _ in range(12):
+            # Those of a group that is gone do not count.
+            await asyncio.sleep(0.1)
+            await setting.mailbox.alive.remote("before")
+        assert waiting.done()
+        with pytest.raises(TrainingError, match=r"pools\.learner\.update_timeout_s"):
+            await waiting
 
     play(scene())
 

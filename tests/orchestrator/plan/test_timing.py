@@ -13,8 +13,8 @@ WORK = Workload(
     latent_values=1, group_bytes=0, evaluation_velocities=0, evaluation_samples=0,
 )  # fmt: skip
 SPEED = Speeds(
-    velocity=1.0, gradient=0.5, score=0.0, decode=0.1, micro_step=0.2, update=0.0, zero_bytes=0, iteration_bytes=0,
-    publication_bytes=0, rows=1,
+    velocity=1.0, gradient=0.5, score=0.0, decode=0.1, micro_step=0.2, update=0.0, zero_bytes=0, whole_bytes=0,
+    iteration_bytes=0, publication_bytes=0, rows=1,
 )  # fmt: skip
 NEAR = Hardware()
 
