@@ -82,7 +82,8 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 def scorer_of(make_config: MakeConfig, *rewards: str) -> tuple[OrmScorer, tuple[str, ...]]:
     config = make_config(f"rewards.outcome=[{', '.join(rewards)}]", "rewards.process=null", "sampler.guidance=null")
     model = open_generator(config.model)
-    return OrmScorer(config.rewards.outcome, model, torch.device("cpu"), 2), config.rewards.optional
+    pool = config.pools.orm.model_copy(update={"max_batch": 2})
+    return OrmScorer(config.rewards.outcome, model, torch.device("cpu"), pool), config.rewards.optional
 
 
 def reward(name: str, kind: str, rest: str = "") -> str:
