@@ -172,10 +172,8 @@ class Backbone(ABC):
         names = [backend.value for backend in AttentionBackendName]
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"model.attention_backend: diffusers knows no {name!r}{meant} Its names: {', '.join(names)}"
-            )
+            meant = f"did you mean {near[0]!r} among" if near else "give one of"
+            raise ConfigError(f"model.attention_backend: diffusers knows no {name!r}; {meant} {', '.join(names)}")
 
     def _fill_buffers(self, transformer: nn.Module) -> None:
         from safetensors import safe_open

@@ -260,3 +260,5 @@ def test_attention_backends_are_chosen_by_name(folders: Callable[[str], Path]) -
     assert {str(getattr(backend, "value", backend)) for backend in chosen} == {"_native_math"}
     with pytest.raises(ConfigError, match="knows no '_native_flsh'; did you mean '_native_flash'"):
         family_of("hunyuan", folders, attention_backend="_native_flsh")
+    with pytest.raises(ConfigError, match="knows no '0b'; give one of flash, "):
+        family_of("hunyuan", folders, attention_backend="0b")
