@@ -60,7 +60,7 @@ def check_components(
     """
     networks = {}
     with _quiet():
-        for name, kind in (_classes(pipeline) | dict(own or {})).items():
+        for name, kind in (component_classes(pipeline) | dict(own or {})).items():
             if name in unopened:
                 continue
             with _blaming(pipeline.path, name):
@@ -89,7 +89,7 @@ def load_pipeline(folder: Path) -> Any:
         return diffusers.DiffusionPipeline.from_pretrained(folder)
 
 
-def _classes(pipeline: PipelineFolder) -> dict[str, Loadable]:
+def component_classes(pipeline: PipelineFolder) -> dict[str, Loadable]:
     """The class of each component that the index names."""
     found: dict[str, Loadable] = {}
     for name, entry in pipeline.index().items():

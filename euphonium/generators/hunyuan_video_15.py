@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,16 @@ class HunyuanVideo15(HunyuanVideo):
     @override
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         from diffusers import HunyuanVideo15Pipeline
-        from transformers import AutoTokenizer, Qwen2_5_VLTextModel, T5EncoderModel
+        from transformers import Qwen2_5_VLTextModel, T5EncoderModel
+
+        from euphonium.generators.components import component_classes
 
         # The pipeline cannot be made without its VAE, but these two of its functions need none.
         encode_text = HunyuanVideo15Pipeline._get_mllm_prompt_embeds
         encode_glyphs = HunyuanVideo15Pipeline._get_byt5_prompt_embeds
-        tokenizers = [AutoTokenizer.from_pretrained(self.folder / name) for name in ("tokenizer", "tokenizer_2")]
+        # By the classes that the check of the folder opens, whatever the tokenizers' own files say.
+        classes = component_classes(self.pipeline)
+        tokenizers: list[Any] = [classes[n].from_pretrained(self.folder / n) for n in ("tokenizer", "tokenizer_2")]
         encoders = [
             kind.from_pretrained(self.folder / name, dtype=self.dtype).to(device).eval()
             for kind, name in ((Qwen2_5_VLTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
