@@ -33,6 +33,8 @@ def expanded(path: str) -> str:
         raise ValueError("this path is empty; give one")
     if "\0" in path:
         raise ValueError("a path cannot hold a NUL character; leave it out")
+    if "\n" in path or "\r" in path:
+        raise ValueError("a path with a line break is a slip of a script; leave the line break out")
     if path.startswith("~"):
         whole = os.path.expanduser(path)
         if whole.startswith("~"):

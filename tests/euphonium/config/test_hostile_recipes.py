@@ -64,6 +64,7 @@ def failure(recipe: Path, *overrides: str) -> str:
         ("rewards={<<: 3}", "takes a mapping"),
         ("output_dir=~nobody-of-this-name/x", "no home folder"),
         ('output_dir="a\\0b"', "cannot hold a NUL character"),
+        ('output_dir="a\\nb"', "a path with a line break"),
         (f"prompts.train={'x' * 300}", "prompts.train: too long"),
         (f"model.path={'x/' * 3000}", "model.path: too long"),
         ("advantage.best_of=1 ", ""),

@@ -180,8 +180,11 @@ def test_a_model_is_refused_by_every_other_family(
 
 
 def test_a_unet_is_refused_before_anything_is_drawn(folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red car\n")
+    prompts = {"train": tmp_path / "p.txt", "evaluation": tmp_path / "p.txt"}
+    asked = recipe(UNET, folders(UNET), tmp_path, prompts=prompts, outcome=[{"name": "x", "type": "sprite_icon"}])
     with pytest.raises(ConfigError, match=r"has a U-Net; train it with outcome rewards"):
-        train_prm(recipe(UNET, folders(UNET), tmp_path), print)
+        train_prm(asked, print)
     assert not (tmp_path / "runs").exists()
 
 
