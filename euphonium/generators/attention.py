@@ -99,7 +99,10 @@ class HunyuanAttention(HunyuanVideoAttnProcessor2_0):
                 )
                 for run, *parts in zip(runs, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True)
             ])  # fmt: skip
-        output, text = attended.flatten(2, 3).to(queries.dtype).split([latents, texts], dim=1)
+        dtype = queries.dtype
+        # In inference nothing else holds them.
+        del queries, keys, values
+        output, text = attended.flatten(2, 3).to(dtype).split([latents, texts], dim=1)
         if getattr(attn, "to_out", None) is not None:
             output = attn.to_out[1](attn.to_out[0](output))
         if getattr(attn, "to_add_out", None) is not None:
@@ -122,20 +125,23 @@ def _projected(
     tokens = latents if own_text else torch.cat([latents, texts], dim=1)
     query, key = _heads(attn, attn.to_q, attn.norm_q, tokens), _heads(attn, attn.to_k, attn.norm_k, tokens)
     value = _heads(attn, attn.to_v, None, tokens)
-    if rotary is not None and own_text:
-        query, key = (apply_rotary_emb(part, rotary, sequence_dim=1) for part in (query, key))
-    elif rotary is not None:
-        query, key = (
-            torch.cat([apply_rotary_emb(part[:, :count], rotary, sequence_dim=1), part[:, count:]], dim=1)
-            for part in (query, key)
-        )
-    if not own_text:
-        return query, key, value
-    return (
-        torch.cat([query, _heads(attn, attn.add_q_proj, attn.norm_added_q, texts)], dim=1),
-        torch.cat([key, _heads(attn, attn.add_k_proj, attn.norm_added_k, texts)], dim=1),
-        torch.cat([value, _heads(attn, attn.add_v_proj, None, texts)], dim=1),
-    )
+    # One after another, each in the place of what it was made of: the large tensors of a pass are these.
+    if rotary is not None:
+        query = _turned(query, count, rotary)
+        key = _turned(key, count, rotary)
+    if own_text:
+        query = torch.cat([query, _heads(attn, attn.add_q_proj, attn.norm_added_q, texts)], dim=1)
+        key = torch.cat([key, _heads(attn, attn.add_k_proj, attn.norm_added_k, texts)], dim=1)
+        value = torch.cat([value, _heads(attn, attn.add_v_proj, None, texts)], dim=1)
+    return query, key, value
+
+
+def _turned(tokens: Tensor, count: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Tokens with their positions, which the first ``count`` of them have."""
+    if tokens.shape[1] == count:
+        turned: Tensor = apply_rotary_emb(tokens, rotary, sequence_dim=1)
+        return turned
+    return torch.cat([apply_rotary_emb(tokens[:, :count], rotary, sequence_dim=1), tokens[:, count:]], dim=1)
 
 
 def _heads(attn: Any, projection: nn.Module, norm: nn.Module | None, tokens: Tensor) -> Tensor:

@@ -160,8 +160,16 @@ class Backbone(ABC):
                 block.compile()
 
     def _choose_attention(self, transformer: nn.Module) -> None:
-        if self.config.attention_backend is not None:
+        if self.config.attention_backend is None:
+            return
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+        # diffusers makes a network's backend that of the whole process, reward models included.
+        before = _AttentionBackendRegistry._active_backend
+        try:
             transformer.set_attention_backend(self.config.attention_backend)  # type: ignore[operator]
+        finally:
+            _AttentionBackendRegistry._active_backend = before
 
     def _check_attention(self) -> None:
         name = self.config.attention_backend
