@@ -87,6 +87,7 @@ def test_the_driver_finds_the_folders_reward_and_our_library(folder: Path, progr
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_actors_of_a_run_find_them_too(folder: Path) -> None:
     driver, output = command(folder, "train", "recipe.yaml", "iterations=1", "evaluation.clips=0")
     assert "iteration 1/1" in output

@@ -54,6 +54,7 @@ def numbers(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name.split("/")[0] in kept} for record in records]
 
 
+@pytest.mark.slow
 def test_a_run_whose_roles_share_two_gpus_has_the_numbers_of_one_whose_do_not(
     tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path, two_gpus: str
 ) -> None:

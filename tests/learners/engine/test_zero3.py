@@ -98,7 +98,15 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
+# Two of them stand for all in every test run.
+SLOW = ("options of DeepSpeed", "whole weights")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(way, marks=pytest.mark.slow if name in SLOW else ()) for name, way in WAYS.items()],
+    ids=WAYS,
+)
 def both(request: pytest.FixtureRequest, train_on_two_ranks: Callable) -> dict:
     trained = train_on_two_ranks(*OVERRIDES, *request.param)
     expected = reference(trained["config"], trained["iterations"])

@@ -101,7 +101,10 @@ class PlainLearner:
         return {name: p.detach() for name, p in self.trained.items()}, anchors
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("adapters with dual moving KL on whole weights", "adapters with fixed anchor")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES])
 def test_two_ranks_equal_a_plain_loop(train_on_two_ranks: Callable[..., dict[str, Any]], case: str) -> None:
     trained = train_on_two_ranks(*COMMON, *CASES[case])
     weights, anchors = PlainLearner(trained["config"]).run(trained["iterations"])
