@@ -24,13 +24,10 @@ class ScaledGradients:
         source: the other source.
         settings: the recipe's guidance.
         table: the sampler.
-        strengths: multiples of the recipe's strength, one a sample, of any length that divides the batch's.
     """
 
-    def __init__(
-        self, source: ProcessRewardSource, settings: GuidanceConfig, table: StepTable, strengths: tuple[float, ...]
-    ) -> None:
-        self._source, self._settings, self._table, self._strengths = source, settings, table, strengths
+    def __init__(self, source: ProcessRewardSource, settings: GuidanceConfig, table: StepTable) -> None:
+        self._source, self._settings, self._table = source, settings, table
 
     def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
         """Requests rewards from the other source."""
@@ -45,8 +42,9 @@ class ScaledGradients:
             gradient = unit_length(gradient)
         if self._settings.normalise == "noise":
             gradient = gradient * noise_length(self._table, k, gradient[0].numel())
-        if self._strengths != (1.0,):
-            gradient = gradient * per_sample(member_strengths(self._strengths, len(gradient)).to(gradient), gradient)
+        if self._settings.strengths != (1.0,):
+            strengths = member_strengths(self._settings.strengths, len(gradient))
+            gradient = gradient * per_sample(strengths.to(gradient), gradient)
         return rewards, gradient
 
 

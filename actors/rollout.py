@@ -26,14 +26,16 @@ from actors.sampler import (
     SourceFactory,
     Trajectory,
     Velocity,
+    credited_steps,
     initial_noise,
     sample_deterministic,
     sample_group,
+    scored_states,
     select_steps,
 )
 from actors.sleeper import Sleeper
 from actors.sources import RewardSources
-from euphonium.config import GuidanceConfig, ProcessRewardConfig, RunConfig
+from euphonium.config import GuidanceConfig, RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import TrainingError
 from euphonium.generators.conditioning import Conditioning, ConditioningCache, expand, stack_conditionings
@@ -134,7 +136,7 @@ class RolloutWorker:
             self.family.latent_shape, group_size, task.seed, shared=config.sampler.shared_noise, device=self.device
         )
         velocity = self.velocity(conditioning)
-        scored = self._scored_states(table)
+        scored = scored_states(self.config, table)
         guidance = config.sampler.guidance
         needs_source = bool(scored) or bool(table.guided_steps)
         trajectory = sample_group(
@@ -195,6 +197,7 @@ class RolloutWorker:
             velocity = self.velocity(conditioning)
             source = None
             if make_source and guidance is not None:
+                # Samples of an evaluation are no members of a group.
                 alone = guidance.model_copy(update={"strengths": (1.0,)})
                 source = _guiding(make_source(conditioning, table, velocity), alone, table)
             return sample_deterministic(table, velocity, torch.cat(starts), source).cpu()
@@ -206,14 +209,6 @@ class RolloutWorker:
     def velocity(self, conditioning: Conditioning) -> Velocity:
         """The policy's output as a function of state and time, for a conditioning of one prompt or of one a sample."""
         return velocity_in_passes(self.family, self.transformer, conditioning, self.passes)
-
-    def _scored_states(self, table: StepTable) -> tuple[int, ...]:
-        """States whose process rewards the advantages need, besides those at which guidance asks for gradients."""
-        process = self.config.rewards.process
-        if process is None or process.weight == 0 or self.config.advantage.mode == "outcome":
-            return ()
-        offsets = {"state": (0,), "next_state": (1,), "progress": (0, 1)}[process.credit]
-        return tuple(sorted({k + offset for k in credited_steps(process, table) for offset in offsets}))
 
     def _credited(self, rewards: Tensor | None, table: StepTable) -> Array | None:
         """The process reward that each action is credited with, ``[group, num_steps]``, from those of all states."""
@@ -255,11 +250,6 @@ def velocity_in_passes(
     return velocity
 
 
-def credited_steps(process: ProcessRewardConfig, table: StepTable) -> list[int]:
-    """Steps that get a process reward: of those with noise, which alone are trained, all or the guided ones."""
-    return [k for k in table.stochastic_steps if process.steps == "all" or k in table.guided_steps]
-
-
 def _payload(trajectory: Trajectory, conditioning: Conditioning) -> GroupPayload:
     return GroupPayload(
         states=trajectory.states.numpy(),
@@ -273,7 +263,7 @@ def _payload(trajectory: Trajectory, conditioning: Conditioning) -> GroupPayload
 
 def _guiding(source: ProcessRewardSource, guidance: GuidanceConfig | None, table: StepTable) -> ProcessRewardSource:
     """The source, with gradients scaled as the recipe wants."""
-    return source if guidance is None else ScaledGradients(source, guidance, table, guidance.strengths)
+    return source if guidance is None else ScaledGradients(source, guidance, table)
 
 
 def encode_one(encoder: Callable[[list[str]], Conditioning], prompt: str) -> Conditioning:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from euphonium.config import ProcessRewardConfig, RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.generators.conditioning import Conditioning
 from euphonium.wire.later import Later
@@ -128,6 +129,20 @@ def state_rows(steps: Tensor) -> tuple[Tensor, int]:
     needed.scatter_(1, steps, True).scatter_(1, steps + 1, True)
     places = needed.flatten().cumsum(0).view_as(needed) - 1
     return places.gather(1, steps), int(needed.sum())
+
+
+def credited_steps(process: ProcessRewardConfig, table: StepTable) -> list[int]:
+    """Steps that get a process reward: of those with noise, which alone are trained, all or the guided ones."""
+    return [k for k in table.stochastic_steps if process.steps == "all" or k in table.guided_steps]
+
+
+def scored_states(config: RunConfig, table: StepTable) -> tuple[int, ...]:
+    """States whose process rewards the advantages need, besides those at which guidance asks for gradients."""
+    process = config.rewards.process
+    if process is None or process.weight == 0 or config.advantage.mode == "outcome":
+        return ()
+    offsets = {"state": (0,), "next_state": (1,), "progress": (0, 1)}[process.credit]
+    return tuple(sorted({k + offset for k in credited_steps(process, table) for offset in offsets}))
 
 
 class Step(NamedTuple):

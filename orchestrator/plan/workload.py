@@ -113,7 +113,7 @@ class Workload:
 
 def workload_of(config: RunConfig, generator: Generator) -> Workload:
     """The workload of a recipe; a window that moves counts as it is in the first iteration."""
-    from actors.sampler import select_steps, state_rows
+    from actors.sampler import scored_states, select_steps, state_rows
 
     table = generator.step_table(config.sampler)
     steps = select_steps(table, config.rollout.group_size, config.objective.timestep_fraction, 0)
@@ -135,7 +135,7 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
         group_size=rollout.group_size,
         steps=table.num_steps,
         guided=guided,
-        scored=len(_scored(config, table.stochastic_steps, table.guided_steps) - set(table.guided_steps)),
+        scored=len(set(scored_states(config, table)) - set(table.guided_steps)),
         decodes=1 + 2 * guidance.spsa.perturbations * len(table.guided_steps) if guidance is not None and spsa else 1,
         rows=trained * kept,
         updates=objective.updates_per_iteration,
@@ -145,16 +145,6 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
         evaluation_velocities=evaluated * evaluation.num_steps,
         evaluation_samples=evaluated,
     )
-
-
-def _scored(config: RunConfig, stochastic: list[int], guided: list[int]) -> set[int]:
-    """States whose process rewards the advantages need, as rollout actors have them."""
-    process = config.rewards.process
-    if process is None or process.weight == 0 or config.advantage.mode == "outcome":
-        return set()
-    credited = stochastic if process.steps == "all" else [k for k in stochastic if k in guided]
-    offsets = {"state": (0,), "next_state": (1,), "progress": (0, 1)}[process.credit]
-    return {k + offset for k in credited for offset in offsets}
 
 
 def _replayed(config: RunConfig) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.guidance import member_strengths
 from euphonium.config import RewardsConfig, RunConfig, WatchConfig
 from euphonium.dynamics import Advantages
 from euphonium.errors import RewardError
@@ -61,7 +62,7 @@ def guidance_gain(
     if len(mixed) < 2:
         return {}
     totals = np.stack([weighted_total(group, config.rewards.outcome, config.rollout.group_size) for group in mixed])
-    guided = np.array([guidance.strengths[i % len(guidance.strengths)] > 0 for i in range(totals.shape[1])])
+    guided = member_strengths(guidance.strengths, totals.shape[1]).numpy() > 0
     spread = float(np.sqrt((totals[:, guided].var(axis=1) + totals[:, ~guided].var(axis=1)).mean() / 2))
     if spread == 0:
         return {}

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actors.guidance import ScaledGradients, member_strengths, noise_length
-from actors.rollout import credited_steps
-from actors.sampler import Rewarded
+from actors.sampler import Rewarded, credited_steps
 from euphonium.config import GuidanceConfig, ProcessRewardConfig, SamplerConfig
 from euphonium.dynamics import StepTable, shifted_sigmas
 from euphonium.wire.later import Later
@@ -37,7 +36,7 @@ def table(scale: float = 1.0) -> StepTable:
 
 def scaled(gradient: Tensor, **settings: object) -> Tensor:
     config = GuidanceConfig(scale=1.0, **settings)  # type: ignore[arg-type]
-    source = ScaledGradients(Given(gradient), config, table(), config.strengths)
+    source = ScaledGradients(Given(gradient), config, table())
     rewards, found = source.submit(2, torch.zeros_like(gradient), with_gradient=True).result()
     assert torch.equal(rewards, torch.arange(float(len(gradient))))
     assert found is not None
@@ -57,7 +56,7 @@ def test_a_scale_in_noise_pushes_as_far_as_so_much_noise(size: float, scale: flo
     gradient = size * torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     steps = table(scale)
     config = GuidanceConfig(scale=scale, normalise="noise")
-    source = ScaledGradients(Given(gradient), config, steps, config.strengths)
+    source = ScaledGradients(Given(gradient), config, steps)
     x = torch.zeros_like(gradient)
     for k in range(5):
         pushed = source.submit(k, x, with_gradient=True).result()[1]
@@ -69,7 +68,7 @@ def test_a_scale_in_noise_pushes_as_far_as_so_much_noise(size: float, scale: flo
 
 def test_nothing_is_scaled_where_no_gradient_is_asked_for() -> None:
     config = GuidanceConfig(scale=1.0, strengths=(0.0,))
-    source = ScaledGradients(Given(torch.ones(2, *SHAPE)), config, table(), config.strengths)
+    source = ScaledGradients(Given(torch.ones(2, *SHAPE)), config, table())
     assert source.submit(0, torch.zeros(2, *SHAPE), with_gradient=False).result()[1] is None
 
 

@@ -7,20 +7,7 @@ import pytest
 from euphonium.config import OrmConfig, load_config
 from euphonium.config.sampling import SpsaConfig
 from euphonium.errors import ConfigError
-from tests.euphonium.config.test_loading import MINIMAL
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(MINIMAL)
-    return path
-
-
-def failure(recipe: Path, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load_config(recipe, overrides)
-    return str(caught.value)
+from tests.euphonium.config.minimal import MINIMAL, failure
 
 
 @pytest.mark.parametrize(

@@ -3,37 +3,7 @@ from pathlib import Path
 import pytest
 
 from euphonium.config import RunConfig, dump_config, load_config
-from euphonium.errors import ConfigError
-
-MINIMAL = """\
-name: demo
-iterations: 3
-model: {path: weights, height: 32, width: 32}
-prompts: {train: a.txt, evaluation: b.txt}
-sampler:
-  law: dance
-  eta: 0.3
-  num_steps: 8
-rollout: {prompts_per_iteration: 2, group_size: 4}
-rewards:
-  outcome:
-    - {name: icon, type: sprite_icon}
-    - {name: motion, type: sprite_motion, weight: 0.5}
-optimizer: {learning_rate: 1e-4}
-"""
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(MINIMAL)
-    return path
-
-
-def failure(recipe: Path, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load_config(recipe, overrides)
-    return str(caught.value)
+from tests.euphonium.config.minimal import MINIMAL, failure
 
 
 def test_reads_recipe_with_defaults_and_plain_exponents(recipe: Path) -> None:
