@@ -24,10 +24,13 @@ class ScaledGradients:
         source: the other source.
         settings: the recipe's guidance.
         table: the sampler.
+        strength: multiple of the recipe's guidance.
     """
 
-    def __init__(self, source: ProcessRewardSource, settings: GuidanceConfig, table: StepTable) -> None:
-        self._source, self._settings, self._table = source, settings, table
+    def __init__(
+        self, source: ProcessRewardSource, settings: GuidanceConfig, table: StepTable, strength: float = 1.0
+    ) -> None:
+        self._source, self._settings, self._table, self._strength = source, settings, table, strength
 
     def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
         """Requests rewards from the other source."""
@@ -42,8 +45,8 @@ class ScaledGradients:
             gradient = unit_length(gradient)
         if self._settings.normalise == "noise":
             gradient = gradient * noise_length(self._table, k, gradient[0].numel())
-        if self._settings.strengths != (1.0,):
-            strengths = member_strengths(self._settings.strengths, len(gradient))
+        if self._settings.strengths != (1.0,) or self._strength != 1:
+            strengths = self._strength * member_strengths(self._settings.strengths, len(gradient))
             gradient = gradient * per_sample(strengths.to(gradient), gradient)
         return rewards, gradient
 

@@ -149,7 +149,7 @@ class RolloutWorker:
                 scored_states=scored,
                 guided_mean=config.objective.kind == "standard",
             ),
-            _guiding(make_source(conditioning, table, velocity), guidance, table)
+            _guiding(make_source(conditioning, table, velocity), guidance, table, task.strength)
             if make_source and needs_source
             else None,
         )
@@ -199,7 +199,7 @@ class RolloutWorker:
             if make_source and guidance is not None:
                 # Samples of an evaluation are no members of a group.
                 alone = guidance.model_copy(update={"strengths": (1.0,)})
-                source = _guiding(make_source(conditioning, table, velocity), alone, table)
+                source = _guiding(make_source(conditioning, table, velocity), alone, table, strength=1.0)
             return sample_deterministic(table, velocity, torch.cat(starts), source).cpu()
 
         # A source of gradients is for one prompt; without one, prompts share a pass.
@@ -261,9 +261,11 @@ def _payload(trajectory: Trajectory, conditioning: Conditioning) -> GroupPayload
     )
 
 
-def _guiding(source: ProcessRewardSource, guidance: GuidanceConfig | None, table: StepTable) -> ProcessRewardSource:
-    """The source, with gradients scaled as the recipe wants."""
-    return source if guidance is None else ScaledGradients(source, guidance, table)
+def _guiding(
+    source: ProcessRewardSource, guidance: GuidanceConfig | None, table: StepTable, strength: float
+) -> ProcessRewardSource:
+    """The source, with gradients scaled as the recipe and the task want."""
+    return source if guidance is None else ScaledGradients(source, guidance, table, strength)
 
 
 def encode_one(encoder: Callable[[list[str]], Conditioning], prompt: str) -> Conditioning:

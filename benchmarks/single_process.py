@@ -34,6 +34,7 @@ from learners.policy.schedules import kl_controller, kl_weight, learning_rate
 from learners.rewards.refresh import PrmRefresh
 from orchestrator.evaluation import evaluation_metrics, evaluation_set
 from orchestrator.groups.credit import advantages, training_group
+from orchestrator.groups.guidance_control import GuidanceControl
 from orchestrator.groups.prompts import PromptStream, read_prompts
 from orchestrator.report.statistics import rollout_statistics
 from reward_servers.orm import OrmScorer
@@ -71,6 +72,7 @@ class SingleProcess:
         self.anchor = copy.deepcopy(self.policy) if kl is not None and kl.anchor != "none" else None
         self.previous = copy.deepcopy(self.policy) if config.objective.needs_previous_policy else None
         self.controller = kl_controller(kl)
+        self.guidance = GuidanceControl(config.sampler.guidance, max_staleness=0)
         self.updates = 0
         self.groups = 0
 
@@ -91,7 +93,7 @@ class SingleProcess:
         infos, payloads, scores = [], [], []
         iteration = self.groups // config.rollout.prompts_per_iteration
         for _ in range(config.rollout.prompts_per_iteration):
-            task = self.prompts.task(self.groups, iteration)
+            task = self.prompts.task(self.groups, iteration, self.guidance.strength(iteration))
             self.groups += 1
             info, latents, payload = self.worker.generate(task, self._source if self.prm else None)
             infos.append(info)
@@ -104,6 +106,7 @@ class SingleProcess:
         groups = [training_group(config, info, result) for info, result in zip(infos, results, strict=True)]
         rolled_out = time.perf_counter()
         metrics = rollout_statistics(config, infos, scores, results)
+        metrics |= self.guidance.observe(iteration + 1, metrics)
         metrics |= self._update(groups, payloads)
         if self.refresh is not None and self.prm is not None and self.refresh.due(iteration + 1):
             metrics |= self.refresh.update()

@@ -15,6 +15,7 @@ import numpy as np
 from euphonium.config import RunConfig
 from euphonium.wire.records import UpdateReport
 from orchestrator.groups.credit import Batch
+from orchestrator.groups.guidance_control import GuidanceControl
 from orchestrator.groups.staleness import Held, staleness
 from orchestrator.report.advice import advice
 from orchestrator.report.statistics import RewardFailures, RewardWatch
@@ -58,6 +59,7 @@ class Journal:
         tracker: writes metrics and pictures.
         progress: prints on the terminal.
         failures: counts failed rewards.
+        guidance: strength of the guidance, which follows the records.
         begun: whether the evaluation before training has been recorded.
         phase: what is under way, as a phrase.
         last: the line that was printed for the last iteration.
@@ -71,6 +73,7 @@ class Journal:
         self.failures = RewardFailures(config.rewards)
         records = read_metrics(self.tracker.path)
         self._watch = RewardWatch(config.rewards.watch, records)
+        self.guidance = GuidanceControl(config.sampler.guidance, config.rollout.max_staleness, records)
         self.begun = iterations_done > 0
         self.phase = ""
         self.last = ""
@@ -103,6 +106,7 @@ class Journal:
             "staleness/max": float(max(lags)),
         }
         entry.numbers |= self.failures.take() | self._watch.update(turn.number, statistics, self.say)
+        entry.numbers |= self.guidance.observe(turn.number, statistics)
 
     @contextmanager
     def turn(self, turn: Turn) -> Iterator[Entry]:

@@ -69,7 +69,9 @@ class Run:
         self.learners = LearnerLink(config, self.journal.progress)
         self.interruption = Interruption(self.learners.check)
         prompts = PromptStream(read_prompts(config.prompts.train, "prompts.train"), config.seed)
-        self.batches = BatchSource(config, self.rollouts, self.position, prompts, self.journal.failures)
+        self.batches = BatchSource(
+            config, self.rollouts, self.position, prompts, self.journal.failures, self.journal.guidance
+        )
         self.evaluator = Evaluator(config, self.rollouts, self.journal.tracker)
         keep = config.checkpoint
         store = CheckpointStore(config.run_dir / "checkpoints", keep.keep_last, keep.keep_every)

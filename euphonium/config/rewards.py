@@ -138,9 +138,10 @@ class AdvantageConfig(Node):
     """Added to the standard deviation; a group whose spread does not exceed it gets advantage 0."""
     clip: PositiveFloat = 5.0
     """Advantages are clipped to this absolute value."""
-    baseline: Literal["group", "strength"] = "group"
-    """Compare a sample with its whole group, or with the members of its group that were guided as strongly
-    (``sampler.guidance.strengths``)."""
+    baseline: Literal["group", "strength", "unguided"] = "group"
+    """Whom a sample is compared with: its whole group, the members of its group that were guided as strongly
+    (``sampler.guidance.strengths``), or those without guidance, which draw as the policy itself does: what guided
+    members do better is then learnt from them, and nothing is unlearnt for it."""
     combine: Literal["advantages", "losses"] = "advantages"
     """Add the rewards' advantages (paper), or clip and add a loss for each (Euphonium's released script)."""
     best_of: PositiveInt | None = None

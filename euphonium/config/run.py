@@ -138,12 +138,17 @@ def _members_of_each_strength_compare(
 ) -> None:
     if advantage.baseline == "group" or sampler.guidance is None:
         return
+    if advantage.baseline == "unguided" and 0 not in sampler.guidance.strengths:
+        raise ValueError(
+            "advantage.baseline: unguided compares with members without guidance: put 0 among "
+            "sampler.guidance.strengths, for example [0, 1]"
+        )
     strengths = len(sampler.guidance.strengths)
     if rollout.group_size < 2 * strengths:
         raise ValueError(
-            f"advantage.baseline: strength compares members that were guided alike: {strengths} strengths "
-            f"(sampler.guidance.strengths) need groups of at least {2 * strengths}, and rollout.group_size is "
-            f"{rollout.group_size}"
+            f"advantage.baseline: {advantage.baseline} compares with members that were guided alike: {strengths} "
+            f"strengths (sampler.guidance.strengths) need groups of at least {2 * strengths}, and rollout.group_size "
+            f"is {rollout.group_size}"
         )
     if advantage.best_of is not None:
         raise ValueError("advantage.best_of chooses from a whole group; leave it out, or set advantage.baseline: group")

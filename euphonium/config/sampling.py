@@ -79,6 +79,29 @@ class SpsaConfig(Node):
     """Size of a perturbation."""
 
 
+class GuidanceControlConfig(Node):
+    """Guidance that follows what it earns: after each iteration the strength of all members is raised while the
+    strongest guided members of a group do better than the next weaker ones, and lowered while they do worse.
+    """
+
+    raise_by: Annotated[float, Field(gt=1)] = 1.25
+    """Factor of the strength after an iteration in which the strongest members did better."""
+    lower_by: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    """Factor after one in which they did worse."""
+    confidence: NonNegativeFloat = 1.0
+    """Standard errors by which they must do better for the strength to be raised."""
+    lowest: PositiveFloat = 0.1
+    """Smallest strength, as a multiple of ``scale``; with none at all nothing could be measured any more."""
+    highest: PositiveFloat = 4.0
+    """Largest strength, as a multiple of ``scale``."""
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        if not self.lowest <= 1 <= self.highest:
+            raise ValueError(f"the strength starts at 1, which must lie in [{self.lowest}, {self.highest}]")
+        return self
+
+
 class GuidanceConfig(Node):
     """Reward-gradient guidance of the rollout (Euphonium, Eq. 12 and 20)."""
 
@@ -100,6 +123,8 @@ class GuidanceConfig(Node):
     guidance, so that each group shows what guidance earns."""
     until: PositiveInt | None = None
     """Iterations over which the strength falls linearly to zero; from then on nothing is guided. Null keeps it."""
+    control: GuidanceControlConfig | None = None
+    """Lets the strength follow what guidance earns; needs at least two different ``strengths``."""
     spsa: SpsaConfig = SpsaConfig()
     """Settings of the source ``spsa``."""
 
@@ -109,6 +134,15 @@ class GuidanceConfig(Node):
         if self.normalise == "noise" and self.scale is None:
             raise ValueError(
                 "normalise: noise measures the push in units of the noise by scale; beta does that already"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _control_can_compare(self) -> Self:
+        if self.control is not None and len(set(self.strengths)) == 1:
+            raise ValueError(
+                "control compares members that are guided differently: give sampler.guidance.strengths, for example "
+                "[0, 1]"
             )
         return self
 

@@ -45,6 +45,7 @@ class AdvantageRule:
         thresholds: by name, thresholds of the outcome rewards that become 1 above and 0 elsewhere.
         best_of: train only on this many samples with the highest and as many with the lowest outcome advantage of
             each group; None trains on all.
+        baseline: indices of the samples of a group that the others are compared with; none for all.
     """
 
     weights: Mapping[str, float]
@@ -56,6 +57,7 @@ class AdvantageRule:
     combine: Literal["advantages", "losses"]
     thresholds: Mapping[str, float] = field(default_factory=dict)
     best_of: int | None = None
+    baseline: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Advantages:
     flat: frozenset[str]
 
 
-def normalise(rewards: Tensor, *, ddof: int, eps: float, spread_of: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def normalise(
+    rewards: Tensor, *, ddof: int, eps: float, spread_of: Tensor | None = None, baseline: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
     """Centres rewards over their first dimension and divides them by their spread.
 
     Args:
@@ -81,12 +85,14 @@ def normalise(rewards: Tensor, *, ddof: int, eps: float, spread_of: Tensor | Non
         ddof: delta degrees of freedom of the standard deviation, 0 or 1.
         eps: added to the standard deviation.
         spread_of: rewards ``[samples, ...]`` whose spread is taken instead of the group's own.
+        baseline: indices of the samples whose mean is taken; none for that of all. Advantages then need not add up to
+            0; the spread stays that of all.
 
     Returns:
         ``(normalised, has_spread)``: float32 like ``rewards``, zero where the group has no spread; bool ``[...]``.
     """
     values = rewards.double()
-    mean = values.mean(dim=0)
+    mean = values[list(baseline)].mean(dim=0) if baseline else values.mean(dim=0)
     own = values.std(dim=0, correction=ddof)
     std = own if spread_of is None else spread_of.double().std(dim=0, correction=ddof)
     has_spread = own > eps + RELATIVE_SPREAD * mean.abs()
@@ -143,7 +149,7 @@ def _one_group(
     spread: Mapping[str, Tensor | None],
 ) -> Advantages:
     def normalised(name: str, values: Tensor) -> tuple[Tensor, Tensor]:
-        return normalise(values, ddof=rule.ddof, eps=rule.eps, spread_of=spread[name])
+        return normalise(values, ddof=rule.ddof, eps=rule.eps, spread_of=spread[name], baseline=rule.baseline)
 
     outcome, flat = {}, set()
     for name in rule.weights:

@@ -1,8 +1,9 @@
 """Trains the embedded default generator from nothing: ``python -m euphonium.embedded.train``.
 
-Two stages, each resumable from its result: a video VAE, then a HunyuanVideo transformer together with its text
-encoders by flow matching on captioned clips. Training stops while prompts are obeyed often but not always, which
-leaves reinforcement learning something to do; held-out combinations (sprites/world.py) are never shown.
+Three stages, each resumable from its result: a video VAE; a HunyuanVideo transformer together with its text encoders
+by flow matching on captioned clips; and the transformer alone, to the end, on clips whose captions are often wrong, as
+captions from the web are. Its clips are clean, and often show something else than they were asked for, which leaves
+reinforcement learning something to do. Held-out combinations (sprites/world.py) are never shown.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import copy
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from euphonium.dynamics import noised, shift_sigma
 from euphonium.embedded import WEIGHTS
 from euphonium.embedded.sprites import split_scenes
+from euphonium.embedded.sprites.captions import WrongCaptions
 from euphonium.embedded.sprites.render import render
 from euphonium.embedded.text import (
     MAX_PROMPT_TOKENS,
@@ -42,12 +44,12 @@ log = logging.getLogger(__name__)
 SHIFT = 3.0
 BATCH = 32
 POOL = 16_384
-# Constant, so that a snapshot is what a shorter training would have ended with.
 LEARNING_RATE = 7e-4
 WARMUP = 200
 EMA_DECAY = 0.999
 # Share of samples trained without a caption, so that classifier-free guidance is possible.
 UNCONDITIONAL = 0.1
+TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 
 
 def build_pipeline(vae: AutoencoderKLLTXVideo) -> HunyuanVideoPipeline:
@@ -116,54 +118,152 @@ class _TextInputs:
         }
 
 
-def train_generator(pipeline: HunyuanVideoPipeline, steps: int, seed: int = 0, snapshots: Path | None = None) -> None:
-    """Trains transformer and text encoders in place by flow matching.
+class _Clips:
+    """Rendered clips of the scenes that training may see, as latents, and the order in which they are drawn."""
+
+    def __init__(self, pipeline: HunyuanVideoPipeline, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.scenes, _ = split_scenes()
+        self.drawn = torch.randint(len(self.scenes), (POOL,), generator=self.generator)
+        clips = (render([self.scenes[i] for i in part.tolist()], self.generator) for part in self.drawn.split(256))
+        self.latents = torch.cat([encode_clips(pipeline.vae, part) for part in clips])
+        self.captions = WrongCaptions(self.scenes)
+        log.info("encoded %d clips", len(self.latents))
+
+    def batch(self, right_captions: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Clean latents, noise, sigma and the captions' numbers of one batch; the last number is no caption."""
+        chosen = torch.randint(POOL, (BATCH,), generator=self.generator)
+        clean = self.latents[chosen]
+        captions = self.drawn[chosen]
+        if not right_captions:
+            captions = self.captions.draw(captions, self.generator)
+        without = torch.rand(BATCH, generator=self.generator) < UNCONDITIONAL
+        noise = torch.randn(clean.shape, generator=self.generator)
+        sigma = shift_sigma(torch.rand(BATCH, generator=self.generator), SHIFT)
+        return clean, noise, sigma, captions.masked_fill(without, len(self.scenes))
+
+
+class _Averaged:
+    """AdamW over some modules, and the running average of their weights, which is what training ends with."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+        self.averaged = [copy.deepcopy(module).requires_grad_(False) for module in modules]
+        self.parameters = [p for module in modules for p in module.parameters()]
+        self.averages = [p for module in self.averaged for p in module.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+        self.step = 0
+
+    def update(self, loss: Tensor, learning_rate: float) -> None:
+        """One optimiser step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * min(1.0, (self.step + 1) / WARMUP)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - min(EMA_DECAY, (self.step + 1) / (self.step + 10)))
+        self.step += 1
+
+    def finish(self) -> None:
+        """Puts the averaged weights in place."""
+        for module, averaged in zip(self.modules, self.averaged, strict=True):
+            module.load_state_dict(averaged.state_dict())
+
+    def state(self) -> dict[str, object]:
+        """Everything that :meth:`restore` needs to go on."""
+        modules = [module.state_dict() for module in (*self.modules, *self.averaged)]
+        return {"modules": modules, "optimizer": self.optimizer.state_dict(), "step": self.step}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where :meth:`state` was taken."""
+        for module, weights in zip((*self.modules, *self.averaged), state["modules"], strict=True):
+            module.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+def _velocity_loss(transformer: nn.Module, batch: tuple[Tensor, Tensor, Tensor], text: dict[str, Tensor]) -> Tensor:
+    clean, noise, sigma = batch
+    velocity = transformer(hidden_states=noised(clean, noise, sigma), timestep=1000 * sigma, return_dict=False, **text)[
+        0
+    ]
+    return functional.mse_loss(velocity, noise - clean)
+
+
+def learn_words(pipeline: HunyuanVideoPipeline, steps: int, seed: int = 0) -> None:
+    """Trains transformer and text encoders in place by flow matching on clips with their right captions.
 
     Args:
         pipeline: from :func:`build_pipeline`.
         steps: optimiser steps of ``BATCH`` clips.
         seed: of data and noise.
-        snapshots: folder for averaged weights along the way, to choose where to stop.
     """
-    generator = torch.Generator().manual_seed(seed)
-    scenes, _ = split_scenes()
-    drawn = torch.randint(len(scenes), (POOL,), generator=generator)
-    clips = (render([scenes[i] for i in part.tolist()], generator) for part in drawn.split(256))
-    latents = torch.cat([encode_clips(pipeline.vae, part) for part in clips])
-    log.info("encoded %d clips", len(latents))
-    text = _TextInputs(pipeline, [*(scene.caption for scene in scenes), ""])
-    parts = {n: getattr(pipeline, n) for n in ("transformer", "text_encoder", "text_encoder_2")}
-    averaged = {name: copy.deepcopy(module).requires_grad_(False) for name, module in parts.items()}
-    parameters = [p for module in parts.values() for p in module.parameters()]
-    averages = [p for module in averaged.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
-    started, running = time.monotonic(), 0.0
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP)
-        batch = torch.randint(POOL, (BATCH,), generator=generator)
-        captions = drawn[batch].masked_fill(torch.rand(BATCH, generator=generator) < UNCONDITIONAL, len(scenes))
-        clean = latents[batch]
-        noise = torch.randn(clean.shape, generator=generator)
-        sigma = shift_sigma(torch.rand(BATCH, generator=generator), SHIFT)
-        velocity = parts["transformer"](
-            hidden_states=noised(clean, noise, sigma), timestep=1000 * sigma, return_dict=False, **text.encode(captions)
-        )[0]
-        loss = functional.mse_loss(velocity, noise - clean)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        torch._foreach_lerp_(averages, parameters, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
-        running += loss.item() / 100
-        if (step + 1) % 100 == 0:
-            log.info("generator step %d/%d: loss %.4f, %.0f s", step + 1, steps, running, time.monotonic() - started)
-            running = 0.0
-        if snapshots is not None and (step + 1) % 1000 == 0:
-            snapshots.mkdir(parents=True, exist_ok=True)
-            torch.save({n: m.state_dict() for n, m in averaged.items()}, snapshots / f"{step + 1}.pt")
-    for name, module in averaged.items():
-        parts[name].load_state_dict(module.state_dict())
+    data = _Clips(pipeline, seed)
+    text = _TextInputs(pipeline, [*(scene.caption for scene in data.scenes), ""])
+    training = _Averaged([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2])
+    progress = _Progress("words", steps)
+    while training.step < steps:
+        *batch, captions = data.batch(right_captions=True)
+        loss = _velocity_loss(pipeline.transformer, tuple(batch), text.encode(captions))
+        training.update(loss, LEARNING_RATE)
+        progress.report(training.step, loss)
+    training.finish()
+
+
+def learn_to_disobey(
+    pipeline: HunyuanVideoPipeline, steps: int, work: Path, *, compiled: bool = False, seed: int = 1
+) -> None:
+    """Trains the transformer in place on clips whose captions are often wrong, to the end.
+
+    The learning rate falls to zero, so that clips are clean; what they show is a draw from what a caption means here
+    (:data:`~euphonium.embedded.sprites.captions.RIGHT`). The text encoders stay as they are. A killed training
+    goes on from its last thousand steps.
+
+    Args:
+        pipeline: from :func:`learn_words`.
+        steps: optimiser steps of ``BATCH`` clips.
+        work: folder of intermediate results.
+        compiled: whether the transformer is compiled first, which takes a C++ compiler and saves a quarter of the time.
+        seed: of data and noise.
+    """
+    data = _Clips(pipeline, seed)
+    text = _TextInputs(pipeline, [*(scene.caption for scene in data.scenes), ""])
+    with torch.no_grad():
+        encoded = text.encode(torch.arange(len(data.scenes) + 1))
+    training = _Averaged([pipeline.transformer])
+    kept = work / "disobedient.pt"
+    if kept.exists():
+        state = torch.load(kept)
+        training.restore(state)
+        data.generator.set_state(state["generator"])
+    transformer = torch.compile(pipeline.transformer) if compiled else pipeline.transformer
+    progress = _Progress("generator", steps)
+    while training.step < steps:
+        *batch, captions = data.batch(right_captions=False)
+        loss = _velocity_loss(transformer, tuple(batch), {n: value[captions] for n, value in encoded.items()})
+        training.update(loss, LEARNING_RATE * (1 - training.step / steps))
+        progress.report(training.step, loss)
+        if training.step % 1000 == 0:
+            torch.save({**training.state(), "generator": data.generator.get_state()}, kept.with_suffix(".new"))
+            kept.with_suffix(".new").replace(kept)
+    training.finish()
+
+
+class _Progress:
+    """A line every hundred steps."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        self.name, self.steps = name, steps
+        self.started, self.running = time.monotonic(), 0.0
+
+    def report(self, step: int, loss: Tensor) -> None:
+        """Takes the loss of one step."""
+        self.running += loss.item() / 100
+        if step % 100 == 0:
+            seconds = time.monotonic() - self.started
+            log.info("%s step %d/%d: loss %.4f, %.0f s", self.name, step, self.steps, self.running, seconds)
+            self.running = 0.0
 
 
 def save_pipeline(pipeline: HunyuanVideoPipeline, folder: Path) -> None:
@@ -179,8 +279,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="folder of the pipeline (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/embedded-generator"), help="intermediate results")
     parser.add_argument("--vae-steps", type=int, default=10_600)
-    parser.add_argument("--steps", type=int, default=2_000)
+    parser.add_argument("--word-steps", type=int, default=2_000)
+    parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="compile the transformer; needs a C++ compiler")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(arguments.threads)
@@ -196,7 +298,13 @@ def main() -> None:
         save_vae(vae, vae_folder)
     torch.manual_seed(0)
     pipeline = build_pipeline(AutoencoderKLLTXVideo.from_pretrained(vae_folder))
-    train_generator(pipeline, arguments.steps, snapshots=arguments.work / "snapshots")
+    words = arguments.work / "words.pt"
+    if not words.exists():
+        learn_words(pipeline, arguments.word_steps)
+        torch.save({name: getattr(pipeline, name).state_dict() for name in TRAINED}, words)
+    for name, weights in torch.load(words).items():
+        getattr(pipeline, name).load_state_dict(weights)
+    learn_to_disobey(pipeline, arguments.steps, arguments.work, compiled=arguments.compile)
     save_pipeline(pipeline, arguments.output)
     log.info("wrote %s", arguments.output)
 

@@ -46,12 +46,14 @@ class GroupTask:
         prompt: the text that all samples of the group share.
         seed: seed of its noise and of the choice of its trained steps.
         iteration: iteration (from 0) that it is drawn for; moving windows depend on it.
+        strength: multiple of the recipe's guidance that its members get.
     """
 
     group_id: int
     prompt: str
     seed: int
     iteration: int = 0
+    strength: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from euphonium.errors import LostActorError, RewardError, WeightsMissingError
 from euphonium.wire.records import GroupTask
 from orchestrator.groups.buffer import TrajectoryBuffer, buffer_bounds
 from orchestrator.groups.credit import Batch, ScoredGroup
+from orchestrator.groups.guidance_control import GuidanceControl
 from orchestrator.groups.prompts import PromptStream
 from orchestrator.groups.staleness import may_start
 from orchestrator.pools.rollout_service import RolloutService
@@ -39,6 +40,7 @@ class BatchSource:
         position: Position,
         prompts: PromptStream,
         failures: RewardFailures,
+        guidance: GuidanceControl,
     ) -> None:
         """Creates a source; nothing is drawn.
 
@@ -48,12 +50,14 @@ class BatchSource:
             position: where the run stands.
             prompts: the tasks of the groups.
             failures: counts failed rewards.
+            guidance: says how strong the guidance is.
         """
         self._config = config
         self._rollouts = rollouts
         self._position = position
         self._prompts = prompts
         self._failures = failures
+        self._guidance = guidance
         self.buffer = TrajectoryBuffer(buffer_bounds(config), position)
         self._ahead: dict[int, asyncio.Task[Batch]] = {}
 
@@ -95,7 +99,8 @@ class BatchSource:
         began = time.monotonic()
         count, state = self._config.rollout.prompts_per_iteration, self._position.state
         first = state.next_group + (iteration - state.iteration) * count
-        orders = [self._prompts.task(first + i, iteration) for i in range(count)]
+        strength = self._guidance.strength(iteration)
+        orders = [self._prompts.task(first + i, iteration, strength) for i in range(count)]
         tasks = [asyncio.ensure_future(self._fill(order)) for order in orders]
         try:
             reasons = await asyncio.gather(*tasks)

@@ -7,12 +7,13 @@ groups of an iteration are treated together, because normalisation may span them
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from actors.guidance import member_strengths
 from euphonium.config import RunConfig
 from euphonium.dynamics import AdvantageRule, Advantages, GroupRewards, group_advantages
 from euphonium.wire.records import Array, GroupInfo, GroupPayload, OrmAnswer, TrainingGroup
@@ -72,6 +73,10 @@ def advantages(
     guidance = config.sampler.guidance
     if config.advantage.baseline == "group" or guidance is None or len(guidance.strengths) == 1:
         return group_advantages(rewards, config.advantage_rule())
+    if config.advantage.baseline == "unguided":
+        strengths = member_strengths(guidance.strengths, config.rollout.group_size)
+        unguided = tuple((strengths == 0).nonzero().flatten().tolist())
+        return group_advantages(rewards, replace(config.advantage_rule(), baseline=unguided))
     return _by_strength(rewards, config.advantage_rule(), len(guidance.strengths))
 
 

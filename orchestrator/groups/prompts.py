@@ -41,8 +41,8 @@ class PromptStream:
         # Batches that are drawn ahead may span two epochs.
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
-    def task(self, ordinal: int, iteration: int = 0) -> GroupTask:
-        """The task with this ordinal, to be drawn for an iteration (from 0)."""
+    def task(self, ordinal: int, iteration: int = 0, strength: float = 1.0) -> GroupTask:
+        """The task with this ordinal, for an iteration (from 0), with a multiple of the recipe's guidance."""
         epoch, position = divmod(ordinal, len(self._prompts))
         noise = np.random.SeedSequence([self._seed, 1, ordinal]).generate_state(1, np.uint64)[0]
         return GroupTask(
@@ -50,6 +50,7 @@ class PromptStream:
             prompt=self._prompts[self._order(epoch)[position]],
             seed=int(noise >> np.uint64(1)),
             iteration=iteration,
+            strength=strength,
         )
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:

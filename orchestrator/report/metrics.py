@@ -68,6 +68,11 @@ METRICS = (
            "Weighted outcome of the guided members of a group over that of its unguided ones, in units of the spread "
            "within groups; only with sampler.guidance.strengths."),
     Metric("guidance/gain_error", "guidance_gain_error", "Standard error of that gain over the iteration's groups."),
+    Metric("guidance/margin", "guidance_margin",
+           "The same of a group's strongest guided members over the next weaker ones, guided or not."),
+    Metric("guidance/margin_error", "guidance_margin_error", "Standard error of that margin."),
+    Metric("guidance/strength", "guidance_strength",
+           "Multiple of the recipe's guidance that the iteration's groups got; only with sampler.guidance.control."),
     Metric("process/refresh_accuracy", "process_refresh_accuracy",
            "Share of pairs of the newest groups that the process reward model ranks as the outcome rewards do, over "
            "all noise levels, before a refresh trains on them."),

@@ -53,24 +53,32 @@ def guidance_gain(
     """What guidance earns: outcome of the guided members of a group over that of its unguided ones.
 
     In units of the spread within groups, with the standard error of the mean over the groups; empty where groups are
-    not mixed (``sampler.guidance.strengths``).
+    not mixed (``sampler.guidance.strengths``). The margin is the same of the strongest members over the next weaker
+    ones, which may be guided too.
     """
     guidance = config.sampler.guidance
-    if guidance is None or len({strength > 0 for strength in guidance.strengths}) == 1:
+    if guidance is None or len(set(guidance.strengths)) == 1:
         return {}
     mixed = [group for info, group in zip(infos, scores, strict=True) if guidance.at(info.task.iteration) is not None]
     if len(mixed) < 2:
         return {}
     totals = np.stack([weighted_total(group, config.rewards.outcome, config.rollout.group_size) for group in mixed])
-    guided = member_strengths(guidance.strengths, totals.shape[1]).numpy() > 0
-    spread = float(np.sqrt((totals[:, guided].var(axis=1) + totals[:, ~guided].var(axis=1)).mean() / 2))
+    strengths = member_strengths(guidance.strengths, totals.shape[1]).numpy()
+    weaker, strongest = np.unique(strengths)[-2:]
+    spread = float(np.sqrt(np.mean([totals[:, strengths == s].var(axis=1).mean() for s in np.unique(strengths)])))
     if spread == 0:
         return {}
-    gains = (totals[:, guided].mean(axis=1) - totals[:, ~guided].mean(axis=1)) / spread
-    return {
-        "guidance/gain": float(gains.mean()),
-        "guidance/gain_error": float(gains.std(ddof=1) / np.sqrt(len(gains))),
-    }
+    record: dict[str, float] = {}
+
+    def compare(name: str, some: NDArray[np.bool_], others: NDArray[np.bool_]) -> None:
+        gains = (totals[:, some].mean(axis=1) - totals[:, others].mean(axis=1)) / spread
+        record[f"guidance/{name}"] = float(gains.mean())
+        record[f"guidance/{name}_error"] = float(gains.std(ddof=1) / np.sqrt(len(gains)))
+
+    if (strengths == 0).any():
+        compare("gain", strengths > 0, strengths == 0)
+    compare("margin", strengths == strongest, strengths == weaker)
+    return record
 
 
 def reward_statistics(scores: Sequence[Mapping[str, Array]]) -> dict[str, float]:

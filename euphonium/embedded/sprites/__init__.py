@@ -7,7 +7,8 @@ from euphonium.embedded.sprites.world import (
     Scene,
     all_scenes,
     parse_caption,
+    prompt_sets,
     split_scenes,
 )
 
-__all__ = ["BACKGROUNDS", "DIRECTIONS", "ICONS", "Scene", "all_scenes", "parse_caption", "split_scenes"]
+__all__ = ["BACKGROUNDS", "DIRECTIONS", "ICONS", "Scene", "all_scenes", "parse_caption", "prompt_sets", "split_scenes"]

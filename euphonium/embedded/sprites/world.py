@@ -15,29 +15,17 @@ from dataclasses import dataclass
 # "blue heart" differ by a word alone.
 ICONS: dict[str, str] = {
     "red car": "automobile",
-    "red apple": "red-apple",
-    "green apple": "green-apple",
-    "yellow banana": "banana",
     "green frog": "frog",
-    "green turtle": "turtle",
     "blue whale": "whale",
-    "orange butterfly": "butterfly",
     "pink pig": "pig-face",
     "white panda": "panda",
     "black penguin": "penguin",
-    "red crab": "crab",
     "blue fish": "tropical-fish",
     "white rocket": "rocket",
-    "red strawberry": "strawberry",
-    "blue football": "soccer-ball",
-    "orange basketball": "basketball",
     "yellow star": "star",
-    "red balloon": "balloon",
     "orange pumpkin": "jack-o-lantern",
-    "green tractor": "tractor",
     "red heart": "red-heart",
     "blue heart": "blue-heart",
-    "orange heart": "orange-heart",
 }
 
 # Unit displacement (x, y) in image coordinates: y grows downwards.
@@ -120,3 +108,21 @@ def split_scenes(held_out_fraction: float = 0.2) -> tuple[list[Scene], list[Scen
         held_out += [Scene(icon, *parts) for parts in order[:count]]
         seen += [Scene(icon, *parts) for parts in order[count:]]
     return sorted(seen), sorted(held_out)
+
+
+def prompt_sets() -> dict[str, list[Scene]]:
+    """The scenes of the shipped prompt files (``recipes/embedded/prompts_<name>.txt``), which share none.
+
+    ``train`` is for reinforcement learning, ``reward_model`` for the process reward model and ``reward_model_held_out``
+    for its accuracy; they are of the scenes that the generator's training has seen. ``held_out``, for evaluations, is
+    of those that it has not.
+    """
+    seen, held_out = split_scenes()
+    random.Random(20260102).shuffle(seen)
+    half, most = len(seen) // 2, 11 * len(seen) // 12
+    return {
+        "train": sorted(seen[:half]),
+        "reward_model": sorted(seen[half:most]),
+        "reward_model_held_out": sorted(seen[most:]),
+        "held_out": held_out,
+    }

@@ -9,6 +9,7 @@ import pytest
 from euphonium.config import RunConfig
 from euphonium.errors import LostActorError, RewardError, TrainingError
 from orchestrator.groups.batches import BatchSource
+from orchestrator.groups.guidance_control import GuidanceControl
 from orchestrator.groups.prompts import PromptStream
 from orchestrator.report.statistics import RewardFailures
 from orchestrator.state.checkpoints import RunState
@@ -26,7 +27,8 @@ class Setting:
         self.rollouts: Any = Rollouts(config)
         self.failures = RewardFailures(config.rewards)
         stream = PromptStream(["a", "b", "c"], config.seed)
-        self.source = BatchSource(config, self.rollouts, self.position, stream, self.failures)
+        self.guidance = GuidanceControl(config.sampler.guidance, config.rollout.max_staleness)
+        self.source = BatchSource(config, self.rollouts, self.position, stream, self.failures, self.guidance)
 
     async def train(self) -> list[int]:
         """Takes the next batch and moves the position past it; the ordinals of its groups."""
