@@ -108,5 +108,34 @@ def test_what_guidance_earns_is_measured_in_spreads(make_config: MakeConfig) -> 
     spread = sum(r.weight for r in config.rewards.outcome) * 0.1
     assert metrics["guidance/gain"] == pytest.approx(np.mean(totals) / spread, rel=1e-4)
     assert metrics["guidance/gain_error"] == pytest.approx(np.std(totals, ddof=1) / np.sqrt(2) / spread, rel=1e-4)
-    for name in ("guidance/gain", "guidance/gain_error"):
+    for name in ("guidance/gain", "guidance/gain_error", "guidance/margin", "guidance/margin_error"):
         assert find_metric(name)
+
+
+def test_members_are_compared_with_the_unguided_ones(make_config: MakeConfig) -> None:
+    config = make_config(
+        "advantage.mode=outcome", "advantage.clip=100", "rollout.group_size=6", "sampler.guidance.strengths=[0, 1, 2]",
+        "advantage.baseline=unguided",
+    )  # fmt: skip
+    (group,), _ = assign_credit(config, batch_of(config, 4))
+    wanted = np.zeros(6)
+    for reward in config.rewards.outcome:
+        own = scores_of(config, 4)[reward.name].astype(np.float64)
+        spread = own.std(ddof=config.advantage.ddof) + config.advantage.eps
+        wanted += reward.weight * (own - own[[0, 3]].mean()) / spread
+    np.testing.assert_allclose(group.advantages[0, :, 0], wanted, rtol=1e-5, atol=1e-6)
+    assert abs(wanted[[0, 3]].sum()) < 1e-5, "the unguided members unlearn nothing for the guided ones"
+    assert abs(wanted.sum()) > 0.1
+
+
+def test_the_margin_is_that_of_the_strongest_members_over_the_next(make_config: MakeConfig) -> None:
+    config = make_config("rollout.group_size=6", "sampler.guidance.strengths=[0, 1, 2]")
+    groups = [scored(config, number) for number in (0, 1)]
+    for number, group in enumerate(groups):
+        for values in group.scores.values():
+            values[:] = np.array([0.0, 1.0, 3.0 + number, 0.2, 1.2, 3.2 + number])
+    _, metrics = assign_credit(config, Batch(groups, 0, 2, 1.0))
+    # All members of a strength are 0.2 apart: a spread of 0.1. Strength 2 is 2 and 3 above strength 1.
+    assert metrics["guidance/margin"] == pytest.approx(25, rel=1e-4)
+    assert metrics["guidance/margin_error"] == pytest.approx(np.std([20, 30], ddof=1) / np.sqrt(2), rel=1e-4)
+    assert metrics["guidance/gain"] == pytest.approx((1 + 3 + 1 + 4) / 4 * 10, rel=1e-4)

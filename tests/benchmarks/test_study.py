@@ -1,0 +1,84 @@
+"""The study's runner and tables."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.study import runs
+from benchmarks.study.plans import PLANS, QUICK
+from benchmarks.study.runs import Method, Trial, run_all
+from benchmarks.study.tables import Row, as_json, iterations_to, markdown, plot, rows, speed
+from euphonium.config import load_config
+
+SMALL = (*QUICK, "rollout.prompts_per_iteration=2", "rollout.group_size=2", "evaluation.prompts=2")
+
+
+def row(name: str, *curves: list[float]) -> Row:
+    return Row(name, tuple(range(len(curves))), tuple(range(0, 2 * len(curves[0]), 2)), np.array(curves))
+
+
+@pytest.mark.parametrize("table", sorted(PLANS))
+def test_every_row_of_a_table_is_a_configuration(table: str) -> None:
+    plan = PLANS[table]
+    assert plan.reference in [method.name for method in plan.methods]
+    assert len({method.name for method in plan.methods}) == len(plan.methods)
+    for method in plan.methods:
+        recipe, *overrides = Trial(method, 1, QUICK).arguments
+        assert load_config(recipe, overrides).seed == 1
+
+
+def test_speed_is_the_ratio_of_the_iterations_to_the_reference_s_best() -> None:
+    reference = row("reference", [0.0, 0.1, 0.2, 0.3], [0.0, 0.1, 0.2, 0.4])
+    twice = row("twice", [0.0, 0.2, 0.4, 0.4], [0.0, 0.2, 0.4, 0.5])
+    assert speed(reference, reference).ratio == 1
+    measured = speed(twice, reference)
+    assert measured.ratio == pytest.approx(6 / 3.5)
+    assert measured.low <= measured.ratio <= measured.high
+    never = speed(row("never", [0.0, 0.0, 0.0, 0.0], [0.0, 0.2, 0.4, 0.5]), reference)
+    assert (never.ratio, never.reached) == (0, 0.5)
+    assert iterations_to(0.0, [0, 2], np.array([0.1, 0.2])) == 0
+
+
+def test_tables_and_plots_hold_every_row() -> None:
+    found = [row("reference", [0.1, 0.2], [0.1, 0.3]), row("other", [0.1, 0.4], [0.1, 0.5])]
+    table = markdown(found, "reference")
+    assert "| other | 2 | 0.450 ± 0.050 | 1.00 | " in table
+    picture = plot(found, "title")
+    assert picture.count("<polyline") == 2
+    assert ">other</text>" in picture
+    assert json.loads(json.dumps(as_json(found)))[1]["values"] == [[0.1, 0.4], [0.1, 0.5]]
+
+
+def test_a_finished_run_is_not_run_again_and_a_broken_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "run_one", lambda trial, folder: calls.append(trial.seed) or write(trial, folder))
+    calls: list[int] = []
+
+    def write(trial: Trial, folder: Path) -> None:
+        (folder / f"{trial.key}.jsonl").write_text('{"iteration": 0, "eval/total/mean": 0.5}\n')
+
+    method = Method("a method", "dancegrpo.yaml")
+    trials = [Trial(method, seed) for seed in (1, 2)]
+    (tmp_path / f"{trials[0].key}.part").write_text("{")
+    records = run_all(trials, tmp_path, jobs=1)
+    assert calls == [1, 2]
+    assert [record.curve() for record in records] == [{0: 0.5}] * 2
+    run_all([*trials, Trial(method, 3)], tmp_path, jobs=2)
+    assert calls == [1, 2, 3]
+    assert "2 of 3 runs are done already" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="itarations"):
+        run_all([Trial(Method("typing error", "dancegrpo.yaml", ("itarations=2",)), 1)], tmp_path, jobs=1)
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_a_real_run_ends_in_a_record(tmp_path: Path) -> None:
+    trial = Trial(Method("DanceGRPO", "dancegrpo.yaml"), 1, (*SMALL, "objective.updates_per_iteration=1"))
+    (record,) = run_all([trial], tmp_path, jobs=1)
+    assert sorted(record.curve()) == [0, 1, 2]
+    assert [r.values.shape for r in rows([record])] == [(1, 3)]
