@@ -12,6 +12,7 @@ import argparse
 import copy
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,8 +150,8 @@ class _Averaged:
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         self.averaged = [copy.deepcopy(module).requires_grad_(False) for module in modules]
-        self.parameters = [p for module in modules for p in module.parameters()]
-        self.averages = [p for module in self.averaged for p in module.parameters()]
+        self.parameters: list[Tensor] = [p for module in modules for p in module.parameters()]
+        self.averages: list[Tensor] = [p for module in self.averaged for p in module.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
         self.step = 0
 
@@ -183,8 +184,9 @@ class _Averaged:
         self.step = state["step"]
 
 
-def _velocity_loss(transformer: nn.Module, batch: tuple[Tensor, Tensor, Tensor], text: dict[str, Tensor]) -> Tensor:
-    clean, noise, sigma = batch
+def _velocity_loss(
+    transformer: Callable[..., tuple[Tensor]], clean: Tensor, noise: Tensor, sigma: Tensor, text: dict[str, Tensor]
+) -> Tensor:
     velocity = transformer(hidden_states=noised(clean, noise, sigma), timestep=1000 * sigma, return_dict=False, **text)[
         0
     ]
@@ -204,8 +206,8 @@ def learn_words(pipeline: HunyuanVideoPipeline, steps: int, seed: int = 0) -> No
     training = _Averaged([pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2])
     progress = _Progress("words", steps)
     while training.step < steps:
-        *batch, captions = data.batch(right_captions=True)
-        loss = _velocity_loss(pipeline.transformer, tuple(batch), text.encode(captions))
+        clean, noise, sigma, captions = data.batch(right_captions=True)
+        loss = _velocity_loss(pipeline.transformer, clean, noise, sigma, text.encode(captions))
         training.update(loss, LEARNING_RATE)
         progress.report(training.step, loss)
     training.finish()
@@ -240,8 +242,9 @@ def learn_to_disobey(
     transformer = torch.compile(pipeline.transformer) if compiled else pipeline.transformer
     progress = _Progress("generator", steps)
     while training.step < steps:
-        *batch, captions = data.batch(right_captions=False)
-        loss = _velocity_loss(transformer, tuple(batch), {n: value[captions] for n, value in encoded.items()})
+        clean, noise, sigma, captions = data.batch(right_captions=False)
+        chosen = {name: value[captions] for name, value in encoded.items()}
+        loss = _velocity_loss(transformer, clean, noise, sigma, chosen)
         training.update(loss, LEARNING_RATE * (1 - training.step / steps))
         progress.report(training.step, loss)
         if training.step % 1000 == 0:
