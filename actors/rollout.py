@@ -148,6 +148,7 @@ class RolloutWorker:
                 steps=select_steps(table, group_size, config.objective.timestep_fraction, task.seed),
                 scored_states=scored,
                 guided_mean=config.objective.kind == "standard",
+                keep_gradients=config.objective.keeps_gradients,
             ),
             _guiding(make_source(conditioning, table, velocity), guidance, table, task.strength)
             if make_source and needs_source

@@ -49,13 +49,15 @@ class Recording:
         steps: int64 ``[group, K]``, steps whose transitions are kept, for every sample.
         scored_states: numbers, 0 to ``num_steps``, of the states whose process rewards are needed besides those of
             guided steps.
-        guided_mean: whether log-probabilities are taken under the mean with guidance, and gradients are kept
-            (``objective.kind: standard``), or under the mean without it (``distill``).
+        guided_mean: whether log-probabilities are taken under the mean with guidance (``objective.kind: standard``) or
+            under the mean without it (``distill``).
+        keep_gradients: whether the gradients that guided the kept transitions are kept with them.
     """
 
     steps: Tensor
     scored_states: Collection[int] = ()
     guided_mean: bool = False
+    keep_gradients: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +295,7 @@ class _Transitions:
         self.rows, count = state_rows(recording.steps)
         self.states = torch.empty((count, *start.shape[1:]))
         self.log_probs = torch.empty(recording.steps.shape)
-        self.gradients = torch.zeros(shape) if recording.guided_mean and table.guided_steps else None
+        self.gradients = torch.zeros(shape) if recording.keep_gradients and table.guided_steps else None
 
     def add(self, step: Step) -> None:
         """Keeps a step's transitions, for the samples that have this step among theirs."""

@@ -27,8 +27,8 @@ from euphonium.dynamics import StepTable
 from euphonium.rewards.process import LocalRewards, ProcessRewardModel
 from euphonium.rewards.total import weighted_total
 from euphonium.wire.records import GroupPayload, TrainingGroup
-from learners.policy.batching import Plan, load_rows, plan_updates
-from learners.policy.objective import References, evaluate_objective, old_log_probs, replayed_log_probs
+from learners.policy.batching import MicroBatch, Plan, load_rows, plan_updates
+from learners.policy.objective import References, Transitions, evaluate_objective, old_log_probs, replayed_log_probs
 from learners.policy.objective import Velocity as VelocityOf
 from learners.policy.schedules import kl_controller, kl_weight, learning_rate
 from learners.rewards.refresh import PrmRefresh
@@ -141,7 +141,7 @@ class SingleProcess:
             observed = 0.0
             for position, batch in enumerate(shares[0]):
                 group = groups[batch.group]
-                rows = load_rows(batch, group, payloads[batch.group], self.device)
+                rows = self._rows(batch, group, payloads[batch.group])
                 if old_log_probs(config, update, on_policy=True) == "own":
                     rows = dataclasses.replace(rows, own_old=True)
                 elif (update, position) in replayed:
@@ -178,12 +178,15 @@ class SingleProcess:
             (update, position): replayed_log_probs(
                 self.worker.table(groups[batch.group].info.task.iteration),
                 lambda x, t, c: self.worker.family.velocity(self.policy, x, t, c),
-                load_rows(batch, groups[batch.group], payloads[batch.group], self.device),
+                self._rows(batch, groups[batch.group], payloads[batch.group]),
             )
             for update, shares in enumerate(plan)
             for position, batch in enumerate(shares[0])
             if old_log_probs(self.config, update, on_policy=True) == "replay"
         }
+
+    def _rows(self, batch: MicroBatch, group: TrainingGroup, payload: GroupPayload) -> Transitions:
+        return load_rows(batch, group, payload, self.device, guided_mean=self.config.objective.kind == "standard")
 
     def _velocity(self, model: nn.Module | None) -> VelocityOf | None:
         if model is None:

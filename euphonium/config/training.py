@@ -57,6 +57,10 @@ class ObjectiveConfig(Node):
 
     kind: Literal["distill", "standard"] = "distill"
     """``distill`` scores guided samples under the unguided mean (Eq. 18-19), ``standard`` keeps the guidance."""
+    imitate_guidance: NonNegativeFloat = 0.0
+    """Weight of a regression of the policy's mean on the guided one, ``|mean - (mean + g grad)|^2 / (2 V)``, at the
+    guided steps of guided members; only with ``distill``. The distilled surrogate follows a push as far as its sample's
+    advantage says; this follows all of them, so it needs guidance that pays (``sampler.guidance.control``)."""
     clip_range: PositiveFloat = 1e-4
     """Clip range of the importance ratio (Eq. 17)."""
     timestep_fraction: Fraction = 1.0
@@ -82,6 +86,17 @@ class ObjectiveConfig(Node):
     """The same mean, above which the run stops before the weights move: rollout and learner disagree."""
     ratio_tolerance_p99: PositiveFloat = 1e-2
     """Limit on |ratio - 1| that 99 % of the transitions must keep, likewise."""
+
+    @model_validator(mode="after")
+    def _imitates_what_is_not_in_the_mean(self) -> Self:
+        if self.imitate_guidance and self.kind == "standard":
+            raise ValueError("imitate_guidance needs kind: distill; with standard the guidance is in the mean already")
+        return self
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether the gradients that guided a step travel to the learner."""
+        return self.kind == "standard" or self.imitate_guidance > 0
 
     @property
     def needs_previous_policy(self) -> bool:

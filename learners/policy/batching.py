@@ -90,7 +90,9 @@ def plan_updates(rows_per_group: Sequence[int], updates: int, rows_per_micro_bat
     return plan
 
 
-def load_rows(batch: MicroBatch, group: TrainingGroup, payload: GroupPayload, device: torch.device) -> Transitions:
+def load_rows(
+    batch: MicroBatch, group: TrainingGroup, payload: GroupPayload, device: torch.device, *, guided_mean: bool = True
+) -> Transitions:
     """Selects the rows of a micro-batch from its group.
 
     Args:
@@ -98,6 +100,7 @@ def load_rows(batch: MicroBatch, group: TrainingGroup, payload: GroupPayload, de
         group: the group, with advantages.
         payload: the group's transitions.
         device: device that the learner computes on.
+        guided_mean: whether the payload's gradients belong to the mean.
     """
     kept = payload.steps.shape[1]
     index = np.arange(batch.begin, batch.end)
@@ -122,6 +125,7 @@ def load_rows(batch: MicroBatch, group: TrainingGroup, payload: GroupPayload, de
         gradients=None if payload.gradients is None else flat(payload.gradients),
         conditioning=expand(conditioning, batch.end - batch.begin),
         weight=batch.weight,
+        guided_mean=guided_mean,
     )
 
 

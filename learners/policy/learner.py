@@ -158,7 +158,8 @@ class Learner:
     def _rows(
         self, groups: Sequence[TrainingGroup], payloads: Mapping[int, GroupPayload], batch: MicroBatch
     ) -> Transitions:
-        return load_rows(batch, groups[batch.group], payloads[batch.group], self.device)
+        guided_mean = self.config.objective.kind == "standard"
+        return load_rows(batch, groups[batch.group], payloads[batch.group], self.device, guided_mean=guided_mean)
 
     def _references(self) -> References:
         return References(

@@ -31,11 +31,12 @@ class Transitions:
         steps: int64 ``[rows]``, k.
         log_probs: float32 ``[rows]``, log-probabilities under the behaviour policy.
         advantages: float32 ``[components, rows]``; each component has a clipped loss of its own.
-        gradients: float32 like ``states``, reward gradients that belong to the mean, or None.
+        gradients: float32 like ``states``, reward gradients that guided the steps, or None.
         conditioning: conditioning of the rows.
         weight: weight of a row in the loss; 0 in micro-batches that only keep the ranks in step.
         own_old: whether ratios divide by the learner's own present probabilities instead of ``log_probs``, which are
             then only compared with.
+        guided_mean: whether the gradients belong to the mean (``objective.kind: standard``).
     """
 
     states: Tensor
@@ -47,6 +48,7 @@ class Transitions:
     conditioning: Conditioning
     weight: float
     own_old: bool = False
+    guided_mean: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,10 @@ def evaluate_objective(
         penalty = config.kl.anchor_weight * kl_anchor + config.kl.previous_weight * kl_previous
         # A penalty is added to a loss that is minimised; the sign of SAGE-GRPO's Eq. 43 is a slip.
         total = total + references.kl_weight * penalty
+    if config.imitate_guidance and rows.gradients is not None:
+        strength = table.coef_grad[rows.steps].to(mean).view(-1, *[1] * (mean.dim() - 1))
+        guided = (mean + strength * rows.gradients).detach()
+        total = total + config.imitate_guidance * table.kl(rows.steps, mean, guided)
     return ObjectiveValue(
         loss=rows.weight * total.sum(),
         ratio=ratio.detach(),
@@ -215,7 +221,7 @@ def _score(table: StepTable, velocity: Velocity, rows: Transitions) -> tuple[Ten
     """Means and log-probabilities of the rows under a policy."""
     times = table.times[rows.steps].to(device=rows.states.device, dtype=torch.float32)
     v = velocity(rows.states, times, rows.conditioning)
-    mean = table.mean(rows.steps, rows.states, v, rows.gradients)
+    mean = table.mean(rows.steps, rows.states, v, rows.gradients if rows.guided_mean else None)
     return mean, table.log_prob(rows.steps, rows.next_states, mean)
 
 

@@ -60,6 +60,29 @@ def test_gradient_is_the_closed_form_on_policy(kind: str) -> None:
     torch.testing.assert_close(leaf.grad, expected.float(), atol=1e-6, rtol=1e-5)
 
 
+def test_imitation_adds_the_push_itself_to_the_gradient() -> None:
+    """d loss / d v gains -w c b g grad / (V dims), whatever the advantages say."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(4, 3, 2, generator=generator)
+    t, transitions, g, _ = rows(Guidance(scale=0.5), keep_gradient=False, v_old=v, generator=generator)
+    transitions = dataclasses.replace(transitions, gradients=g, guided_mean=False)
+    gradients = []
+    for weight in (0.0, 0.75):
+        leaf = v.clone().requires_grad_(True)
+        evaluate_objective(ObjectiveConfig(imitate_guidance=weight), t, lambda *_: leaf, transitions).loss.backward()  # noqa: B023
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    shape = (-1, 1, 1)
+    push = t.coef_v[transitions.steps].view(shape) * t.coef_grad[transitions.steps].view(shape) * g
+    expected = -0.25 * 0.75 * push / t.std[transitions.steps].view(shape) ** 2 / 6
+    torch.testing.assert_close(gradients[1] - gradients[0], expected.float(), atol=1e-6, rtol=1e-4)
+
+
+def test_guidance_in_the_mean_cannot_be_imitated_as_well() -> None:
+    with pytest.raises(ValueError, match="imitate_guidance needs kind: distill"):
+        ObjectiveConfig(kind="standard", imitate_guidance=1.0)
+
+
 @pytest.mark.parametrize("keep_gradient", [True, False])
 def test_equations_58_and_65(keep_gradient: bool) -> None:
     """The residual under a new policy: the guidance cancels in ``standard`` and remains in ``distill``."""
