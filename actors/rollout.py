@@ -164,7 +164,7 @@ class RolloutWorker:
             task=task,
             policy_version=self.policy_version,
             fingerprint=table.fingerprint(),
-            transitions=payload.steps.shape[1],
+            rows=payload.rows,
             process_rewards=self._credited(trajectory.process_rewards, table),
             seconds={**trajectory.seconds, "total": time.perf_counter() - began},
             payload_bytes=payload.nbytes,
@@ -255,6 +255,7 @@ def _payload(trajectory: Trajectory, conditioning: Conditioning) -> GroupPayload
     return GroupPayload(
         states=trajectory.states.numpy(),
         rows=trajectory.rows.numpy(),
+        next_rows=trajectory.next_rows.numpy(),
         steps=trajectory.steps.numpy(),
         log_probs=trajectory.log_probs.numpy(),
         gradients=None if trajectory.gradients is None else trajectory.gradients.numpy(),

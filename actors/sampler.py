@@ -67,7 +67,8 @@ class Trajectory:
     Attributes:
         final: float32 ``[group, *latent]``, the samples.
         states: float32 ``[states, *latent]``, the states of the kept transitions, each once.
-        rows: int64 ``[group, K]``, where x_k of each transition is in ``states``; x_{k+1} follows it.
+        rows: int64 ``[group, K]``, where x_k of each transition is in ``states``; equal for samples that share it.
+        next_rows: int64 ``[group, K]``, where x_{k+1} is.
         steps: int64 ``[group, K]``, k of the kept transitions.
         log_probs: float32 ``[group, K]``, log-probabilities of the kept transitions.
         gradients: float32 ``[group, K, *latent]``, reward gradients that enter the mean, or None.
@@ -79,6 +80,7 @@ class Trajectory:
     final: Tensor
     states: Tensor
     rows: Tensor
+    next_rows: Tensor
     steps: Tensor
     log_probs: Tensor
     gradients: Tensor | None
@@ -113,24 +115,36 @@ def select_steps(table: StepTable, group_size: int, fraction: float, seed: int) 
     return torch.from_numpy(np.stack(rows)).long()
 
 
-def state_rows(steps: Tensor) -> tuple[Tensor, int]:
+def state_rows(steps: Tensor, shared: int | None = None) -> tuple[Tensor, Tensor, int]:
     """Where the states of kept transitions are, if each is kept once, sample by sample.
 
     Args:
         steps: int64 ``[group, K]``, k of the transitions.
+        shared: k of the state that all samples share, and which comes first of all; None if they share none.
 
     Returns:
-        Like ``steps``: where x_k is, which x_{k+1} follows; and the number of states.
+        Like ``steps``: where x_k is and where x_{k+1} is; and the number of states.
 
     Example:
         >>> state_rows(torch.tensor([[0, 1], [0, 2]]))  # x_0 x_1 x_2, x_0 x_1 x_2 x_3
         (tensor([[0, 1],
-                [3, 5]]), 7)
+                [3, 5]]), tensor([[1, 2],
+                [4, 6]]), 7)
+        >>> state_rows(torch.tensor([[0, 1], [0, 2]]), shared=0)  # x_0, x_1 x_2, x_1 x_2 x_3
+        (tensor([[0, 1],
+                [0, 4]]), tensor([[1, 2],
+                [3, 5]]), 6)
     """
     needed = torch.zeros(len(steps), int(steps.max()) + 2, dtype=torch.bool)
     needed.scatter_(1, steps, True).scatter_(1, steps + 1, True)
-    places = needed.flatten().cumsum(0).view_as(needed) - 1
-    return places.gather(1, steps), int(needed.sum())
+    first = 0
+    if shared is not None and bool(needed[:, shared].any()):
+        needed[:, shared] = False
+        first = 1
+    places = needed.flatten().cumsum(0).view_as(needed) - 1 + first
+    if shared is not None:
+        places[:, shared] = 0
+    return places.gather(1, steps), places.gather(1, steps + 1), int(needed.sum()) + first
 
 
 def credited_steps(process: ProcessRewardConfig, table: StepTable) -> list[int]:
@@ -157,6 +171,7 @@ class Step(NamedTuple):
         gradient: gradient of the process reward, or None where the step is not guided.
         mean: mean of the next state, with guidance.
         x_next: the next state.
+        alike: whether all samples are in the same state before the step.
         velocity_s: seconds that the velocity took.
         waited_s: seconds of waiting for the gradient after the velocity was ready.
     """
@@ -167,6 +182,7 @@ class Step(NamedTuple):
     gradient: Tensor | None
     mean: Tensor
     x_next: Tensor
+    alike: bool
     velocity_s: float
     waited_s: float
 
@@ -207,8 +223,8 @@ def sample_group(
     scores = rewards.of_all_states(len(start))
     seconds["process_reward"] += time.perf_counter() - began
     return Trajectory(
-        final=x, states=kept.states, rows=kept.rows, steps=recording.steps, log_probs=kept.log_probs,
-        gradients=kept.gradients, process_rewards=scores, seconds=seconds,
+        final=x, states=kept.states, rows=kept.rows, next_rows=kept.next_rows, steps=recording.steps,
+        log_probs=kept.log_probs, gradients=kept.gradients, process_rewards=scores, seconds=seconds,
     )  # fmt: skip
 
 
@@ -237,18 +253,24 @@ def sample_deterministic(
 def _walk(
     table: StepTable, velocity: Velocity, x: Tensor, rewards: _ProcessRewards, noise: torch.Generator | None = None
 ) -> Iterator[Step]:
-    """Yields the steps from a state to the end; without ``noise`` every next state is its mean."""
+    """Yields the steps from a state to the end; without ``noise`` every next state is its mean.
+
+    Samples that start alike are one state until noise, or guidance of different strengths, parts them.
+    """
+    alike = len(x) > 1
     for k in range(table.num_steps):
+        alike = alike and bool((x == x[:1]).all())
         rewards.ask(k, x)
         began = time.perf_counter()
-        v = velocity(x, float(table.times[k]))
+        time_k = float(table.times[k])
+        v = velocity(x[:1], time_k).expand_as(x) if alike else velocity(x, time_k)
         ready = time.perf_counter()
         gradient = rewards.gradient(k)
         waited = time.perf_counter() - ready
         x_next = mean = table.mean(k, x, v, gradient)
         if noise is not None and float(table.std[k]) > 0:
             x_next = table.sample(k, mean, torch.randn(x.shape, generator=noise).to(x.device))
-        yield Step(k, x, v, gradient, mean, x_next, ready - began, waited)
+        yield Step(k, x, v, gradient, mean, x_next, alike, ready - began, waited)
         x = x_next
 
 
@@ -292,14 +314,20 @@ class _Transitions:
         self._table = table
         self._recording = recording
         shape = (*recording.steps.shape, *start.shape[1:])
-        self.rows, count = state_rows(recording.steps)
-        self.states = torch.empty((count, *start.shape[1:]))
+        self._lay_out(start, None)
         self.log_probs = torch.empty(recording.steps.shape)
         self.gradients = torch.zeros(shape) if recording.keep_gradients and table.guided_steps else None
 
+    def _lay_out(self, x: Tensor, shared: int | None) -> None:
+        self.rows, self.next_rows, count = state_rows(self._recording.steps, shared)
+        self.states = torch.empty((count, *x.shape[1:]))
+
     def add(self, step: Step) -> None:
         """Keeps a step's transitions, for the samples that have this step among theirs."""
-        k, x, v, gradient, mean, x_next, *_ = step
+        k, x, v, gradient, mean, x_next, alike, *_ = step
+        if alike and k == self._table.stochastic_steps[0]:
+            # The last state that they can share, and the first that is kept.
+            self._lay_out(x, k)
         rows, columns = torch.nonzero(self._recording.steps == k, as_tuple=True)
         if not len(rows):
             return
@@ -310,6 +338,6 @@ class _Transitions:
         # Where the step before is kept too, its next state is this state.
         new = ~(self._recording.steps[rows] == k - 1).any(dim=1)
         self.states[places[new]] = x[rows[new]].cpu()
-        self.states[places + 1] = x_next[rows].cpu()
+        self.states[self.next_rows[rows, columns]] = x_next[rows].cpu()
         if self.gradients is not None and gradient is not None:
             self.gradients[rows, columns] = gradient[rows].cpu()

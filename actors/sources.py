@@ -38,6 +38,27 @@ class GradientsOfAnother:
         return Later(lambda: (rewarded.result()[0], guiding.result()[1]))
 
 
+class EqualStatesOnce:
+    """Rewards and gradients of a model that sees a state once where all samples are in the same one.
+
+    Implements :class:`actors.sampler.ProcessRewardSource`; for sources whose answer depends on the state alone.
+    """
+
+    def __init__(self, source: ProcessRewardSource) -> None:
+        self._source = source
+
+    def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
+        """Requests rewards of the different states."""
+        if len(x) == 1 or not bool((x == x[:1]).all()):
+            return self._source.submit(k, x, with_gradient=with_gradient)
+
+        def for_all(answer: Rewarded) -> Rewarded:
+            rewards, gradient = answer
+            return rewards.expand(len(x)), None if gradient is None else gradient.expand_as(x)
+
+        return self._source.submit(k, x[:1], with_gradient=with_gradient).map(for_all)
+
+
 class RewardSources:
     """One rollout actor's clients of the reward servers, whose circuit breakers last longer than a group."""
 
@@ -63,7 +84,9 @@ class RewardSources:
         return lambda *of_group: GradientsOfAnother(rewards(*of_group), gradients(*of_group))
 
     def _prm_source(self, task: GroupTask) -> SourceFactory:
-        return lambda conditioning, table, velocity: PrmClient(self._prm, conditioning, table, task.prompt)
+        return lambda conditioning, table, velocity: EqualStatesOnce(
+            PrmClient(self._prm, conditioning, table, task.prompt)
+        )
 
     def _spsa_source(self, task: GroupTask, settings: SpsaConfig) -> SourceFactory:
         score = self._outcome_score(task.prompt)

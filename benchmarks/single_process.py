@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from actors.rollout import RolloutWorker
 from actors.sampler import Velocity
+from actors.sources import EqualStatesOnce
 from euphonium.config import RunConfig, load_config
 from euphonium.dynamics import StepTable
 from euphonium.rewards.process import LocalRewards, ProcessRewardModel
@@ -114,16 +115,17 @@ class SingleProcess:
         metrics |= {"time/rollout_s": rolled_out - began, "time/update_s": time.perf_counter() - rolled_out}
         return metrics
 
-    def _source(self, conditioning: dict[str, Tensor], table: StepTable, velocity: Velocity) -> LocalRewards:
+    def _source(self, conditioning: dict[str, Tensor], table: StepTable, velocity: Velocity) -> EqualStatesOnce:
         assert self.prm is not None
-        return LocalRewards(self.prm, conditioning, table.sigmas)
+        return EqualStatesOnce(LocalRewards(self.prm, conditioning, table.sigmas))
 
     def _update(self, groups: list[TrainingGroup], payloads: list[GroupPayload]) -> dict[str, float]:
         config = self.config
-        rows_per_group = [group.rows for group in groups]
+        total = sum(group.rows for group in groups)
         plan = plan_updates(
-            rows_per_group, config.objective.updates_per_iteration, config.pools.learner.rows_per_micro_batch, 1
-        )
+            [(group.rows, group.states) for group in groups], config.objective.updates_per_iteration,
+            config.pools.learner.rows_per_micro_batch, 1,
+        )  # fmt: skip
         self.policy.requires_grad_(True)
         if self.previous is not None:
             _copy(self.policy, self.previous)
@@ -158,14 +160,14 @@ class SingleProcess:
             norms.append(float(torch.nn.utils.clip_grad_norm_(self.parameters, config.optimizer.max_grad_norm)))
             self.optimizer.step()
             self.updates += 1
-            self._after_update(observed / sum(batch.end - batch.begin for batch in shares[0]))
-            divergence += observed / sum(rows_per_group)
+            self._after_update(observed * shares[0][0].weight)
+            divergence += observed / total
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, self.parameters, 1 - config.optimizer.ema_decay)
         self.policy.requires_grad_(False)
         return {
             "policy/grad_norm": float(np.mean(norms)),
-            "policy/clip_fraction": clipped / sum(rows_per_group),
+            "policy/clip_fraction": clipped / total,
             "policy/ratio_deviation": deviation,
             "kl/observed": divergence,
         }

@@ -64,7 +64,8 @@ class GroupInfo:
         task: the task that it was drawn for.
         policy_version: version of the policy that drew it, the same for all of its steps.
         fingerprint: the sampler's (:meth:`euphonium.dynamics.StepTable.fingerprint`).
-        transitions: K, trained transitions of each sample.
+        rows: int64 ``[group, K]``, numbers of the states that the K trained transitions of each sample leave; equal
+            where samples share a state.
         process_rewards: float32 ``[group, num_steps]``, process reward that each action is credited with, 0 at steps
             without one; None without process rewards.
         seconds: wall time by part of the work.
@@ -74,10 +75,15 @@ class GroupInfo:
     task: GroupTask
     policy_version: int
     fingerprint: str
-    transitions: int
+    rows: NDArray[np.int64]
     process_rewards: Array | None
     seconds: dict[str, float]
     payload_bytes: int
+
+    @property
+    def transitions(self) -> int:
+        """K, trained transitions of each sample."""
+        return int(self.rows.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +93,8 @@ class GroupPayload:
     Attributes:
         states: float32 ``[states, *latent]``, exactly as log-probabilities were computed; those that consecutive
             transitions share are there once.
-        rows: int64 ``[group, K]``, where x_k of every transition is in ``states``; x_{k+1} follows it.
+        rows: int64 ``[group, K]``, where x_k of every transition is in ``states``; equal where samples share it.
+        next_rows: int64 ``[group, K]``, where x_{k+1} is.
         steps: int64 ``[group, K]``, k of every transition.
         log_probs: float32 ``[group, K]``, log-probabilities under the policy that drew them.
         gradients: float32 ``[group, K, *latent]``, reward gradients, where the objective keeps guidance in the mean;
@@ -97,6 +104,7 @@ class GroupPayload:
 
     states: Array
     rows: NDArray[np.int64]
+    next_rows: NDArray[np.int64]
     steps: Array
     log_probs: Array
     gradients: Array | None
@@ -105,7 +113,7 @@ class GroupPayload:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        arrays = [self.states, self.rows, self.steps, self.log_probs, *self.conditioning.values()]
+        arrays = [self.states, self.rows, self.next_rows, self.steps, self.log_probs, *self.conditioning.values()]
         return sum(a.nbytes for a in arrays) + (self.gradients.nbytes if self.gradients is not None else 0)
 
 
@@ -127,6 +135,11 @@ class TrainingGroup:
     def rows(self) -> int:
         """Number of transitions to train on."""
         return len(self.samples) * self.info.transitions
+
+    @property
+    def states(self) -> int:
+        """Number of different states that these transitions leave, each of which the network sees once."""
+        return len(np.unique(self.info.rows[self.samples]))
 
 
 @dataclass(frozen=True, kw_only=True)

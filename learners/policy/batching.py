@@ -22,12 +22,15 @@ from learners.policy.objective import Transitions
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Rows ``begin:end`` of one group; a row is a transition of a sample, and rows are ordered sample by sample.
+    """States ``begin:end`` of one group, with all rows that leave them.
+
+    A row is a transition of a sample. The network sees a state once, however many samples leave it: with shared initial
+    noise, that is the first trained one. States are ordered sample by sample, the shared one before all.
 
     Attributes:
         group: position of the group in the iteration.
-        begin: first row.
-        end: one past the last row.
+        begin: first state.
+        end: one past the last state.
         weight: weight of each row in the loss; 0 for padding.
     """
 
@@ -41,23 +44,23 @@ class MicroBatch:
 Plan = list[list[list[MicroBatch]]]
 
 
-def plan_updates(rows_per_group: Sequence[int], updates: int, rows_per_micro_batch: int, world_size: int) -> Plan:
+def plan_updates(sizes: Sequence[tuple[int, int]], updates: int, states_per_micro_batch: int, world_size: int) -> Plan:
     """Plans the micro-batches of all updates of an iteration.
 
     Groups are dealt to the updates in turn; a micro-batch never mixes groups. The loss of an update is the mean over
     its rows: ``weight`` is ``world_size / rows``, because gradients are averaged over the ranks.
 
     Args:
-        rows_per_group: number of rows of each group.
+        sizes: number of rows and of their different states, of each group.
         updates: number of optimiser steps; fewer are planned if there are fewer groups.
-        rows_per_micro_batch: largest micro-batch.
+        states_per_micro_batch: largest micro-batch.
         world_size: number of ranks.
 
     Returns:
         ``plan[update][rank]``: the rank's micro-batches, equally many on every rank.
 
     Example:
-        >>> (update,) = plan_updates([5, 2], updates=1, rows_per_micro_batch=3, world_size=2)
+        >>> (update,) = plan_updates([(5, 5), (2, 2)], updates=1, states_per_micro_batch=3, world_size=2)
         >>> for rank, batches in enumerate(update):
         ...     print(rank, [(b.group, b.begin, b.end, round(b.weight, 2)) for b in batches])
         0 [(0, 0, 3, 0.29), (0, 3, 5, 0.29)]
@@ -66,17 +69,17 @@ def plan_updates(rows_per_group: Sequence[int], updates: int, rows_per_micro_bat
         2.0
     """
     plan = []
-    count = min(updates, len(rows_per_group))
+    count = min(updates, len(sizes))
     for update in range(count):
-        groups = range(update, len(rows_per_group), count)
-        total = sum(rows_per_group[g] for g in groups)
+        groups = range(update, len(sizes), count)
+        total = sum(sizes[g][0] for g in groups)
         pieces = [
             MicroBatch(
-                group=g, begin=begin, end=min(begin + rows_per_micro_batch, rows_per_group[g]),
+                group=g, begin=begin, end=min(begin + states_per_micro_batch, sizes[g][1]),
                 weight=world_size / total,
             )
             for g in groups
-            for begin in range(0, rows_per_group[g], rows_per_micro_batch)
+            for begin in range(0, sizes[g][1], states_per_micro_batch)
         ]  # fmt: skip
         # Pieces of a group go to neighbours, so that a rank fetches few groups, and a node its share of them.
         size, larger = divmod(len(pieces), world_size)
@@ -96,33 +99,33 @@ def load_rows(
     """Selects the rows of a micro-batch from its group.
 
     Args:
-        batch: which rows, counted over the samples that are trained and their transitions.
+        batch: which states, counted over those that trained transitions leave.
         group: the group, with advantages.
         payload: the group's transitions.
         device: device that the learner computes on.
         guided_mean: whether the payload's gradients belong to the mean.
     """
     kept = payload.steps.shape[1]
-    index = np.arange(batch.begin, batch.end)
-    samples, columns = group.samples[index // kept], index % kept
-    steps = payload.steps[samples, columns]
-    states = payload.rows[samples, columns]
-    # If all samples are trained, rows are a view of the shared memory that the group is in; else they are copied.
-    whole = len(group.samples) == payload.steps.shape[0]
+    states, of = np.unique(payload.rows[group.samples], return_inverse=True)
+    of = of.ravel()
+    order = np.argsort(of, kind="stable")
+    order = order[np.searchsorted(of[order], batch.begin) : np.searchsorted(of[order], batch.end)]
+    samples, columns = group.samples[order // kept], order % kept
+    flat = samples * kept + columns
 
-    def flat(array: Array) -> torch.Tensor:
-        if whole:
-            return as_tensor(array.reshape(-1, *array.shape[2:])[batch.begin : batch.end]).to(device)
-        return torch.from_numpy(array[samples, columns]).to(device)
+    def rows_of(array: Array) -> torch.Tensor:
+        return _taken(array.reshape(-1, *array.shape[2:]), flat).to(device)
 
     conditioning = {name: as_tensor(array).to(device) for name, array in payload.conditioning.items()}
+    steps = payload.steps[samples, columns]
     return Transitions(
-        states=_taken(payload.states, states).to(device),
-        next_states=_taken(payload.states, states + 1).to(device),
+        states=_taken(payload.states, states[batch.begin : batch.end]).to(device),
+        of=torch.from_numpy(of[order] - batch.begin).to(device),
+        next_states=_taken(payload.states, payload.next_rows[samples, columns]).to(device),
         steps=torch.from_numpy(np.ascontiguousarray(steps)).long(),
-        log_probs=flat(payload.log_probs),
+        log_probs=rows_of(payload.log_probs),
         advantages=torch.from_numpy(np.ascontiguousarray(group.advantages[:, samples, steps])).to(device),
-        gradients=None if payload.gradients is None else flat(payload.gradients),
+        gradients=None if payload.gradients is None else rows_of(payload.gradients),
         conditioning=expand(conditioning, batch.end - batch.begin),
         weight=batch.weight,
         guided_mean=guided_mean,

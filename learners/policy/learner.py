@@ -149,7 +149,7 @@ class Learner:
 
     def _plan(self, groups: Sequence[TrainingGroup]) -> Plan:
         return plan_updates(
-            [group.rows for group in groups],
+            [(group.rows, group.states) for group in groups],
             self.config.objective.updates_per_iteration,
             self.config.pools.learner.rows_per_micro_batch,
             self.world_size,

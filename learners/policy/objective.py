@@ -26,13 +26,14 @@ class Transitions:
     """Rows of one micro-batch, each a transition of one sample.
 
     Attributes:
-        states: float32 ``[rows, *latent]``, x_k.
-        next_states: float32 like ``states``, x_{k+1}.
+        states: float32 ``[states, *latent]``, the states that the rows leave, each once.
+        of: int64 ``[rows]``, which of the states is x_k of a row; None if row i leaves state i.
+        next_states: float32 ``[rows, *latent]``, x_{k+1}.
         steps: int64 ``[rows]``, k.
         log_probs: float32 ``[rows]``, log-probabilities under the behaviour policy.
         advantages: float32 ``[components, rows]``; each component has a clipped loss of its own.
-        gradients: float32 like ``states``, reward gradients that guided the steps, or None.
-        conditioning: conditioning of the rows.
+        gradients: float32 like ``next_states``, reward gradients that guided the steps, or None.
+        conditioning: conditioning of the states.
         weight: weight of a row in the loss; 0 in micro-batches that only keep the ranks in step.
         own_old: whether ratios divide by the learner's own present probabilities instead of ``log_probs``, which are
             then only compared with.
@@ -49,6 +50,7 @@ class Transitions:
     weight: float
     own_old: bool = False
     guided_mean: bool = True
+    of: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,9 +221,14 @@ def _previous_divergence(
 
 def _score(table: StepTable, velocity: Velocity, rows: Transitions) -> tuple[Tensor, Tensor]:
     """Means and log-probabilities of the rows under a policy."""
-    times = table.times[rows.steps].to(device=rows.states.device, dtype=torch.float32)
-    v = velocity(rows.states, times, rows.conditioning)
-    mean = table.mean(rows.steps, rows.states, v, rows.gradients if rows.guided_mean else None)
+    states, steps = rows.states, rows.steps
+    if rows.of is not None:
+        # All rows of a state are of the same step.
+        steps = steps.new_zeros(len(states)).scatter_(0, rows.of.to(steps.device), steps)
+    v = velocity(states, table.times[steps].to(device=states.device, dtype=torch.float32), rows.conditioning)
+    if rows.of is not None and len(rows.of) > len(states):
+        states, v = states[rows.of], v[rows.of]
+    mean = table.mean(rows.steps, states, v, rows.gradients if rows.guided_mean else None)
     return mean, table.log_prob(rows.steps, rows.next_states, mean)
 
 

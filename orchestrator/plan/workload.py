@@ -117,7 +117,8 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
 
     table = generator.step_table(config.sampler)
     steps = select_steps(table, config.rollout.group_size, config.objective.timestep_fraction, 0)
-    kept, stored = steps.shape[1], state_rows(steps)[1]
+    shared = table.stochastic_steps[0] if config.sampler.shared_noise else None
+    places, _, stored = state_rows(steps, shared)
     rollout, objective, guidance = config.rollout, config.objective, config.sampler.guidance
     best = config.advantage.best_of
     trained = rollout.group_size if best is None else 2 * best
@@ -137,7 +138,7 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
         guided=guided,
         scored=len(set(scored_states(config, table)) - set(table.guided_steps)),
         decodes=1 + 2 * guidance.spsa.perturbations * len(table.guided_steps) if guidance is not None and spsa else 1,
-        rows=trained * kept,
+        rows=len(places[:trained].unique()),
         updates=objective.updates_per_iteration,
         references=(kl is not None and kl.anchor != "none") + objective.needs_previous_policy + _replayed(config),
         latent_values=values,

@@ -90,11 +90,12 @@ def test_guided_sampling_follows_the_table() -> None:
             if k in kept[i]:
                 j = kept[i].tolist().index(k)
                 torch.testing.assert_close(result.states[result.rows[i, j]], x[i], rtol=0, atol=0)
-                torch.testing.assert_close(result.states[result.rows[i, j] + 1], x_next[i])
+                torch.testing.assert_close(result.states[result.next_rows[i, j]], x_next[i])
                 torch.testing.assert_close(result.log_probs[i, j], table.log_prob(k, x_next, mean)[i])
         x = x_next
-    # No state is kept twice, and none that no transition needs.
-    assert len(result.states) == sum(len({*row, *(k + 1 for k in row)}) for row in kept.tolist()) < 2 * kept.numel()
+    # No state is kept twice, and none that no transition needs; the first one is the same for all samples.
+    needed = {(i if k else 0, k) for i, row in enumerate(kept.tolist()) for step in row for k in (step, step + 1)}
+    assert len(result.states) == len(needed) < 2 * kept.numel()
     torch.testing.assert_close(result.final, x)
     torch.testing.assert_close(result.process_rewards[:, 6], -x.square().flatten(1).sum(1))
 
@@ -134,7 +135,7 @@ def test_rollout_and_learner_agree_on_the_ratio(make_config: MakeConfig, kind: s
     assert (payload.gradients is not None) == (kind == "standard")
     assert source.calls == [(0, False), (1, True), (2, True), (3, False)]
     group = TrainingGroup(info=info, advantages=np.ones((1, 3, 4), dtype=np.float32), samples=np.arange(3))
-    rows = load_rows(MicroBatch(group=0, begin=0, end=12, weight=1.0), group, payload, CPU)
+    rows = load_rows(MicroBatch(group=0, begin=0, end=group.states, weight=1.0), group, payload, CPU)
     value = evaluate_objective(
         config.objective, worker.table(), lambda x, s, c: worker.family.velocity(worker.transformer, x, s, c), rows
     )

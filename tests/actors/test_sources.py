@@ -85,6 +85,9 @@ def test_spsa_alone_gives_both_and_no_guidance_leaves_the_model(
     ):
         make_source = RewardSources(make_config(*overrides), 0).of_group(TASK, context)
         assert make_source is not None
-        assert make_source({}, None, None) is expected  # type: ignore[arg-type]
+        source = make_source({}, None, None)  # type: ignore[arg-type]
+        before = len(expected.asked)
+        source.submit(1, torch.zeros(2, 3), with_gradient=True)
+        assert len(expected.asked) == before + 1
     nothing = make_config("sampler.guidance=null", "rewards.process=null")
     assert RewardSources(nothing, 0).of_group(TASK, context) is None

@@ -11,7 +11,7 @@ def training_group(
     """A group of the first policy; ``advantages``: ``[components, group, num_steps]``; ``samples``: all by default."""
     info = GroupInfo(
         task=GroupTask(group_id=0, prompt="", seed=0), policy_version=0, fingerprint=fingerprint,
-        transitions=payload.steps.shape[1], process_rewards=None, seconds={}, payload_bytes=payload.nbytes,
+        rows=payload.rows, process_rewards=None, seconds={}, payload_bytes=payload.nbytes,
     )  # fmt: skip
     chosen = np.arange(len(payload.steps)) if samples is None else samples
     return TrainingGroup(info=info, advantages=advantages, samples=chosen)

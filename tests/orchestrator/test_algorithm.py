@@ -55,7 +55,8 @@ class Scripted:
         self.step("draw", number)
         task = GroupTask(group_id=number, prompt="a prompt", seed=number, iteration=number - 1)
         info = GroupInfo(
-            task=task, policy_version=number - 1, fingerprint="", transitions=4, process_rewards=None,
+            task=task, policy_version=number - 1, fingerprint="",
+            rows=np.arange(3 * 4).reshape(3, 4), process_rewards=None,
             seconds={"total": 1.0, "weights": 0.0, "process_reward": 0.0}, payload_bytes=0,
         )  # fmt: skip
         scores = {name: np.array([0.0, 1.0, 2.0], np.float32) for name in ("icon", "motion", "quality")}

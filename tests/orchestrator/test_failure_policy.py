@@ -12,6 +12,7 @@ from euphonium.errors import RewardError
 from euphonium.wire.records import GroupInfo, GroupTask
 from orchestrator.groups.batches import BatchSource
 from orchestrator.groups.credit import ScoredGroup
+from orchestrator.groups.guidance_control import GuidanceControl
 from orchestrator.groups.prompts import PromptStream
 from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.pools.run_pools import ActorFactories, RunPools
@@ -34,7 +35,8 @@ class ScriptedSource(BatchSource):
         if task.group_id in self.errors:
             raise self.errors[task.group_id]
         info = GroupInfo(
-            task=task, policy_version=0, fingerprint="", transitions=4, process_rewards=None, seconds={"total": 1.0},
+            task=task, policy_version=0, fingerprint="",
+            rows=np.arange(3 * 4).reshape(3, 4), process_rewards=None, seconds={"total": 1.0},
             payload_bytes=0,
         )  # fmt: skip
         return ScoredGroup(info, None, None, {"icon": np.zeros(3, np.float32)}, 0.1)
@@ -47,7 +49,9 @@ def collect(config: RunConfig, errors: dict[int, Exception]) -> tuple[Any, dict[
     failures = RewardFailures(config.rewards)
 
     async def next_batch() -> Any:
-        source = ScriptedSource(config, rollouts, position, PromptStream(["a prompt"], 0), failures)
+        source = ScriptedSource(
+            config, rollouts, position, PromptStream(["a prompt"], 0), failures, GuidanceControl(None, 0)
+        )
         source.errors, source.asked = errors, []
         return await source.next(), source.asked
 

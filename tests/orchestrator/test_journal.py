@@ -33,7 +33,8 @@ def batch(*versions: int, pulled_s: float = 0.0) -> Batch:
     groups = []
     for version in versions:
         info = GroupInfo(
-            task=GroupTask(group_id=0, prompt="", seed=0), policy_version=version, fingerprint="", transitions=1,
+            task=GroupTask(group_id=0, prompt="", seed=0), policy_version=version, fingerprint="",
+            rows=np.arange(3 * 1).reshape(3, 1),
             process_rewards=None, seconds={"weights": pulled_s}, payload_bytes=0,
         )  # fmt: skip
         groups.append(ScoredGroup(info, REFERENCE, REFERENCE, {"icon": np.zeros(2)}, 0.0))

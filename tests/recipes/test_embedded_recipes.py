@@ -58,7 +58,7 @@ def assert_penalty_counts_the_distance(run: Any, before: list[torch.Tensor]) -> 
         advantages=np.zeros((1, config.rollout.group_size, config.sampler.num_steps), dtype=np.float32),
         samples=np.arange(config.rollout.group_size),
     )
-    batch = plan_updates([group.rows], 1, 16, 1)[0][0][0]
+    batch = plan_updates([(group.rows, group.states)], 1, 16, 1)[0][0][0]
     rows = load_rows(batch, group, payload, torch.device("cpu"))
     anchor = copy.deepcopy(run.policy)
     for parameter, old in zip(anchor.parameters(), before, strict=True):

@@ -92,11 +92,12 @@ class StubWorker:
         states = np.zeros((2 * group, self.values), dtype=np.float32)
         states[::2, :SIZE] = latents
         payload = GroupPayload(
-            states=states, rows=2 * np.arange(group)[:, None], steps=np.zeros((group, 1), dtype=np.int64),
+            states=states, rows=2 * np.arange(group)[:, None],
+            next_rows=2 * np.arange(group)[:, None] + 1, steps=np.zeros((group, 1), dtype=np.int64),
             log_probs=np.zeros((group, 1), dtype=np.float32), gradients=None, conditioning={},
         )  # fmt: skip
         info = GroupInfo(
-            task=task, policy_version=self.policy_version, fingerprint="stub", transitions=1,
+            task=task, policy_version=self.policy_version, fingerprint="stub", rows=payload.rows,
             process_rewards=None, payload_bytes=payload.nbytes,
             seconds={"total": time.perf_counter() - began, "process_reward": 0.0},
         )  # fmt: skip

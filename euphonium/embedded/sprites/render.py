@@ -12,7 +12,17 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from euphonium.embedded.sprites.world import BACKGROUNDS, DIRECTIONS, FRAMES, ICONS, SIZE, SPEED, SPRITE, Scene
+from euphonium.embedded.sprites.world import (
+    BACKGROUNDS,
+    DIRECTIONS,
+    FRAMES,
+    ICONS,
+    OFF_MIDDLE,
+    SIZE,
+    SPEED,
+    SPRITE,
+    Scene,
+)
 
 ATLAS = Path(__file__).parent / "icons" / "atlas.png"
 
@@ -58,11 +68,11 @@ def composite(sprites: Tensor, positions: Tensor, backgrounds: Tensor) -> Tensor
 
 
 def render(scenes: Sequence[Scene], generator: torch.Generator) -> Tensor:
-    """Renders one clip a scene, with random start, speed and cross position.
+    """Renders one clip a scene, with random speed, along a path near the middle.
 
     Args:
         scenes: what to draw.
-        generator: source of the random start positions and speeds.
+        generator: source of the random positions and speeds.
 
     Returns:
         float32 ``[len(scenes), FRAMES, 3, SIZE, SIZE]`` in [0, 1].
@@ -74,8 +84,9 @@ def render(scenes: Sequence[Scene], generator: torch.Generator) -> Tensor:
     free = SIZE - SPRITE
     speed = SPEED[0] + (SPEED[1] - SPEED[0]) * torch.rand(len(scenes), 1, generator=generator)
     travel = (FRAMES - 1) * speed * direction
-    # Along the motion the whole path must stay inside the picture; across it any position will do.
-    span = free - travel.abs()
-    start = torch.rand(len(scenes), 2, generator=generator) * span + (-travel).clamp(min=0)
+    along = direction.abs()
+    off = OFF_MIDDLE[0] * along + OFF_MIDDLE[1] * (1 - along)
+    middle = free / 2 + off * (2 * torch.rand(len(scenes), 2, generator=generator) - 1)
+    start = middle - travel / 2
     steps = torch.linspace(0, 1, FRAMES)[None, :, None]
     return composite(sprites, start[:, None] + steps * travel[:, None], background)

@@ -44,8 +44,11 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
 FRAMES = 9
 SIZE = 32
 SPRITE = 14
-# Pixels a frame. The slowest sprite crosses 7.2 pixels in a clip, a fifth of the picture.
-SPEED = (0.9, 1.6)
+# Pixels a frame. The slowest sprite crosses 8 pixels in a clip, a quarter of the picture.
+SPEED = (1.0, 1.4)
+# Pixels by which the middle of a path lies off the picture's middle at most, along the motion and across it. Paths that
+# are alike leave a small network its capacity for what captions speak of.
+OFF_MIDDLE = (1.0, 3.0)
 
 _CAPTION = re.compile(r"^(an?) (?P<icon>.+) moving (?P<direction>\w+) on an? (?P<background>\w+) background$")
 

@@ -53,7 +53,7 @@ def reference(config: RunConfig, iterations: list) -> tuple[dict[str, Tensor], d
                 variance = eta**2 * delta
                 mean = x - delta * v - variance / 2 * (x + (1 - sigma) * v) / sigma
                 density = torch.distributions.Normal(mean, variance.sqrt())
-                log_prob = density.log_prob(states[rows + 1]).flatten(1).mean(1)
+                log_prob = density.log_prob(states[torch.tensor(payload.next_rows).flatten()]).flatten(1).mean(1)
                 ratio = torch.exp(log_prob - torch.tensor(payload.log_probs).flatten())
                 samples = torch.arange(len(k)) // payload.steps.shape[1]
                 advantage = torch.tensor(advantages[g])[samples, k]

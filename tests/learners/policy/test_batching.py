@@ -16,7 +16,7 @@ from tests.learners.groups import training_group
     world=st.integers(1, 7),
 )
 def test_every_row_is_trained_once_and_ranks_stay_in_step(rows: list[int], updates: int, size: int, world: int) -> None:
-    plan = plan_updates(rows, updates, size, world)
+    plan = plan_updates([(n, n) for n in rows], updates, size, world)
     assert len(plan) == min(updates, len(rows))
     for shares in plan:
         # Two ranks have at most one group in common, or a group is shared by all ranks between them.
@@ -41,6 +41,7 @@ def test_rows_are_cut_sample_by_sample_with_their_own_advantages() -> None:
         # x_0 x_1 x_3 x_4, x_1 x_2 x_4 x_5, x_2 x_3 x_4
         states=np.array([[0], [1], [3], [4], [11], [12], [14], [15], [22], [23], [24]], dtype=np.float32),
         rows=np.array([[0, 2], [4, 6], [8, 9]]),
+        next_rows=np.array([[1, 3], [5, 7], [9, 10]]),
         steps=np.array([[0, 3], [1, 4], [2, 3]]),
         log_probs=np.arange(group * kept, dtype=np.float32).reshape(group, kept) / 10,
         gradients=None,

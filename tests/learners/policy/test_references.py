@@ -76,7 +76,7 @@ class PlainLearner:
                 members = groups[update::2]
                 count = sum(group.rows for group, _ in members)
                 for group, payload in members:
-                    batch = MicroBatch(group=0, begin=0, end=group.rows, weight=1 / count)
+                    batch = MicroBatch(group=0, begin=0, end=group.states, weight=1 / count)
                     rows = load_rows(batch, group, payload, CPU)
                     table = self.worker.table()
                     if objective.old_log_probs == "learner":

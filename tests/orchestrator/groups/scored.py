@@ -26,7 +26,7 @@ def process_of(config: RunConfig, group_id: int) -> np.ndarray:
 
 def info_of(config: RunConfig, task: GroupTask, version: int = 0) -> GroupInfo:
     return GroupInfo(
-        task=task, policy_version=version, fingerprint="", transitions=2,
+        task=task, policy_version=version, fingerprint="", rows=np.arange(3 * 2).reshape(3, 2),
         process_rewards=process_of(config, task.group_id), seconds=SECONDS, payload_bytes=10,
     )  # fmt: skip
 

@@ -21,7 +21,8 @@ def task(number: int, per_iteration: int = 2) -> GroupTask:
 
 def scored(number: int, nbytes: int = 10, per_iteration: int = 2) -> ScoredGroup:
     info = GroupInfo(
-        task=task(number, per_iteration), policy_version=0, fingerprint="", transitions=1, process_rewards=None,
+        task=task(number, per_iteration), policy_version=0, fingerprint="",
+        rows=np.arange(3 * 1).reshape(3, 1), process_rewards=None,
         seconds={}, payload_bytes=nbytes,
     )  # fmt: skip
     reference: Any = f"reference to the arrays of group {number}"

@@ -31,7 +31,8 @@ def group(seed: int) -> tuple[Any, Any, np.ndarray]:
     latents = rng.standard_normal((4, 16, 5, 4, 4)).astype(np.float32)
     empty = np.zeros((4, 0), dtype=np.float32)
     payload = GroupPayload(
-        states=empty, rows=empty.astype(np.int64), steps=empty.astype(np.int64), log_probs=empty, gradients=None,
+        states=empty, rows=empty.astype(np.int64),
+        next_rows=empty.astype(np.int64), steps=empty.astype(np.int64), log_probs=empty, gradients=None,
         conditioning={
             "encoder_hidden_states": rng.standard_normal((1, 7, 64)).astype(np.float32),
             "encoder_attention_mask": np.ones((1, 7), dtype=np.float32),

@@ -102,7 +102,8 @@ def test_every_number_of_an_iteration_is_a_declared_metric(make_config: Callable
     seconds = {"velocity": 1.0, "process_reward": 0.5, "total": 2.0}
     infos = [
         GroupInfo(
-            task=GroupTask(group_id=i, prompt="p", seed=i), policy_version=0, fingerprint="", transitions=4,
+            task=GroupTask(group_id=i, prompt="p", seed=i), policy_version=0, fingerprint="",
+            rows=np.arange(3 * 4).reshape(3, 4),
             process_rewards=rng.random((3, 4), np.float32), seconds=seconds, payload_bytes=0,
         )
         for i in range(2)
@@ -181,8 +182,8 @@ def test_groups_without_a_reward_of_weight_0_count_in_everything_else(make_confi
     infos = [
         GroupInfo(
             task=GroupTask(group_id=i, prompt="a car", seed=i, iteration=0), policy_version=0, fingerprint="",
-            transitions=1, process_rewards=np.ones((3, 4), np.float32), seconds={"total": 1.0, "process_reward": 0.0},
-            payload_bytes=1,
+            rows=np.arange(3).reshape(3, 1), process_rewards=np.ones((3, 4), np.float32),
+            seconds={"total": 1.0, "process_reward": 0.0}, payload_bytes=1,
         )
         for i in range(2)
     ]  # fmt: skip
