@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -92,6 +92,8 @@ def shares_are_equal(optimizer: RewardOptimizerConfig, learner: LearnerPoolConfi
 
 class PairsConfig(NoiseGridConfig):
     """Preference pairs drawn from the generator itself and ranked by the outcome rewards."""
+
+    section: ClassVar[str] = "pairs"
 
     samples_per_prompt: Annotated[int, Field(ge=2)] = 24
     """Samples of every training prompt."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -155,6 +155,9 @@ class MovingWindowConfig(Node):
 
 class NoiseGridConfig(Node):
     """The noise levels between which a sampler steps."""
+
+    # Key of a recipe's section of these settings, for errors.
+    section: ClassVar[str] = "sampler"
 
     grid: Literal["pipeline", "linear"] = "pipeline"
     """``pipeline`` walks the noise levels of the generator's own diffusers pipeline, as its scheduler computes them;

@@ -164,11 +164,7 @@ class Generator(Backbone):
             assert settings.shift is not None  # checked with the settings
             return NoiseGrid(shifted_sigmas(num_steps, settings.shift))
         return pipeline_grid(
-            self.pipeline,
-            num_steps,
-            shift=settings.shift,
-            told=self.told_sigmas(num_steps),
-            tokens=self.shifting_tokens(),
+            self.pipeline, num_steps, settings, told=self.told_sigmas(num_steps), tokens=self.shifting_tokens()
         )
 
     def step_table(self, sampler: SamplerConfig, iteration: int = 0) -> StepTable:

@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from euphonium.config import NoiseGridConfig
 from euphonium.dynamics import shifted_sigmas
+from euphonium.dynamics.laws import checked_grid
 from euphonium.errors import ConfigError
 from euphonium.generators.folder import ComponentConfig, PipelineFolder
 
@@ -44,8 +46,8 @@ def scheduler_config(pipeline: PipelineFolder) -> ComponentConfig:
 def pipeline_grid(
     pipeline: PipelineFolder,
     num_steps: int,
+    settings: NoiseGridConfig,
     *,
-    shift: float | None = None,
     told: NDArray[np.float64] | None = None,
     tokens: int | None = None,
 ) -> NoiseGrid:
@@ -54,43 +56,42 @@ def pipeline_grid(
     Args:
         pipeline: the pipeline.
         num_steps: number of sampling steps T.
-        shift: time shift instead of the scheduler's own.
+        settings: whose shift, if it has one, replaces the scheduler's own.
         told: noise levels ``[num_steps]`` before the shift that the pipeline tells its scheduler, or None.
         tokens: tokens of a sample, of which pipelines compute a shift that depends on the size; None if they do not.
 
     Raises:
         ConfigError: the scheduler is not one of flow matching, or cannot make this grid.
     """
-    config = scheduler_config(pipeline)
+    config, section = scheduler_config(pipeline), settings.section
     name, multistep = config.get("_class_name"), bool(config.get("use_flow_sigmas"))
     where = f"{SCHEDULER}/{SCHEDULER_FILE} of {pipeline.path}"
+    remedy = f"set {section}.grid: linear and {section}.shift"
     if name != "FlowMatchEulerDiscreteScheduler" and not multistep:
         raise ConfigError(
-            f"sampler.grid: pipeline takes the noise levels of the pipeline's scheduler, and {where} names a {name}, "
-            "which has none of flow matching; set sampler.grid: linear and sampler.shift"
+            f"{section}.grid: pipeline takes the noise levels of the pipeline's scheduler, and {where} names a {name}, "
+            f"which has none of flow matching; {remedy}"
         )
     dynamic = bool(config.get("use_dynamic_shifting"))
-    if dynamic and shift is not None:
+    if dynamic and settings.shift is not None:
         raise ConfigError(
-            f"sampler.shift: the pipeline computes its shift from the size ({where}: use_dynamic_shifting); leave "
-            f"sampler.shift out, or walk the linear grid with it (sampler.grid: linear)"
+            f"{section}.shift: this pipeline computes its shift from the size ({where}: use_dynamic_shifting); set "
+            f"{section}.shift to null, or {section}.grid to linear, which takes it"
         )
     field = "flow_shift" if multistep else "shift"
     try:
-        scheduler = _scheduler(str(name), config if shift is None else config | {field: shift})
+        scheduler = _scheduler(str(name), config if settings.shift is None else config | {field: settings.shift})
         arguments: dict[str, Any] = {"num_inference_steps": num_steps}
         if told is not None:
-            arguments["sigmas"] = told.copy()
+            arguments["sigmas"] = told
         if dynamic and tokens is not None:
             arguments["mu"] = _shift_of_size(scheduler, tokens)
         scheduler.set_timesteps(**arguments)
+        return _as_walked(scheduler, num_steps, None if dynamic else float(scheduler.config[field]))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"sampler.grid: {name} of {where} makes no noise levels for {num_steps} steps ({error}); set sampler.grid: "
-            "linear and sampler.shift, or download the pipeline again"
+            f"{section}.grid: the {name} of {where} makes no noise levels for {num_steps} steps ({error}); {remedy}"
         ) from error
-    static = None if dynamic else float(scheduler.config[field])
-    return _as_walked(scheduler, num_steps, static)
 
 
 def _scheduler(name: str, config: ComponentConfig) -> Any:
@@ -111,6 +112,7 @@ def _shift_of_size(scheduler: Any, tokens: int) -> float:
 
 
 def _as_walked(scheduler: Any, num_steps: int, shift: float | None) -> NoiseGrid:
+    """The scheduler's levels as our samplers take them; raises StepTableError, a ValueError, if they do not fall."""
     sigmas: Tensor = scheduler.sigmas.double()
     if shift is not None:
         # diffusers rounds to float32: where the levels are those of the linear grid, they are taken unrounded.
@@ -122,4 +124,5 @@ def _as_walked(scheduler: Any, num_steps: int, shift: float | None) -> NoiseGrid
         sigmas = torch.cat([torch.ones(1, dtype=torch.float64), sigmas[1:]])
     times: Tensor = scheduler.timesteps
     whole = not times.is_floating_point()
+    sigmas = checked_grid(sigmas)
     return NoiseGrid(sigmas, times.double() / float(scheduler.config["num_train_timesteps"]) if whole else None)

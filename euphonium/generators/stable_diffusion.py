@@ -97,8 +97,8 @@ class StableDiffusion(ImageGenerator):
     ) -> StepTable:
         if settings.shift not in (None, 1):
             raise ConfigError(
-                f"sampler.shift: a time shift is for flow matching; {self.pipeline_class} has a noise schedule of its "
-                f"own, so leave it out instead of setting {settings.shift:g}"
+                f"{settings.section}.shift: a time shift is for flow matching; {self.pipeline_class} has a noise "
+                f"schedule of its own, so leave it out instead of setting {settings.shift:g}"
             )
         scheduler, span = self._scheduler, self._timesteps
         if num_steps >= span:

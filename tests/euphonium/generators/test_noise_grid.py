@@ -119,8 +119,10 @@ def test_a_shift_alone_is_of_the_linear_grid() -> None:
 
 
 def test_a_shift_that_the_size_decides_cannot_be_given() -> None:
-    with pytest.raises(ConfigError, match=r"sampler\.shift: .*computes its shift from the size.*grid: linear"):
+    with pytest.raises(ConfigError, match=r"sampler\.shift: .* shift from the size .* sampler\.grid to linear"):
         published(FLUX).noise_grid(10, NoiseGridConfig(grid="pipeline", shift=3.0))
+    with pytest.raises(ConfigError, match=r"pairs\.shift: .* set pairs\.shift to null"):
+        published(FLUX).noise_grid(10, PairsConfig(grid="pipeline", shift=3.0))
 
 
 def test_schedulers_without_these_levels_are_refused(folders: Folders, tmp_path: Path) -> None:
@@ -132,6 +134,10 @@ def test_schedulers_without_these_levels_are_refused(folders: Folders, tmp_path:
     dynamic = with_scheduler("hunyuan", folders, tmp_path / "dynamic", use_dynamic_shifting=True)
     with pytest.raises(ConfigError, match=r"makes no noise levels for 4 steps .*mu"):
         dynamic.noise_grid(4, PIPELINE)
+    # Its last level would be walked twice.
+    endless = with_scheduler("wan", folders, tmp_path / "endless", final_sigmas_type="sigma_min")
+    with pytest.raises(ConfigError, match=r"makes no noise levels for 4 steps \(sigmas must fall strictly"):
+        endless.noise_grid(4, PIPELINE)
     shutil.copytree(folders("FluxPipeline"), tmp_path / "none")
     shutil.rmtree(tmp_path / "none" / "scheduler")
     with pytest.raises(ConfigError, match=r"scheduler_config\.json of .* cannot be read"):
