@@ -187,7 +187,7 @@ class RolloutWorker:
             guidance: adds the process-reward gradient to the ODE (``Inference RGG``); None samples the policy alone.
         """
         settings = self.config.evaluation
-        table = self.family.ode_table(settings.num_steps, self.config.sampler.shift, guidance)
+        table = self.family.ode_table(settings.num_steps, self.config.sampler, guidance)
 
         def samples(part: slice) -> Tensor:
             conditioning = stack_conditionings([self.conditioning(prompt) for prompt in prompts[part]])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from euphonium.config.base import Decay, Name, Node, NonNegativeFloat, PathOrHubId, Seed, Steps, UserPath
 from euphonium.config.pools import LearnerPoolConfig
 from euphonium.config.rewards import OutcomeRewardConfig
-from euphonium.config.sampling import ModelConfig, PromptsConfig
+from euphonium.config.sampling import ModelConfig, NoiseGridConfig, PromptsConfig
 
 
 class PreferencesConfig(Node):
@@ -90,8 +90,10 @@ def shares_are_equal(optimizer: RewardOptimizerConfig, learner: LearnerPoolConfi
         )
 
 
-class PairsConfig(Node):
+class PairsConfig(NoiseGridConfig):
     """Preference pairs drawn from the generator itself and ranked by the outcome rewards."""
+
+    section: ClassVar[str] = "pairs"
 
     samples_per_prompt: Annotated[int, Field(ge=2)] = 24
     """Samples of every training prompt."""
@@ -99,8 +101,6 @@ class PairsConfig(Node):
     """Samples of every held-out prompt, for the accuracy."""
     num_steps: Steps = 10
     """ODE steps of the samples."""
-    shift: PositiveFloat = 3.0
-    """Time shift of the samples."""
     samples_per_pass: PositiveInt = 16
     """Most samples in one forward pass of the generator; a pass that does not fit is halved for good."""
     margin: NonNegativeFloat = 0.1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt, PathOrHubId, Seed, Steps, UserPath
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from euphonium.dynamics import Guidance, StepTable
 
 
@@ -185,7 +187,34 @@ class MovingWindowConfig(Node):
     """Seed of a random window."""
 
 
-class SamplerConfig(Node):
+class NoiseGridConfig(Node):
+    """The noise levels between which a sampler steps."""
+
+    # Key of a recipe's section of these settings, for errors.
+    section: ClassVar[str] = "sampler"
+
+    grid: Literal["pipeline", "linear"] = "pipeline"
+    """``pipeline`` walks the noise levels of the generator's own diffusers pipeline, as its scheduler computes them;
+    ``linear`` evenly spaced ones under ``shift``. Left out, it is ``linear`` where ``shift`` is given."""
+    shift: PositiveFloat | None = None
+    """Time shift s of the noise levels (flow matching); null takes that of the pipeline's scheduler."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_shift_alone_is_linear(cls, values: Any) -> Any:
+        # A recipe that says how the grid is shifted means one that it knows, whichever model it is for.
+        if isinstance(values, dict) and "grid" not in values and values.get("shift") is not None:
+            return values | {"grid": "linear"}
+        return values
+
+    @model_validator(mode="after")
+    def _linear_has_a_shift(self) -> Self:
+        if self.grid == "linear" and self.shift is None:
+            raise ValueError("grid: linear needs a shift; 1 leaves the noise levels evenly spaced")
+        return self
+
+
+class SamplerConfig(NoiseGridConfig):
     """The stochastic sampler of the rollouts, from noise to data."""
 
     law: Literal["dance", "flow_grpo", "sage", "cps", "ddim"] = "dance"
@@ -194,8 +223,6 @@ class SamplerConfig(Node):
     """Noise level; its meaning depends on the law (docs/methods.md)."""
     num_steps: Steps
     """Sampling steps T."""
-    shift: PositiveFloat = 1.0
-    """Time shift s of the noise schedule (flow matching)."""
     shared_noise: bool = True
     """Whether the samples of a group start from the same noise; groups never share it."""
     sde_window: tuple[int, int] | MovingWindowConfig | None = None
@@ -218,36 +245,44 @@ class SamplerConfig(Node):
             iteration, size=moving.size, allowed=moving.allowed, stride=moving.stride, every=moving.every
         )
 
-    def table(self, iteration: int = 0) -> StepTable:
+    def table(self, sigmas: Tensor, iteration: int = 0, times: Tensor | None = None) -> StepTable:
         """The step table of these settings, for a flow-matching model.
 
         Args:
+            sigmas: noise levels ``[num_steps + 1]``, which the generator knows
+                (:meth:`euphonium.generators.generator.Generator.noise_grid`).
             iteration: from 0; moving windows and guidance that ends depend on it.
+            times: the network's times, as for :meth:`euphonium.dynamics.StepTable.build`.
 
         Raises:
             StepTableError: settings that make a step undefined.
         """
-        from euphonium.dynamics import StepTable, shifted_sigmas
+        from euphonium.dynamics import StepTable
 
         return StepTable.build(
             self.law,
-            shifted_sigmas(self.num_steps, self.shift),
+            sigmas,
             eta=self.eta,
             guidance=self.guidance.at(iteration) if self.guidance is not None else None,
             sde_window=self.window(iteration),
+            times=times,
         )
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
-        # Impossible settings are refused here, before anything has been started, and not in a rollout actor. DDIM needs
-        # the model's own schedule, so its table is checked together with the model.
+        # Impossible settings are refused here, before anything has been started, and not in a rollout actor. The
+        # pipeline's grid is known together with the model, and so is DDIM's schedule: what depends on them is checked
+        # there, and the rest here on evenly spaced levels.
+        from euphonium.dynamics import shifted_sigmas
+
         moving = self.sde_window
         if isinstance(moving, MovingWindowConfig) and moving.allowed[1] > self.num_steps:
             raise ValueError(f"sde_window.allowed ends after the last of {self.num_steps} steps")
         if self.law == "ddim":
             self.window(0)
         else:
-            self.table()
+            shift = self.shift if self.grid == "linear" else None
+            self.table(shifted_sigmas(self.num_steps, shift or 1.0))
         return self
 
 

@@ -16,6 +16,7 @@ sigma eps``; the velocity is ``v = eps - x0``; step k leads from ``sigma_k`` to 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class StepTable:
         eta: float | None = None,
         guidance: Guidance | None = None,
         sde_window: tuple[int, int] | None = None,
+        times: Tensor | None = None,
     ) -> StepTable:
         """Computes the table of a law on a grid.
 
@@ -81,6 +83,8 @@ class StepTable:
             guidance: reward-gradient guidance; composes with every law.
             sde_window: half-open range of steps that follow the law; the others are steps of the ODE (MixGRPO).
                 ``(0, num_steps - 1)`` ends on the predicted data instead of on data plus noise.
+            times: ``[num_steps]``, the network's time input at each step, as a fraction of its range; None for the
+                noise levels themselves.
 
         Raises:
             StepTableError: an unknown law, a grid or noise level outside its range, or a step whose variance is
@@ -97,7 +101,8 @@ class StepTable:
         elif law == "cps" and eta > 1:
             raise StepTableError(f"the law 'cps' needs eta in (0, 1], got {eta}: std is sigma' sin(eta pi/2)")
         columns = _within(sde_window, law, grid, LAWS[law](grid, eta or 0.0), law_ode(grid, 0.0))
-        return cls._assemble(law, grid, None, columns, guidance)
+        network_times = grid[:-1] if times is None else _checked_times(times, grid)
+        return cls._assemble(law, grid, network_times, columns, guidance)
 
     @classmethod
     def build_ddim(
@@ -129,25 +134,22 @@ class StepTable:
         deterministic = law_ddim(rising, 0.0)
         stochastic = deterministic if eta is None else law_ddim(rising, eta)
         law = "ode" if eta is None else "ddim"
-        network_times = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
-        if network_times.shape != (len(grid) - 1,):
-            raise StepTableError(f"times must have shape [{len(grid) - 1}], got {list(network_times.shape)}")
         columns = _within(sde_window, law, grid, stochastic, deterministic)
-        return cls._assemble(law, grid, network_times, columns, guidance)
+        table = cls._assemble(law, grid, _checked_times(times, grid), columns, guidance)
+        return dataclasses.replace(table, predicts_noise=True)
 
     @classmethod
     def _assemble(
         cls,
         law: str,
         grid: Tensor,
-        times: Tensor | None,
+        times: Tensor,
         columns: Columns,
         guidance: Guidance | None,
     ) -> StepTable:
         delta = grid[:-1] - grid[1:]
         coef_grad = torch.zeros_like(delta) if guidance is None else guidance.coefficients(grid, columns.std**2)
-        network_times = grid[:-1] if times is None else times
-        return cls(law, grid, network_times, times is not None, *columns, coef_grad)
+        return cls(law, grid, times, False, *columns, coef_grad)
 
     @property
     def num_steps(self) -> int:
@@ -265,6 +267,14 @@ def _pick(column: Tensor, k: int | Tensor, like: Tensor) -> Tensor:
     """Numbers of step(s) ``k`` in float32, shaped to broadcast over ``like``."""
     chosen = column[k].to(device=like.device, dtype=torch.float32)
     return chosen.reshape(chosen.shape + (1,) * (like.dim() - chosen.dim()))
+
+
+def _checked_times(times: Tensor, grid: Tensor) -> Tensor:
+    """Copies the network's times to float64 on the CPU; raises StepTableError if they are not one a step."""
+    copied = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
+    if copied.shape != (len(grid) - 1,):
+        raise StepTableError(f"times must have shape [{len(grid) - 1}], got {list(copied.shape)}")
+    return copied
 
 
 def _within(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import override
 
 from euphonium.generators.backbone import NetworkClass
 from euphonium.generators.conditioning import Conditioning, PromptEncoder
 from euphonium.generators.images import ImageGenerator
+from euphonium.generators.noise_grid import scheduler_config
 
 # The transformer reads squares of this many latents a side as one token.
 PACK = 2
@@ -27,6 +31,16 @@ class Flux(ImageGenerator):
     @override
     def patch_size(self) -> int:
         return PACK
+
+    @override
+    def told_sigmas(self, num_steps: int) -> NDArray[np.float64] | None:
+        if scheduler_config(self.pipeline).get("use_flow_sigmas"):
+            return None
+        return np.linspace(1.0, 1 / num_steps, num_steps)
+
+    @override
+    def shifting_tokens(self) -> int:
+        return math.prod(self.latent_shape[2:]) // self.patch_size**2
 
     @override
     def transformer_class(self) -> NetworkClass:

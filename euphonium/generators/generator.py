@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from euphonium.config import GuidanceConfig, ModelConfig, PromptsConfig, SamplerConfig
-from euphonium.dynamics import StepTable, shifted_sigmas
+from euphonium.config import GuidanceConfig, ModelConfig, NoiseGridConfig, PromptsConfig, SamplerConfig
+from euphonium.dynamics import StepTable, StepTableError, shifted_sigmas
 from euphonium.errors import ConfigError
 from euphonium.generators.backbone import Backbone
 from euphonium.generators.conditioning import (
@@ -31,6 +33,7 @@ from euphonium.generators.conditioning import (
     with_negative_prompt,
 )
 from euphonium.generators.folder import PipelineFolder
+from euphonium.generators.noise_grid import NoiseGrid, pipeline_grid
 from euphonium.generators.vae import Autoencoder, VideoVae
 from euphonium.prompt_files import prompt_images
 
@@ -143,6 +146,27 @@ class Generator(Backbone):
         conditional, unconditional = output.chunk(2)
         return guided(conditional, unconditional, self.config.cfg_scale)
 
+    def told_sigmas(self, num_steps: int) -> NDArray[np.float64] | None:
+        """Noise levels ``[num_steps]`` before the shift that this pipeline tells its scheduler, or None."""
+        return None
+
+    def shifting_tokens(self) -> int | None:
+        """Tokens of a sample, where this pipeline can compute its shift of them."""
+        return None
+
+    def noise_grid(self, num_steps: int, settings: NoiseGridConfig) -> NoiseGrid:
+        """The noise levels of a walk of ``num_steps`` steps: the one place that all step tables have them from.
+
+        Raises:
+            ConfigError: the pipeline has no such grid.
+        """
+        if settings.grid == "linear":
+            assert settings.shift is not None  # checked with the settings
+            return NoiseGrid(shifted_sigmas(num_steps, settings.shift))
+        return pipeline_grid(
+            self.pipeline, num_steps, settings, told=self.told_sigmas(num_steps), tokens=self.shifting_tokens()
+        )
+
     def step_table(self, sampler: SamplerConfig, iteration: int = 0) -> StepTable:
         """The step table of a stochastic sampler for this model.
 
@@ -151,18 +175,20 @@ class Generator(Backbone):
             iteration: iteration (from 0); moving windows and guidance that ends depend on it.
 
         Raises:
-            StepTableError: a step is undefined with these settings.
-            ConfigError: the law does not fit what this model predicts.
+            ConfigError: the law does not fit what this model predicts, or a step is undefined with these settings.
         """
         if sampler.law == "ddim":
             raise ConfigError(f"sampler.law: ddim is for models that predict the noise; {self.pipeline_class} does not")
-        return sampler.table(iteration)
+        grid = self.noise_grid(sampler.num_steps, sampler)
+        try:
+            return sampler.table(grid.sigmas, iteration, grid.times)
+        except StepTableError as error:
+            raise ConfigError(f"sampler: {error}") from error
 
-    def ode_table(self, num_steps: int, shift: float, guidance: GuidanceConfig | None = None) -> StepTable:
-        """The step table of deterministic sampling."""
-        return StepTable.build(
-            "ode", shifted_sigmas(num_steps, shift), guidance=guidance.build() if guidance is not None else None
-        )
+    def ode_table(self, num_steps: int, settings: NoiseGridConfig, guidance: GuidanceConfig | None = None) -> StepTable:
+        """The step table of deterministic sampling, on the noise levels that ``settings`` name."""
+        sigmas, times = self.noise_grid(num_steps, settings)
+        return StepTable.build("ode", sigmas, guidance=guidance.build() if guidance is not None else None, times=times)
 
     def prompt_encoder(self, device: torch.device, images: Mapping[str, Path] | None = None) -> PromptEncoder:
         """Loads the prompt encoder, with negative prompt and first frames where this generator needs them.

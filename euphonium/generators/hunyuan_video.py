@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -39,6 +41,10 @@ class HunyuanVideo(Generator):
     @override
     def patch_size(self) -> int:
         return int(self.transformer_config()["patch_size"])
+
+    @override
+    def told_sigmas(self, num_steps: int) -> NDArray[np.float64]:
+        return np.linspace(1.0, 0.0, num_steps + 1)[:-1]
 
     @override
     def transformer_class(self) -> NetworkClass:

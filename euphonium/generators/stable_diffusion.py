@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from euphonium.config import GuidanceConfig, ModelConfig, SamplerConfig
+from euphonium.config import GuidanceConfig, ModelConfig, NoiseGridConfig, SamplerConfig
 from euphonium.dynamics import Guidance, StepTable
 from euphonium.errors import ConfigError
 from euphonium.generators.backbone import NetworkClass
 from euphonium.generators.conditioning import Conditioning, PromptEncoder
 from euphonium.generators.folder import ComponentConfig, PipelineFolder
 from euphonium.generators.images import ImageGenerator
+from euphonium.generators.noise_grid import scheduler_config
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
@@ -44,7 +45,7 @@ class StableDiffusion(ImageGenerator):
             )
 
     def _schedule(self) -> ComponentConfig:
-        return self.pipeline.component_config("scheduler", "scheduler_config.json")
+        return scheduler_config(self.pipeline)
 
     @cached_property
     def _scheduler(self) -> DDIMScheduler:
@@ -79,25 +80,25 @@ class StableDiffusion(ImageGenerator):
             )
         guidance = sampler.guidance.at(iteration) if sampler.guidance is not None else None
         window = sampler.window(iteration)
-        return self._table(sampler.num_steps, sampler.shift, sampler.eta, guidance, window)
+        return self._table(sampler.num_steps, sampler, sampler.eta, guidance, window)
 
     @override
-    def ode_table(self, num_steps: int, shift: float, guidance: GuidanceConfig | None = None) -> StepTable:
+    def ode_table(self, num_steps: int, settings: NoiseGridConfig, guidance: GuidanceConfig | None = None) -> StepTable:
         """DDIM without noise."""
-        return self._table(num_steps, shift, None, guidance.build() if guidance is not None else None, None)
+        return self._table(num_steps, settings, None, guidance.build() if guidance is not None else None, None)
 
     def _table(
         self,
         num_steps: int,
-        shift: float,
+        settings: NoiseGridConfig,
         eta: float | None,
         guidance: Guidance | None,
         sde_window: tuple[int, int] | None,
     ) -> StepTable:
-        if shift != 1:
+        if settings.shift not in (None, 1):
             raise ConfigError(
-                f"sampler.shift: a time shift is for flow matching; {self.pipeline_class} has a noise schedule of its "
-                f"own, so set 1 instead of {shift:g}"
+                f"{settings.section}.shift: a time shift is for flow matching; {self.pipeline_class} has a noise "
+                f"schedule of its own, so leave it out instead of setting {settings.shift:g}"
             )
         scheduler, span = self._scheduler, self._timesteps
         if num_steps >= span:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,10 @@ class StableDiffusion3(ImageGenerator):
     @override
     def patch_size(self) -> int:
         return int(self.transformer_config()["patch_size"])
+
+    @override
+    def shifting_tokens(self) -> int:
+        return math.prod(self.latent_shape[2:]) // self.patch_size**2
 
     @override
     def transformer_class(self) -> NetworkClass:

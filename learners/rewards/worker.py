@@ -67,6 +67,9 @@ def recipe_fingerprint(config: RewardTrainingConfig) -> str:
     """Hash of all fields of a recipe that affect the trained weights."""
     values = config.model_dump(mode="json", exclude=INCIDENTAL)
     values["optimizer"] = {n: v for n, v in values["optimizer"].items() if n not in INCIDENTAL_OPTIMIZER}
+    if isinstance(config, PrmConfig) and config.pairs.grid == "linear":
+        # A training that began when there was no other grid goes on.
+        del values["pairs"]["grid"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from euphonium.config import RunConfig, dump_config
+from euphonium.config import NoiseGridConfig, RunConfig, dump_config
 from euphonium.config.foreign import ineffective_variables
 from euphonium.errors import CheckpointError, ConfigError
 from euphonium.files import written_aside
@@ -239,9 +239,28 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
                 "take another name=... for another run"
             )
     _refuse_what_the_checkpoint_lacks(checkpoint, old, config)
+    _refuse_another_walk(checkpoint, old, config)
     for part in sorted(set(new) - {"name", "output_dir", "resume"}):
         if old.get(part) != new[part]:
             log.warning("resuming with other settings in %s: %s -> %s", part, old.get(part), new[part])
+
+
+def _refuse_another_walk(checkpoint: Checkpoint, old: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuses to train a policy on other noise levels than before because a recipe or its defaults have changed."""
+    from euphonium.generators.registry import open_generator
+
+    sampler, fields = config.sampler, NoiseGridConfig.model_fields
+    before = NoiseGridConfig.model_validate({name: old["sampler"][name] for name in fields if name in old["sampler"]})
+    if (before.grid, before.shift) == (sampler.grid, sampler.shift):
+        return
+    family = open_generator(config.model)
+    then, now = (family.ode_table(sampler.num_steps, grid).fingerprint() for grid in (before, sampler))
+    if then != now:
+        kept = f"sampler.grid={before.grid} sampler.shift={'null' if before.shift is None else before.shift}"
+        raise ConfigError(
+            f"sampler.grid and sampler.shift: {checkpoint.folder} is of a run with other noise levels; set {kept} to "
+            "go on with them, or begin a run with another name=..."
+        )
 
 
 def _refuse_what_the_checkpoint_lacks(checkpoint: Checkpoint, old: Mapping[str, Any], config: RunConfig) -> None:

@@ -190,7 +190,9 @@ def _draw(config: PrmConfig, part: str, say: PrintLine) -> None:
     )
     count = config.pairs.samples_per_prompt if training else config.pairs.held_out_samples_per_prompt
     family = open_generator(config.model)
-    settings = [config.pairs.num_steps, config.pairs.shift, [r.model_dump(mode="json") for r in config.outcome]]
+    pairs = config.pairs
+    walk = pairs.shift if pairs.grid == "linear" else family.ode_table(pairs.num_steps, pairs).fingerprint()
+    settings = [pairs.num_steps, walk, [r.model_dump(mode="json") for r in config.outcome]]
     fingerprint = _fingerprint(config, family, [prompts, count, *settings])
     folder = config.run_dir / "data" / part
     if is_prepared(folder, fingerprint):
@@ -232,7 +234,7 @@ def _samples(
     family, device = open_generator(config.model), _device(config)
     transformer = family.load_transformer(device).requires_grad_(False)
     scorer = OrmScorer(config.outcome, family, device, OrmPoolConfig())
-    table = family.ode_table(config.pairs.num_steps, config.pairs.shift)
+    table = family.ode_table(config.pairs.num_steps, config.pairs)
     drawing, passes = Drawing.join(folder), Passes(config.pairs.samples_per_pass, "pairs.samples_per_pass")
     for number in share:
         begin = number * BATCH

@@ -9,6 +9,7 @@ import yaml
 
 from euphonium.config import PrmConfig, RunConfig, dump_config, load_config
 from euphonium.errors import ConfigError
+from euphonium.generators.described import describe_generator
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.base import OutcomeReward
 from euphonium.rewards.process import ProcessRewardModel
@@ -114,23 +115,9 @@ def test_all_methods_have_an_embedded_recipe() -> None:
 @pytest.mark.parametrize("path", RUNS, ids=str)
 def test_the_step_table_is_finite(path: Path) -> None:
     config = load(path)
-    if config.sampler.law == "ddim":
-        # Its table needs the model's schedule: here that of Stable Diffusion.
-        from euphonium.dynamics import StepTable
-
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-        stride = 1000 // config.sampler.num_steps
-        signal = torch.cumprod(1 - betas, 0)
-        picked = torch.arange(config.sampler.num_steps - 1, -1, -1) * stride + 1
-        tables = [
-            StepTable.build_ddim(
-                torch.cat([signal[picked], signal[:1]]), picked / 1000, eta=config.sampler.eta,
-                sde_window=config.sampler.window(0),
-            )
-        ]  # fmt: skip
-    else:
-        tables = [config.sampler.table(iteration) for iteration in range(0, config.iterations, 5)]
-    for table in tables:
+    family = describe_generator(config.model)
+    for iteration in range(0, config.iterations, 5):
+        table = family.step_table(config.sampler, iteration)
         for column in (table.coef_x, table.coef_v, table.std, table.coef_grad, table.equaliser()):
             assert torch.isfinite(column).all()
         assert table.stochastic_steps
@@ -154,7 +141,7 @@ def test_embedded_recipes_differ_in_their_method_alone(method: str) -> None:
     assert config.model == other.model
     assert config.prompts == other.prompts
     assert config.rollout.group_size == other.rollout.group_size
-    assert config.sampler.shift == other.sampler.shift
+    assert (config.sampler.grid, config.sampler.shift) == (other.sampler.grid, other.sampler.shift)
     # Fewer steps may buy more samples, for no more work.
     steps = [c.rollout.prompts_per_iteration * c.sampler.num_steps for c in (config, other)]
     assert steps[0] <= steps[1]
@@ -170,7 +157,7 @@ def test_euphonium_has_the_numbers_of_its_paper() -> None:
     assert config.sampler.eta**2 / 2 == pytest.approx(0.3125, rel=1e-6)
     # lambda is eps / beta (Eq. 20), with Table 7's beta.
     assert guidance.scale == pytest.approx(0.3125 / 3.125)
-    table = config.sampler.table()
+    table = describe_generator(config.model).step_table(config.sampler)
     # Table 7's steps 8 to 16, less the last, which has no noise and is not trained.
     assert table.guided_steps == list(range(8, 15))
     assert set(table.guided_steps) <= set(table.stochastic_steps)

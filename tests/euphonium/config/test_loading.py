@@ -89,7 +89,7 @@ def test_a_malformed_override_is_refused(recipe: Path, override: str) -> None:
 
 
 def test_an_impossible_sampler_is_refused_while_reading(recipe: Path) -> None:
-    message = failure(recipe, "sampler.law=sage", "sampler.num_steps=100", "sampler.shift=12")
+    message = failure(recipe, "sampler.law=sage", "sampler.num_steps=100", "sampler.grid=linear", "sampler.shift=12")
     assert "step 0 of law 'sage'" in message
 
 

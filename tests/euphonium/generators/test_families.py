@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from actors.rollout import RolloutWorker
 from actors.sampler import sample_deterministic
-from euphonium.config import RunConfig
+from euphonium.config import NoiseGridConfig, RunConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.conditioning import expand
 from euphonium.generators.generator import Generator
@@ -40,28 +39,29 @@ from tests.euphonium.generators.cases import (
 from tests.euphonium.generators.tiny_pipelines import BUILDERS, Folders
 
 
-def our_samples(family: Generator, shift: float, conditioning: dict[str, Tensor], start: Tensor) -> Tensor:
+def our_samples(family: Generator, conditioning: dict[str, Tensor], start: Tensor) -> Tensor:
     transformer = family.load_transformer(CPU)
 
     def velocity(x: Tensor, time: float) -> Tensor:
         with torch.no_grad():
             return family.velocity(transformer, x, torch.full((len(x),), time), conditioning)
 
-    return sample_deterministic(family.ode_table(STEPS, shift), velocity, start)
+    return sample_deterministic(family.ode_table(STEPS, NoiseGridConfig()), velocity, start)
 
 
 def their_pipeline(case: Case, folder: Path) -> Any:
-    """The diffusers pipeline of a folder, made to take the same steps as ours."""
-    from diffusers import ClassifierFreeGuidance, DDIMScheduler, DiffusionPipeline
+    """The diffusers pipeline of a folder; multistep schedulers are made to take single steps on their own levels."""
+    from diffusers import ClassifierFreeGuidance, DDIMScheduler, DiffusionPipeline, UniPCMultistepScheduler
 
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     if case.pipeline_class == "StableDiffusionPipeline":
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     if case.pipeline_class == "WanPipeline":
-        # The only pipeline that leaves the grid to its scheduler.
-        grid = np.linspace(1, 0, STEPS + 1)[:-1]
-        pipeline.scheduler.set_timesteps = partial(pipeline.scheduler.set_timesteps, sigmas=grid)
+        # Of first order and without its corrector, UniPC takes Euler's steps.
+        pipeline.scheduler = UniPCMultistepScheduler.from_config(
+            pipeline.scheduler.config, solver_order=1, disable_corrector=list(range(STEPS))
+        )
     if case.pipeline_class == "HunyuanVideo15Pipeline":
         pipeline.guider = ClassifierFreeGuidance(guidance_scale=case.cfg_scale)
         pipeline.tokenizer_max_length = LIMIT
@@ -70,9 +70,9 @@ def their_pipeline(case: Case, folder: Path) -> Any:
     return pipeline
 
 
-def their_samples(case: Case, family: Generator, start: Tensor, output_type: str) -> Tensor:
-    """What the diffusers pipeline makes of the same noise and prompts."""
-    pipeline = their_pipeline(case, family.folder)
+def call_of(case: Case, family: Generator, pipeline: Any, output_type: str = "latent") -> dict[str, Any]:
+    """Arguments of the pipeline's call for the same noise and prompts."""
+    start = noise(family)
     frames, height, width = case.size
     call: dict[str, Any] = {
         "prompt": PROMPTS, "height": height, "width": width, "num_inference_steps": STEPS, "latents": start,
@@ -92,11 +92,16 @@ def their_samples(case: Case, family: Generator, start: Tensor, output_type: str
         call["guidance_scale"] = case.cfg_scale or 1.0
     if case.pipeline_class not in ("StableDiffusionPipeline", "HunyuanVideo15Pipeline"):
         call["max_sequence_length"] = LIMIT
-    if case.pipeline_class == "StableDiffusion3Pipeline":
-        call["sigmas"] = np.linspace(1, 0, STEPS + 1)[:-1].tolist()
     if case.pipeline_class == "FluxPipeline":
         call["latents"] = pipeline._pack_latents(start.squeeze(2), *start.shape[:2], *start.shape[3:])
-    made = pipeline(**call)
+    return call
+
+
+def their_samples(case: Case, family: Generator, output_type: str) -> Tensor:
+    """What the diffusers pipeline makes of the same noise and prompts."""
+    pipeline = their_pipeline(case, family.folder)
+    frames, height, width = case.size
+    made = pipeline(**call_of(case, family, pipeline, output_type))
     result: Tensor = made.frames if frames > 1 else made.images
     if output_type == "latent" and case.pipeline_class == "FluxPipeline":
         result = pipeline._unpack_latents(result, height, width, pipeline.vae_scale_factor)
@@ -113,12 +118,14 @@ def test_every_family_is_tested() -> None:
 def test_samples_are_the_pipelines_own(name: str, folders: Folders) -> None:
     family, case = family_of(name, folders), CASES[name]
     start = noise(family)
-    ours = our_samples(family, case.shift, conditioning_of(family), start)
-    theirs = their_samples(case, family, start, "latent")
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    ours = our_samples(family, conditioning_of(family), start)
+    theirs = their_samples(case, family, "latent")
+    # HunyuanVideo's levels are rounded to float32 there and not here, and its network sees 1000 times the difference.
+    tolerance = 1e-4 if case.pipeline_class.startswith("Hunyuan") else 1e-5
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
     # Equality would say nothing about inputs that do not matter.
     assert float((ours - start).std()) > 0.1
-    swapped = our_samples(family, case.shift, conditioning_of(family, PROMPTS[::-1]), start)
+    swapped = our_samples(family, conditioning_of(family, PROMPTS[::-1]), start)
     assert float((ours - swapped).abs().max()) > 1e-3
 
 
@@ -137,7 +144,7 @@ def test_samples_are_the_pipelines_own(name: str, folders: Folders) -> None:
 def test_guidance_changes_the_samples(name: str, changes: dict[str, Any], folders: Folders) -> None:
     samples = []
     for family in (family_of(name, folders), family_of(name, folders, **changes)):
-        samples.append(our_samples(family, CASES[name].shift, conditioning_of(family), noise(family)))
+        samples.append(our_samples(family, conditioning_of(family), noise(family)))
     assert float((samples[0] - samples[1]).abs().max()) > 1e-3
 
 
@@ -172,13 +179,12 @@ def test_a_group_of_one_prompt_attends_without_a_mask(
 @one_a_family
 def test_decoded_samples_are_the_pipelines_own(name: str, folders: Folders) -> None:
     family, case = family_of(name, folders), CASES[name]
-    start = noise(family)
-    latents = their_samples(case, family, start, "latent")
+    latents = their_samples(case, family, "latent")
     videos = family.load_decoder(CPU)(latents)
     assert videos.shape == (len(PROMPTS), case.size[0], 3, *case.size[1:])
     assert videos.dtype == torch.float32
     assert 0 <= float(videos.min()) < float(videos.max()) <= 1
-    torch.testing.assert_close(videos, their_samples(case, family, start, "pt"), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(videos, their_samples(case, family, "pt"), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +212,7 @@ def test_settings_that_a_generator_cannot_take_are_refused(
         ("skyreels", ["model.frames=5", "model.height=32", "model.width=48", "model.embedded_guidance=1"]),
         ("flux", ["sampler.law=flow_grpo", "sampler.shift=3", "model.embedded_guidance=3.5"]),
         ("wan", ["model.frames=5", "model.width=32", "model.cfg_scale=5", "model.dtype=bfloat16"]),
-        ("sd1", ["sampler.law=ddim", "sampler.shift=1", "model.cfg_scale=7.5"]),
+        ("sd1", ["sampler.law=ddim", "sampler.shift=null", "sampler.grid=pipeline", "model.cfg_scale=7.5"]),
     ],
 )
 def test_rollout_actors_draw_groups(

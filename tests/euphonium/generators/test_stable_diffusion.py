@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from euphonium.config import SamplerConfig
+from euphonium.config import NoiseGridConfig, SamplerConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
@@ -38,6 +38,21 @@ def test_stable_diffusion_steps_as_the_ddim_scheduler_does(eta: float, folders: 
     for k, timestep in enumerate(scheduler.timesteps):
         theirs = scheduler.step(output, timestep, x, eta=eta, variance_noise=z).prev_sample
         torch.testing.assert_close(table.sample(k, table.mean(k, x, output), z), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [3, 10, 50])
+def test_the_noise_levels_are_those_of_the_pipelines_own_scheduler(steps: int, folders: Folders) -> None:
+    """PNDM takes other steps between them, and its second level twice."""
+    from diffusers import PNDMScheduler
+
+    family = family_of("sd1", folders)
+    scheduler = PNDMScheduler.from_pretrained(family.folder / "scheduler")
+    scheduler.set_timesteps(steps)
+    levels = list(dict.fromkeys(scheduler.timesteps.tolist()))
+    table = family.ode_table(steps, NoiseGridConfig())
+    assert [round(float(time) * 1000) for time in table.times] == levels
+    alphas = torch.cat([scheduler.alphas_cumprod[levels], scheduler.final_alpha_cumprod.view(1)])
+    torch.testing.assert_close(table.sigmas, (1 - alphas.double()).sqrt(), atol=1e-12, rtol=0)
 
 
 def test_stable_diffusion_refuses_what_it_cannot_do(folders: Folders, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def stable_diffusion_3() -> Any:
 
 def wan() -> Any:
     """Wan 2.1."""
-    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
     t5 = t5_tokenizer()
@@ -130,7 +130,7 @@ def wan() -> Any:
             latents_mean=[-0.7, 0.1, 0.3, -0.2], latents_std=[2.8, 1.4, 2.3, 0.9], scale_factor_temporal=2,
             scale_factor_spatial=2,
         ),
-        scheduler=flow_scheduler(shift=5.0),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         transformer=WanTransformer3DModel(
             patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
             text_dim=TEXT, freq_dim=16, ffn_dim=32, num_layers=3, rope_max_seq_len=32,

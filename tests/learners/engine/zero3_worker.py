@@ -26,7 +26,7 @@ def main() -> None:
     iterations = pickle.loads((target / "groups.pkl").read_bytes())
     history = []
     for payloads, advantages in iterations:
-        fingerprint = config.sampler.table().fingerprint()
+        fingerprint = learner.family.step_table(config.sampler).fingerprint()
         groups = [training_group(p, a[None], fingerprint) for p, a in zip(payloads, advantages, strict=True)]
         history.append(learner.update(groups, dict(enumerate(payloads))))
     pieces = {name: shard(p).numel() for name, p in learner.policy.parameters.items()}

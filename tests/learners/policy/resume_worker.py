@@ -32,7 +32,7 @@ def main() -> None:
     history = []
     for i in job["iterations"]:
         payloads, advantages = iterations[i]
-        fingerprint = config.sampler.table().fingerprint()
+        fingerprint = learner.family.step_table(config.sampler).fingerprint()
         groups = [training_group(p, a[None], fingerprint) for p, a in zip(payloads, advantages, strict=True)]
         history.append(learner.update(groups, dict(enumerate(payloads))))
         if job["save_after"] == i:

@@ -202,7 +202,7 @@ def test_a_real_group_is_the_same_with_its_states_apart(make_config: Callable[..
 @pytest.mark.parametrize("path", sorted(Path("recipes/embedded").glob("*grpo*.yaml")), ids=lambda path: path.stem)
 def test_recipes_with_shared_noise_share_a_state(path: Path) -> None:
     config = load_config(path)
-    table = config.sampler.table()
+    table = config.sampler.table(shifted_sigmas(config.sampler.num_steps, 3.0))
     steps = select_steps(table, 4, 1.0, seed=0)
     rows, following, count = state_rows(steps, table.stochastic_steps[0] if config.sampler.shared_noise else None)
     assert len(rows.unique()) == rows.numel() - 3 * config.sampler.shared_noise

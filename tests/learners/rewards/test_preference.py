@@ -250,3 +250,4 @@ def test_recipe_fingerprint_ignores_what_does_not_change_the_weights(tmp_path: P
     assert mark() == mark("optimizer.checkpoint_every=7", "threads=3", f"target={json.dumps(str(tmp_path))}")
     assert mark() != mark("optimizer.learning_rate=1e-3")
     assert mark() != mark("seed=1")
+    assert len({mark(), mark("pairs.shift=2"), mark("pairs.grid=linear", "pairs.shift=2")}) == 3

@@ -44,7 +44,7 @@ def test_guidance_at_inference_lasts_as_long_as_the_rollouts_guided_steps(
     )
     config = make_config(sampler)
     guidance = inference_guidance(config)
-    table = open_generator(config.model).ode_table(steps, SHIFT, guidance)
+    table = open_generator(config.model).ode_table(steps, config.sampler, guidance)
     first, end = begins(window[0], 16), begins(window[1], 16)
     assert table.guided_steps == [k for k in range(steps) if first <= begins(k, steps) < end]
     if steps == 16:

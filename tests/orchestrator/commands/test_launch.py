@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from euphonium.config import RunConfig, dump_config
 from euphonium.errors import CheckpointError, ConfigError, PreflightError
@@ -48,7 +49,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(make_config: C
 
 
 def test_guided_steps_without_noise_are_told(make_config: Callable[..., RunConfig]) -> None:
-    sampler = "sampler={law: dance, eta: 0.5, num_steps: 4, sde_window: [0, 3], guidance: {scale: 0.2, window: [1, 4]}}"
+    sampler = (
+        "sampler={law: dance, eta: 0.5, num_steps: 4, shift: 1, sde_window: [0, 3], "
+        "guidance: {scale: 0.2, window: [1, 4]}}"
+    )
     told = preflight(make_config(sampler))["guided but not trained"]
     # All four steps are as long: one of three guided ones is not trained.
     assert told.startswith("3 (33% of the guidance)")
@@ -70,12 +74,11 @@ def test_the_command_line_shows_its_token_to_a_cluster_that_asks_for_it() -> Non
     assert (status.returncode, status.stderr) == (3, "error: the cluster has no run; it has: none\n")
 
 
-def committed(config: RunConfig) -> Path:
-    """A run of this recipe with one checkpoint."""
+def committed(config: RunConfig, written: str | None = None) -> Path:
+    """A run of this recipe, or of one that is written otherwise, with one checkpoint."""
     store = CheckpointStore(config.run_dir / "checkpoints", 2)
-    return store.commit(
-        store.begin(2), RunState(iteration=2, next_group=4, world_size=2), dump_config(config)
-    ).folder  # fmt: skip
+    state = RunState(iteration=2, next_group=4, world_size=2)
+    return store.commit(store.begin(2), state, written or dump_config(config)).folder
 
 
 @pytest.mark.parametrize(
@@ -101,6 +104,35 @@ def test_what_a_run_had_may_stay_change_or_go(make_config: Callable[..., RunConf
     committed(make_config("optimizer.ema_decay=0.9", "objective.kl={anchor: fixed}"))
     for after in (["optimizer.ema_decay=0.5", "objective.kl={anchor: moving}"], ["optimizer.ema_decay=0"]):
         assert plan_start(make_config(*after)).checkpoint is not None
+
+
+def test_a_run_goes_on_with_its_noise_levels_only(make_config: Callable[..., RunConfig]) -> None:
+    committed(make_config("sampler.grid=linear", "sampler.shift=2.0"))
+    assert plan_start(make_config("sampler.shift=2.0")).checkpoint is not None
+    for other in (["sampler.shift=2.5"], ["sampler.shift=null", "sampler.grid=pipeline"]):
+        with pytest.raises(ConfigError, match=r"^sampler\.grid and sampler\.shift: .*step_000002 .*other noise levels"):
+            plan_start(make_config(*other))
+    with pytest.raises(ConfigError, match=r"set sampler\.grid=linear sampler\.shift=2\.0 to go on"):
+        plan_start(make_config("sampler.shift=null", "sampler.grid=pipeline"))
+    # The same levels by another name.
+    assert plan_start(make_config("sampler.grid=pipeline", "sampler.shift=2.0")).checkpoint is not None
+
+
+@pytest.mark.parametrize(("shift", "same"), [(3.0, True), (2.0, False)])
+def test_a_run_of_an_earlier_version_had_the_linear_grid(
+    make_config: Callable[..., RunConfig], shift: float, same: bool
+) -> None:
+    written = yaml.safe_load(dump_config(make_config(f"sampler.shift={shift}")))
+    del written["sampler"]["grid"]
+    committed(make_config(), yaml.safe_dump(written))
+    # That of the embedded generator's pipeline is the linear one with shift 3.
+    config = make_config("sampler.shift=null", "sampler.grid=pipeline")
+    if same:
+        assert plan_start(config).checkpoint is not None
+    else:
+        with pytest.raises(ConfigError, match=r"set sampler\.grid=linear sampler\.shift=2\.0"):
+            plan_start(config)
+    assert plan_start(make_config(f"sampler.shift={shift}")).checkpoint is not None
 
 
 def test_looking_changes_nothing(make_config: Callable[..., RunConfig]) -> None:
