@@ -92,6 +92,8 @@ def test_the_shipped_recipe_of_a_process_reward_model_is_good(
         ("prm", "preferences.train=none.jsonl", "preferences.train: cannot read"),
         ("prm", "model.height=33", "model.height"),
         ("prm", "blocs=1", "unknown key 'blocs'; did you mean 'blocks'?"),
+        ("prm", "learner={deepspeed: {stage: 2}}", "learner.deepspeed.stage: learners are made for stage 3"),
+        ("orm", "learner={deepspeed: {stag: 2}}", "learner.deepspeed.stag: DeepSpeed's section"),
         ("orm", "target=/dev/null/x", "target: /dev/null/x cannot be written to"),
         ("orm", "preferences.train=none.jsonl", "preferences.train: cannot read"),
         ("orm", "objectiv=bce", "unknown key 'objectiv'; did you mean 'objective'?"),
