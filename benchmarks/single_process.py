@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from actors.rollout import RolloutWorker
 from actors.sampler import Velocity
 from euphonium.config import RunConfig, load_config
+from euphonium.config.base import chosen
 from euphonium.dynamics import StepTable
 from euphonium.rewards.process import LocalRewards, ProcessRewardModel
 from euphonium.rewards.total import weighted_total
@@ -118,9 +119,8 @@ class SingleProcess:
     def _update(self, groups: list[TrainingGroup], payloads: list[GroupPayload]) -> dict[str, float]:
         config = self.config
         rows_per_group = [group.rows for group in groups]
-        plan = plan_updates(
-            rows_per_group, config.objective.updates_per_iteration, config.pools.learner.rows_per_micro_batch, 1
-        )
+        rows = chosen(config.pools.learner.rows_per_micro_batch, "pools.learner.rows_per_micro_batch")
+        plan = plan_updates(rows_per_group, config.objective.updates_per_iteration, rows, 1)
         self.policy.requires_grad_(True)
         if self.previous is not None:
             _copy(self.policy, self.previous)

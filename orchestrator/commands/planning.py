@@ -6,13 +6,17 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from euphonium.config import RunConfig, load_config
 from euphonium.errors import ConfigError
+from orchestrator.plan.choice import as_recorded, choose
 from orchestrator.plan.hardware import Hardware
 from orchestrator.plan.plan import Plan, blocks_of_prm, make_plan
 from orchestrator.plan.table import assumptions, summary, table
+
+if TYPE_CHECKING:
+    from orchestrator.state.checkpoints import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +43,8 @@ def print_plan(
     Raises:
         ConfigError: it does not fit, or it cannot be planned.
     """
-    config: RunConfig = load_config(recipe, overrides)
     given = {name: value for name, value in sizes.items() if value is not None} | _assumed(assumed)
+    config: RunConfig = settle(load_config(recipe, overrides), recipe, given.get("gpu_gib"))
     plan = _plan(config, recipe, given)
     if as_json:
         say(plan.as_json())
@@ -49,6 +53,30 @@ def print_plan(
         say("\n" + assumptions(plan))
     if plan.problems:
         raise ConfigError(_does_not_fit(plan))
+
+
+def settle(config: RunConfig, recipe: Path | None, gpu_gib: float | None = None) -> RunConfig:
+    """The recipe with what the plan chooses for all of its ``auto`` (orchestrator/plan/choice.py).
+
+    Args:
+        config: the recipe.
+        recipe: its file; None where the process reward model is there, whose recipe need not be looked for.
+        gpu_gib: memory of a GPU; None takes the recipe's.
+    """
+    known = config.pools.gpu_memory_gib if gpu_gib is None else gpu_gib
+    return choose(config, known, lambda: blocks_of_prm(config, recipe))
+
+
+def settle_run(config: RunConfig, checkpoint: Checkpoint | None) -> RunConfig:
+    """The recipe of a run that begins: what is ``auto`` is as the run had it, or chosen now.
+
+    Args:
+        config: the recipe.
+        checkpoint: what the run is resumed from.
+    """
+    if checkpoint is not None:
+        config = as_recorded(config, checkpoint.recipe())
+    return settle(config, None)
 
 
 def plan_lines(config: RunConfig, recipe: Path) -> dict[str, str]:

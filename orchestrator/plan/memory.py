@@ -172,13 +172,13 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
     update, float32 gradients and temporary tensors of the part that is updated.
     """
     size, pool, width = passes.network_size, passes.config.pools.learner, passes.generator.dtype.itemsize
-    trained = size.trained / ranks
+    trained, whole = size.trained / ranks, size.kept_whole(whole_weights=sizes.whole_weights)
     live, bucket, part, accumulated = _deepspeed(passes)
     part = min(part, trained)
     copies = frozen_copies(passes)
     items = [
         Item("share of the weights", size.weight_bytes / ranks),
-        Item("whole weights" if pool.shard == "optimizer" else "whole small weights", size.whole * width),
+        Item("whole weights" if sizes.whole_weights else "whole small weights", whole * width),
         Item("float32 weights and Adam's moments", 12 * trained, on_host=pool.offload_optimizer),
         Item("share of the gradients", accumulated * trained, on_host=pool.offload_optimizer),
         Item("buffer of reduced gradients", bucket * width),
@@ -186,7 +186,7 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
             f"micro-batch of {sizes.learner}", passes.micro_step(sizes.learner).peak_bytes, "backward",
             activations=True,
         ),
-        Item("gathered weights", min(size.parameters - size.whole, live + size.unit) * width, "backward"),
+        Item("gathered weights", min(size.parameters - whole, live + size.unit) * width, "backward"),
         Item("gradients of a block", min(size.unit, size.trained) * width, "backward"),
         Item("gradients and temporaries of the update", 3 * FLOAT32 * part, "update", on_host=pool.offload_optimizer),
         Item("process and checkpoint copies", 12 * trained, on_host=True),

@@ -72,7 +72,7 @@ class _Meter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.peak = 0
         # The peak with the copies that convolutions make.
-        self.worst = 0
+        self.worst = 0.0
         self.largest = 0
         self.matmul_flops = 0.0
         self.conv_flops = 0.0

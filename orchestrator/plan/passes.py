@@ -37,14 +37,18 @@ class Size:
         weight_bytes: bytes of its parameters.
         trained: number of those that a run trains.
         unit: parameters that ZeRO-3 gathers at a time: the largest block, or the largest layer.
-        whole: parameters of tensors that ZeRO-3 keeps whole on every rank.
+        small: parameters of tensors that ZeRO-3 keeps whole on every rank for their size.
     """
 
     parameters: int
     weight_bytes: int
     trained: int
     unit: int = 0
-    whole: int = 0
+    small: int = 0
+
+    def kept_whole(self, *, whole_weights: bool) -> int:
+        """Parameters that every rank of the learner keeps whole: all of them, or the small tensors'."""
+        return self.parameters if whole_weights else self.small
 
 
 class Passes:
@@ -99,7 +103,7 @@ class Passes:
             "blocks": self.prm_blocks,
             "objective": config.objective.model_dump(mode="json", include={"kind", "step_weights"}),
             "learner": config.pools.learner.model_dump(
-                mode="json", include={"gradient_checkpointing", "gather_blocks", "persistence_threshold", "shard"}
+                mode="json", include={"gradient_checkpointing", "gather_blocks", "persistence_threshold"}
             ),
         }
 
@@ -129,11 +133,7 @@ class Passes:
             _size(self.network),
             trained=sum(p.numel() for p in trained.values()),
             unit=_gather_unit(self.network, blocks=blocks),
-            whole=sum(
-                p.numel()
-                for p in self.network.parameters()
-                if pool.shard == "optimizer" or p.numel() < pool.persistence_threshold
-            ),
+            small=sum(p.numel() for p in self.network.parameters() if p.numel() < pool.persistence_threshold),
         )
 
     def _trained(self) -> dict[str, nn.Parameter]:

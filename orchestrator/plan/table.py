@@ -17,7 +17,7 @@ SMALL_GIB = 0.5
 
 def table(plan: Plan) -> str:
     """The whole plan."""
-    lines = [f"{plan.name}: {plan.model}", *_header(plan), "", *_memory(plan), "", *_work(plan)]
+    lines = [f"{plan.name}: {plan.model}", *_header(plan), *_chosen(plan), "", *_memory(plan), "", *_work(plan)]
     if plan.time is not None:
         lines += ["", *_times(plan, plan.time)]
     lines += ["", *_verdict(plan)]
@@ -65,6 +65,11 @@ def _header(plan: Plan) -> list[str]:
         f"{_gpus(plan)} of {plan.hardware.gpu_gib:g} GiB, on {filled} "
         f"node{'s' if filled > 1 else ''} of {plan.hardware.gpus_per_node} with {plan.hardware.host_gib:g} GiB"
     ]
+
+
+def _chosen(plan: Plan) -> list[str]:
+    lines = (f"{field}: {note}" for field, note in plan.planned.items())
+    return [line for long in lines for line in textwrap.wrap(long, WIDTH, subsequent_indent="  ")]
 
 
 def _gpus(plan: Plan) -> str:

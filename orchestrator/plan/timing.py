@@ -101,7 +101,7 @@ def speeds(passes: Passes, sizes: PassSizes, work: Workload, hardware: Hardware)
     width = passes.generator.dtype.itemsize
     micro = seconds("learner", passes.micro_step(sizes.learner), 1)
     forward = seconds("learner", passes.velocity(sizes.learner), 1) if work.references else 0.0
-    gathered = (size.parameters - size.whole) * width
+    gathered = (size.parameters - size.kept_whole(whole_weights=sizes.whole_weights)) * width
     # Frozen copies are shared in any case; adapters and replay use the policy's own weights.
     reference = size.weight_bytes if frozen_copies(passes) else gathered
     return Speeds(

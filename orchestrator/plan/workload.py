@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from euphonium.config import RunConfig
+from euphonium.config.base import chosen
 from euphonium.generators.generator import Generator
 from orchestrator.plan.inputs import conditioning
 
@@ -20,6 +22,7 @@ SIZE_FIELDS = {
     "decode": "pools.orm.decode_batch",
     "learner": "pools.learner.rows_per_micro_batch",
 }
+SHARD_FIELD = "pools.learner.shard"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,7 @@ class PassSizes:
         prm: states of a pass of a PRM server.
         decode: samples that an ORM server decodes at a time.
         learner: transitions of a micro-batch.
+        whole_weights: whether every rank of the learner keeps the policy's weights whole.
     """
 
     rollout: int
@@ -39,23 +43,37 @@ class PassSizes:
     prm: int
     decode: int
     learner: int
+    whole_weights: bool
 
     @classmethod
     def of(cls, config: RunConfig) -> PassSizes:
-        """Reads a recipe; the largest passes that its requests allow."""
+        """Reads a recipe; the largest passes that its requests allow.
+
+        Raises:
+            ConfigError: one is ``auto``, and not yet chosen (choice.py).
+        """
         group, pools, evaluation = config.rollout.group_size, config.pools, config.evaluation
-        together = config.rollout.samples_per_pass
+        together, states, decoded, rows = (
+            chosen(value, field)
+            for value, field in (
+                (config.rollout.samples_per_pass, SIZE_FIELDS["rollout"]),
+                (pools.prm.max_batch, SIZE_FIELDS["prm"]),
+                (pools.orm.decode_batch, SIZE_FIELDS["decode"]),
+                (pools.learner.rows_per_micro_batch, SIZE_FIELDS["learner"]),
+            )
+        )
         evaluated = evaluation.prompts * evaluation.samples_per_prompt
         shares = -(-evaluated // pools.rollout.num_actors)
         clients = pools.rollout.num_actors if pools.prm.merge else 1
-        merged = max(group, group * min(clients, pools.prm.max_batch // group))
+        merged = max(group, group * min(clients, states // group))
         scored = max(evaluated, group * config.rollout.prompts_per_iteration if pools.orm.merge else group)
         return cls(
             rollout=min(together, group),
             evaluation=min(together, shares),
-            prm=min(pools.prm.max_batch, merged),
-            decode=min(pools.orm.decode_batch, pools.orm.max_batch, scored),
-            learner=pools.learner.rows_per_micro_batch,
+            prm=min(states, merged),
+            decode=min(decoded, pools.orm.max_batch, scored),
+            learner=rows,
+            whole_weights=chosen(pools.learner.shard, SHARD_FIELD) == "optimizer",
         )
 
 
@@ -156,6 +174,6 @@ def _replayed(config: RunConfig) -> float:
     return sum(old_log_probs(config, i, on_policy=on_policy) == "replay" for i in range(updates)) / updates
 
 
-def replaced(sizes: PassSizes, **changes: int) -> PassSizes:
+def replaced(sizes: PassSizes, **changes: Any) -> PassSizes:
     """Other sizes of passes."""
     return dataclasses.replace(sizes, **changes)

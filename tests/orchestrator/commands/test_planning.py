@@ -62,6 +62,22 @@ def test_what_does_not_fit_has_the_status_of_a_configuration_error(
     assert euphonium("plan", "--assume", "mfus=1").returncode == 2
 
 
+AUTO = ["rollout.samples_per_pass=auto", "pools.orm.decode_batch=auto", "pools.learner.shard=auto"]
+
+
+def test_what_is_chosen_is_printed(euphonium: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = euphonium("plan", *GPUS, *AUTO, "--gpu", "80")
+    assert done.returncode == 0, done.stderr
+    assert "rollout.samples_per_pass: auto -> 3: " in done.stdout
+    assert "pools.learner.shard: auto -> " in done.stdout
+    done = euphonium("validate", *GPUS, *AUTO)
+    assert done.returncode == 0, done.stderr
+    assert "# rollout.samples_per_pass" in done.stdout
+    assert "auto -> 1: the smallest, as pools.gpu_memory_gib does not say what a GPU has" in done.stdout
+    # The recipe that is printed has numbers.
+    assert "samples_per_pass: 1\n" in done.stdout
+
+
 def test_validate_warns_and_refuses_where_the_memory_is_stated(
     euphonium: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
