@@ -25,15 +25,16 @@ from orchestrator.plan.timing import Split, iteration_time, speeds
 from orchestrator.plan.workload import SHARD_FIELD, SIZE_FIELDS, PassSizes, Workload, replaced, workload_of
 
 AUTO = "auto"
-LEARNER = SIZE_FIELDS["learner"]
+LEARNER, REFRESH = SIZE_FIELDS["learner"], SIZE_FIELDS["refresh"]
+CHECKPOINTS = "rewards.process.refresh.gradient_checkpointing"
 # Roles whose passes have a size, and their pools.
-SIZED = {"learner": "learner", "rollout": "rollout", "prm": "prm", "decode": "orm"}
+SIZED = {"learner": "learner", "rollout": "rollout", "prm": "prm", "decode": "orm", "refresh": "prm_refresh"}
 # Share of a GPU that choices fill: plans are right to 5 %, and a learner cannot make its passes smaller.
 FILLED = 0.9
 # Seconds of an H100 from which a pass is long enough: below, it waits for the CPU that starts its kernels, or leaves a
 # part of the GPU idle. A learner's has DeepSpeed's hooks besides. Above, more samples gain nothing and cost memory; the
 # gradient of a process reward on two clips at a time even takes five times as long (docs/performance.md).
-LONG_ENOUGH_S = {"rollout": 0.2, "prm": 0.1, "decode": 0.1, "learner": 0.3}
+LONG_ENOUGH_S = {"rollout": 0.2, "prm": 0.1, "decode": 0.1, "refresh": 0.1, "learner": 0.3}
 # A choice that costs more memory must save this share of the learner's time.
 WORTH_IT = 0.05
 
@@ -187,6 +188,7 @@ class _Chooser:
         costs = {
             "rollout": self._passes.velocity, "decode": self._passes.decode, "learner": self._passes.micro_step,
             "prm": self._passes.gradient if self._work.guided else self._passes.score,
+            "refresh": self._passes.training_step(saving=bool(_value(self._config, CHECKPOINTS))),
         }  # fmt: skip
         kind = computes_in(self._passes, SIZED[role])
         enough = (n for n in range(1, most) if self._whole.seconds(costs[role](n), kind) >= LONG_ENOUGH_S[role])
@@ -257,10 +259,12 @@ def _with(node: _N, field: str, value: object) -> _N:
 
 def _pool(config: RunConfig, field: str) -> Any:
     role = next((role for role, name in SIZE_FIELDS.items() if name == field), "learner")
-    return getattr(config.pools, SIZED[role])
+    return config.pools.refresh_pool if role == "refresh" else getattr(config.pools, SIZED[role])
 
 
 def _default(config: RunConfig, field: str) -> Value:
+    if field == REFRESH:
+        return int(_value(config, "rewards.process.refresh.pairs_per_update"))
     section, _, name = field.rpartition(".")
     found: Value = type(_value(config, section)).model_fields[name].default
     return found

@@ -6,7 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from orchestrator.plan.hardware import Hardware
-from orchestrator.plan.memory import COUNTED, RoleMemory, learner_memory, orm_memory, prm_memory, rollout_memory
+from orchestrator.plan.memory import (
+    COUNTED,
+    RoleMemory,
+    learner_memory,
+    orm_memory,
+    prm_memory,
+    refresh_memory,
+    rollout_memory,
+)
 from orchestrator.plan.passes import Passes
 from orchestrator.plan.workload import SHARD_FIELD, SIZE_FIELDS, PassSizes, replaced
 
@@ -52,7 +60,10 @@ def largest(memory_of: MemoryOf, size: int, hardware: Hardware) -> int:
 
 def fits_of(passes: Passes, sizes: PassSizes, hardware: Hardware) -> list[RoleFit]:
     """Memory of all roles of a recipe, in the order in which work passes them, and what to change if it is too much."""
-    advice = {"rollout": _rollout_advice, "prm": _prm_advice, "orm": _orm_advice, "learner": _learner_advice}
+    advice = {
+        "rollout": _rollout_advice, "prm": _prm_advice, "prm_refresh": _refresh_advice, "orm": _orm_advice,
+        "learner": _learner_advice,
+    }  # fmt: skip
     return [
         replace(fit, advice=advice[fit.role](passes, sizes, hardware)) for fit in members_of(passes, sizes, hardware)
     ]
@@ -65,6 +76,8 @@ def members_of(passes: Passes, sizes: PassSizes, hardware: Hardware) -> list[Rol
     found = {"rollout": (pools.rollout.num_actors, rollout_memory(passes, sizes))}
     if passes.prm_blocks is not None:
         found["prm"] = pools.prm.num_actors, prm_memory(passes, sizes)
+    if sizes.refresh:
+        found["prm_refresh"] = 1, refresh_memory(passes, sizes)
     found["orm"] = pools.orm.num_actors, orm_memory(passes, sizes)
     found["learner"] = ranks, learner_memory(passes, sizes, ranks)
     return [
@@ -87,6 +100,16 @@ def _prm_advice(passes: Passes, sizes: PassSizes, hardware: Hardware) -> str:
     return _pass_advice(
         SIZE_FIELDS["prm"], sizes.prm, "a PRM server", lambda n: prm_memory(passes, replaced(sizes, prm=n)),
         hardware, last_resort="take larger GPUs, or a process reward model of fewer blocks",
+    )  # fmt: skip
+
+
+def _refresh_advice(passes: Passes, sizes: PassSizes, hardware: Hardware) -> str:
+    process = passes.config.rewards.process
+    saving = process is not None and process.refresh is not None and process.refresh.gradient_checkpointing
+    return _pass_advice(
+        SIZE_FIELDS["refresh"], sizes.refresh, "the actor of the refresh",
+        lambda n: refresh_memory(passes, replaced(sizes, refresh=n)), hardware,
+        last_resort="take larger GPUs" if saving else "set rewards.process.refresh.gradient_checkpointing: true",
     )  # fmt: skip
 
 

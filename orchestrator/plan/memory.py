@@ -8,7 +8,8 @@ import torch
 
 from euphonium.config import OutcomeRewardConfig
 from orchestrator.plan.hardware import GIB, Hardware
-from orchestrator.plan.passes import Passes, prompt_bytes
+from orchestrator.plan.networks import prompt_bytes
+from orchestrator.plan.passes import Passes
 from orchestrator.plan.workload import FLOAT32, PassSizes
 
 MEGABYTE = 1 << 20
@@ -139,6 +140,34 @@ def prm_memory(passes: Passes, sizes: PassSizes) -> RoleMemory:
             Item(f"gradient of {sizes.prm}", passes.gradient(sizes.prm).peak_bytes, "gradient", activations=True),
         ),
         pool.num_gpus,
+    )
+
+
+def refresh_memory(passes: Passes, sizes: PassSizes) -> RoleMemory:
+    """The actor that refreshes the process reward model: two copies of it between refreshes, all of a training in one.
+
+    Samples wait in host memory.
+    """
+    config, parameters = passes.config, passes.prm_size.parameters
+    process = config.rewards.process
+    assert process is not None
+    assert process.refresh is not None
+    step = passes.training_step(saving=process.refresh.gradient_checkpointing)(sizes.refresh)
+    weights, width = FLOAT32 * parameters, passes.generator.dtype.itemsize
+    held = "moments, gradients, and the weights before"
+    group = config.rollout.group_size * passes.latent_bytes + prompt_bytes(passes.generator)
+    return RoleMemory(
+        (
+            Item("float32 weights, and those of the start", 2 * weights),
+            Item(held, 4 * weights, "backward"),
+            Item(f"micro-batch of {sizes.refresh} pairs", step.peak_bytes, "backward", activations=True),
+            Item("weights in the generator's type", parameters * width if width < FLOAT32 else 0, "backward"),
+            Item(held, 4 * weights, "update"),
+            Item("temporaries of the update", weights, "update"),
+            Item("samples", process.refresh.buffer_groups * group, on_host=True),
+            Item("published weights", weights, on_host=True),
+        ),
+        config.pools.refresh_pool.num_gpus,
     )
 
 

@@ -51,14 +51,26 @@ class Cost:
         return self.matmul_flops + self.conv_flops
 
 
-def measure(run: Callable[[], object], resident: Iterable[Tensor] = ()) -> Cost:
+# Bytes that a kernel takes for a while on top of a convolution's input and output.
+Copies = Callable[[Tensor, Tensor], float]
+
+
+def cudnn_copies(taken: Tensor, made: Tensor) -> float:
+    """Bytes of a convolution's input and output once more, of as many samples as cuDNN gets at a time."""
+    samples, largest = len(taken), max(taken.numel(), made.numel())
+    at_a_time = samples if largest < COUNTED else max(1, PART * samples // largest)
+    return (taken.nbytes + made.nbytes) * at_a_time / samples
+
+
+def measure(run: Callable[[], object], resident: Iterable[Tensor] = (), copies: Copies = cudnn_copies) -> Cost:
     """Costs of a computation on tensors of the meta device, or of any other.
 
     Args:
         run: the computation.
         resident: tensors that were there before, such as weights, which do not count.
+        copies: what convolutions take besides, on the device that is planned for.
     """
-    meter = _Meter(resident)
+    meter = _Meter(resident, copies)
     with _fused_attention(meter), meter:
         result = run()
     del result
@@ -68,8 +80,9 @@ def measure(run: Callable[[], object], resident: Iterable[Tensor] = ()) -> Cost:
 class _Meter(TorchDispatchMode):
     """Counts living storages and operations of every call of a kernel."""
 
-    def __init__(self, resident: Iterable[Tensor]) -> None:
+    def __init__(self, resident: Iterable[Tensor], copies: Copies) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        self._copies = copies
         self.peak = 0
         # The peak with the copies that convolutions make.
         self.worst = 0.0
@@ -94,7 +107,7 @@ class _Meter(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._note(tensor)
         if func is aten.convolution.default:
-            self.worst = max(self.worst, self._living + _copies(args[0], out))
+            self.worst = max(self.worst, self._living + self._copies(args[0], out))
         return out
 
     def _note(self, tensor: Tensor) -> None:
@@ -111,13 +124,6 @@ class _Meter(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self._living -= self._sizes.pop(key, 0)
-
-
-def _copies(taken: Tensor, made: Tensor) -> float:
-    """Bytes of a convolution's input and output once more, of as many samples as cuDNN gets at a time."""
-    samples, largest = len(taken), max(taken.numel(), made.numel())
-    at_a_time = samples if largest < COUNTED else max(1, PART * samples // largest)
-    return (taken.nbytes + made.nbytes) * at_a_time / samples
 
 
 def _asks_for_data(func: Any, args: tuple[Any, ...]) -> bool:

@@ -16,7 +16,7 @@ from orchestrator.plan.memory import publication_bytes
 from orchestrator.plan.nodes import NodeUse, Objects, place
 from orchestrator.plan.passes import Passes
 from orchestrator.plan.sharing import SharedGpu, fullest_gpu, gpus_filled, sharing_advice
-from orchestrator.plan.timing import IterationTime, Split, best_split, iteration_time, speeds, turns_time
+from orchestrator.plan.timing import IterationTime, Split, best_split, iteration_time, refresh_cost, speeds, turns_time
 from orchestrator.plan.workload import PassSizes, Workload, workload_of
 
 PETA = 1e15
@@ -159,9 +159,10 @@ def blocks_of_prm(config: RunConfig, recipe: Path | None) -> int | None:
 
 
 def _split(fits: list[RoleFit]) -> Split | None:
-    if any(not 0 < fit.memory.gpu_share <= 1 for fit in fits):
+    pools = [fit for fit in fits if fit.role != "prm_refresh"]
+    if any(not 0 < fit.memory.gpu_share <= 1 for fit in pools):
         return None
-    members = {fit.role: fit.members for fit in fits}
+    members = {fit.role: fit.members for fit in pools}
     return Split(**{"prm": 0} | members)
 
 
@@ -196,6 +197,8 @@ def _petaflops(passes: Passes, sizes: PassSizes, work: Workload) -> dict[str, fl
     }
     if passes.prm_blocks is not None:
         gradient, score = (f(sizes.prm).flops / sizes.prm for f in (passes.gradient, passes.score))
+        if sizes.refresh:
+            found["prm_refresh"] = work.refreshed_pairs * refresh_cost(passes, sizes).flops / sizes.refresh
         found["prm"] = work.samples * (work.guided * gradient + work.scored * score)
     return {role: flops / PETA for role, flops in found.items()}
 

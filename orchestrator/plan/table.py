@@ -10,7 +10,10 @@ from orchestrator.plan.plan import Plan
 from orchestrator.plan.timing import IterationTime
 
 WIDTH = 100
-NAMES = {"rollout": "rollout actor", "prm": "PRM server", "orm": "ORM server", "learner": "learner rank"}
+NAMES = {
+    "rollout": "rollout actor", "prm": "PRM server", "prm_refresh": "PRM refresh", "orm": "ORM server",
+    "learner": "learner rank",
+}  # fmt: skip
 # Items smaller than this are summed up as others.
 SMALL_GIB = 0.5
 
@@ -87,6 +90,8 @@ def _memory(plan: Plan) -> list[str]:
             f"a GPU that {plan.shared.roles} share: {plan.shared.sampling_gib:.1f} GiB while groups are drawn and "
             f"scored, {plan.shared.learning_gib:.1f} while the learner works"
         )
+        if plan.shared.refreshing_gib:
+            shared += f", {plan.shared.refreshing_gib:.1f} while the process reward model is refreshed"
         lines += textwrap.wrap(shared, WIDTH, subsequent_indent="  ")
     return lines
 
@@ -136,9 +141,10 @@ def _times(plan: Plan, time: IterationTime) -> list[str]:
 
 
 def _sum(time: IterationTime) -> str:
+    refresh = f", refresh {time.refresh:.3g}" if time.refresh else ""
     return (
         f"rollout {time.rollout:.3g}, scoring {time.scoring:.3g}, fetch {time.fetch:.3g}, update {time.update:.3g} "
-        f"(collectives {time.exposed:.3g}), publish {time.publish:.3g}: {duration(time.total)}"
+        f"(collectives {time.exposed:.3g}){refresh}, publish {time.publish:.3g}: {duration(time.total)}"
     )
 
 

@@ -21,6 +21,7 @@ SIZE_FIELDS = {
     "prm": "pools.prm.max_batch",
     "decode": "pools.orm.decode_batch",
     "learner": "pools.learner.rows_per_micro_batch",
+    "refresh": "rewards.process.refresh.pairs_per_micro_batch",
 }
 SHARD_FIELD = "pools.learner.shard"
 
@@ -35,6 +36,7 @@ class PassSizes:
         prm: states of a pass of a PRM server.
         decode: samples that an ORM server decodes at a time.
         learner: transitions of a micro-batch.
+        refresh: pairs in a micro-batch of the process reward model's refresh; 0 without one.
         whole_weights: whether every rank of the learner keeps the policy's weights whole.
     """
 
@@ -43,6 +45,7 @@ class PassSizes:
     prm: int
     decode: int
     learner: int
+    refresh: int
     whole_weights: bool
 
     @classmethod
@@ -73,8 +76,17 @@ class PassSizes:
             prm=min(states, merged),
             decode=min(decoded, pools.orm.max_batch, scored),
             learner=rows,
+            refresh=_refreshed_pairs(config),
             whole_weights=chosen(pools.learner.shard, SHARD_FIELD) == "optimizer",
         )
+
+
+def _refreshed_pairs(config: RunConfig) -> int:
+    refresh = config.rewards.process.refresh if config.rewards.process is not None else None
+    if refresh is None:
+        return 0
+    pairs = refresh.pairs_per_update if refresh.pairs_per_micro_batch is None else refresh.pairs_per_micro_batch
+    return min(chosen(pairs, SIZE_FIELDS["refresh"]), refresh.pairs_per_update)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +102,7 @@ class Workload:
         decodes: decoded samples for each that is drawn: 1, and two a perturbation of guidance by SPSA.
         rows: transitions of a group that are trained.
         updates: optimizer steps.
+        refreshed_pairs: pairs that the process reward model's refresh trains on, on average over the iterations.
         references: further forward passes of a transition, on average: anchor, previous policy, replay.
         latent_values: numbers of a sample's latents.
         group_bytes: bytes of a group's transitions.
@@ -105,6 +118,7 @@ class Workload:
     decodes: int
     rows: int
     updates: int
+    refreshed_pairs: float
     references: float
     latent_values: int
     group_bytes: int
@@ -147,6 +161,7 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
     prompt = sum(tensor.nbytes for tensor in conditioning(generator, 1).values())
     kl = objective.kl
     evaluation = config.evaluation
+    refresh = config.rewards.process.refresh if config.rewards.process is not None else None
     evaluated = evaluation.prompts * evaluation.samples_per_prompt
     return Workload(
         groups=rollout.prompts_per_iteration,
@@ -157,6 +172,7 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
         decodes=1 + 2 * guidance.spsa.perturbations * len(table.guided_steps) if guidance is not None and spsa else 1,
         rows=trained * kept,
         updates=objective.updates_per_iteration,
+        refreshed_pairs=refresh.updates * refresh.pairs_per_update / refresh.every if refresh is not None else 0.0,
         references=(kl is not None and kl.anchor != "none") + objective.needs_previous_policy + _replayed(config),
         latent_values=values,
         group_bytes=FLOAT32 * stored * values + prompt,

@@ -111,6 +111,20 @@ def test_pools_on_cpus_take_the_defaults(recipe: Callable[..., RunConfig]) -> No
     assert (mixed.rollout.samples_per_pass, mixed.pools.prm.max_batch) == (12, 16)
 
 
+def test_the_pairs_of_a_refresh_are_chosen_and_null_takes_all(tmp_path: Path) -> None:
+    def pairs(given: object, gpu_gib: float = 80, share: float = 1) -> int | str | None:
+        refresh = {"pairs_per_micro_batch": given, "pairs_per_update": 12}
+        process = {"outcome": PROCESS["outcome"], "process": {"path": "none", "refresh": refresh}}
+        pools = {"prm_refresh": {"num_gpus": share}}
+        config = choose(medium("hunyuan-video", tmp_path / "m", rewards=process, pools=pools), gpu_gib, four)
+        assert config.rewards.process is not None
+        assert config.rewards.process.refresh is not None
+        return config.rewards.process.refresh.pairs_per_micro_batch
+
+    assert (pairs(None), pairs(5), pairs("auto"), pairs("auto", share=0)) == (None, 5, 12, 12)
+    assert pairs("auto", gpu_gib=2.2) in range(1, 12)
+
+
 def test_without_a_stated_memory_and_without_a_plan_passes_are_the_smallest(recipe: Callable[..., RunConfig]) -> None:
     def missing() -> int:
         raise ConfigError("no process reward model")
