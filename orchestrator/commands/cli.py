@@ -181,7 +181,8 @@ def plan(
 ) -> None:
     """Tell whether a recipe fits its GPUs, and how long an iteration takes; starts nothing and needs no weights.
 
-    Memory and operations are those of the real networks, run on the meta device; seconds follow from assumed speeds.
+    Takes recipes of train, train-prm and train-orm. Memory and operations are those of the real networks, run on the
+    meta device; seconds follow from assumed speeds.
     Status 2 if it does not fit.
     """
     from orchestrator.commands.planning import print_plan

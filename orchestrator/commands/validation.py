@@ -24,18 +24,24 @@ def validated(
     Raises:
         ConfigError: it cannot work, or does not fit GPUs of a stated size.
     """
+    from orchestrator.commands.planning import plan_lines, settle, training_lines
+    from orchestrator.plan.reward_choice import choose_drawn
+
     if isinstance(config, OrmConfig):
         from orchestrator.commands.reward_checks import check_orm
 
-        return config, check_orm(absolute_paths(config), downloads=False)
+        absolute_orm = absolute_paths(config)
+        found = check_orm(absolute_orm, downloads=False)
+        return config, found | (training_lines(absolute_orm) if Path(config.model.path).exists() else {})
     from euphonium.generators.described import describe_generator
 
     if isinstance(config, PrmConfig):
         from orchestrator.commands.reward_checks import check_prm
 
-        return config, check_prm(absolute_paths(config), describe_generator(config.model))
+        found = check_prm(absolute_paths(config), describe_generator(config.model))
+        config = choose_drawn(config, config.gpu_memory_gib)
+        return config, found | training_lines(config)
     from orchestrator.commands.launch import preflight
-    from orchestrator.commands.planning import plan_lines, settle
 
     absolute = absolute_paths(config)
     found = preflight(absolute, describe_generator(absolute.model))

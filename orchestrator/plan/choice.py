@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from euphonium.config import RunConfig
+from euphonium.config import PrmConfig, RunConfig
 from euphonium.config.base import Node
 from euphonium.errors import ConfigError
 from orchestrator.plan.fit import RoleFit, members_of
@@ -42,14 +42,16 @@ Value = int | str
 # Fields with what is chosen for them, and why.
 Choices = dict[str, tuple[Value, str]]
 _N = TypeVar("_N", bound=Node)
+_C = TypeVar("_C", RunConfig, PrmConfig)
 
 
-def open_fields(config: RunConfig) -> list[str]:
+def open_fields(config: RunConfig | PrmConfig) -> list[str]:
     """Fields that the recipe leaves to the plan."""
-    return [field for field in (SHARD_FIELD, *SIZE_FIELDS.values()) if _value(config, field) == AUTO]
+    fields = (SHARD_FIELD, *SIZE_FIELDS.values()) if isinstance(config, RunConfig) else ("pairs.samples_per_pass",)
+    return [field for field in fields if _value(config, field) == AUTO]
 
 
-def settled(config: RunConfig, choices: Choices) -> RunConfig:
+def settled(config: _C, choices: Choices) -> _C:
     """The recipe with numbers for all of its ``auto``, and a record of what was written and chosen."""
     for field, (value, why) in choices.items():
         config = _with(config, field, value)
@@ -57,7 +59,7 @@ def settled(config: RunConfig, choices: Choices) -> RunConfig:
     return config
 
 
-def as_recorded(config: RunConfig, recorded: str) -> RunConfig:
+def as_recorded(config: _C, recorded: str) -> _C:
     """The recipe with what an earlier part of the same run had for its ``auto``.
 
     Args:
@@ -112,19 +114,28 @@ def _smallest(config: RunConfig, fields: list[str], why: str) -> RunConfig:
     return settled(config, {field: ("full" if field == SHARD_FIELD else 1, why) for field in fields})
 
 
+def evenly(measured: Callable[[int], Cost]) -> Callable[[int], Cost]:
+    """A pass as a function of its size, which is measured for one and two samples alone."""
+
+    def cost(size: int) -> Cost:
+        if size <= 2:
+            return measured(size)
+        one, two = (dataclasses.asdict(measured(n)) for n in (1, 2))
+        return Cost(**{part: one[part] + (size - 1) * (two[part] - one[part]) for part in one})
+
+    return cost
+
+
+def smallest_that(suits: Callable[[int], bool], most: int) -> int:
+    """The smallest size that suits, ``most`` if none does."""
+    return next(filter(suits, range(1, most)), most)
+
+
 class _EvenPasses(Passes):
     """Passes of which one and two samples are measured: costs grow evenly with the samples."""
 
     def _kept(self, name: str, run: Callable[[int], Cost]) -> Callable[[int], Cost]:
-        measured = super()._kept(name, run)
-
-        def cost(size: int) -> Cost:
-            if size <= 2:
-                return measured(size)
-            one, two = (dataclasses.asdict(measured(n)) for n in (1, 2))
-            return Cost(**{part: one[part] + (size - 1) * (two[part] - one[part]) for part in one})
-
-        return cost
+        return evenly(super()._kept(name, run))
 
 
 class _Chooser:
@@ -160,7 +171,7 @@ class _Chooser:
         long_enough = self._long_enough(role, most)
         best = self._largest(role, long_enough)
         if role == "rollout":
-            best = _evenly(self._work.group_size, best)
+            best = even_parts(self._work.group_size, best)
         self._sizes = self._of(role, best)
 
     def _choose_learner(self) -> None:
@@ -168,7 +179,7 @@ class _Chooser:
         rows = self._work.rows
         counts = [self._sizes.learner]
         if LEARNER in self._fields:
-            fewest = _evenly(rows, self._largest("learner", self._long_enough("learner", rows)))
+            fewest = even_parts(rows, self._largest("learner", self._long_enough("learner", rows)))
             counts = sorted({-(-rows // pieces) for pieces in range(1, -(-rows // fewest) + 1)})
         shards = (False, True) if SHARD_FIELD in self._fields else (self._sizes.whole_weights,)
         candidates = [
@@ -191,8 +202,7 @@ class _Chooser:
             "refresh": self._passes.training_step(saving=bool(_value(self._config, CHECKPOINTS))),
         }  # fmt: skip
         kind = computes_in(self._passes, SIZED[role])
-        enough = (n for n in range(1, most) if self._whole.seconds(costs[role](n), kind) >= LONG_ENOUGH_S[role])
-        return next(enough, most)
+        return smallest_that(lambda n: self._whole.seconds(costs[role](n), kind) >= LONG_ENOUGH_S[role], most)
 
     def _largest(self, role: str, size: int) -> int:
         while size > 1 and not self._fits(role, self._of(role, size)):
@@ -232,10 +242,10 @@ def _role(members: list[RoleFit], role: str) -> RoleFit:
     return next(fit for fit in members if fit.role == SIZED[role])
 
 
-def _evenly(total: int, size: int) -> int:
+def even_parts(total: int, size: int) -> int:
     """The smallest size that cuts ``total`` into as few parts as ``size`` does.
 
-    >>> [_evenly(12, size) for size in (1, 3, 5, 11, 12)]
+    >>> [even_parts(12, size) for size in (1, 3, 5, 11, 12)]
     [1, 3, 4, 6, 12]
     """
     parts = -(-total // size)

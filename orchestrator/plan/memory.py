@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from euphonium.config import OutcomeRewardConfig
+from euphonium.config import LearnerPoolConfig, OptimizerConfig, OutcomeRewardConfig, RewardOptimizerConfig
 from orchestrator.plan.hardware import GIB, Hardware
 from orchestrator.plan.networks import prompt_bytes
 from orchestrator.plan.passes import Passes
@@ -202,7 +202,7 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
     """
     size, pool, width = passes.network_size, passes.config.pools.learner, passes.generator.dtype.itemsize
     trained, whole = size.trained / ranks, size.kept_whole(whole_weights=sizes.whole_weights)
-    live, bucket, part, accumulated = _deepspeed(passes)
+    live, bucket, part, accumulated = deepspeed_elements(pool, passes.config.optimizer, passes.generator.dtype)
     part = min(part, trained)
     copies = frozen_copies(passes)
     items = [
@@ -228,12 +228,13 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
     return RoleMemory(tuple(items), pool.num_gpus)
 
 
-def _deepspeed(passes: Passes) -> tuple[float, float, float, int]:
-    """The learner's :data:`ELEMENTS` in their order, and bytes of a number of the accumulated gradients."""
+def deepspeed_elements(
+    pool: LearnerPoolConfig, settings: OptimizerConfig | RewardOptimizerConfig, dtype: torch.dtype
+) -> tuple[float, float, float, int]:
+    """A learner's :data:`ELEMENTS` in their order, and bytes of a number of the accumulated gradients."""
     from learners.engine.options import training_options
 
-    config, dtype = passes.config, passes.generator.dtype
-    options = training_options(config.pools.learner, config.optimizer, dtype, whole_below=0)
+    options = training_options(pool, settings, dtype, whole_below=0)
     zero, types = (options.get(name) for name in ("zero_optimization", "data_types"))
     set_here = zero if isinstance(zero, dict) else {}
     live, bucket, part = (float(set_here.get(name, default)) for name, default in ELEMENTS.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from orchestrator.plan.fit import RoleFit
-from orchestrator.plan.hardware import GB, GIB
+from orchestrator.plan.hardware import GB, GIB, Hardware
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.timing import IterationTime
 
@@ -44,9 +44,9 @@ def summary(plan: Plan) -> dict[str, str]:
     return lines
 
 
-def assumptions(plan: Plan) -> str:
+def assumptions(hardware: Hardware) -> str:
     """What was assumed of the machines."""
-    return textwrap.fill("assumed: " + ", ".join(plan.hardware.stated()), WIDTH, subsequent_indent="  ")
+    return textwrap.fill("assumed: " + ", ".join(hardware.stated()), WIDTH, subsequent_indent="  ")
 
 
 def duration(seconds: float) -> str:
@@ -84,7 +84,7 @@ def _memory(plan: Plan) -> list[str]:
     for fit in plan.fits:
         gpu = f"{fit.gpu_gib:.1f}" if fit.gpu_gib else "-"
         begin = f"{NAMES[fit.role]:<14}{fit.members:>7}{gpu:>9}{fit.host_gib:>10.1f}  "
-        lines += textwrap.wrap(_items(fit), WIDTH, initial_indent=begin, subsequent_indent=" " * len(begin))
+        lines += textwrap.wrap(items(fit), WIDTH, initial_indent=begin, subsequent_indent=" " * len(begin))
     if plan.shared is not None:
         shared = (
             f"a GPU that {plan.shared.roles} share: {plan.shared.sampling_gib:.1f} GiB while groups are drawn and "
@@ -96,7 +96,8 @@ def _memory(plan: Plan) -> list[str]:
     return lines
 
 
-def _items(fit: RoleFit) -> str:
+def items(fit: RoleFit) -> str:
+    """What a process holds, the large items one by one."""
     large = [
         f"{item.name} {item.nbytes / GIB:.1f}{' on the host' if item.on_host else ''}"
         f"{f' ({item.phase})' if item.phase else ''}"
