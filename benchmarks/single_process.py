@@ -24,6 +24,7 @@ from actors.rollout import RolloutWorker
 from actors.sampler import Velocity
 from actors.sources import EqualStatesOnce
 from euphonium.config import RunConfig, load_config
+from euphonium.config.base import chosen
 from euphonium.dynamics import StepTable
 from euphonium.rewards.process import LocalRewards, ProcessRewardModel
 from euphonium.rewards.total import weighted_total
@@ -124,7 +125,7 @@ class SingleProcess:
         total = sum(group.rows for group in groups)
         plan = plan_updates(
             [(group.rows, group.states) for group in groups], config.objective.updates_per_iteration,
-            config.pools.learner.rows_per_micro_batch, 1,
+            chosen(config.pools.learner.rows_per_micro_batch, "pools.learner.rows_per_micro_batch"), 1,
         )  # fmt: skip
         self.policy.requires_grad_(True)
         if self.previous is not None:

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from euphonium.config.base import PassSize, chosen
+
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
@@ -24,14 +26,17 @@ class Passes:
         size: most samples in a pass.
     """
 
-    def __init__(self, size: int, field: str) -> None:
+    def __init__(self, size: PassSize, field: str) -> None:
         """Creates the passes.
 
         Args:
             size: most samples in a pass at the start.
             field: the recipe's field with this size, for the warning.
+
+        Raises:
+            ConfigError: the size is ``auto``, and nothing has chosen one.
         """
-        self.size = size
+        self.size = chosen(size, field)
         self._field = field
 
     def run(self, total: int, compute: Callable[[slice], R]) -> list[R]:

@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from euphonium.config import RewardPoolConfig
+from euphonium.config.base import chosen
 from euphonium.errors import EuphoniumError, RewardError
 from euphonium.wire.devices import release_unused
 
@@ -134,7 +135,7 @@ class MicroBatcher(Generic[Q, A]):
         """
         self._compute = compute
         self._what = what
-        self._max_batch = pool.max_batch if pool.merge else 0
+        self._max_batch = chosen(pool.max_batch, "max_batch") if pool.merge else 0
         self._wait_s = pool.wait_ms / 1000
         self._num_gpus = pool.num_gpus
         self._thread = ThreadPoolExecutor(1, "compute", torch.set_num_threads, (pool.threads,))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 from euphonium.errors import ConfigError
 
@@ -21,6 +21,29 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 LONGEST_NAME, LONGEST_PATH = 255, 4095
+# What a recipe leaves to the plan, which replaces it before anything starts (orchestrator/plan/choice.py).
+Auto = Literal["auto"]
+# How many samples, states, pairs or transitions go into a pass.
+PassSize = PositiveInt | Auto
+# Fields that a recipe left to the plan, each with what was written, what was chosen, and why.
+Planned = dict[str, str]
+
+_T = TypeVar("_T")
+
+
+def chosen(value: _T | Auto, field: str) -> _T:
+    """The value of a field that a recipe may leave to the plan, for those who compute with it.
+
+    Args:
+        value: of the field.
+        field: its name, for the error.
+
+    Raises:
+        ConfigError: nothing has chosen one.
+    """
+    if value == "auto":
+        raise ConfigError(f"{field}: auto is chosen by `euphonium train` and others at their start; give a number here")
+    return value
 
 
 def expanded(path: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt
+from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt, PassSize
 from euphonium.text_files import quoted
 
 # What Ray accepts as labels of nodes, and as conditions on them.
@@ -124,9 +124,9 @@ class RolloutPoolConfig(PoolConfig):
 class RewardPoolConfig(PoolConfig):
     """Size of a pool of reward servers, the resources of each, and how it merges requests."""
 
-    max_batch: PositiveInt = 16
+    max_batch: PassSize = 16
     """Most samples in one forward pass: requests that wait together are merged up to it, larger ones are cut, and a
-    pass that does not fit the GPU is halved for good."""
+    pass that does not fit the GPU is halved for good. ``auto`` leaves it to the plan."""
     wait_ms: NonNegativeFloat = 2.0
     """How long a server waits for others to share a pass that is not full; with one client, 0 saves it the wait.
     Requests that arrive while it computes are merged without a wait."""
@@ -138,9 +138,12 @@ class RewardPoolConfig(PoolConfig):
 class OrmPoolConfig(RewardPoolConfig):
     """Size of the pool of outcome-reward servers, the resources of each, and how it decodes and merges requests."""
 
-    decode_batch: PositiveInt = 1
-    """Samples that the VAE decodes at a time. Clips of real size take gigabytes each and gain nothing from company;
-    images and tiny clips do."""
+    max_batch: PositiveInt = 16
+    """Most samples in one pass of the rewards: requests that wait together are merged up to it, larger ones are cut,
+    and a pass that does not fit the GPU is halved for good."""
+    decode_batch: PassSize = 1
+    """Samples that the VAE decodes at a time. Clips of real size take gigabytes each and gain little from company;
+    images and tiny clips do. ``auto`` leaves it to the plan."""
 
 
 class LearnerPoolConfig(ShareConfig, _Workers):
@@ -157,14 +160,15 @@ class LearnerPoolConfig(ShareConfig, _Workers):
     update_timeout_s: PositiveFloat = 1800.0
     """Longest time without a sign of life from the group while it carries out an order: it gives one after every
     micro-batch, and after fetching groups, updating, and publishing weights. An update itself may take any time."""
-    rows_per_micro_batch: PositiveInt = 16
-    """Transitions (sample, step) in one forward and backward pass."""
+    rows_per_micro_batch: PassSize = 16
+    """Transitions (sample, step) in one forward and backward pass. ``auto`` leaves it to the plan."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    shard: Literal["full", "optimizer"] = "full"
+    shard: Literal["full", "optimizer", "auto"] = "full"
     """What of the policy the ranks share: ``full``, weights, gradients and optimizer states; or ``optimizer``, which
     keeps the weights whole on every rank, also those that adapters leave as they are: they are gathered once an update
-    instead of twice a micro-batch, and take their whole size. Frozen copies are shared in any case."""
+    instead of twice a micro-batch, and take their whole size. Frozen copies are shared in any case. ``auto`` leaves it
+    to the plan."""
     persistence_threshold: NonNegativeInt = 10_000
     """ZeRO-3 keeps parameters of fewer elements whole on every rank."""
     gather_blocks: bool = True
@@ -202,7 +206,8 @@ class PoolsConfig(Node):
     learner: LearnerPoolConfig = LearnerPoolConfig()
     """The ZeRO-3 learner group."""
     gpu_memory_gib: PositiveFloat | None = None
-    """Memory of each GPU, for ``euphonium validate`` to refuse a recipe that does not fit; null only warns, of 80."""
+    """Memory of each GPU: what is ``auto`` is chosen for it, and ``euphonium validate`` refuses a recipe that does not
+    fit; null only warns, of 80."""
     start_timeout_s: PositiveFloat = 300.0
     """Longest wait for all actors to be ready."""
     rejoin_timeout_s: PositiveFloat = 300.0

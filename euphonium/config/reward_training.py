@@ -7,7 +7,18 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from euphonium.config.base import Decay, Name, Node, NonNegativeFloat, PathOrHubId, Seed, Steps, UserPath
+from euphonium.config.base import (
+    Decay,
+    Name,
+    Node,
+    NonNegativeFloat,
+    PassSize,
+    PathOrHubId,
+    Planned,
+    Seed,
+    Steps,
+    UserPath,
+)
 from euphonium.config.pools import LearnerPoolConfig
 from euphonium.config.rewards import OutcomeRewardConfig
 from euphonium.config.sampling import ModelConfig, NoiseGridConfig, PromptsConfig
@@ -70,6 +81,10 @@ class RewardTrainingConfig(Node):
     """CPU threads."""
     learner: LearnerPoolConfig | None = None
     """ZeRO-3 ranks under Ray Train; null trains in this process, on its GPU if it has one."""
+    gpu_memory_gib: PositiveFloat | None = None
+    """Memory of each GPU, as ``pools.gpu_memory_gib`` of ``train``."""
+    planned: Planned = Field(default_factory=dict)
+    """What the plan chose where the recipe says ``auto``; a training writes it into its own recipe."""
 
     @property
     def run_dir(self) -> Path:
@@ -101,8 +116,9 @@ class PairsConfig(NoiseGridConfig):
     """Samples of every held-out prompt, for the accuracy."""
     num_steps: Steps = 10
     """ODE steps of the samples."""
-    samples_per_pass: PositiveInt = 16
-    """Most samples in one forward pass of the generator; a pass that does not fit is halved for good."""
+    samples_per_pass: PassSize = 16
+    """Most samples in one forward pass of the generator; a pass that does not fit is halved for good. ``auto`` leaves
+    it to the plan."""
     margin: NonNegativeFloat = 0.1
     """Pairs whose weighted outcome rewards differ by less are left out: their order is mostly noise."""
 

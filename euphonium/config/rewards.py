@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from euphonium.config.base import Node, NonNegativeFloat, PathOrHubId
+from euphonium.config.base import Node, NonNegativeFloat, PassSize, PathOrHubId
 
 OnFailure = Literal["drop_group", "abort"]
 
@@ -44,8 +44,9 @@ class PrmRefreshConfig(Node):
     """Optimiser steps of a refresh, which begins at the weights of the start."""
     pairs_per_update: PositiveInt = 32
     """Pairs in a batch."""
-    pairs_per_micro_batch: PositiveInt | None = None
-    """Pairs in one forward and backward pass; null takes them all at once. Every pair is two samples."""
+    pairs_per_micro_batch: PassSize | None = None
+    """Pairs in one forward and backward pass; null takes them all at once, ``auto`` leaves it to the plan. Every pair
+    is two samples."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     learning_rate: PositiveFloat = 1e-4

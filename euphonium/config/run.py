@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from euphonium.config.base import Name, Node, Seed, UserPath
+from euphonium.config.base import Name, Node, Planned, Seed, UserPath
 from euphonium.config.pools import PoolsConfig
 from euphonium.config.rewards import AdvantageConfig, RewardsConfig
 from euphonium.config.sampling import EvaluationConfig, ModelConfig, PromptsConfig, RolloutConfig, SamplerConfig
@@ -44,6 +44,8 @@ class RunConfig(Node):
     pools: PoolsConfig = PoolsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    planned: Planned = Field(default_factory=dict)
+    """What the plan chose where the recipe says ``auto``; a run writes it into its own recipe."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt, PathOrHubId, Seed, Steps, UserPath
+from euphonium.config.base import Node, NonNegativeFloat, NonNegativeInt, PassSize, PathOrHubId, Seed, Steps, UserPath
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -293,9 +293,9 @@ class RolloutConfig(Node):
     """Groups an iteration, one a prompt."""
     group_size: Annotated[int, Field(ge=2)]
     """Samples of a group, G; advantages compare them."""
-    samples_per_pass: PositiveInt = 16
+    samples_per_pass: PassSize = 16
     """Most samples in one forward pass of a rollout or an evaluation; a pass that does not fit is halved for good. From
-    some thousand tokens on, more than one a pass gains nothing and costs memory."""
+    some thousand tokens on, more than one a pass gains nothing and costs memory. ``auto`` leaves it to the plan."""
     compile: bool = False
     """Compile the transformer's blocks in rollout actors: about 1.5 times as fast on an H100, after tens of seconds
     for the first pass of each shape."""

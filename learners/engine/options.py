@@ -16,18 +16,17 @@ from euphonium.errors import ConfigError
 # DeepSpeed's own configuration: JSON values.
 Options = dict[str, Any]
 
-FIELD = "pools.learner.deepspeed"
 _ROUNDS = "it rounds weights or gradients, so that the learner would not compute what rollout actors do"
-# Fields of DeepSpeed's section that are not for recipes, and why.
+# Fields of DeepSpeed's section that are not for recipes, and why; ``{learner}`` is the recipe's section of the ranks.
 OWNED = {
     "stage": "learners are made for stage 3",
-    "stage3_param_persistence_threshold": "set pools.learner.persistence_threshold",
-    "offload_optimizer": "set pools.learner.offload_optimizer",
-    "cpu_offload": "set pools.learner.offload_optimizer",
-    "cpu_offload_param": "set pools.learner.offload_references",
-    "cpu_offload_use_pin_memory": "set pools.learner.offload_optimizer",
-    "offload_param": "set pools.learner.offload_references",
-    "leaf_module": "set pools.learner.gather_blocks",
+    "stage3_param_persistence_threshold": "set {learner}.persistence_threshold",
+    "offload_optimizer": "set {learner}.offload_optimizer",
+    "cpu_offload": "set {learner}.offload_optimizer",
+    "cpu_offload_param": "set {learner}.offload_references",
+    "cpu_offload_use_pin_memory": "set {learner}.offload_optimizer",
+    "offload_param": "set {learner}.offload_references",
+    "leaf_module": "set {learner}.gather_blocks",
     "memory_efficient_linear": "it computes in another order than rollout actors do",
     "zero_quantized_weights": _ROUNDS,
     "zero_quantized_nontrainable_weights": _ROUNDS,
@@ -108,28 +107,32 @@ def prefetch_blocks(options: Options, block: int) -> None:
         zero.setdefault("stage3_prefetch_bucket_size", block)
 
 
-def check_options(pool: LearnerPoolConfig) -> None:
+def check_options(pool: LearnerPoolConfig, section: str = "pools.learner") -> None:
     """Checks the recipe's own options of DeepSpeed.
+
+    Args:
+        pool: settings of the learner group.
+        section: the recipe's section that holds them, for errors.
 
     Raises:
         ConfigError: DeepSpeed does not know one or refuses its value, or it is not for recipes.
     """
     if not pool.deepspeed:
         return
-    model = _zero_config()
-    known = [field.alias or name for name, field in model.model_fields.items()]
+    model, field = _zero_config(), f"{section}.deepspeed"
+    known = [described.alias or name for name, described in model.model_fields.items()]
     for name in pool.deepspeed:
         if name in OWNED:
-            raise ConfigError(f"{FIELD}.{name}: {OWNED[name]}; leave it out")
+            raise ConfigError(f"{field}.{name}: {OWNED[name].format(learner=section)}; leave it out")
         if name not in known:
             near = difflib.get_close_matches(name, [n for n in known if n not in OWNED], n=1)
             meant = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{FIELD}.{name}: DeepSpeed's section zero_optimization has no such field{meant}")
+            raise ConfigError(f"{field}.{name}: DeepSpeed's section zero_optimization has no such field{meant}")
     try:
         model(stage=3, **pool.deepspeed)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{FIELD}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ConfigError(f"{field}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _zero_config() -> type[BaseModel]:

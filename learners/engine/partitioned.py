@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from euphonium.config import LearnerPoolConfig, LoraConfig, OptimizerConfig
+from euphonium.config.base import chosen
 from euphonium.errors import TrainingError
 from euphonium.generators.generator import Generator
 from euphonium.generators.lora import ADAPTER, adapter_parameters, add_adapter, initial_adapter
@@ -54,7 +55,8 @@ class ZeroPolicy(ZeroEngine):
             lora: settings of the low-rank adapter that is trained; None trains all weights.
             frozen_adapters: names of further adapters, for frozen references.
         """
-        whole_below = EVERY if pool.shard == "optimizer" else pool.persistence_threshold
+        whole = chosen(pool.shard, "pools.learner.shard") == "optimizer"
+        whole_below = EVERY if whole else pool.persistence_threshold
         options = training_options(pool, optimizer, family.dtype, whole_below=whole_below)
         adapters = (ADAPTER, *frozen_adapters) if lora is not None else ()
         self.module = _loaded(family, lora, adapters, options)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from euphonium.config import RunConfig
+from euphonium.config.base import chosen
 from euphonium.dynamics import StepTable
 from euphonium.errors import TrainingError
 from euphonium.generators.conditioning import Conditioning
@@ -151,7 +152,7 @@ class Learner:
         return plan_updates(
             [(group.rows, group.states) for group in groups],
             self.config.objective.updates_per_iteration,
-            self.config.pools.learner.rows_per_micro_batch,
+            chosen(self.config.pools.learner.rows_per_micro_batch, "pools.learner.rows_per_micro_batch"),
             self.world_size,
         )
 

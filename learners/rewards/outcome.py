@@ -137,6 +137,21 @@ class OrmTask:
         return np.asarray(engine.sum(rewards).numpy())
 
 
+def prepare(model: OutcomeModel, config: OrmConfig) -> None:
+    """Makes the parts of a model trainable that a recipe trains."""
+    model.requires_grad_(True)
+    backbone = model.backbone
+    if config.model.trained == "head":
+        backbone.requires_grad_(False)
+    elif config.model.trained == "language":
+        backbone.model.vision_tower.requires_grad_(False)
+    if backbone.lm_head.weight is not backbone.get_input_embeddings().weight:
+        # The language-model head is no part of the reward.
+        backbone.lm_head.requires_grad_(False)
+    if config.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable()
+
+
 class OrmTraining:
     """Model and preferences of an outcome reward model; implements :class:`learners.rewards.worker.RewardTraining`."""
 
@@ -144,17 +159,7 @@ class OrmTraining:
         self.config = config
         self.settings = config.optimizer
         self.model: OutcomeModel = self._fresh()
-        self.model.requires_grad_(True)
-        backbone = self.model.backbone
-        if config.model.trained == "head":
-            backbone.requires_grad_(False)
-        elif config.model.trained == "language":
-            backbone.model.vision_tower.requires_grad_(False)
-        if backbone.lm_head.weight is not backbone.get_input_embeddings().weight:
-            # The language-model head is no part of the reward.
-            backbone.lm_head.requires_grad_(False)
-        if config.gradient_checkpointing:
-            backbone.gradient_checkpointing_enable()
+        prepare(self.model, config)
         train, held_out = open_preferences(config.preferences, config.seed)
         self.task = OrmTask(self.model, train, held_out, config, device)
 

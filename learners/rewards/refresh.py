@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from euphonium.config import PrmRefreshConfig, RewardOptimizerConfig, RunConfig
+from euphonium.config.base import chosen
 from euphonium.errors import LostActorError, TrainingError
 from euphonium.generators.conditioning import Conditioning, stack_conditionings
 from euphonium.rewards.process import ProcessRewardModel
@@ -75,7 +76,10 @@ class PrmRefresh:
         self._training = RewardOptimizerConfig(
             updates=settings.updates,
             pairs_per_update=settings.pairs_per_update,
-            pairs_per_micro_batch=settings.pairs_per_micro_batch or settings.pairs_per_update,
+            pairs_per_micro_batch=chosen(
+                settings.pairs_per_micro_batch or settings.pairs_per_update,
+                "rewards.process.refresh.pairs_per_micro_batch",
+            ),
             learning_rate=settings.learning_rate,
             # The weights are already trained: no decay pulls them towards zero.
             weight_decay=0.0,

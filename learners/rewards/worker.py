@@ -21,7 +21,7 @@ from learners.rewards.training import PROGRESS_FILE, Measurement, Report, Task, 
 CHECKPOINTS = "checkpoints"
 RESULT_FILE = "result.json"
 # Fields that do not change what is learned: a training may go on after they were changed.
-INCIDENTAL = {"output_dir", "target", "threads", "learner", "gradient_checkpointing"}
+INCIDENTAL = {"output_dir", "target", "threads", "learner", "gradient_checkpointing", "gpu_memory_gib", "planned"}
 INCIDENTAL_OPTIMIZER = {"checkpoint_every", "evaluate_every", "evaluation_pairs", "patience", "pairs_per_micro_batch"}
 
 

@@ -153,26 +153,10 @@ def validate(recipe: Recipe, overrides: Overrides = None) -> None:
     Takes recipes of train, train-prm and train-orm. A published model that is not here is checked by its configuration
     files. Memory that does not fit is a warning, or an error where pools.gpu_memory_gib says what the GPUs have.
     """
-    from euphonium.config import OrmConfig, PrmConfig, dump_config, load_any_config
-    from orchestrator.commands.paths import absolute_paths
+    from euphonium.config import dump_config, load_any_config
+    from orchestrator.commands.validation import validated
 
-    config = load_any_config(recipe, overrides or [])
-    if isinstance(config, OrmConfig):
-        from orchestrator.commands.reward_checks import check_orm
-
-        found = check_orm(absolute_paths(config), downloads=False)
-    elif isinstance(config, PrmConfig):
-        from euphonium.generators.described import describe_generator
-        from orchestrator.commands.reward_checks import check_prm
-
-        found = check_prm(absolute_paths(config), describe_generator(config.model))
-    else:
-        from euphonium.generators.described import describe_generator
-        from orchestrator.commands.launch import preflight
-        from orchestrator.commands.planning import plan_lines
-
-        absolute = absolute_paths(config)
-        found = preflight(absolute, describe_generator(absolute.model)) | plan_lines(absolute, recipe)
+    config, found = validated(load_any_config(recipe, overrides or []), recipe)
     say(dump_config(config))
     width = max(map(len, found))
     for name, value in found.items():
@@ -197,7 +181,8 @@ def plan(
 ) -> None:
     """Tell whether a recipe fits its GPUs, and how long an iteration takes; starts nothing and needs no weights.
 
-    Memory and operations are those of the real networks, run on the meta device; seconds follow from assumed speeds.
+    Takes recipes of train, train-prm and train-orm. Memory and operations are those of the real networks, run on the
+    meta device; seconds follow from assumed speeds.
     Status 2 if it does not fit.
     """
     from orchestrator.commands.planning import print_plan

@@ -18,7 +18,7 @@ from euphonium.errors import CheckpointError, ConfigError
 from euphonium.files import written_aside
 from euphonium.locks import refuse_unwritable
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
-from orchestrator.state.checkpoints import CONFIG, Checkpoint, CheckpointStore, verify
+from orchestrator.state.checkpoints import Checkpoint, CheckpointStore, verify
 
 if TYPE_CHECKING:
     from euphonium.dynamics import StepTable
@@ -230,7 +230,10 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
     Raises:
         ConfigError: it is of another run.
     """
-    old = yaml.safe_load((checkpoint.folder / CONFIG).read_text(encoding="utf-8"))
+    from orchestrator.plan.choice import as_recorded
+
+    old = yaml.safe_load(checkpoint.recipe())
+    config = as_recorded(config, checkpoint.recipe())
     new = config.model_dump(mode="json")
     for part in ("model", "seed"):
         if old.get(part) != new[part]:
@@ -240,7 +243,7 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
             )
     _refuse_what_the_checkpoint_lacks(checkpoint, old, config)
     _refuse_another_walk(checkpoint, old, config)
-    for part in sorted(set(new) - {"name", "output_dir", "resume"}):
+    for part in sorted(set(new) - {"name", "output_dir", "resume", "planned"}):
         if old.get(part) != new[part]:
             log.warning("resuming with other settings in %s: %s -> %s", part, old.get(part), new[part])
 

@@ -16,6 +16,7 @@ from euphonium.generators.pictures import check_pictures, require_pictures
 from euphonium.generators.registry import open_generator
 from euphonium.locks import refuse_unwritable
 from euphonium.rewards.registry import build_rewards
+from learners.engine.options import check_options
 from learners.rewards.preference_files import PreferenceTable, open_preferences
 from orchestrator.commands.launch import refuse_ineffective_variables
 from orchestrator.groups.prompts import read_prompts
@@ -127,6 +128,8 @@ def _check_surroundings(config: PrmConfig | OrmConfig) -> None:
     refuse_ineffective_variables()
     refuse_unwritable(config.run_dir, "output_dir")
     refuse_unwritable(config.target, "target")
+    if config.learner is not None:
+        check_options(config.learner, "learner")
 
 
 def _ranks(config: PrmConfig | OrmConfig) -> dict[str, str]:

@@ -27,6 +27,7 @@ def train_policy(config: RunConfig, say: Callable[[str], None], *, verbose: bool
     """
     with writing_alone([(config.run_dir, "output_dir")]):
         from orchestrator.commands.launch import is_complete, plan_start, preflight, prepare_run_dir
+        from orchestrator.commands.planning import settle_run
         from orchestrator.pools.ray_session import connect_ray, reach_cluster
 
         reach_cluster(os.environ.get("RAY_ADDRESS", ""))
@@ -39,6 +40,9 @@ def train_policy(config: RunConfig, say: Callable[[str], None], *, verbose: bool
             if is_complete(config, checkpoint):
                 say(f"nothing to do: {config.iterations} iterations are done")
                 return
+        config = settle_run(config, checkpoint)
+        for field, note in config.planned.items():
+            say(f"{field}: {note}")
         namespace = f"euphonium-{config.name}"
         connect_ray(namespace, verbose=verbose)
         import ray

@@ -36,6 +36,7 @@ from learners.rewards.prm_data import Drawing, is_prepared, write_paired
 from learners.rewards.video_files import read_frames
 from learners.rewards.worker import RESULT_FILE
 from orchestrator.commands.paths import absolute_paths
+from orchestrator.commands.planning import settle_training
 from orchestrator.commands.reward_checks import PARTS, check_prm, preference_tables
 from orchestrator.commands.reward_group import PrintLine, cluster, map_shares, run_training
 from orchestrator.groups.prompts import read_prompts
@@ -68,6 +69,9 @@ def train_prm(config: PrmConfig, say: PrintLine) -> list[float]:
 
 def _train_alone(config: PrmConfig, say: PrintLine) -> list[float]:
     check_prm(config)
+    config = settle_training(config)
+    for field, note in config.planned.items():
+        say(f"{field}: {note}")
     torch.set_num_threads(config.threads)
     with cluster(config):
         config.run_dir.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.plan.hardware import Hardware
-from orchestrator.plan.memory import COUNTED, RoleMemory, learner_memory, orm_memory, prm_memory, rollout_memory
+from orchestrator.plan.memory import (
+    COUNTED,
+    RoleMemory,
+    learner_memory,
+    orm_memory,
+    prm_memory,
+    refresh_memory,
+    rollout_memory,
+)
 from orchestrator.plan.passes import Passes
-from orchestrator.plan.workload import SIZE_FIELDS, PassSizes, replaced
+from orchestrator.plan.workload import SHARD_FIELD, SIZE_FIELDS, PassSizes, replaced
 
 
 @dataclass(frozen=True)
@@ -51,44 +59,65 @@ def largest(memory_of: MemoryOf, size: int, hardware: Hardware) -> int:
 
 
 def fits_of(passes: Passes, sizes: PassSizes, hardware: Hardware) -> list[RoleFit]:
+    """Memory of all roles of a recipe, in the order in which work passes them, and what to change if it is too much."""
+    advice = {
+        "rollout": _rollout_advice, "prm": _prm_advice, "prm_refresh": _refresh_advice, "orm": _orm_advice,
+        "learner": _learner_advice,
+    }  # fmt: skip
+    return [
+        replace(fit, advice=advice[fit.role](passes, sizes, hardware)) for fit in members_of(passes, sizes, hardware)
+    ]
+
+
+def members_of(passes: Passes, sizes: PassSizes, hardware: Hardware) -> list[RoleFit]:
     """Memory of all roles of a recipe, in the order in which work passes them."""
     pools = passes.config.pools
-    found = [_rollout(passes, sizes, hardware)]
-    if passes.prm_blocks is not None:
-        found.append(_prm(passes, sizes, hardware))
-    memory = orm_memory(passes, sizes)
-    advice = _pass_advice(
-        SIZE_FIELDS["decode"], sizes.decode, "an ORM server", lambda n: orm_memory(passes, replaced(sizes, decode=n)),
-        hardware, last_resort="set model.vae_tiling: true",
-    )  # fmt: skip
-    found.append(_fit("orm", pools.orm.num_actors, memory, hardware, advice))
     ranks = pools.learner.num_workers
-    memory = learner_memory(passes, sizes, ranks)
-    found.append(_fit("learner", ranks, memory, hardware, _learner_advice(passes, sizes, ranks, hardware)))
-    return found
+    found = {"rollout": (pools.rollout.num_actors, rollout_memory(passes, sizes))}
+    if passes.prm_blocks is not None:
+        found["prm"] = pools.prm.num_actors, prm_memory(passes, sizes)
+    if sizes.refresh:
+        found["prm_refresh"] = 1, refresh_memory(passes, sizes)
+    found["orm"] = pools.orm.num_actors, orm_memory(passes, sizes)
+    found["learner"] = ranks, learner_memory(passes, sizes, ranks)
+    return [
+        RoleFit(role, members, memory, memory.gpu_gib(hardware), memory.host_gib(hardware))
+        for role, (members, memory) in found.items()
+    ]
 
 
-def _rollout(passes: Passes, sizes: PassSizes, hardware: Hardware) -> RoleFit:
+def _rollout_advice(passes: Passes, sizes: PassSizes, hardware: Hardware) -> str:
     def memory_of(samples: int) -> RoleMemory:
         return rollout_memory(passes, replaced(sizes, rollout=samples, evaluation=min(samples, sizes.evaluation)))
 
-    advice = _pass_advice(
+    return _pass_advice(
         SIZE_FIELDS["rollout"], sizes.rollout, "a rollout actor", memory_of, hardware,
         last_resort="take larger GPUs, or a smaller model.height, model.width or model.frames",
     )  # fmt: skip
-    return _fit("rollout", passes.config.pools.rollout.num_actors, rollout_memory(passes, sizes), hardware, advice)
 
 
-def _prm(passes: Passes, sizes: PassSizes, hardware: Hardware) -> RoleFit:
-    advice = _pass_advice(
+def _prm_advice(passes: Passes, sizes: PassSizes, hardware: Hardware) -> str:
+    return _pass_advice(
         SIZE_FIELDS["prm"], sizes.prm, "a PRM server", lambda n: prm_memory(passes, replaced(sizes, prm=n)),
         hardware, last_resort="take larger GPUs, or a process reward model of fewer blocks",
     )  # fmt: skip
-    return _fit("prm", passes.config.pools.prm.num_actors, prm_memory(passes, sizes), hardware, advice)
 
 
-def _fit(role: str, members: int, memory: RoleMemory, hardware: Hardware, advice: str) -> RoleFit:
-    return RoleFit(role, members, memory, memory.gpu_gib(hardware), memory.host_gib(hardware), advice)
+def _refresh_advice(passes: Passes, sizes: PassSizes, hardware: Hardware) -> str:
+    process = passes.config.rewards.process
+    saving = process is not None and process.refresh is not None and process.refresh.gradient_checkpointing
+    return _pass_advice(
+        SIZE_FIELDS["refresh"], sizes.refresh, "the actor of the refresh",
+        lambda n: refresh_memory(passes, replaced(sizes, refresh=n)), hardware,
+        last_resort="take larger GPUs" if saving else "set rewards.process.refresh.gradient_checkpointing: true",
+    )  # fmt: skip
+
+
+def _orm_advice(passes: Passes, sizes: PassSizes, hardware: Hardware) -> str:
+    return _pass_advice(
+        SIZE_FIELDS["decode"], sizes.decode, "an ORM server", lambda n: orm_memory(passes, replaced(sizes, decode=n)),
+        hardware, last_resort="set model.vae_tiling: true",
+    )  # fmt: skip
 
 
 def _pass_advice(field: str, size: int, who: str, memory_of: MemoryOf, hardware: Hardware, *, last_resort: str) -> str:
@@ -105,7 +134,8 @@ def _pass_advice(field: str, size: int, who: str, memory_of: MemoryOf, hardware:
     return f"{field}: {size} needs {needed:.1f} GiB of the {hardware.gpu_gib:g} on {who}; {remedy}"
 
 
-def _learner_advice(passes: Passes, sizes: PassSizes, ranks: int, hardware: Hardware) -> str:
+def _learner_advice(passes: Passes, sizes: PassSizes, hardware: Hardware) -> str:
+    ranks = passes.config.pools.learner.num_workers
     needed = learner_memory(passes, sizes, ranks).gpu_gib(hardware)
     if needed <= hardware.gpu_gib:
         return ""
@@ -113,6 +143,10 @@ def _learner_advice(passes: Passes, sizes: PassSizes, ranks: int, hardware: Hard
     rows = largest(lambda n: learner_memory(passes, replaced(sizes, learner=n), ranks), sizes.learner, hardware)
     if rows:
         return f"{SIZE_FIELDS['learner']}: {sizes.learner}: {begin}; {rows} fits"
+    if sizes.whole_weights and learner_memory(passes, replaced(sizes, learner=1, whole_weights=False), ranks).fits(
+        hardware
+    ):
+        return f"{SHARD_FIELD}: optimizer: {begin} with one row; full fits"
     if not passes.config.pools.learner.gradient_checkpointing:
         return f"pools.learner.gradient_checkpointing: {begin} with one row; set it to true"
     enough = smallest_learner(passes, replaced(sizes, learner=1), hardware)

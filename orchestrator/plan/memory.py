@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from euphonium.config import OutcomeRewardConfig
+from euphonium.config import LearnerPoolConfig, OptimizerConfig, OutcomeRewardConfig, RewardOptimizerConfig
 from orchestrator.plan.hardware import GIB, Hardware
-from orchestrator.plan.passes import Passes, prompt_bytes
+from orchestrator.plan.networks import prompt_bytes
+from orchestrator.plan.passes import Passes
 from orchestrator.plan.workload import FLOAT32, PassSizes
 
 MEGABYTE = 1 << 20
@@ -142,6 +143,34 @@ def prm_memory(passes: Passes, sizes: PassSizes) -> RoleMemory:
     )
 
 
+def refresh_memory(passes: Passes, sizes: PassSizes) -> RoleMemory:
+    """The actor that refreshes the process reward model: two copies of it between refreshes, all of a training in one.
+
+    Samples wait in host memory.
+    """
+    config, parameters = passes.config, passes.prm_size.parameters
+    process = config.rewards.process
+    assert process is not None
+    assert process.refresh is not None
+    step = passes.training_step(saving=process.refresh.gradient_checkpointing)(sizes.refresh)
+    weights, width = FLOAT32 * parameters, passes.generator.dtype.itemsize
+    held = "moments, gradients, and the weights before"
+    group = config.rollout.group_size * passes.latent_bytes + prompt_bytes(passes.generator)
+    return RoleMemory(
+        (
+            Item("float32 weights, and those of the start", 2 * weights),
+            Item(held, 4 * weights, "backward"),
+            Item(f"micro-batch of {sizes.refresh} pairs", step.peak_bytes, "backward", activations=True),
+            Item("weights in the generator's type", parameters * width if width < FLOAT32 else 0, "backward"),
+            Item(held, 4 * weights, "update"),
+            Item("temporaries of the update", weights, "update"),
+            Item("samples", process.refresh.buffer_groups * group, on_host=True),
+            Item("published weights", weights, on_host=True),
+        ),
+        config.pools.refresh_pool.num_gpus,
+    )
+
+
 def orm_memory(passes: Passes, sizes: PassSizes) -> RoleMemory:
     """An ORM server: VAE, rewards and a decoding pass; the rewards' own activations are not counted."""
     decoding = passes.decode(sizes.decode)
@@ -172,13 +201,13 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
     update, float32 gradients and temporary tensors of the part that is updated.
     """
     size, pool, width = passes.network_size, passes.config.pools.learner, passes.generator.dtype.itemsize
-    trained = size.trained / ranks
-    live, bucket, part, accumulated = _deepspeed(passes)
+    trained, whole = size.trained / ranks, size.kept_whole(whole_weights=sizes.whole_weights)
+    live, bucket, part, accumulated = deepspeed_elements(pool, passes.config.optimizer, passes.generator.dtype)
     part = min(part, trained)
     copies = frozen_copies(passes)
     items = [
         Item("share of the weights", size.weight_bytes / ranks),
-        Item("whole weights" if pool.shard == "optimizer" else "whole small weights", size.whole * width),
+        Item("whole weights" if sizes.whole_weights else "whole small weights", whole * width),
         Item("float32 weights and Adam's moments", 12 * trained, on_host=pool.offload_optimizer),
         Item("share of the gradients", accumulated * trained, on_host=pool.offload_optimizer),
         Item("buffer of reduced gradients", bucket * width),
@@ -186,7 +215,7 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
             f"micro-batch of {sizes.learner}", passes.micro_step(sizes.learner).peak_bytes, "backward",
             activations=True,
         ),
-        Item("gathered weights", min(size.parameters - size.whole, live + size.unit) * width, "backward"),
+        Item("gathered weights", min(size.parameters - whole, live + size.unit) * width, "backward"),
         Item("gradients of a block", min(size.unit, size.trained) * width, "backward"),
         Item("gradients and temporaries of the update", 3 * FLOAT32 * part, "update", on_host=pool.offload_optimizer),
         Item("process and checkpoint copies", 12 * trained, on_host=True),
@@ -199,12 +228,13 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
     return RoleMemory(tuple(items), pool.num_gpus)
 
 
-def _deepspeed(passes: Passes) -> tuple[float, float, float, int]:
-    """The learner's :data:`ELEMENTS` in their order, and bytes of a number of the accumulated gradients."""
+def deepspeed_elements(
+    pool: LearnerPoolConfig, settings: OptimizerConfig | RewardOptimizerConfig, dtype: torch.dtype
+) -> tuple[float, float, float, int]:
+    """A learner's :data:`ELEMENTS` in their order, and bytes of a number of the accumulated gradients."""
     from learners.engine.options import training_options
 
-    config, dtype = passes.config, passes.generator.dtype
-    options = training_options(config.pools.learner, config.optimizer, dtype, whole_below=0)
+    options = training_options(pool, settings, dtype, whole_below=0)
     zero, types = (options.get(name) for name in ("zero_optimization", "data_types"))
     set_here = zero if isinstance(zero, dict) else {}
     live, bucket, part = (float(set_here.get(name, default)) for name, default in ELEMENTS.items())

@@ -10,7 +10,7 @@ from orchestrator.plan.fit import RoleFit
 from orchestrator.plan.hardware import GIB, Hardware
 
 # The order in which pools fill nodes: the group that must be together comes first.
-PACKED = ("learner", "rollout", "prm", "orm")
+PACKED = ("learner", "rollout", "prm", "prm_refresh", "orm")
 
 
 @dataclass(frozen=True, kw_only=True)

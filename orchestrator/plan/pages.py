@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from euphonium.config import RunConfig, load_config
+from orchestrator.plan.choice import choose
 from orchestrator.plan.hardware import GB, Hardware
 from orchestrator.plan.plan import Plan, blocks_of_prm, make_plan
 from orchestrator.plan.table import duration
@@ -39,6 +40,7 @@ def plan_of(recipe: Path) -> Plan:
     """The plan of a shipped recipe on the GPUs that it is meant for: of 80 GiB, unless it says otherwise."""
     config: RunConfig = load_config(ROOT / recipe)
     stated = config.pools.gpu_memory_gib or Hardware.gpu_gib
+    config = choose(config, stated, lambda: blocks_of_prm(config, ROOT / recipe))
     machines = next((m for begin, m in MACHINES.items() if recipe.stem.startswith(begin)), {})
     return make_plan(config, Hardware(gpu_gib=stated, **machines), blocks_of_prm(config, ROOT / recipe))
 

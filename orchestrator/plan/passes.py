@@ -1,53 +1,22 @@
-"""The passes of a recipe, measured with the classes that compute them, on the meta device.
-
-Every block is run, none is extrapolated: the 13 billion parameters of HunyuanVideo take seconds. Costs are of
-activations; weights are counted apart.
-"""
+"""The passes of a recipe of ``train``: those of its networks, and the learner's micro-batch."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from euphonium.config import RunConfig
-from euphonium.errors import ConfigError
-from euphonium.generators.described import describe_generator
-from euphonium.generators.generator import Generator
-from euphonium.generators.lora import adapter_parameters, add_adapter
-from orchestrator.plan.cache import remembered
+from euphonium.generators.lora import adapter_parameters
 from orchestrator.plan.inputs import META, conditioning, states
 from orchestrator.plan.meter import Cost, measure
-
-# Measures a computation, given the tensors that were there before.
-Meter = Callable[[Callable[[], object], Iterable[torch.Tensor]], Cost]
+from orchestrator.plan.networks import Meter, NetworkPasses, Size, checkpointing, freed_gradients, gather_unit, size_of
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """How large a network is.
-
-    Attributes:
-        parameters: number of parameters.
-        weight_bytes: bytes of its parameters.
-        trained: number of those that a run trains.
-        unit: parameters that ZeRO-3 gathers at a time: the largest block, or the largest layer.
-        whole: parameters of tensors that ZeRO-3 keeps whole on every rank.
-    """
-
-    parameters: int
-    weight_bytes: int
-    trained: int
-    unit: int = 0
-    whole: int = 0
-
-
-class Passes:
+class Passes(NetworkPasses):
     """The passes of one recipe; each is measured when it is asked for, once."""
 
     def __init__(
@@ -66,88 +35,39 @@ class Passes:
             meter: measures a computation.
         """
         self.config = config
-        self.generator: Generator = describe_generator(config.model)
-        self.prm_blocks = prm_blocks
-        self.device = device
-        self._measure = meter
-        self.velocity = self._kept("velocity", self._velocity)
+        super().__init__(config.model, prm_blocks, device, meter)
         self.micro_step = self._kept("micro-step", self._micro_step)
-        self.score = self._kept("score", lambda samples: self._prm_pass(samples, with_gradient=False))
-        self.gradient = self._kept("gradient", lambda samples: self._prm_pass(samples, with_gradient=True))
-        self.decode = self._kept("decode", self._decode)
 
-    def _kept(self, name: str, run: Callable[[int], Cost]) -> Callable[[int], Cost]:
-        """A pass as a function of its size, whose costs on the meta device are kept on disk."""
-
-        @lru_cache
-        def cost(size: int) -> Cost:
-            if self.device.type != "meta":
-                return run(size)
-            return Cost(**remembered(self._depends_on(name, size), lambda: dataclasses.asdict(run(size))))
-
-        return cost
-
+    @override
     def _depends_on(self, name: str, size: int) -> dict[str, object]:
-        """What a measurement depends on, besides code."""
-        config, pipeline = self.config, self.generator.pipeline
-        return {
-            "pass": name,
-            "size": size,
-            "model": config.model.model_dump(mode="json", exclude={"path", "revision", "negative_prompt"}),
-            "components": [pipeline.component_config(part) for part in (self.generator.backbone, "vae")],
-            "index": pipeline.index(),
-            "blocks": self.prm_blocks,
-            "objective": config.objective.model_dump(mode="json", include={"kind", "step_weights"}),
-            "learner": config.pools.learner.model_dump(
-                mode="json", include={"gradient_checkpointing", "gather_blocks", "persistence_threshold", "shard"}
+        objective, learner = self.config.objective, self.config.pools.learner
+        return super()._depends_on(name, size) | {
+            "objective": objective.model_dump(mode="json", include={"kind", "step_weights"}),
+            "learner": learner.model_dump(
+                mode="json", include={"gradient_checkpointing", "gather_blocks", "persistence_threshold"}
             ),
         }
-
-    @cached_property
-    def network(self) -> nn.Module:
-        """The generator's network, with the adapter that a recipe trains."""
-        with self.device:
-            network = self.generator.build_transformer().to(self.device)
-            if self.config.model.lora is not None:
-                add_adapter(network, self.config.model.lora)
-        return network
 
     @cached_property
     def network_size(self) -> Size:
         """Size of the generator's network."""
         return self._kept_size("network", self._network_size)
 
-    def _kept_size(self, name: str, count: Callable[[], Size]) -> Size:
-        found = remembered(self._depends_on(name, 0), lambda: dataclasses.asdict(count()))
-        return Size(**{part: int(number) for part, number in found.items()})
-
     def _network_size(self) -> Size:
         pool = self.config.pools.learner
         trained = self._trained()
         blocks = pool.gather_blocks and self.config.model.lora is None
         return dataclasses.replace(
-            _size(self.network),
+            size_of(self.network),
             trained=sum(p.numel() for p in trained.values()),
-            unit=_gather_unit(self.network, blocks=blocks),
-            whole=sum(
-                p.numel()
-                for p in self.network.parameters()
-                if pool.shard == "optimizer" or p.numel() < pool.persistence_threshold
-            ),
+            unit=gather_unit(self.network, blocks=blocks),
+            small=sum(p.numel() for p in self.network.parameters() if p.numel() < pool.persistence_threshold),
         )
 
     def _trained(self) -> dict[str, nn.Parameter]:
         if self.config.model.lora is not None:
             return adapter_parameters(self.network)
         return dict(self.network.named_parameters())
-
-    def _velocity(self, samples: int) -> Cost:
-        """A rollout's velocity for ``samples`` states, with the negative prompt's rows of classifier-free guidance."""
-        x, time = states(self.generator, samples, self.device)
-        prompt = conditioning(self.generator, samples, self.device)
-        self.network.eval().requires_grad_(False)
-        with torch.no_grad():
-            return self._measure(lambda: self.generator.velocity(self.network, x, time, prompt), self._resident())
 
     def _micro_step(self, rows: int) -> Cost:
         """Forward and backward pass of ``rows`` transitions; gradients are freed as ZeRO-3 reduces them."""
@@ -157,12 +77,10 @@ class Passes:
         table: StepTable = self.generator.step_table(self.config.sampler)
         network = self.network.train()
         network.requires_grad_(False)
-        trained = self._trained().values()
-        hooks = []
+        trained = list(self._trained().values())
         for parameter in trained:
             parameter.requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(_free))
-        _checkpointing(network, self.config.pools.learner.gradient_checkpointing)
+        checkpointing(network, self.config.pools.learner.gradient_checkpointing)
         x, _ = states(self.generator, rows, self.device)
         batch = Transitions(
             states=x, next_states=torch.zeros_like(x),
@@ -179,112 +97,7 @@ class Passes:
             value.loss.backward()
 
         try:
-            return self._measure(step, self._resident())
+            with freed_gradients(trained):
+                return self._measure(step, self._resident())
         finally:
-            for hook in hooks:
-                hook.remove()
-            _checkpointing(network, False)
-
-    def _resident(self) -> list[torch.Tensor]:
-        return [*self.network.parameters(), *self.network.buffers()]
-
-    @cached_property
-    def prm(self) -> Any:
-        """The process reward model, or None."""
-        if self.prm_blocks is None:
-            return None
-        from euphonium.rewards.process import ProcessRewardModel
-
-        with self.device:
-            model = ProcessRewardModel(self.generator, self.prm_blocks).to(self.device)
-        return model.eval().requires_grad_(False)
-
-    @cached_property
-    def prm_size(self) -> Size:
-        """Size of the process reward model."""
-        return self._kept_size("process reward model", lambda: _size(self.prm))
-
-    def _prm_pass(self, samples: int, *, with_gradient: bool) -> Cost:
-        x, time = states(self.generator, samples, self.device)
-        prompt = conditioning(self.generator, samples, self.device)
-        resident = [*self.prm.parameters(), *self.prm.buffers()]
-        if with_gradient:
-            return self._measure(lambda: self.prm.reward_and_gradient(x, time, prompt), resident)
-        with torch.no_grad():
-            return self._measure(lambda: self.prm(x, time, prompt), resident)
-
-    @cached_property
-    def vae(self) -> Any:
-        """The VAE with the recipe's memory savers."""
-        return self.generator.load_working_vae(self.device)
-
-    @cached_property
-    def vae_size(self) -> Size:
-        """Size of the VAE."""
-        return _size(self.vae.network)
-
-    def _decode(self, samples: int) -> Cost:
-        """Decoding ``samples`` finished samples to float32 pixels."""
-        latents, _ = states(self.generator, samples, self.device)
-        return self._measure(lambda: self.vae.decode(latents), self.vae.network.parameters())
-
-    @cached_property
-    def encoder_bytes(self) -> int:
-        """Bytes of the text encoders' weights."""
-        return sum(
-            _encoder_parameters(self.generator.folder / name, kind) * self.generator.dtype.itemsize
-            for name, kind in _text_encoders(self.generator)
-        )
-
-
-def prompt_bytes(generator: Generator) -> int:
-    """Bytes of one prompt's conditioning, in the generator's type."""
-    return sum(tensor.nbytes for tensor in conditioning(generator, 1).values())
-
-
-def _free(parameter: torch.Tensor) -> None:
-    parameter.grad = None
-
-
-def _checkpointing(network: nn.Module, wanted: bool) -> None:
-    if wanted:
-        network.enable_gradient_checkpointing()  # type: ignore[operator]
-    elif hasattr(network, "disable_gradient_checkpointing"):
-        network.disable_gradient_checkpointing()  # type: ignore[operator]
-
-
-def _size(network: nn.Module) -> Size:
-    parameters = list(network.parameters())
-    return Size(sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters), 0)
-
-
-def _gather_unit(network: nn.Module, *, blocks: bool) -> int:
-    """Parameters of the largest module that ZeRO-3 gathers at a time."""
-    own = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in network.modules())
-    if not blocks:
-        return own
-    names = [n for n in getattr(network, "_no_split_modules", None) or () if n.endswith("TransformerBlock")]
-    sizes = [sum(p.numel() for p in m.parameters()) for m in network.modules() if type(m).__name__ in names]
-    return max([own, *sizes])
-
-
-def _text_encoders(generator: Generator) -> list[tuple[str, str]]:
-    """Folder and class of every text encoder of a pipeline."""
-    index = generator.pipeline.index()
-    return [
-        (name, str(part[1]))
-        for name, part in sorted(index.items())
-        if name.startswith("text_encoder") and isinstance(part, list) and part[1] is not None
-    ]
-
-
-@lru_cache
-def _encoder_parameters(folder: Path, kind: str) -> int:
-    import transformers
-
-    model = getattr(transformers, kind, None)
-    if model is None:
-        raise ConfigError(f"{folder}: transformers has no {kind}, which model_index.json names")
-    with META:
-        built = model(model.config_class.from_pretrained(folder))
-    return sum(p.numel() for p in built.parameters())
+            checkpointing(network, False)

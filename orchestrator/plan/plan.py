@@ -16,7 +16,7 @@ from orchestrator.plan.memory import publication_bytes
 from orchestrator.plan.nodes import NodeUse, Objects, place
 from orchestrator.plan.passes import Passes
 from orchestrator.plan.sharing import SharedGpu, fullest_gpu, gpus_filled, sharing_advice
-from orchestrator.plan.timing import IterationTime, Split, best_split, iteration_time, speeds, turns_time
+from orchestrator.plan.timing import IterationTime, Split, best_split, iteration_time, refresh_cost, speeds, turns_time
 from orchestrator.plan.workload import PassSizes, Workload, workload_of
 
 PETA = 1e15
@@ -43,6 +43,7 @@ class Plan:
         best: the split of the same number of GPUs with the shortest iteration; None where GPUs are shared.
         best_time: seconds of an iteration with it.
         problems: what does not fit, each with the field to change.
+        planned: what the plan chose where the recipe says ``auto``, by field.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Plan:
     best: Split | None
     best_time: IterationTime | None
     problems: list[str]
+    planned: dict[str, str]
 
     @property
     def gpus(self) -> int:
@@ -82,7 +84,8 @@ def make_plan(config: RunConfig, hardware: Hardware, prm_blocks: int | None = No
         prm_blocks: blocks of the process reward model (:func:`blocks_of_prm`).
 
     Raises:
-        ConfigError: the generator is not described, or does not support the recipe.
+        ConfigError: the generator is not described, or does not support the recipe, or a number is ``auto``
+            (:mod:`orchestrator.plan.choice`).
     """
     if config.rewards.process is not None and prm_blocks is None:
         raise ConfigError("rewards.process: a plan needs the number of blocks of the process reward model")
@@ -126,11 +129,16 @@ def make_plan(config: RunConfig, hardware: Hardware, prm_blocks: int | None = No
         best_time=timed[2],
         problems=[advice for advice in (*(fit.advice for fit in fits), crowded) if advice]
         + _node_problems(fits, nodes, hardware),
+        planned=dict(config.planned),
     )  # fmt: skip
 
 
-def blocks_of_prm(config: RunConfig, recipe: Path) -> int | None:
+def blocks_of_prm(config: RunConfig, recipe: Path | None) -> int | None:
     """Blocks of a recipe's process reward model: of the trained one, or of the recipe that would train it.
+
+    Args:
+        config: the recipe.
+        recipe: its file, beside which that of the process reward model is looked for; None looks for none.
 
     Raises:
         ConfigError: there is neither.
@@ -141,19 +149,20 @@ def blocks_of_prm(config: RunConfig, recipe: Path) -> int | None:
     described = Path(process.path) / "prm.json"
     if described.is_file():
         return int(json.loads(described.read_text())["blocks"])
-    training = recipe.parent / PRM_RECIPE
-    if training.is_file():
+    training = recipe.parent / PRM_RECIPE if recipe is not None else None
+    if training is not None and training.is_file():
         return load_config(training, (), PrmConfig).blocks
     raise ConfigError(
-        f"rewards.process.path: {process.path} holds no process reward model, and there is no {training} to plan it "
-        "by; train one with `euphonium train-prm`"
+        f"rewards.process.path: {process.path} holds no process reward model, and there is no "
+        f"{training or PRM_RECIPE} to plan it by; train one with `euphonium train-prm`"
     )
 
 
 def _split(fits: list[RoleFit]) -> Split | None:
-    if any(not 0 < fit.memory.gpu_share <= 1 for fit in fits):
+    pools = [fit for fit in fits if fit.role != "prm_refresh"]
+    if any(not 0 < fit.memory.gpu_share <= 1 for fit in pools):
         return None
-    members = {fit.role: fit.members for fit in fits}
+    members = {fit.role: fit.members for fit in pools}
     return Split(**{"prm": 0} | members)
 
 
@@ -188,6 +197,8 @@ def _petaflops(passes: Passes, sizes: PassSizes, work: Workload) -> dict[str, fl
     }
     if passes.prm_blocks is not None:
         gradient, score = (f(sizes.prm).flops / sizes.prm for f in (passes.gradient, passes.score))
+        if sizes.refresh:
+            found["prm_refresh"] = work.refreshed_pairs * refresh_cost(passes, sizes).flops / sizes.refresh
         found["prm"] = work.samples * (work.guided * gradient + work.scored * score)
     return {role: flops / PETA for role, flops in found.items()}
 

@@ -3,7 +3,7 @@
 Ray puts a process on the GPU with the least free share that suffices. The learner's ranks come first, each on a GPU of
 its own; of the others any may meet whose shares fit, in whatever order they start. They take turns: while groups are
 drawn and scored the ranks hold their states alone, while the learner works the others hold their weights alone, but for
-those that sleep. With staleness all may work at once.
+those that sleep, and so they do while the process reward model is refreshed. With staleness all may work at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from orchestrator.plan.memory import TEXT_ENCODERS
 
 # Ray counts ten-thousandths of a GPU.
 SMALLEST_SHARE = 1e-4
-LEARNER = "learner"
+LEARNER, REFRESH, SAMPLING = "learner", "prm_refresh", "sampling"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +30,18 @@ class SharedGpu:
         members: processes by role.
         sampling_gib: GiB while groups are drawn and scored.
         learning_gib: GiB while the learner works.
+        refreshing_gib: GiB while the process reward model is refreshed; 0 without its actor.
     """
 
     members: dict[str, int]
     sampling_gib: float
     learning_gib: float
+    refreshing_gib: float = 0.0
 
     @property
     def needed_gib(self) -> float:
-        """The most of both."""
-        return max(self.sampling_gib, self.learning_gib)
+        """The most of all."""
+        return max(self.sampling_gib, self.learning_gib, self.refreshing_gib)
 
     @property
     def roles(self) -> str:
@@ -75,14 +77,18 @@ def fullest_gpu(fits: Sequence[RoleFit], hardware: Hardware, *, overlapped: bool
     everywhere = LEARNER in sharing and gpus_filled(fits) == sharing[LEARNER].members
 
     def needs(members: Mapping[str, int]) -> SharedGpu:
-        sampling = learning = 0.0
+        alone = LEARNER not in members and REFRESH not in members
+        held = dict.fromkeys((SAMPLING, LEARNER, REFRESH), 0.0)
         for role, count in members.items():
             memory = sharing[role].memory
             working, resting = memory.gpu_gib(hardware), memory.resting_gib(hardware)
-            samples, learns = role != LEARNER or overlapped, role == LEARNER or overlapped or LEARNER not in members
-            sampling += count * (working if samples else resting)
-            learning += count * (working if learns else resting)
-        return SharedGpu(members=dict(members), sampling_gib=sampling, learning_gib=learning)
+            own = role if role in held else SAMPLING
+            for phase in held:
+                held[phase] += count * (working if phase == own or overlapped or alone else resting)
+        return SharedGpu(
+            members=dict(members), sampling_gib=held[SAMPLING], learning_gib=held[LEARNER],
+            refreshing_gib=held[REFRESH] if REFRESH in members else 0.0,
+        )  # fmt: skip
 
     met = (needs(members) for members in _companies(sharing) if LEARNER in members or not everywhere)
     return max(met, key=lambda gpu: gpu.needed_gib)
@@ -111,6 +117,11 @@ def sharing_advice(gpu: SharedGpu | None, fits: Sequence[RoleFit], hardware: Har
         return ""
     learning = gpu.learning_gib > hardware.gpu_gib
     when = "while the learner works" if learning else "while groups are drawn and scored"
+    if gpu.refreshing_gib == gpu.needed_gib:
+        return (
+            f"pools: a GPU that {gpu.roles} share needs {gpu.needed_gib:.1f} GiB of the {hardware.gpu_gib:g} while the "
+            "process reward model is refreshed; give pools.prm_refresh a GPU of its own (num_gpus: 1)"
+        )
     if learning and not sleeps and "rollout" in gpu.members:
         remedy = "set pools.rollout.sleep: true"
     elif not learning and "rollout" in gpu.members and _encodes_there(fits):

@@ -5,19 +5,22 @@ from __future__ import annotations
 import textwrap
 
 from orchestrator.plan.fit import RoleFit
-from orchestrator.plan.hardware import GB, GIB
+from orchestrator.plan.hardware import GB, GIB, Hardware
 from orchestrator.plan.plan import Plan
 from orchestrator.plan.timing import IterationTime
 
 WIDTH = 100
-NAMES = {"rollout": "rollout actor", "prm": "PRM server", "orm": "ORM server", "learner": "learner rank"}
+NAMES = {
+    "rollout": "rollout actor", "prm": "PRM server", "prm_refresh": "PRM refresh", "orm": "ORM server",
+    "learner": "learner rank",
+}  # fmt: skip
 # Items smaller than this are summed up as others.
 SMALL_GIB = 0.5
 
 
 def table(plan: Plan) -> str:
     """The whole plan."""
-    lines = [f"{plan.name}: {plan.model}", *_header(plan), "", *_memory(plan), "", *_work(plan)]
+    lines = [f"{plan.name}: {plan.model}", *_header(plan), *_chosen(plan), "", *_memory(plan), "", *_work(plan)]
     if plan.time is not None:
         lines += ["", *_times(plan, plan.time)]
     lines += ["", *_verdict(plan)]
@@ -41,9 +44,9 @@ def summary(plan: Plan) -> dict[str, str]:
     return lines
 
 
-def assumptions(plan: Plan) -> str:
+def assumptions(hardware: Hardware) -> str:
     """What was assumed of the machines."""
-    return textwrap.fill("assumed: " + ", ".join(plan.hardware.stated()), WIDTH, subsequent_indent="  ")
+    return textwrap.fill("assumed: " + ", ".join(hardware.stated()), WIDTH, subsequent_indent="  ")
 
 
 def duration(seconds: float) -> str:
@@ -67,6 +70,11 @@ def _header(plan: Plan) -> list[str]:
     ]
 
 
+def _chosen(plan: Plan) -> list[str]:
+    lines = (f"{field}: {note}" for field, note in plan.planned.items())
+    return [line for long in lines for line in textwrap.wrap(long, WIDTH, subsequent_indent="  ")]
+
+
 def _gpus(plan: Plan) -> str:
     return f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''}"
 
@@ -76,17 +84,20 @@ def _memory(plan: Plan) -> list[str]:
     for fit in plan.fits:
         gpu = f"{fit.gpu_gib:.1f}" if fit.gpu_gib else "-"
         begin = f"{NAMES[fit.role]:<14}{fit.members:>7}{gpu:>9}{fit.host_gib:>10.1f}  "
-        lines += textwrap.wrap(_items(fit), WIDTH, initial_indent=begin, subsequent_indent=" " * len(begin))
+        lines += textwrap.wrap(items(fit), WIDTH, initial_indent=begin, subsequent_indent=" " * len(begin))
     if plan.shared is not None:
         shared = (
             f"a GPU that {plan.shared.roles} share: {plan.shared.sampling_gib:.1f} GiB while groups are drawn and "
             f"scored, {plan.shared.learning_gib:.1f} while the learner works"
         )
+        if plan.shared.refreshing_gib:
+            shared += f", {plan.shared.refreshing_gib:.1f} while the process reward model is refreshed"
         lines += textwrap.wrap(shared, WIDTH, subsequent_indent="  ")
     return lines
 
 
-def _items(fit: RoleFit) -> str:
+def items(fit: RoleFit) -> str:
+    """What a process holds, the large items one by one."""
     large = [
         f"{item.name} {item.nbytes / GIB:.1f}{' on the host' if item.on_host else ''}"
         f"{f' ({item.phase})' if item.phase else ''}"
@@ -131,9 +142,10 @@ def _times(plan: Plan, time: IterationTime) -> list[str]:
 
 
 def _sum(time: IterationTime) -> str:
+    refresh = f", refresh {time.refresh:.3g}" if time.refresh else ""
     return (
         f"rollout {time.rollout:.3g}, scoring {time.scoring:.3g}, fetch {time.fetch:.3g}, update {time.update:.3g} "
-        f"(collectives {time.exposed:.3g}), publish {time.publish:.3g}: {duration(time.total)}"
+        f"(collectives {time.exposed:.3g}){refresh}, publish {time.publish:.3g}: {duration(time.total)}"
     )
 
 

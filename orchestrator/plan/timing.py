@@ -46,6 +46,7 @@ class Speeds:
         decode: decoding of one sample.
         micro_step: a micro-batch of the learner with all forward passes of references.
         update: work of the optimizer on host memory, a rank of one.
+        refresh: the process reward model's refresh, on average over the iterations.
         zero_bytes: bytes of weights and gradients that a micro-batch moves.
         whole_bytes: bytes of whole weights that are gathered after an update.
         iteration_bytes: trajectories of an iteration.
@@ -59,6 +60,7 @@ class Speeds:
     decode: float
     micro_step: float
     update: float
+    refresh: float
     zero_bytes: float
     whole_bytes: float
     iteration_bytes: float
@@ -76,6 +78,7 @@ class IterationTime:
         fetch: the learner's fetch of the trajectories.
         update: the updates.
         exposed: of these, waits for ZeRO-3's collectives.
+        refresh: the process reward model's refresh, on average.
         publish: new weights, from the learner to the last rollout actor.
         total: the iteration.
         busy: seconds that each role's GPUs compute.
@@ -86,6 +89,7 @@ class IterationTime:
     fetch: float
     update: float
     exposed: float
+    refresh: float
     publish: float
     total: float
     busy: dict[str, float]
@@ -101,9 +105,12 @@ def speeds(passes: Passes, sizes: PassSizes, work: Workload, hardware: Hardware)
     width = passes.generator.dtype.itemsize
     micro = seconds("learner", passes.micro_step(sizes.learner), 1)
     forward = seconds("learner", passes.velocity(sizes.learner), 1) if work.references else 0.0
-    gathered = (size.parameters - size.whole) * width
+    gathered = (size.parameters - size.kept_whole(whole_weights=sizes.whole_weights)) * width
     # Frozen copies are shared in any case; adapters and replay use the policy's own weights.
     reference = size.weight_bytes if frozen_copies(passes) else gathered
+    refresh = 0.0
+    if sizes.refresh:
+        refresh = seconds("prm", refresh_cost(passes, sizes), work.refreshed_pairs / sizes.refresh)
     return Speeds(
         velocity=seconds("rollout", passes.velocity(sizes.rollout), group / sizes.rollout),
         gradient=seconds("prm", passes.gradient(sizes.prm), group / sizes.prm) if work.guided else 0.0,
@@ -111,12 +118,21 @@ def speeds(passes: Passes, sizes: PassSizes, work: Workload, hardware: Hardware)
         decode=seconds("orm", passes.decode(sizes.decode), 1 / sizes.decode),
         micro_step=micro + work.references * forward,
         update=hardware.host_adam_s * size.trained / GB / pool.threads if pool.offload_optimizer else 0.0,
+        refresh=refresh,
         zero_bytes=2 * gathered + work.references * reference + size.trained * width,
         whole_bytes=size.weight_bytes - gathered,
         iteration_bytes=work.iteration_bytes,
         publication_bytes=publication_bytes(passes),
         rows=sizes.learner,
     )
+
+
+def refresh_cost(passes: Passes, sizes: PassSizes) -> Cost:
+    """A micro-batch of the process reward model's refresh."""
+    process = passes.config.rewards.process
+    assert process is not None
+    assert process.refresh is not None
+    return passes.training_step(saving=process.refresh.gradient_checkpointing)(sizes.refresh)
 
 
 def iteration_time(
@@ -152,14 +168,16 @@ def iteration_time(
     fetch = speed.iteration_bytes / hardware.nodes_for(split.learner) / (hardware.store_gbs * GB)
     receiving = hardware.nodes_for(split.rollout)
     publish = speed.publication_bytes * (1 / (hardware.publish_gbs * GB) + receiving / (hardware.store_gbs * GB))
-    sampling, learning = rollout + scoring, fetch + update
+    sampling, learning = rollout + scoring, fetch + update + speed.refresh
     total = max(sampling, learning) + publish if overlapped else sampling + learning + publish
     steps = work.groups / split.rollout
     return IterationTime(
-        rollout=rollout, scoring=scoring, fetch=fetch, update=update, exposed=exposed, publish=publish, total=total,
+        rollout=rollout, scoring=scoring, fetch=fetch, update=update, exposed=exposed,
+        refresh=speed.refresh, publish=publish, total=total,
         busy={
             "rollout": steps * work.steps * speed.velocity,
             "prm": asking * steps * (work.guided * speed.gradient + work.scored * speed.score),
+            "prm_refresh": speed.refresh,
             "orm": decoding,
             "learner": batches * speed.micro_step,
         },
@@ -181,7 +199,7 @@ def turns_time(speed: Speeds, work: Workload, split: Split, hardware: Hardware) 
     waves = -(-work.groups // split.rollout)
     rewards = asking * (work.guided * speed.gradient + work.scored * speed.score)
     rollout, scoring = waves * (work.steps * speed.velocity + rewards), apart.busy["orm"]
-    total = rollout + scoring + apart.fetch + apart.update + apart.publish
+    total = rollout + scoring + apart.fetch + apart.update + apart.refresh + apart.publish
     return dataclasses.replace(apart, rollout=rollout, scoring=scoring, total=total)
 
 

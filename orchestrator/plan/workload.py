@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from euphonium.config import RunConfig
+from euphonium.config.base import chosen
 from euphonium.generators.generator import Generator
 from orchestrator.plan.inputs import conditioning
 
@@ -19,7 +21,9 @@ SIZE_FIELDS = {
     "prm": "pools.prm.max_batch",
     "decode": "pools.orm.decode_batch",
     "learner": "pools.learner.rows_per_micro_batch",
+    "refresh": "rewards.process.refresh.pairs_per_micro_batch",
 }
+SHARD_FIELD = "pools.learner.shard"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,8 @@ class PassSizes:
         prm: states of a pass of a PRM server.
         decode: samples that an ORM server decodes at a time.
         learner: transitions of a micro-batch.
+        refresh: pairs in a micro-batch of the process reward model's refresh; 0 without one.
+        whole_weights: whether every rank of the learner keeps the policy's weights whole.
     """
 
     rollout: int
@@ -39,24 +45,48 @@ class PassSizes:
     prm: int
     decode: int
     learner: int
+    refresh: int
+    whole_weights: bool
 
     @classmethod
     def of(cls, config: RunConfig) -> PassSizes:
-        """Reads a recipe; the largest passes that its requests allow."""
+        """Reads a recipe; the largest passes that its requests allow.
+
+        Raises:
+            ConfigError: one is ``auto``, and not yet chosen (choice.py).
+        """
         group, pools, evaluation = config.rollout.group_size, config.pools, config.evaluation
-        together = config.rollout.samples_per_pass
+        together, states, decoded, rows = (
+            chosen(value, field)
+            for value, field in (
+                (config.rollout.samples_per_pass, SIZE_FIELDS["rollout"]),
+                (pools.prm.max_batch, SIZE_FIELDS["prm"]),
+                (pools.orm.decode_batch, SIZE_FIELDS["decode"]),
+                (pools.learner.rows_per_micro_batch, SIZE_FIELDS["learner"]),
+            )
+        )
         evaluated = evaluation.prompts * evaluation.samples_per_prompt
         shares = -(-evaluated // pools.rollout.num_actors)
         clients = pools.rollout.num_actors if pools.prm.merge else 1
-        merged = max(group, group * min(clients, pools.prm.max_batch // group))
+        merged = max(group, group * min(clients, states // group))
         scored = max(evaluated, group * config.rollout.prompts_per_iteration if pools.orm.merge else group)
         return cls(
             rollout=min(together, group),
             evaluation=min(together, shares),
-            prm=min(pools.prm.max_batch, merged),
-            decode=min(pools.orm.decode_batch, pools.orm.max_batch, scored),
-            learner=pools.learner.rows_per_micro_batch,
+            prm=min(states, merged),
+            decode=min(decoded, pools.orm.max_batch, scored),
+            learner=rows,
+            refresh=_refreshed_pairs(config),
+            whole_weights=chosen(pools.learner.shard, SHARD_FIELD) == "optimizer",
         )
+
+
+def _refreshed_pairs(config: RunConfig) -> int:
+    refresh = config.rewards.process.refresh if config.rewards.process is not None else None
+    if refresh is None:
+        return 0
+    pairs = refresh.pairs_per_update if refresh.pairs_per_micro_batch is None else refresh.pairs_per_micro_batch
+    return min(chosen(pairs, SIZE_FIELDS["refresh"]), refresh.pairs_per_update)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +102,7 @@ class Workload:
         decodes: decoded samples for each that is drawn: 1, and two a perturbation of guidance by SPSA.
         rows: transitions of a group that are trained.
         updates: optimizer steps.
+        refreshed_pairs: pairs that the process reward model's refresh trains on, on average over the iterations.
         references: further forward passes of a transition, on average: anchor, previous policy, replay.
         latent_values: numbers of a sample's latents.
         group_bytes: bytes of a group's transitions.
@@ -87,6 +118,7 @@ class Workload:
     decodes: int
     rows: int
     updates: int
+    refreshed_pairs: float
     references: float
     latent_values: int
     group_bytes: int
@@ -130,6 +162,7 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
     prompt = sum(tensor.nbytes for tensor in conditioning(generator, 1).values())
     kl = objective.kl
     evaluation = config.evaluation
+    refresh = config.rewards.process.refresh if config.rewards.process is not None else None
     evaluated = evaluation.prompts * evaluation.samples_per_prompt
     return Workload(
         groups=rollout.prompts_per_iteration,
@@ -140,6 +173,7 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
         decodes=1 + 2 * guidance.spsa.perturbations * len(table.guided_steps) if guidance is not None and spsa else 1,
         rows=len(places[:trained].unique()),
         updates=objective.updates_per_iteration,
+        refreshed_pairs=refresh.updates * refresh.pairs_per_update / refresh.every if refresh is not None else 0.0,
         references=(kl is not None and kl.anchor != "none") + objective.needs_previous_policy + _replayed(config),
         latent_values=values,
         group_bytes=FLOAT32 * stored * values + prompt,
@@ -157,6 +191,6 @@ def _replayed(config: RunConfig) -> float:
     return sum(old_log_probs(config, i, on_policy=on_policy) == "replay" for i in range(updates)) / updates
 
 
-def replaced(sizes: PassSizes, **changes: int) -> PassSizes:
+def replaced(sizes: PassSizes, **changes: Any) -> PassSizes:
     """Other sizes of passes."""
     return dataclasses.replace(sizes, **changes)

@@ -51,6 +51,10 @@ class Checkpoint:
     folder: Path
     state: RunState
 
+    def recipe(self) -> str:
+        """The recipe of its run, as YAML."""
+        return (self.folder / CONFIG).read_text(encoding="utf-8")
+
 
 class CheckpointStore:
     """The checkpoints of one run.

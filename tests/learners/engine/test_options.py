@@ -42,6 +42,12 @@ def test_what_is_not_for_recipes_is_refused(options: dict[str, int], message: st
         check_options(LearnerPoolConfig(deepspeed=options))
 
 
+def test_a_recipe_of_a_reward_model_has_its_learner_at_the_root() -> None:
+    pool = LearnerPoolConfig(deepspeed={"stage3_param_persistence_threshold": 5})
+    with pytest.raises(ConfigError, match=r"^learner\.deepspeed\.stage3.*: set learner\.persistence_threshold; leave"):
+        check_options(pool, "learner")
+
+
 def test_options_are_numbers_and_switches() -> None:
     with pytest.raises(ValidationError):
         LearnerPoolConfig.model_validate({"deepspeed": {"reduce_bucket_size": [1]}})

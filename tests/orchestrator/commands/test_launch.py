@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from euphonium.config import RunConfig, dump_config
+from euphonium.config import RunConfig, dump_config, load_config
 from euphonium.errors import CheckpointError, ConfigError, PreflightError
 from orchestrator.commands.launch import RESOLVED, plan_start, preflight, prepare_run_dir
+from orchestrator.commands.planning import settle_run
 from orchestrator.commands.train import train_policy
 from orchestrator.pools.ray_session import connect_ray, join_ray
 from orchestrator.report.tracking import METRICS_FILE, Tracker
@@ -98,6 +99,24 @@ def test_what_no_checkpoint_of_the_run_holds_is_not_newly_switched_on(
     for resume in ("auto", str(folder)):
         with pytest.raises(ConfigError, match=rf"^{field}: .*step_000002 is of a run that began without it"):
             plan_start(make_config(*before, value, f"resume={resume}"))
+
+
+def test_a_resumed_run_keeps_what_was_chosen_for_it_and_says_nothing_of_a_change(
+    make_config: Callable[..., RunConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    written = make_config("rollout.samples_per_pass=auto", "pools.learner.shard=auto")
+    began = settle_run(written, None)
+    assert (began.rollout.samples_per_pass, began.pools.learner.shard) == (16, "full")
+    # As if on GPUs, where the plan had chosen otherwise.
+    other = began.model_copy(update={"rollout": began.rollout.model_copy(update={"samples_per_pass": 3})})
+    committed(other)
+    start = plan_start(written)
+    assert settle_run(written, start.checkpoint) == other
+    assert not caplog.records
+    prepare_run_dir(other, start)
+    recorded = load_config(other.run_dir / RESOLVED)
+    assert (recorded.rollout.samples_per_pass, set(recorded.planned)) == (3, set(began.planned))
+    assert settle_run(recorded, None) == recorded
 
 
 def test_what_a_run_had_may_stay_change_or_go(make_config: Callable[..., RunConfig]) -> None:

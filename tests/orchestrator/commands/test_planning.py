@@ -62,6 +62,41 @@ def test_what_does_not_fit_has_the_status_of_a_configuration_error(
     assert euphonium("plan", "--assume", "mfus=1").returncode == 2
 
 
+AUTO = ["rollout.samples_per_pass=auto", "pools.orm.decode_batch=auto", "pools.learner.shard=auto"]
+
+
+def test_what_is_chosen_is_printed(euphonium: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = euphonium("plan", *GPUS, *AUTO, "--gpu", "80")
+    assert done.returncode == 0, done.stderr
+    assert "rollout.samples_per_pass: auto -> 3: " in done.stdout
+    assert "pools.learner.shard: auto -> " in done.stdout
+    done = euphonium("validate", *GPUS, *AUTO)
+    assert done.returncode == 0, done.stderr
+    assert "# rollout.samples_per_pass" in done.stdout
+    assert "auto -> 1: the smallest, as pools.gpu_memory_gib does not say what a GPU has" in done.stdout
+    # The recipe that is printed has numbers.
+    assert "samples_per_pass: 1\n" in done.stdout
+
+
+def test_the_training_of_a_process_reward_model_is_planned(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "orchestrator", "plan", "recipes/embedded/prm.yaml", "pairs.samples_per_pass=auto"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
+
+    done = run("--gpu", "80")
+    assert done.returncode == 0, done.stderr
+    assert "pairs.samples_per_pass: auto -> 16: " in done.stdout
+    assert "samples that are drawn: " in done.stdout
+    assert "it fits" in done.stdout
+    plan = json.loads(run("--gpu", "0.5", "--json").stdout)
+    assert plan["samples"] > 0
+    assert any(problem.startswith("optimizer.pairs_per_micro_batch") for problem in plan["problems"])
+
+
 def test_validate_warns_and_refuses_where_the_memory_is_stated(
     euphonium: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:

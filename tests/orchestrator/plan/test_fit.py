@@ -13,6 +13,7 @@ from orchestrator.plan.hardware import GIB, Hardware
 from orchestrator.plan.memory import COUNTED, Item, RoleMemory, learner_memory
 from orchestrator.plan.nodes import Objects, place
 from orchestrator.plan.passes import Passes
+from orchestrator.plan.plan import make_plan
 from orchestrator.plan.workload import PassSizes, workload_of
 from tests.orchestrator.plan.models import medium
 
@@ -87,6 +88,38 @@ def test_zero_shares_states_and_offloading_moves_them(config: Callable[..., RunC
     before, after = (learner_memory(p, sizes, 1) for p in (passes, away))
     assert before.gpu_gib(SMALL) - after.gpu_gib(SMALL) > 12 * trained / GIB
     assert after.host_gib(SMALL) - before.host_gib(SMALL) > 12 * trained / GIB
+
+
+def refreshed(folder: Path, refresh: dict[str, Any], share: float = 1) -> RunConfig:
+    process = {"path": "none", "refresh": {"pairs_per_update": 8} | refresh}
+    rewards = {"outcome": [{"name": "icon", "type": "sprite_icon"}], "process": process}
+    pools = {"rollout": POOL, "prm": POOL, "orm": POOL, "learner": POOL, "prm_refresh": {"num_gpus": share}}
+    return medium("hunyuan-video", folder / "model", rewards=rewards, pools=pools)
+
+
+def test_a_refresh_is_a_training_in_one_process(tmp_path: Path) -> None:
+    plan = make_plan(refreshed(tmp_path, {"every": 4, "updates": 10}), Hardware(), 4)
+    fit = next(fit for fit in plan.fits if fit.role == "prm_refresh")
+    parameters = Passes(refreshed(tmp_path, {}), 4).prm_size.parameters
+    assert fit.memory.resting_gib(SMALL) == pytest.approx(8 * parameters / GIB)
+    # Weights of now, of the start and of before, moments, gradients, and activations of 16 states.
+    assert fit.memory.gpu_gib(SMALL) > 24 * parameters / GIB + fit.memory.items[2].nbytes / GIB
+    assert fit.memory.items[2].name == "micro-batch of 8 pairs"
+    assert plan.time is not None
+    assert plan.time.refresh > 0
+    assert plan.petaflops["prm_refresh"] > 0
+    assert plan.gpus == 5
+    assert not plan.problems
+
+
+def test_the_refresh_names_its_field(tmp_path: Path) -> None:
+    room = of("prm_refresh", refreshed(tmp_path, {"pairs_per_micro_batch": 2}), 1000).gpu_gib * 1.001
+    advice = of("prm_refresh", refreshed(tmp_path, {}), room).advice
+    assert advice.startswith("rewards.process.refresh.pairs_per_micro_batch: 8 needs")
+    assert advice.endswith("on the actor of the refresh; 2 fits")
+    assert "gradient_checkpointing: true" in of("prm_refresh", refreshed(tmp_path, {}), 0.1).advice
+    saving = of("prm_refresh", refreshed(tmp_path, {"gradient_checkpointing": True}), 1000)
+    assert saving.gpu_gib < of("prm_refresh", refreshed(tmp_path, {}), 1000).gpu_gib
 
 
 def test_phases_are_not_held_together() -> None:

@@ -46,6 +46,20 @@ def test_convolutions_are_counted_apart() -> None:
     assert (cost.matmul_flops, cost.conv_flops) == (0, 2 * 16 * 16 * 8 * 3 * 9)
 
 
+def test_convolutions_copy_what_they_take_and_make() -> None:
+    layer = nn.Conv2d(4, 8, 1, device=META)
+    cost = measure(lambda: layer(torch.zeros(2, 4, 16, 16, device=META)), layer.parameters())
+    taken, made = 2 * 4 * 16 * 16 * FLOAT, 2 * 8 * 16 * 16 * FLOAT
+    assert (cost.peak_bytes, cost.workspace_bytes) == (taken + made, taken + made)
+
+
+def test_of_more_than_convolutions_can_count_they_copy_a_part() -> None:
+    layer = nn.Conv2d(1, 1, 1, device=META)
+    each = (1 << 29) - 1
+    cost = measure(lambda: layer(torch.zeros(5, 1, 1, each, device=META)), layer.parameters())
+    assert cost.workspace_bytes == 2 * each * FLOAT
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_attention_is_a_fused_kernel(training: bool) -> None:
     query, key, value = (torch.zeros(1, 2, length, 16, device=META) for length in (512, 256, 256))

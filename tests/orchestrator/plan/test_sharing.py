@@ -1,5 +1,6 @@
 """Who meets on a GPU, and what they need there together."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,20 @@ def test_the_worst_company_counts_and_every_gpu_has_its_rank() -> None:
     elsewhere = fullest_gpu([*fits, role("orm", 1, 1.0)], BARE, overlapped=False)
     assert elsewhere is not None
     assert elsewhere.members == {"rollout": 4}
+
+
+def test_a_refresh_works_while_all_others_rest() -> None:
+    fits = [role("rollout", 1, 0.2), role("prm_refresh", 1, 0.2, (Item("training", 5 * GIB, "update"),))]
+    fits.append(role("learner", 1, 0.6))
+    gpu = fullest_gpu(fits, BARE, overlapped=False)
+    assert gpu is not None
+    assert (gpu.sampling_gib, gpu.learning_gib, gpu.refreshing_gib) == (3 + 0 + 1, 1 + 0 + 3, 1 + 5 + 1)
+    assert gpu.needed_gib == 7
+    advice = sharing_advice(gpu, fits, dataclasses.replace(BARE, gpu_gib=6), sleeps=False)
+    assert "needs 7.0 GiB of the 6 while the process reward model is refreshed; give pools.prm_refresh" in advice
+    without = fullest_gpu([fits[0], fits[2]], BARE, overlapped=False)
+    assert without is not None
+    assert without.refreshing_gib == 0
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,22 @@
 """Seconds of an iteration, and the split that makes it shortest."""
 
+import dataclasses
+import functools
 import itertools
 
 import pytest
 
 from orchestrator.plan.hardware import Hardware
-from orchestrator.plan.timing import Speeds, Split, best_split, iteration_time
+from orchestrator.plan.timing import Speeds, Split, best_split, iteration_time, turns_time
 from orchestrator.plan.workload import Workload
 
 WORK = Workload(
-    groups=12, group_size=8, steps=10, guided=4, scored=0, decodes=1, rows=80, updates=2, references=0,
-    latent_values=1, group_bytes=0, evaluation_velocities=0, evaluation_samples=0,
+    groups=12, group_size=8, steps=10, guided=4, scored=0, decodes=1, rows=80, updates=2, refreshed_pairs=0,
+    references=0, latent_values=1, group_bytes=0, evaluation_velocities=0, evaluation_samples=0,
 )  # fmt: skip
 SPEED = Speeds(
-    velocity=1.0, gradient=0.5, score=0.0, decode=0.1, micro_step=0.2, update=0.0, zero_bytes=0, whole_bytes=0,
-    iteration_bytes=0, publication_bytes=0, rows=1,
+    velocity=1.0, gradient=0.5, score=0.0, decode=0.1, micro_step=0.2, update=0.0, refresh=0.0, zero_bytes=0,
+    whole_bytes=0, iteration_bytes=0, publication_bytes=0, rows=1,
 )  # fmt: skip
 NEAR = Hardware()
 
@@ -39,6 +41,13 @@ def test_an_iteration_is_a_sum_or_the_longer_half() -> None:
     assert time.scoring == pytest.approx(48 * 0.1 / 2)
     assert time.total == time.rollout + time.scoring + time.update
     assert seconds(split, overlapped=True) == max(time.rollout + time.scoring, time.update)
+
+
+def test_a_refresh_takes_its_time_between_iterations() -> None:
+    split = Split(rollout=6, prm=3, orm=2, learner=4)
+    refreshed = dataclasses.replace(SPEED, refresh=7.0)
+    for time_of in (turns_time, functools.partial(iteration_time, overlapped=False)):
+        assert time_of(refreshed, WORK, split, NEAR).total - time_of(SPEED, WORK, split, NEAR).total == pytest.approx(7)
 
 
 def test_the_best_split_is_the_best_of_all() -> None:
