@@ -60,7 +60,9 @@ class RolloutService:
         self._pools = pools
         self._position = position
         self._republish = republish
-        self._orm: RewardClient[OrmServer] = RewardClient("orm", lambda: pools.orm.references, config.rewards)
+        self._orm: RewardClient[OrmServer] = RewardClient(
+            "orm", lambda: pools.orm.references, config.rewards, balancer=lambda: pools.balancer
+        )
 
     @property
     def rollout_actors(self) -> int:
@@ -171,6 +173,7 @@ class RolloutService:
             kind=kind,
             prm_servers=prm.references if prm is not None else (),
             orm_servers=self._pools.orm.references,
+            balancer=self._pools.balancer,
         )
 
     async def _rollout_answer(self, member: Member[ActorProxy[RolloutServer]], ref: Awaitable[_T], what: str) -> _T:
