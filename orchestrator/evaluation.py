@@ -1,7 +1,8 @@
 """Evaluation on held-out prompts: its prompts and noise, its metrics, and the pictures of its samples.
 
 Rollout actors draw the samples and ORM servers score them (orchestrator/pools/rollout_service.py); evaluations wait for
-both, ahead of groups for training.
+both, ahead of groups for training. Each actor draws a share of the samples, which is scored once it is there, in as many
+parts as it takes to occupy all servers; clips are decoded while the last shares are scored.
 """
 
 from __future__ import annotations
@@ -134,17 +135,9 @@ class Evaluator:
         began = time.monotonic()
         config, prompts = self._config, self._prompts
         kind: WeightKind = "average" if config.optimizer.averages and iteration > 0 else "policy"
-        count = min(len(prompts), max(1, self._rollouts.rollout_actors))
-        shares = [slice(i, None, count) for i in range(count)]
-        parts = await asyncio.gather(*(self._rollouts.samples(prompts[s], self._seeds[s], kind) for s in shares))
-        latents = np.empty((len(prompts), *parts[0].shape[1:]), dtype=np.float32)
-        for share, part in zip(shares, parts, strict=True):
-            latents[share] = part
-        timeout = config.rollout.deadline_s
-        scores = await self._scores(latents)
-        shown = np.linspace(0, len(prompts) - 1, min(config.evaluation.clips, len(prompts))).round().astype(int)
-        if len(shown):
-            videos = await self._rollouts.videos(latents[shown], timeout)
+        latents, scores, videos = await self._drawn_and_judged(kind)
+        shown = self._shown
+        if videos is not None:
             sheet = self._pictures.save(
                 iteration, [prompts[i] for i in shown], videos, {n: v[shown] for n, v in scores.items()}
             )
