@@ -69,6 +69,11 @@ class RolloutService:
         """Number of rollout actors that take work now."""
         return len(self._pools.rollout.roster.present)
 
+    @property
+    def orm_servers(self) -> int:
+        """Number of ORM servers that answer now."""
+        return len(self._pools.orm.roster.present)
+
     async def draw(self, task: GroupTask) -> tuple[GroupInfo, ObjectRef[Array], ObjectRef[GroupPayload]]:
         """Has a rollout actor draw a group.
 
