@@ -99,7 +99,7 @@ def merged_scores(parts: Sequence[tuple[Indices, OrmAnswer]], total: int) -> Orm
         {'icon': [1.0, 2.0, 3.0]}
     """
     names = [name for name in parts[0][1] if all(name in answer for _, answer in parts)]
-    merged = {name: np.empty(total, dtype=np.float32) for name in names}
+    merged: OrmAnswer = {name: np.empty(total, dtype=np.float32) for name in names}
     for indices, answer in parts:
         for name in names:
             merged[name][indices] = answer[name]
