@@ -6,6 +6,9 @@ model, SPSA gives both.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, TypeVar
+
 import numpy as np
 from torch import Tensor
 
@@ -19,7 +22,12 @@ from euphonium.wire.clients import RewardClient
 from euphonium.wire.deadlines import node_id
 from euphonium.wire.later import Later
 from euphonium.wire.records import GroupTask
-from euphonium.wire.roles import OrmServer, PrmServer, RolloutContext, ServerRef
+from euphonium.wire.roles import Balancer, OrmServer, PrmServer, RolloutContext, ServerRef
+
+if TYPE_CHECKING:
+    from ray.actor import ActorProxy
+
+_S = TypeVar("_S")
 
 
 class GradientsOfAnother:
@@ -67,13 +75,21 @@ class RewardSources:
         # Both pools change while the run goes on: the context of every task says who is in them.
         self._prm_servers: tuple[ServerRef[PrmServer], ...] = ()
         self._orm_servers: tuple[ServerRef[OrmServer], ...] = ()
-        rewards = config.rewards
-        self._prm = RewardClient("prm", lambda: self._prm_servers, rewards, offset=index, node=node_id())
-        self._orm = RewardClient("orm", lambda: self._orm_servers, rewards, offset=index)
+        self._balancer: ActorProxy[Balancer] | None = None
+        self._prm = self._client("prm", lambda: self._prm_servers, index)
+        self._orm = self._client("orm", lambda: self._orm_servers, index)
+
+    def _client(
+        self, role: Literal["prm", "orm"], members: Callable[[], Sequence[ServerRef[_S]]], index: int
+    ) -> RewardClient[_S]:
+        return RewardClient(
+            role, members, self._config.rewards, offset=index, node=node_id(), balancer=lambda: self._balancer
+        )
 
     def of_group(self, task: GroupTask, context: RolloutContext) -> SourceFactory | None:
         """The factory of a group's source of process rewards; None if the recipe needs none."""
         self._prm_servers, self._orm_servers = context.prm_servers, context.orm_servers
+        self._balancer = context.balancer
         guidance, process = self._config.sampler.guidance, self._config.rewards.process
         if guidance is None or guidance.source == "prm":
             return self._prm_source(task) if process is not None else None

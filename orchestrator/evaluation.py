@@ -1,19 +1,22 @@
 """Evaluation on held-out prompts: its prompts and noise, its metrics, and the pictures of its samples.
 
 Rollout actors draw the samples and ORM servers score them (orchestrator/pools/rollout_service.py); evaluations wait for
-both, ahead of groups for training.
+both, ahead of groups for training. Each actor draws a share of the samples, which is scored once it is there, in as
+many parts as it takes to occupy all servers; clips are decoded while others are scored.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from euphonium.config import OutcomeRewardConfig, RunConfig
@@ -26,6 +29,8 @@ from orchestrator.report.pictures import contact_sheet, save_gif, save_samples, 
 from orchestrator.report.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+Indices = NDArray[np.int_]
 
 
 def evaluation_set(config: RunConfig) -> tuple[list[str], list[int]]:
@@ -76,6 +81,31 @@ def evaluation_metrics(scores: Mapping[str, Array], rewards: Sequence[OutcomeRew
     return metrics
 
 
+def merged_scores(parts: Sequence[tuple[Indices, OrmAnswer]], total: int) -> OrmAnswer:
+    """Scores of all samples from those of parts of them.
+
+    Args:
+        parts: for each part which samples it has, and their rewards by name.
+        total: number of samples, each of which is in one part.
+
+    Returns:
+        Rewards by name, float32 ``[total]`` each. A reward that is missing in one part is missing, as it would be if
+        all samples had been scored at once.
+
+    Example:
+        >>> one = (np.array([0, 2]), {"icon": np.array([1.0, 3.0]), "motion": np.array([0.0, 0.0])})
+        >>> other = (np.array([1]), {"icon": np.array([2.0])})
+        >>> {name: values.tolist() for name, values in merged_scores([one, other], 3).items()}
+        {'icon': [1.0, 2.0, 3.0]}
+    """
+    names = [name for name in parts[0][1] if all(name in answer for _, answer in parts)]
+    merged: OrmAnswer = {name: np.empty(total, dtype=np.float32) for name in names}
+    for indices, answer in parts:
+        for name in names:
+            merged[name][indices] = answer[name]
+    return merged
+
+
 class SampleFolder:
     """Pictures of a run's evaluations, in ``samples/``."""
 
@@ -116,6 +146,8 @@ class Evaluator:
         self._rollouts = rollouts
         self._tracker = tracker
         self._prompts, self._seeds = evaluation_set(config)
+        count = len(self._prompts)
+        self._shown = np.linspace(0, count - 1, min(config.evaluation.clips, count)).round().astype(int)
         self._pictures = SampleFolder(config.run_dir / "samples")
 
     async def evaluate(self, iteration: int) -> dict[str, float]:
@@ -134,17 +166,9 @@ class Evaluator:
         began = time.monotonic()
         config, prompts = self._config, self._prompts
         kind: WeightKind = "average" if config.optimizer.averages and iteration > 0 else "policy"
-        count = min(len(prompts), max(1, self._rollouts.rollout_actors))
-        shares = [slice(i, None, count) for i in range(count)]
-        parts = await asyncio.gather(*(self._rollouts.samples(prompts[s], self._seeds[s], kind) for s in shares))
-        latents = np.empty((len(prompts), *parts[0].shape[1:]), dtype=np.float32)
-        for share, part in zip(shares, parts, strict=True):
-            latents[share] = part
-        timeout = config.rollout.deadline_s
-        scores = await self._scores(latents)
-        shown = np.linspace(0, len(prompts) - 1, min(config.evaluation.clips, len(prompts))).round().astype(int)
-        if len(shown):
-            videos = await self._rollouts.videos(latents[shown], timeout)
+        scores, videos = await self._judged(kind)
+        if videos is not None:
+            shown = self._shown
             sheet = self._pictures.save(
                 iteration, [prompts[i] for i in shown], videos, {n: v[shown] for n, v in scores.items()}
             )
@@ -152,17 +176,61 @@ class Evaluator:
         metrics = evaluation_metrics(scores, config.rewards.outcome)
         return {**metrics, "time/evaluation_s": time.monotonic() - began}
 
-    async def _scores(self, latents: Array) -> OrmAnswer:
-        """Outcome rewards of all samples; those that fail in all attempts are missing, unless they are to end the run.
+    async def _judged(self, kind: WeightKind) -> tuple[OrmAnswer, Videos | None]:
+        """Rewards of all samples, in the order of the prompts, and the clips that are to be shown."""
+        count = min(len(self._prompts), max(1, self._rollouts.rollout_actors))
+        drawn = [asyncio.ensure_future(self._drawn(slice(i, None, count), kind)) for i in range(count)]
+        parts = self._parts(count)
+        scored = [asyncio.ensure_future(self._scored(part, drawn)) for part in parts]
+        clips = asyncio.ensure_future(self._clips(drawn))
+        everything = (*drawn, *scored, clips)
+        try:
+            answers = await asyncio.gather(*scored)
+            return merged_scores(list(zip(parts, answers, strict=True)), len(self._prompts)), await clips
+        finally:
+            # Where one has failed, the others have nobody left to wait for them.
+            for task in everything:
+                task.cancel()
+            await asyncio.gather(*everything, return_exceptions=True)
+
+    def _parts(self, shares: int) -> list[Indices]:
+        """Which samples are scored together, of as many as there are shares, of which each is drawn by one actor."""
+        total, pool = len(self._prompts), self._config.pools.orm
+        if not pool.merge:
+            # The passes that one server would make of all samples, so that no number depends on who is there.
+            return np.split(np.arange(total), range(pool.max_batch, total, pool.max_batch))
+        each = max(1, math.ceil(self._rollouts.orm_servers / shares))
+        split = [np.array_split(np.arange(i, total, shares), each) for i in range(shares)]
+        return [part for parts in split for part in parts if len(part)]
+
+    async def _drawn(self, share: slice, kind: WeightKind) -> Array:
+        return await self._rollouts.samples(self._prompts[share], self._seeds[share], kind)
+
+    async def _latents(self, samples: Indices, drawn: Sequence[Awaitable[Array]]) -> Array:
+        """Latents of some samples, once their shares are drawn; sample ``i`` is in share ``i % len(drawn)``."""
+        count = len(drawn)
+        return np.stack([(await drawn[i % count])[i // count] for i in samples])
+
+    async def _scored(self, part: Indices, drawn: Sequence[Awaitable[Array]]) -> OrmAnswer:
+        return await self._scores(await self._latents(part, drawn), [self._prompts[i] for i in part])
+
+    async def _clips(self, drawn: Sequence[Awaitable[Array]]) -> Videos | None:
+        """Decodes the samples that are shown; None if none are."""
+        if not len(self._shown):
+            return None
+        return await self._rollouts.videos(await self._latents(self._shown, drawn), self._config.rollout.deadline_s)
+
+    async def _scores(self, latents: Array, prompts: Sequence[str]) -> OrmAnswer:
+        """Outcome rewards of samples; those that fail in all attempts are missing, unless they are to end the run.
 
         Raises:
             RewardError: no ORM server answered, or a reward failed whose ``on_failure`` is ``abort``.
         """
         rewards, timeout = self._config.rewards, self._config.rollout.deadline_s
         try:
-            scores, _ = await self._rollouts.scores(latents, self._prompts, timeout, rewards.optional)
+            scores, _ = await self._rollouts.scores(latents, prompts, timeout, rewards.optional)
         except RewardError as error:
             log.warning("evaluation: trying again without the rewards that fail: %s", error)
             droppable = tuple(reward.name for reward in rewards.outcome if reward.on_failure == "drop_group")
-            scores, _ = await self._rollouts.scores(latents, self._prompts, timeout, droppable)
+            scores, _ = await self._rollouts.scores(latents, prompts, timeout, droppable)
         return scores

@@ -15,8 +15,9 @@ from typing import TypeVar
 
 from actors.rollout import RolloutActor
 from euphonium.config import RunConfig, dump_config
+from euphonium.wire.balancer import LoadBalancer
 from euphonium.wire.records import PoolSnapshot, RunSnapshot, Save, TrainingGroup, Update, UpdateReport
-from euphonium.wire.roles import OrmServer, PrmRefresher, PrmServer, RolloutServer, start_actor
+from euphonium.wire.roles import Balancer, OrmServer, PrmRefresher, PrmServer, RolloutServer, start_actor
 from learners.rewards.refresh import PrmRefreshActor
 from orchestrator.desk import DeskLine
 from orchestrator.evaluation import Evaluator
@@ -27,6 +28,7 @@ from orchestrator.journal import Entry, Journal
 from orchestrator.learning.group import LearnerGroup
 from orchestrator.learning.link import MAILBOX, STORE, LearnerLink, LearnerRestartedError
 from orchestrator.learning.process_reward import ProcessRewardRefresh
+from orchestrator.pools.ray_session import beside_the_driver
 from orchestrator.pools.resources import lacking_resources
 from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.pools.run_pools import ActorFactories, RunPools
@@ -38,6 +40,7 @@ from reward_servers.prm import PrmActor
 
 _T = TypeVar("_T")
 JOIN_TIMEOUT_S = 60.0
+BALANCER = "load-balancer"
 
 
 class Run:
@@ -97,6 +100,7 @@ class Run:
             prm_refresh=(lambda _i, options: start_actor(PrmRefresher, PrmRefreshActor, options, config))
             if process and process.refresh
             else None,
+            balancer=lambda: start_actor(Balancer, LoadBalancer, {"name": BALANCER, **beside_the_driver()}),
         )
 
     def learner_group(self) -> LearnerGroup:

@@ -1,23 +1,27 @@
 """Requests to a pool of reward servers, with a deadline for every attempt and retries on other servers.
 
 There are two ways to ask: on an event loop (:meth:`RewardClient.ask`), and from a plain thread that has other work to
-do before it needs the answer (:meth:`RewardClient.submit`). Both choose servers alike; which one is next, and after
-what pause, is decided by the breaker (euphonium/wire/breaker.py).
+do before it needs the answer (:meth:`RewardClient.submit`). Both choose servers alike: the breaker says which ones may
+be asked, and after what pause (euphonium/wire/breaker.py), and of these the load balancer takes the one with the fewest
+outstanding requests (euphonium/wire/balancer.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from euphonium.config import RewardsConfig
 from euphonium.errors import NonFiniteRewardError, RewardError
+from euphonium.wire.balancer import ASSIGN_TIMEOUT_S, Balancing
 from euphonium.wire.breaker import Breaker
 from euphonium.wire.deadlines import describe, remote_error
 from euphonium.wire.later import Later
-from euphonium.wire.roles import ServerRef
+from euphonium.wire.roles import Balancer, ServerRef
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -32,7 +36,8 @@ class RewardClient(Generic[S]):
 
     Attributes:
         deadline_s: seconds that an attempt may take.
-        breaker: chooses the server of each attempt.
+        breaker: says which servers may be asked.
+        balancing: chooses among them.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class RewardClient(Generic[S]):
         *,
         offset: int = 0,
         node: str = "",
+        balancer: Callable[[], ActorProxy[Balancer] | None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Creates a client; nothing is sent.
@@ -52,13 +58,15 @@ class RewardClient(Generic[S]):
             members: returns the pool's servers at this moment; pools change while a run goes on.
             config: deadline, number of attempts, and breaker.
             offset: index of the first server to ask, so that callers do not all begin with the same one.
-            node: id of the Ray node whose servers are preferred; empty for no preference.
+            node: id of the Ray node whose servers are preferred among those with equally much to do; empty for no
+                preference.
+            balancer: returns the run's load balancer at this moment; without one, this client's requests alone count.
             clock: returns seconds.
         """
         self.deadline_s = config.deadline_s
-        self.breaker = Breaker(
-            members, config, near=lambda server: bool(node) and server.node == node, offset=offset, clock=clock
-        )
+        self.breaker = Breaker(members, config, offset=offset, clock=clock)
+        self.balancing: Balancing[S] = Balancing(balancer, node, clock)
+        self._tickets = map("{}-{}".format, itertools.repeat(uuid.uuid4().hex), itertools.count())
         self._role = role
         self._members = members
         self._attempts = config.attempts
@@ -78,7 +86,8 @@ class RewardClient(Generic[S]):
         Raises:
             RewardError: all servers are dead.
         """
-        asking = _Asking(self, send)
+        asking = _Asking(self, send, self.deadline_s)
+        self._choose(asking)
         # A caller that has other work to do first must not sleep here.
         sent = asking.send() if asking.pause_s == 0 else None
         return Later(lambda: self._wait(asking, sent))
@@ -94,10 +103,24 @@ class RewardClient(Generic[S]):
                 answer = ray.get(sent, timeout=self.deadline_s)
             except ray.exceptions.RayError as error:
                 asking.failed(error)
+                self._choose(asking)
                 sent = None
             else:
                 asking.answered()
                 return answer
+
+    def _choose(self, asking: _Asking[S, A]) -> None:
+        import ray
+
+        while True:
+            proposal, name = asking.propose(), None
+            if proposal is not None:
+                try:
+                    name = ray.get(proposal, timeout=ASSIGN_TIMEOUT_S)
+                except ray.exceptions.RayError as error:
+                    self.balancing.failed(error)
+            if asking.settle(name):
+                return
 
     async def ask(self, send: Callable[[ActorProxy[S]], ObjectRef[A]], deadline_s: float | None = None) -> A:
         """Sends a request and awaits its answer.
@@ -111,24 +134,35 @@ class RewardClient(Generic[S]):
         """
         import ray
 
-        asking = _Asking(self, send)
-        while True:
-            await asyncio.sleep(asking.pause_s)
-            try:
-                answer = await asyncio.wait_for(asking.send(), deadline_s or self.deadline_s)
-            except (TimeoutError, ray.exceptions.RayError) as error:
-                asking.failed(error)
-            else:
-                asking.answered()
-                return answer
-
-    def _choose(self) -> tuple[ServerRef[S], float]:
+        allowed_s = deadline_s or self.deadline_s
+        asking = _Asking(self, send, allowed_s)
         try:
-            return self.breaker.choose()
-        except LookupError as error:
-            raise self._error(
-                f"all {len(self._members())} servers of the {self._role} pool are dead: {error}"
-            ) from None
+            while True:
+                await self._choose_meanwhile(asking)
+                await asyncio.sleep(asking.pause_s)
+                try:
+                    answer = await asyncio.wait_for(asking.send(), allowed_s)
+                except (TimeoutError, ray.exceptions.RayError) as error:
+                    asking.failed(error)
+                else:
+                    asking.answered()
+                    return answer
+        except asyncio.CancelledError:
+            asking.over()
+            raise
+
+    async def _choose_meanwhile(self, asking: _Asking[S, A]) -> None:
+        import ray
+
+        while True:
+            proposal, name = asking.propose(), None
+            if proposal is not None:
+                try:
+                    name = await asyncio.wait_for(proposal, ASSIGN_TIMEOUT_S)
+                except (TimeoutError, ray.exceptions.RayError) as error:
+                    self.balancing.failed(error)
+            if asking.settle(name):
+                return
 
     def _error(self, message: str, rewards: Sequence[str] = ()) -> RewardError:
         return RewardError(
@@ -141,16 +175,47 @@ class RewardClient(Generic[S]):
 class _Asking(Generic[S, A]):
     """The attempts of one request. The caller sends and waits, and reports here what became of each attempt."""
 
-    def __init__(self, client: RewardClient[S], send: Callable[[ActorProxy[S]], ObjectRef[A]]) -> None:
+    _server: ServerRef[S]
+
+    def __init__(
+        self, client: RewardClient[S], send: Callable[[ActorProxy[S]], ObjectRef[A]], deadline_s: float
+    ) -> None:
         self._client = client
         self._send = send
+        self._deadline_s = deadline_s
+        self._ticket = next(client._tickets)
         self._failures: list[RewardError] = []
         self._asked_at = 0.0
-        self._next()
 
-    def _next(self) -> None:
-        self._server, pause = self._client._choose()
-        self._due = self._client._clock() + pause
+    def propose(self) -> ObjectRef[str] | None:
+        """Asks the load balancer which server the next attempt goes to; None if nobody need be waited for.
+
+        Raises:
+            RewardError: all servers are dead.
+        """
+        client = self._client
+        try:
+            self._candidates, self._pause_s = client.breaker.candidates()
+        except LookupError as error:
+            raise client._error(
+                f"all {len(client._members())} servers of the {client._role} pool are dead: {error}"
+            ) from None
+        if len(client._members()) == 1:
+            return None
+        return client.balancing.propose(self._ticket, self._candidates, self._deadline_s + self._pause_s)
+
+    def settle(self, name: str | None) -> bool:
+        """Takes the server that the load balancer names, or another one if it names none.
+
+        Returns:
+            Whether it may be asked; if not, because another request probes it, the choice is to be made again.
+        """
+        client, lifetime_s = self._client, self._deadline_s + self._pause_s
+        self._server = client.balancing.settle(self._ticket, self._candidates, name, lifetime_s)
+        if self._pause_s == 0 and not client.breaker.admit(self._server):
+            return False
+        self._due = client._clock() + self._pause_s
+        return True
 
     @property
     def pause_s(self) -> float:
@@ -164,14 +229,20 @@ class _Asking(Generic[S, A]):
 
     def answered(self) -> None:
         """Records that the attempt succeeded."""
+        self.over()
         self._client.breaker.succeeded(self._server)
 
+    def over(self) -> None:
+        """Records that the attempt has ended, one way or the other."""
+        self._client.balancing.done(self._ticket)
+
     def failed(self, error: Exception) -> None:
-        """Records why the attempt failed, and chooses the server of the next one.
+        """Records why the attempt failed.
 
         Raises:
             RewardError: this was the last attempt, or another one would fail as well.
         """
+        self.over()
         self._failures.append(self._judge(error))
         if len(self._failures) == self._client._attempts:
             reasons = "; ".join(map(str, self._failures))
@@ -179,7 +250,6 @@ class _Asking(Generic[S, A]):
                 f"the {self._client._role} pool did not answer in {len(self._failures)} attempts: {reasons}",
                 self._failures[-1].rewards,
             )
-        self._next()
 
     def _judge(self, error: Exception) -> RewardError:
         """Reports a failure to the breaker and returns it; raises it if another attempt would fail as well."""
@@ -194,7 +264,7 @@ class _Asking(Generic[S, A]):
                 raise cause from error
             failure = cause if isinstance(cause, RewardError) else RewardError(str(cause))
         elif isinstance(error, TimeoutError):
-            failure = RewardError(f"no answer within {client.deadline_s:.0f} s")
+            failure = RewardError(f"no answer within {self._deadline_s:.0f} s")
         else:
             failure = RewardError(describe(error))
             # For an actor that is about to restart, Ray raises another error.

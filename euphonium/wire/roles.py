@@ -54,10 +54,12 @@ class ServerRef(Generic[_T]):
     Attributes:
         handle: of its actor; two of them are equal if they are of one actor, which keeps its identity when Ray restarts
             it.
+        name: of its actor, by which all clients mean the same one.
         node: id of its Ray node; empty where it is not known.
     """
 
     handle: ActorProxy[_T]
+    name: str = field(compare=False)
     node: str = field(default="", compare=False)
 
 
@@ -72,6 +74,7 @@ class RolloutContext:
         kind: of weights.
         prm_servers: the pool of PRM servers.
         orm_servers: the pool of ORM servers.
+        balancer: counts the outstanding requests of both; None where nobody does.
     """
 
     version: int
@@ -79,6 +82,7 @@ class RolloutContext:
     kind: WeightKind = "policy"
     prm_servers: tuple[ServerRef[PrmServer], ...] = ()
     orm_servers: tuple[ServerRef[OrmServer], ...] = ()
+    balancer: ActorProxy[Balancer] | None = None
 
 
 class RolloutServer(PoolMember, Protocol):
@@ -145,6 +149,25 @@ class OrmServer(PoolMember, Protocol):
     @ray.method
     def videos(self, latents: Array) -> Videos:
         """Decoded latents, uint8 ``[batch, frames, height, width, 3]``."""
+        ...
+
+
+class Balancer(Protocol):
+    """The load balancer: counts the outstanding requests of reward servers over all clients."""
+
+    @ray.method
+    def assign(self, ticket: str, servers: Sequence[str], near: Sequence[str], lifetime_s: float) -> str:
+        """Gives a request to the server with the fewest, and counts it there; the server's name."""
+        ...
+
+    @ray.method
+    def done(self, ticket: str) -> None:
+        """Ends a request."""
+        ...
+
+    @ray.method
+    def outstanding(self) -> dict[str, int]:
+        """Number of outstanding requests, by the servers that have any."""
         ...
 
 

@@ -106,8 +106,8 @@ class ActorPool(Generic[_M]):
 
     @property
     def references(self) -> tuple[ServerRef[_M], ...]:
-        """References, with nodes, to the members that may get requests, for clients in other processes."""
-        return tuple(ServerRef(member.handle, member.node) for member in self.roster.reachable)
+        """References, with names and nodes, to the members that may get requests, for clients in other processes."""
+        return tuple(ServerRef(member.handle, member.name, member.node) for member in self.roster.reachable)
 
     @contextlib.asynccontextmanager
     async def exclusive(self, priority: int) -> AsyncIterator[Member[ActorProxy[_M]]]:

@@ -60,12 +60,19 @@ class RolloutService:
         self._pools = pools
         self._position = position
         self._republish = republish
-        self._orm: RewardClient[OrmServer] = RewardClient("orm", lambda: pools.orm.references, config.rewards)
+        self._orm: RewardClient[OrmServer] = RewardClient(
+            "orm", lambda: pools.orm.references, config.rewards, balancer=lambda: pools.balancer
+        )
 
     @property
     def rollout_actors(self) -> int:
         """Number of rollout actors that take work now."""
         return len(self._pools.rollout.roster.present)
+
+    @property
+    def orm_servers(self) -> int:
+        """Number of ORM servers that answer now."""
+        return len(self._pools.orm.roster.present)
 
     async def draw(self, task: GroupTask) -> tuple[GroupInfo, ObjectRef[Array], ObjectRef[GroupPayload]]:
         """Has a rollout actor draw a group.
@@ -171,6 +178,7 @@ class RolloutService:
             kind=kind,
             prm_servers=prm.references if prm is not None else (),
             orm_servers=self._pools.orm.references,
+            balancer=self._pools.balancer,
         )
 
     async def _rollout_answer(self, member: Member[ActorProxy[RolloutServer]], ref: Awaitable[_T], what: str) -> _T:

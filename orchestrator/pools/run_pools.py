@@ -5,31 +5,38 @@ What they are asked to do is in rollout_service.py. The learner group is none of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from typing_extensions import override
 
 from euphonium.config import PoolConfig, RunConfig
 from euphonium.wire.records import PoolSnapshot
-from euphonium.wire.roles import OrmServer, PoolMember, PrmRefresher, PrmServer, RolloutServer
+from euphonium.wire.roles import Balancer, OrmServer, PoolMember, PrmRefresher, PrmServer, RolloutServer
 from orchestrator.pools.actor_pool import ActorPool
 from orchestrator.pools.start_up import wait_started
 from orchestrator.pools.supervisor import ActorFactory, PoolSpec
 from orchestrator.report.tracking import Progress
+
+if TYPE_CHECKING:
+    from ray.actor import ActorProxy
 
 _M = TypeVar("_M", bound="PoolMember")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActorFactories:
-    """What starts the actors of a run, by role; a role without one is not in the run."""
+    """What starts the actors of a run, by role; a role without one is not in the run.
+
+    Without a load balancer, each client of reward servers goes by its own requests.
+    """
 
     rollout: ActorFactory[RolloutServer]
     orm: ActorFactory[OrmServer]
     prm: ActorFactory[PrmServer] | None = None
     prm_refresh: ActorFactory[PrmRefresher] | None = None
+    balancer: Callable[[], ActorProxy[Balancer]] | None = None
 
 
 class RunPools(Mapping[str, ActorPool[Any]]):
@@ -40,6 +47,7 @@ class RunPools(Mapping[str, ActorPool[Any]]):
         prm_refresh: the actor that refreshes the process reward model, a pool of one, or None without a refresh.
         orm: pool of outcome-reward servers.
         rollout: pool of rollout actors.
+        balancer: the load balancer of the reward servers, once the pools are started.
     """
 
     prm: ActorPool[PrmServer] | None
@@ -56,12 +64,14 @@ class RunPools(Mapping[str, ActorPool[Any]]):
             progress: prints who joins and who is lost.
         """
         self._config, self._progress = config, progress
+        self._start_balancer = factories.balancer
+        self.balancer: ActorProxy[Balancer] | None = None
         pools = config.pools
         self.rollout = self._pool("rollout", pools.rollout, factories.rollout)
         # A rollout keeps the servers' names for as long as its group takes.
         clients = [self.rollout]
         self.orm = self._pool("orm", pools.orm, factories.orm, clients)
-        # PRM servers are asked in every step of every sample: clients prefer one on their own node, if there is one.
+        # PRM servers are asked in every step of every sample: of equally busy ones clients take one on their own node.
         self.prm = self._pool("prm", pools.prm, factories.prm, clients, spread=True) if factories.prm else None
         self.prm_refresh = (
             self._pool("prm_refresh", pools.refresh_pool, factories.prm_refresh) if factories.prm_refresh else None
@@ -111,6 +121,8 @@ class RunPools(Mapping[str, ActorPool[Any]]):
 
         The largest shares of GPUs come first: Ray fills up one GPU after another, and what is small finds room in gaps.
         """
+        if self._start_balancer is not None:
+            self.balancer = self._start_balancer()
         for pool in sorted(self.values(), key=lambda pool: -pool.spec.config.num_gpus):
             pool.start()
 

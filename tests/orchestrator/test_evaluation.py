@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from euphonium.config import OutcomeRewardConfig, RunConfig
 from euphonium.errors import ConfigError, RewardError
+from euphonium.generators.registry import open_generator
 from orchestrator.evaluation import Evaluator, SampleFolder, evaluation_metrics, evaluation_set
 from orchestrator.report.metrics import find_metric
 from orchestrator.report.pictures import enlarge
 from orchestrator.report.tracking import Progress, Tracker
+from reward_servers.orm import OrmScorer
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -21,8 +24,9 @@ MakeConfig = Callable[..., RunConfig]
 class Rollouts:
     """Stands where the pools are: a sample's latent is its prompt's length and the low digits of its seed."""
 
-    def __init__(self, rollout_actors: int) -> None:
-        self.rollout_actors = rollout_actors
+    def __init__(self, rollout_actors: int, orm_servers: int = 1) -> None:
+        self.rollout_actors, self.orm_servers = rollout_actors, orm_servers
+        self.scored: list[list[str]] = []
         self.asked: list[tuple[list[str], list[int], str]] = []
         self.left = 0
         self.failing: tuple[str, ...] = ()
@@ -42,7 +46,8 @@ class Rollouts:
         if failed := set(self.failing) - set(optional):
             raise RewardError("judge down", sorted(failed))
         assert [int(length) for length in latents[:, 0]] == [len(prompt) for prompt in prompts]
-        index = np.arange(len(latents), dtype=np.float32)
+        self.scored.append(list(prompts))
+        index = np.array([prompt.count("very") for prompt in prompts], dtype=np.float32)
         scores = {"icon": index, "motion": index**2, "quality": np.ones_like(index)}
         return {name: values for name, values in scores.items() if name not in self.failing}, 0.5
 
@@ -133,6 +138,93 @@ def test_actors_share_the_samples_and_every_sample_keeps_its_place(make_config: 
     )
 
 
+@pytest.mark.parametrize(("actors", "servers"), [(1, 3), (2, 3), (2, 4), (3, 2), (5, 9), (0, 0)])
+def test_all_servers_have_a_part_of_the_samples_and_the_numbers_are_those_of_one(
+    make_config: MakeConfig, actors: int, servers: int
+) -> None:
+    config = make_config("evaluation.prompts=7", "evaluation.clips=3")
+    held_out = write_held_out(config, 7)
+    alone, sharded = Rollouts(1), Rollouts(actors, servers)
+    (expected,), (metrics,) = evaluate(config, alone, 0), evaluate(config, sharded, 0)
+    for numbers in (expected, metrics):
+        numbers.pop("time/evaluation_s")
+    assert metrics == expected
+    assert alone.scored == [held_out]
+    assert sorted(prompt for part in sharded.scored for prompt in part) == sorted(held_out), "each of them once"
+    assert len(sharded.scored) >= min(servers, 7)
+    assert max(map(len, sharded.scored)) - min(map(len, sharded.scored)) <= 1
+    np.testing.assert_array_equal(alone.shown[0], sharded.shown[0])
+
+
+@pytest.mark.parametrize(("merge", "within"), [(True, 1e-5), (False, 0)])
+def test_real_rewards_of_parts_are_those_of_one_request_without_merging_to_the_last_bit(
+    make_config: MakeConfig, *, merge: bool, within: float
+) -> None:
+    config = make_config("evaluation.prompts=2", "evaluation.samples_per_prompt=4", "evaluation.clips=2",
+                         "pools.orm.max_batch=3", f"pools.orm.merge={str(merge).lower()}")  # fmt: skip
+    scorer = OrmScorer(config.rewards.outcome, open_generator(config.model), torch.device("cpu"), config.pools.orm)
+
+    class Scored(Rollouts):
+        async def samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: str) -> np.ndarray:
+            drawn = [np.random.default_rng(seed).standard_normal((16, 5, 4, 4), np.float32) for seed in seeds]
+            return np.stack(drawn)
+
+        async def scores(
+            self, latents: np.ndarray, prompts: Sequence[str], _: float, optional: Sequence[str]
+        ) -> tuple[dict[str, np.ndarray], float]:
+            self.scored.append(list(prompts))
+            return scorer.score(latents, prompts, optional), 0.0
+
+        async def videos(self, latents: np.ndarray, _: float) -> np.ndarray:
+            self.shown.append(scorer.videos(latents))
+            return self.shown[-1]
+
+    prompts, seeds = evaluation_set(config)
+    latents = asyncio.run(Scored(1).samples(prompts, seeds, "policy"))
+    expected = evaluation_metrics(scorer.score(latents, prompts, ()), config.rewards.outcome)
+    sharded = Scored(3, 4)
+    (metrics,) = evaluate(config, sharded, 0)
+    metrics.pop("time/evaluation_s")
+    assert metrics == pytest.approx(expected, rel=within, abs=0)
+    assert len(sharded.scored) == (6 if merge else 3)
+    np.testing.assert_array_equal(sharded.shown[0], scorer.videos(latents[[0, 7]]))
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_share_is_scored_while_another_one_is_drawn_and_nothing_goes_on_after_a_failure(
+    make_config: MakeConfig, *, failing: bool
+) -> None:
+    config = make_config("evaluation.prompts=4", "evaluation.clips=1")
+    held_out = write_held_out(config, 4)
+    waited: list[str] = []
+
+    class Late(Rollouts):
+        async def samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: str) -> np.ndarray:
+            if held_out[1] in prompts:
+                try:
+                    while len(self.scored) < 2:
+                        await asyncio.sleep(0)
+                except asyncio.CancelledError:
+                    waited.append("given up")
+                    raise
+                waited.append("drawn last")
+            return latents_of(prompts, seeds)
+
+    rollouts = Late(2, 4)
+    if failing:
+        rollouts.failing = ("icon",)
+        config = make_config("rewards.outcome=[{name: icon, type: sprite_icon, on_failure: abort}]",
+                             "rewards.process=null", "sampler.guidance=null", "evaluation.prompts=4")  # fmt: skip
+        write_held_out(config, 4)
+        with pytest.raises(RewardError, match="judge down"):
+            evaluate(config, rollouts, 0)
+        assert waited == ["given up"]
+        return
+    evaluate(config, rollouts, 0)
+    assert waited == ["drawn last"]
+    assert rollouts.scored[:2] == [[held_out[0]], [held_out[2]]]
+
+
 @pytest.mark.parametrize(("decay", "kinds"), [(0.0, ["policy", "policy"]), (0.9, ["policy", "average"])])
 def test_the_average_is_evaluated_once_there_is_one(make_config: MakeConfig, decay: float, kinds: list[str]) -> None:
     rollouts = Rollouts(1)
@@ -178,6 +270,27 @@ def test_a_clip_shows_what_was_before_on_the_left_and_what_is_after_on_the_right
     assert clip.shape[1] == enlarge(np.zeros((1, 64, 64 + 2 + 64, 3), np.uint8)).shape[2]
     assert clip[:, :60].max() < 10
     assert clip[:, -60:].min() > 245
+
+
+def test_a_reward_that_fails_on_a_part_of_the_samples_is_missing_as_if_they_were_scored_at_once(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config("evaluation.prompts=4", "evaluation.clips=2")
+    write_held_out(config, 4)
+
+    class Picky(Rollouts):
+        async def scores(
+            self, latents: np.ndarray, prompts: Sequence[str], _: float, optional: Sequence[str]
+        ) -> tuple[dict[str, np.ndarray], float]:
+            self.failing = ("motion",) if any(prompt.count("very") == 2 for prompt in prompts) else ()
+            return await super().scores(latents, prompts, _, optional)
+
+    (expected,), (metrics,) = evaluate(config, Picky(1), 0), evaluate(config, Picky(2, 4), 0)
+    for numbers in (expected, metrics):
+        numbers.pop("time/evaluation_s")
+    assert metrics == expected
+    assert metrics["eval/motion/missing"] == 1
+    assert "eval/total/mean" not in metrics
 
 
 @pytest.mark.parametrize("failing", ["quality", "icon"])

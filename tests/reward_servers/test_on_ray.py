@@ -106,7 +106,8 @@ def make_client(config: RunConfig, servers: list[Any]) -> Callable[[int], Client
     worker, scorer = RolloutWorker(config, CPU), PrmScorer(config, CPU)
 
     def make(index: int) -> Client:
-        pool = RewardClient("prm", lambda: [ServerRef(server) for server in servers], config.rewards, offset=index)
+        members = [ServerRef(server, f"prm-{i}") for i, server in enumerate(servers)]
+        pool = RewardClient("prm", lambda: members, config.rewards, offset=index)
         return Client(index, pool, worker, scorer)
 
     return make

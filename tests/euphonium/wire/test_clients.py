@@ -20,14 +20,14 @@ def client_of(members: list[str], **changes: Any) -> RewardClient[Any]:
     breaker = BreakerConfig(failures=3, cool_down_s=10.0)
     config = RewardsConfig(outcome=outcome, breaker=breaker, **{"deadline_s": 8.0, "attempts": 3} | changes)
     handles: Any = members
-    return RewardClient("orm", lambda: [ServerRef(handle) for handle in handles], config, clock=lambda: 100.0)
+    return RewardClient("orm", lambda: [ServerRef(handle, handle) for handle in handles], config, clock=lambda: 100.0)
 
 
 def test_a_dead_pool_is_an_error_that_says_what_to_do() -> None:
     members = ["a", "b"]
     client = client_of(members)
-    client.breaker.failed(ServerRef("a"), dead="killed by SIGKILL")
-    client.breaker.failed(ServerRef("b"), dead="node lost")
+    client.breaker.failed(ServerRef("a", "a"), dead="killed by SIGKILL")
+    client.breaker.failed(ServerRef("b", "b"), dead="node lost")
     message = r"all 2 servers of the orm pool are dead: node lost.*pools\.orm"
     with pytest.raises(RewardError, match=message) as caught:
         asyncio.run(client.ask(answer))
@@ -38,22 +38,10 @@ def test_a_dead_pool_is_an_error_that_says_what_to_do() -> None:
     assert asyncio.run(client.ask(answer)) == "c"
 
 
-def test_servers_of_the_own_node_are_asked_first() -> None:
-    config = RewardsConfig(outcome=[OutcomeRewardConfig(name="icon", type="sprite_icon")])
-    servers: Any = [ServerRef("far", "n1"), ServerRef("near", "n2"), ServerRef("unknown")]
-
-    def asked(node: str) -> set[str]:
-        client: RewardClient[Any] = RewardClient("orm", lambda: servers, config, node=node)
-        return {asyncio.run(client.ask(answer)) for _ in range(6)}
-
-    assert asked("n2") == {"near"}
-    assert asked("") == asked("n3") == {"far", "near", "unknown"}
-
-
 def test_a_reference_is_that_of_its_server_wherever_the_server_is() -> None:
     one: Any = "handle"
-    assert ServerRef(one, "n1") == ServerRef(one, "n2")
-    assert len({ServerRef(one, "n1"), ServerRef(one)}) == 1
+    assert ServerRef(one, "prm-0", "n1") == ServerRef(one, "prm-0", "n2")
+    assert len({ServerRef(one, "prm-0", "n1"), ServerRef(one, "prm-0")}) == 1
 
 
 async def answer(value: Any, *, after_s: float = 0.0) -> Any:
@@ -132,7 +120,7 @@ def test_an_answer_is_asked_for_at_once_and_fetched_later_elsewhere_if_it_must(o
 def test_a_caller_does_not_sleep_before_it_needs_the_answer(outcomes: Callable[..., Any]) -> None:
     fetched, slept = outcomes("answer")
     client = client_of(["a"])
-    client.breaker.failed(ServerRef("a"))
+    client.breaker.failed(ServerRef("a", "a"))
     later = client.submit(lambda server: server)
     assert (fetched, slept) == ([], [])
     assert later.result() == "answer"
@@ -144,7 +132,7 @@ def test_an_error_of_the_sample_is_not_tried_again_and_others_are(outcomes: Call
     client = client_of(["a", "b"])
     with pytest.raises(NonFiniteRewardError, match="not finite"):
         client.submit(lambda server: server).result()
-    assert [client.breaker.choose() for _ in range(2)] == [(ServerRef("b"), 0.0), (ServerRef("a"), 0.0)]
+    assert set(client.breaker.candidates()[0]) == {ServerRef("a", "a"), ServerRef("b", "b")}
     fetched, _ = outcomes(remote(RewardError("broken", ["motion"])), ActorUnavailableError("restarting", b"0" * 16),
                           remote(ValueError("what")))  # fmt: skip
     message = "did not answer in 3 attempts: broken; .*restarting.*; .*ValueError: what"

@@ -9,6 +9,7 @@ import pytest
 
 from actors.rollout import RolloutActor
 from euphonium.wire import roles
+from euphonium.wire.balancer import LoadBalancer
 from euphonium.wire.weights.store import WeightStore
 from learners.rewards.refresh import PrmRefreshActor
 from orchestrator.desk import ControlDesk
@@ -22,6 +23,7 @@ PLAYED_BY = {
     roles.PrmServer: PrmActor,
     roles.OrmServer: OrmActor,
     roles.PrmRefresher: PrmRefreshActor,
+    roles.Balancer: LoadBalancer,
     roles.Mailbox: LearnerMailbox,
     roles.WeightDirectory: WeightStore,
     roles.Desk: ControlDesk,
