@@ -37,6 +37,7 @@ class DescribedPrompt(str):
     metadata: Mapping[str, Any]
 
     def __new__(cls, text: str, metadata: Mapping[str, Any]) -> DescribedPrompt:
+        """The text with its metadata."""
         described = super().__new__(cls, text)
         described.metadata = metadata
         return described

@@ -62,8 +62,8 @@ class HttpReward:
     """Posts videos and prompts to a scorer, and reads one finite number a video from its answer.
 
     The request is one safetensors file: the tensor ``videos``, uint8 ``[batch, frames, 3, height, width]`` (or float32
-    in [0, 1]), and the metadata entry ``prompts``, a JSON list; with the option ``metadata`` another entry of that name,
-    a JSON list of objects. The answer is JSON, ``{"scores": [...]}``, or a safetensors file with a floating-point
+    in [0, 1]), and the metadata entry ``prompts``, a JSON list; with the option ``metadata`` also one of that name, a
+    JSON list of objects. The answer is JSON, ``{"scores": [...]}``, or a safetensors file with a floating-point
     tensor ``scores``, told apart by its Content-Type (``application/json`` or ``application/octet-stream``).
     """
 
