@@ -28,7 +28,7 @@ from euphonium.text_files import parse_json, quoted, read_text, shown
 INDEX = "index.json"
 SHARDS = "prompts-*.safetensors"
 # Version of the format of shards and index.
-FORMAT = "1"
+FORMAT: Literal["1"] = "1"
 # Shards that a reader keeps mapped: each takes a file descriptor and its header, the rest stays on disk.
 OPEN_SHARDS = 16
 

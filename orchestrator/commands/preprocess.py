@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -71,7 +71,7 @@ def preprocess(
         finish_store(work, workers, say)
 
 
-def _model(path: str, given: dict[str, object]) -> ModelConfig:
+def _model(path: str, given: Mapping[str, object]) -> ModelConfig:
     from euphonium.config import ModelConfig
 
     fields = {name: value for name, value in given.items() if value is not None}
