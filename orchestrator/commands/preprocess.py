@@ -55,7 +55,9 @@ def preprocess(
     ] = None,
     workers: Annotated[int, typer.Option(min=0, max=10_000, help="Ray tasks; 0 encodes in this process.")] = 0,
     gpus_per_worker: Annotated[float, typer.Option(min=0, max=1000, help="GPUs of each task.")] = 0.0,
-    threads: Annotated[int, typer.Option(min=1, max=1000, help="CPU threads of each, as in pools.rollout.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="CPU threads of each, as pools.rollout.threads.")
+    ] = None,
     prompts_per_shard: Annotated[int, typer.Option(min=1, max=100_000, help="Prompts of a file of the store.")] = 64,
 ) -> None:
     """Encode prompts once, so that runs with prompts.embeddings load no text encoder.
@@ -67,7 +69,7 @@ def preprocess(
     given = {"revision": revision, "dtype": dtype, "max_prompt_tokens": max_prompt_tokens}
     with writing_alone([(output, FIELD)]):
         work = _prepare(prompts, output, negative_prompt or [], _model(model, given), prompts_per_shard, say)
-        work = dataclasses.replace(work, threads=threads, gpus=gpus_per_worker)
+        work = dataclasses.replace(work, threads=threads or work.threads, gpus=gpus_per_worker)
         finish_store(work, workers, say)
 
 
@@ -100,7 +102,7 @@ class Encoding:
     fingerprint: Fingerprint
     finished: tuple[Shard, ...]
     shards: tuple[tuple[str, ...], ...]
-    threads: int = 1
+    threads: int
     gpus: float = 0.0
 
 
@@ -117,6 +119,7 @@ def _prepare(
     Raises:
         ConfigError: a file cannot be read, the generator cannot encode, or the store is of another one.
     """
+    from euphonium.config import RolloutPoolConfig
     from euphonium.generators.embeddings import encoder_fingerprint
     from euphonium.generators.prompt_length import warn_of_cut_prompts
     from euphonium.generators.prompt_store import finished_shards
@@ -132,7 +135,7 @@ def _prepare(
     left = [text for text in wanted if text not in held]
     say(f"{store.resolve()}: {len(wanted) - len(left)} of {len(wanted)} prompts are encoded")
     shards = tuple(tuple(left[begin : begin + size]) for begin in range(0, len(left), size))
-    return Encoding(model, store.resolve(), fingerprint, tuple(finished), shards)
+    return Encoding(model, store.resolve(), fingerprint, tuple(finished), shards, threads=RolloutPoolConfig().threads)
 
 
 def open_encoders(model: ModelConfig) -> tuple[Generator, ModelConfig]:

@@ -17,6 +17,8 @@ def store_of(folder: Path, model: ModelConfig, *shards: Sequence[str]) -> Path:
             path=model.path, dtype=model.dtype, max_prompt_tokens=model.max_prompt_tokens, height=512, width=512
         )
     )
-    work = Encoding(settings, folder, encoder_fingerprint(generator), (), tuple(tuple(shard) for shard in shards))
+    work = Encoding(
+        settings, folder, encoder_fingerprint(generator), (), tuple(tuple(shard) for shard in shards), threads=1
+    )
     finish_store(work, 0, lambda line: None)
     return folder

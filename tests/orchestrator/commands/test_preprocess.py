@@ -109,7 +109,7 @@ def test_ray_tasks_write_what_one_process_does(tiny_generator: Path, tmp_path: P
     parts = tuple((a, b) for a, b in zip(PROMPTS[::2], PROMPTS[1::2], strict=True))
     lines: list[str] = []
     for name, workers in (("one", 0), ("tasks", 2)):
-        finish_store(Encoding(model, tmp_path / name, fingerprint, (), parts), workers, lines.append)
+        finish_store(Encoding(model, tmp_path / name, fingerprint, (), parts, threads=1), workers, lines.append)
     indices = [json.loads((tmp_path / name / "index.json").read_text()) for name in ("one", "tasks")]
     assert len(indices[0]["shards"]) == len(parts)
     assert indices[0] == indices[1]
