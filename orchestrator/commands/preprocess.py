@@ -235,8 +235,8 @@ def encode_shards(work: Encoding, share: Sequence[Sequence[str]]) -> Iterator[in
             if encode is None:
                 with quiet():
                     encode = generator.load_prompt_encoder(local_device())
-            # Each alone, as rollout actors encode them: others would pad it.
-            write_shard(work.store, work.fingerprint, prompts, [encode([prompt]) for prompt in prompts])
+            # Each alone, as rollout actors encode them (others would pad it), and off the GPU before the next.
+            write_shard(work.store, work.fingerprint, prompts, map(encode, ([prompt] for prompt in prompts)))
         done += len(prompts)
         yield done
 
