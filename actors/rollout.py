@@ -39,6 +39,7 @@ from euphonium.config import GuidanceConfig, RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import TrainingError
 from euphonium.generators.conditioning import Conditioning, ConditioningCache, expand, stack_conditionings
+from euphonium.generators.embeddings import stored_encoder
 from euphonium.generators.generator import Generator, images_for
 from euphonium.generators.lora import adapter_parameters, add_adapter
 from euphonium.generators.registry import open_generator
@@ -82,7 +83,8 @@ class RolloutWorker:
         if asleep:
             self._sleeper.sleep()
         encoding = torch.device("cpu") if config.pools.rollout.encode_on_cpu else device
-        encoder = self.family.prompt_encoder(encoding, images_for(self.family, config.prompts))
+        stored = stored_encoder(config.prompts.embeddings, self.family)
+        encoder = self.family.prompt_encoder(encoding, images_for(self.family, config.prompts), stored)
         self._conditionings = ConditioningCache(lambda prompt: encode_one(encoder, prompt), CACHE_BYTES)
         self._tables = lru_cache(maxsize=8)(lambda iteration: self.family.step_table(config.sampler, iteration))
         self.passes = Passes(config.rollout.samples_per_pass, "rollout.samples_per_pass")

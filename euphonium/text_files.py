@@ -40,14 +40,13 @@ def read_text(path: Path, field: str) -> str:
         return _decoded(stream.read(), path, field)
 
 
-def read_lines(path: Path, field: str, endings: Sequence[str], advice: str = "") -> list[str]:
+def read_lines(path: Path, field: str, endings: Sequence[str]) -> list[str]:
     """The lines of a text file, without what ends them.
 
     Args:
         path: the file.
         field: the recipe's field that names it, for errors.
         endings: what its name may end with, such as ``.txt``; upper and lower case are the same.
-        advice: what to do with a file that ends otherwise, for the error.
 
     Raises:
         ConfigError: another ending, or an error of :func:`read_text`.
@@ -55,8 +54,8 @@ def read_lines(path: Path, field: str, endings: Sequence[str], advice: str = "")
     with _opened(path, field) as stream:
         if path.suffix.lower() not in endings:
             given = f"ends in {path.suffix}" if path.suffix else "has no ending"
-            known = f"known are {', '.join(endings)}" + (advice and f". {advice}")
-            raise ConfigError(f"{field}: {shown(path, SHOWN_PATH)} {given}; {known}")
+            known = ", ".join(endings)
+            raise ConfigError(f"{field}: {shown(path, SHOWN_PATH)} {given}; known are {known}")
         return _LINE_END.split(_decoded(stream.read(), path, field))
 
 

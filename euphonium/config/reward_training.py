@@ -33,6 +33,9 @@ class PreferencesConfig(Node):
     """File of the preferences that accuracy is measured on; null holds prompts of ``train`` out."""
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the prompts of ``train`` that is held out where no file is."""
+    embeddings: UserPath | None = None
+    """For a process reward model, the preferences' prompts encoded already, as in ``prompts.embeddings``; null encodes
+    them."""
 
 
 class RewardOptimizerConfig(Node):
@@ -200,5 +203,10 @@ class OrmConfig(RewardTrainingConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.preferences.embeddings is not None:
+            raise ValueError(
+                "preferences.embeddings are for process reward models: an outcome reward model reads the texts; leave "
+                "them out"
+            )
         shares_are_equal(self.optimizer, self.learner)
         return self

@@ -61,15 +61,20 @@ class ModelConfig(Node):
 
 
 class PromptsConfig(Node):
-    """Files with one prompt a line (``.txt``) or one JSON object with a ``prompt`` a line (``.jsonl``).
+    """Files with one prompt a line (``.txt``), one JSON object with a ``prompt`` a line (``.jsonl``), or a JSON list of
+    objects with a ``caption`` (``.json``).
 
     For image-to-video the object also has an ``image``: a file, relative to the prompts', that rollout actors read.
+    What else it has reaches the rewards that ask for it (docs/prompts.md).
     """
 
     train: UserPath
     """Prompts that rollouts draw from."""
     evaluation: UserPath
     """Held-out prompts; a prompt that is also in ``train`` is refused."""
+    embeddings: UserPath | None = None
+    """Prompts that are encoded already: the folder that ``euphonium preprocess`` wrote, or DanceGRPO's
+    ``videos2caption.json``. No role then loads a text encoder; null encodes prompts where they are drawn."""
 
 
 class SpsaConfig(Node):

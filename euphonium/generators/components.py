@@ -59,7 +59,7 @@ def check_components(
         ConfigError: a component is missing, damaged or does not fit.
     """
     networks = {}
-    with _quiet():
+    with quiet():
         for name, kind in (component_classes(pipeline) | dict(own or {})).items():
             if name in unopened:
                 continue
@@ -85,7 +85,7 @@ def load_pipeline(folder: Path) -> Any:
         if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
             raise ValueError(f"it names the class {name!r}, which is no pipeline of diffusers")
     check_components(pipeline, unopened=())
-    with _quiet(), _blaming(folder, "model_index.json"):
+    with quiet(), _blaming(folder, "model_index.json"):
         return diffusers.DiffusionPipeline.from_pretrained(folder)
 
 
@@ -159,7 +159,7 @@ def _blaming(folder: Path, component: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps progress bars and reports of the libraries off the terminal: what they say is in the errors."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -25,6 +25,7 @@ class Flux(ImageGenerator):
     """Adapter of ``FluxPipeline``."""
 
     pipeline_class = "FluxPipeline"
+    prompt_tokenizer = "tokenizer_2"
     block_fields: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
 
     @property

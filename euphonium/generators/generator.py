@@ -7,9 +7,9 @@ the transformer and the text encoders, ORM servers the VAE, learners the transfo
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ class Generator(Backbone):
     pipeline_class: ClassVar[str]
     # Whether every prompt comes with a picture (image-to-video).
     takes_image: ClassVar[bool] = False
+    # The tokenizer whose encoder reads the whole of a prompt; others may read its beginning.
+    prompt_tokenizer: ClassVar[str] = "tokenizer"
 
     def __init__(self, pipeline: PipelineFolder, config: ModelConfig) -> None:
         """Reads the pipeline's configurations.
@@ -91,6 +93,22 @@ class Generator(Backbone):
     @abstractmethod
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         """Loads tokenizers and text encoders, as one function from prompts to a conditioning."""
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer whose encoder reads the whole of a prompt, of the class that the pipeline names."""
+        from euphonium.generators.components import component_classes
+
+        kind = component_classes(self.pipeline)[self.prompt_tokenizer]
+        return kind.from_pretrained(self.folder / self.prompt_tokenizer)
+
+    def token_counts(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, as many as it has, by the tokenizer of :meth:`load_tokenizer`."""
+        # Not verbose: longer prompts than the tokenizer was made for are what is looked for.
+        return [len(tokens) for tokens in tokenizer(list(prompts), verbose=False).input_ids]
+
+    def token_limit(self, tokenizer: Any) -> int:
+        """Tokens to which the encoder of :meth:`load_tokenizer` cuts a prompt."""
+        return self.config.max_prompt_tokens
 
     @abstractmethod
     def vae_class(self) -> Autoencoder:
@@ -190,17 +208,23 @@ class Generator(Backbone):
         sigmas, times = self.noise_grid(num_steps, settings)
         return StepTable.build("ode", sigmas, guidance=guidance.build() if guidance is not None else None, times=times)
 
-    def prompt_encoder(self, device: torch.device, images: Mapping[str, Path] | None = None) -> PromptEncoder:
+    def prompt_encoder(
+        self,
+        device: torch.device,
+        images: Mapping[str, Path] | None = None,
+        encode: PromptEncoder | None = None,
+    ) -> PromptEncoder:
         """Loads the prompt encoder, with negative prompt and first frames where this generator needs them.
 
         Args:
             device: device to encode on.
             images: picture files by prompt, for image-to-video (:func:`images_for`).
+            encode: encodes texts in place of the text encoders, which are then not loaded.
 
         Returns:
             A function from prompts to their conditioning, which raises ConfigError if a prompt lacks its picture.
         """
-        encode = self.load_prompt_encoder(device)
+        encode = self.load_prompt_encoder(device) if encode is None else encode
         if self.config.cfg_scale is not None:
             encode = with_negative_prompt(encode, self.config.negative_prompt)
         if not self.takes_image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -73,6 +73,14 @@ class HunyuanVideo(Generator):
             }
 
         return encode
+
+    @override
+    def token_counts(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        """Prompts stand in an instruction whose beginning is not counted."""
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as INSTRUCTION
+
+        whole = super().token_counts(tokenizer, [str(INSTRUCTION["template"]).format(prompt) for prompt in prompts])
+        return [count - int(INSTRUCTION["crop_start"]) for count in whole]
 
     @override
     def vae_class(self) -> Autoencoder:

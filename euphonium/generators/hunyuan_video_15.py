@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -70,6 +71,18 @@ class HunyuanVideo15(HunyuanVideo):
             }
 
         return encode
+
+    @override
+    def token_counts(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        """Prompts stand in a conversation whose beginning is not counted."""
+        from diffusers.pipelines.hunyuan_video1_5 import pipeline_hunyuan_video1_5 as pipeline
+
+        settings = inspect.signature(pipeline.HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters
+        system, dropped = settings["system_message"].default, int(settings["crop_start"].default)
+        conversations = pipeline.format_text_input(list(prompts), system)
+        texts = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        return [len(tokens) - dropped for tokens in encoded]
 
     @override
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,10 @@ class StableDiffusion(ImageGenerator):
             return {"encoder_hidden_states": hidden.to(self.dtype)}
 
         return encode
+
+    @override
+    def token_limit(self, tokenizer: Any) -> int:
+        return int(tokenizer.model_max_length)
 
     @override
     def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

@@ -21,6 +21,7 @@ class StableDiffusion3(ImageGenerator):
     """Adapter of ``StableDiffusion3Pipeline``."""
 
     pipeline_class = "StableDiffusion3Pipeline"
+    prompt_tokenizer = "tokenizer_3"
 
     @property
     @override

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -26,5 +26,20 @@ class OutcomeReward(Protocol):
 
         Returns:
             float32 ``[batch]``; higher is better.
+        """
+        ...
+
+
+class MetadataReward(Protocol):
+    """A reward that reads more of a prompt file's lines than texts: its ``score`` has a parameter ``metadata``."""
+
+    def score(self, videos: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Scores a batch of videos, as :meth:`OutcomeReward.score` does.
+
+        Args:
+            videos: as there.
+            prompts: as there.
+            metadata: of each video's prompt, what its line says besides ``prompt`` and ``image``; empty for lines that
+                say nothing.
         """
         ...

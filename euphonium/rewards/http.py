@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException, HTTPMessage
-from typing import IO, Literal
+from typing import IO, Any, Literal
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -62,9 +62,9 @@ class HttpReward:
     """Posts videos and prompts to a scorer, and reads one finite number a video from its answer.
 
     The request is one safetensors file: the tensor ``videos``, uint8 ``[batch, frames, 3, height, width]`` (or float32
-    in [0, 1]), and the metadata entry ``prompts``, a JSON list. The answer is JSON, ``{"scores": [...]}``, or a
-    safetensors file with a floating-point tensor ``scores``, told apart by its Content-Type (``application/json`` or
-    ``application/octet-stream``).
+    in [0, 1]), and the metadata entry ``prompts``, a JSON list; with the option ``metadata`` also one of that name, a
+    JSON list of objects. The answer is JSON, ``{"scores": [...]}``, or a safetensors file with a floating-point
+    tensor ``scores``, told apart by its Content-Type (``application/json`` or ``application/octet-stream``).
     """
 
     class Options(Node):
@@ -78,6 +78,8 @@ class HttpReward:
         """Type of the videos in the request: levels, or values in [0, 1] as they are."""
         key: str = "scores"
         """Name of the scores in the answer."""
+        metadata: bool = False
+        """Send what the prompts' file says of each besides text and image, too."""
         token_env: str | None = None
         """Environment variable with a bearer token, so that no recipe holds one."""
 
@@ -94,6 +96,7 @@ class HttpReward:
         self.timeout_s = options.timeout_s
         self.dtype = options.dtype
         self.key = options.key
+        self.metadata = options.metadata
         self._headers = {"Content-Type": SAFETENSORS, "Accept": f"application/json, {SAFETENSORS}"}
         if token_env is not None:
             token = os.environ.get(token_env)
@@ -151,7 +154,7 @@ class HttpReward:
             raise ValueError(f"no {self.key!r} in it")
         return torch.as_tensor(found, dtype=torch.float32)
 
-    def score(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
+    def score(self, videos: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] = ()) -> Tensor:
         """Scores videos, float32 ``[batch]``, in the server's range.
 
         Raises:
@@ -159,7 +162,10 @@ class HttpReward:
         """
         check_videos(videos, prompts)
         sent = quantised(videos).to(torch.uint8) if self.dtype == "uint8" else videos.float()
-        body = save({"videos": sent.cpu().contiguous()}, metadata={"prompts": json.dumps(list(prompts))})
+        described = {"prompts": json.dumps(list(prompts))}
+        if self.metadata:
+            described["metadata"] = json.dumps([dict(entries) for entries in metadata] or [{}] * len(prompts))
+        body = save({"videos": sent.cpu().contiguous()}, metadata=described)
         content_type, answer = self._post(body)
         try:
             scores = self._scores(content_type, answer)

@@ -7,15 +7,17 @@ analyser once. Which rewards of a recipe share an analyser is decided in :mod:`e
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from euphonium.config import Node
-from euphonium.rewards.base import OutcomeReward
+from euphonium.prompt_files import metadata_of
+from euphonium.rewards.base import MetadataReward, OutcomeReward
 
 Analysis = TypeVar("Analysis")
 Analysis_co = TypeVar("Analysis_co", covariant=True)
@@ -81,7 +83,8 @@ class Batch:
 
     def __init__(self, videos: Tensor, prompts: Sequence[str]) -> None:
         self._videos = videos
-        self._prompts = prompts
+        self._prompts = [str(prompt) for prompt in prompts]
+        self._metadata = [metadata_of(prompt) for prompt in prompts]
         self._analyses: dict[Analyser[object], object] = {}
 
     def score(self, reward: OutcomeReward) -> Tensor:
@@ -100,7 +103,18 @@ class Batch:
     def _scored(self, reward: OutcomeReward) -> object:
         prompts = list(self._prompts)
         if not isinstance(reward, SharedReward):
+            if _asks_for_metadata(reward):
+                asking = cast("MetadataReward", reward)
+                return asking.score(self._videos.clone(), prompts, copy.deepcopy(self._metadata))
             return reward.score(self._videos.clone(), prompts)
         if reward.analyser not in self._analyses:
             self._analyses[reward.analyser] = reward.analyser.analyse(self._videos.clone(), prompts)
         return reward.read(copy.deepcopy(self._analyses[reward.analyser]), list(self._prompts))
+
+
+def _asks_for_metadata(reward: OutcomeReward) -> bool:
+    """Whether it is a :class:`euphonium.rewards.base.MetadataReward`; compiled functions do not say."""
+    try:
+        return "metadata" in inspect.signature(reward.score).parameters
+    except ValueError:
+        return False

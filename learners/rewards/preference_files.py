@@ -153,7 +153,7 @@ class _Rows:
         known = {"prompt", "image"} | ({"sample", "label"} if "sample" in row else {"winner", "loser", "tie"})
         if unknown := sorted(set(row) - known):
             raise ConfigError(f"{place}: unknown field {quoted(unknown[0])}; known here: {', '.join(sorted(known))}")
-        prompt = self.prompts.setdefault(_text(row, "prompt", place), len(self.prompts))
+        prompt = self.prompts.setdefault(_text(row, "prompt", place).strip(), len(self.prompts))
         if "image" in row:
             self._image(row, place)
         if "sample" in row:
@@ -175,7 +175,7 @@ class _Rows:
         (self.ties if tie else self.pairs).append(pair)
 
     def _image(self, row: Mapping[str, object], place: str) -> None:
-        text, image = _text(row, "prompt", place), self._file(row, "image", place)
+        text, image = _text(row, "prompt", place).strip(), self._file(row, "image", place)
         if self.images.setdefault(text, image) != image:
             raise ConfigError(
                 f"{place}: field 'image': the prompt {quoted(text)} already has the image {self.images[text]}; "

@@ -66,6 +66,9 @@ def open_training(config: PrmConfig | OrmConfig, device: torch.device) -> Reward
 def recipe_fingerprint(config: RewardTrainingConfig) -> str:
     """Hash of all fields of a recipe that affect the trained weights."""
     values = config.model_dump(mode="json", exclude=INCIDENTAL)
+    for source in (values.get("prompts"), values["preferences"]):
+        if source is not None and source["embeddings"] is None:
+            del source["embeddings"]
     values["optimizer"] = {n: v for n, v in values["optimizer"].items() if n not in INCIDENTAL_OPTIMIZER}
     if isinstance(config, PrmConfig) and config.pairs.grid == "linear":
         # A training that began when there was no other grid goes on.

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from euphonium.errors import ConfigError, EuphoniumError
-from euphonium.text_files import has_surrogates, quoted, shown
+from euphonium.text_files import quoted, shown
+from orchestrator.commands.arguments import file_argument, prompt_argument
+from orchestrator.commands.preprocess import preprocess
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -40,23 +42,12 @@ app = typer.Typer(
 _UsageError: Any = typer.BadParameter.__base__
 
 
-def _file(text: str) -> Path:
-    """A path argument; ``~`` stays for us where the shell leaves it, as in ``--output=~/clips``."""
-    from euphonium.config.base import user_path
-
-    return user_path(text)
-
-
-def _prompt(text: str) -> str:
-    if has_surrogates(text) or not text.strip():
-        raise ConfigError(f"--prompt {quoted(text)}: a prompt is a text in UTF-8, and not empty; give one")
-    return text
-
-
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initial noise.")]
 Recipe = Annotated[
     Path,
-    typer.Argument(parser=_file, metavar="RECIPE", help="YAML recipe, for example recipes/embedded/euphonium.yaml."),
+    typer.Argument(
+        parser=file_argument, metavar="RECIPE", help="YAML recipe, for example recipes/embedded/euphonium.yaml."
+    ),
 ]
 ProtocolOption = Annotated[
     Literal["implicit", "inference_rgg", "distilled"] | None,
@@ -194,13 +185,15 @@ def plan(
 @app.command()
 def generate(
     model: Annotated[
-        Path, typer.Argument(parser=_file, metavar="MODEL", help="Exported pipeline, checkpoint, or run folder.")
+        Path,
+        typer.Argument(parser=file_argument, metavar="MODEL", help="Exported pipeline, checkpoint, or run folder."),
     ],
     prompt: Annotated[
-        list[str], typer.Option("--prompt", "-p", parser=_prompt, help="What to draw; may be given several times.")
+        list[str],
+        typer.Option("--prompt", "-p", parser=prompt_argument, help="What to draw; may be given several times."),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", parser=_file, metavar="FOLDER", help="Folder for the clips.")
+        Path, typer.Option("--output", "-o", parser=file_argument, metavar="FOLDER", help="Folder for the clips.")
     ] = Path("generated"),
     seed: Seed = 0,
     steps: Annotated[
@@ -227,7 +220,7 @@ def generate(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(parser=_file, metavar="MODEL", help="Checkpoint or run folder.")],
+    model: Annotated[Path, typer.Argument(parser=file_argument, metavar="MODEL", help="Checkpoint or run folder.")],
     base: Annotated[bool, typer.Option("--base", help="Evaluate the generator before training instead.")] = False,
     prompts: Annotated[int | None, typer.Option(min=1, help="Held-out prompts; default: the run's.")] = None,
     samples_per_prompt: Annotated[int | None, typer.Option(min=1, help="Samples a prompt; default: the run's.")] = None,
@@ -250,6 +243,9 @@ def evaluate(
 def _given(**options: int | None) -> dict[str, int]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+app.command()(preprocess)
 
 
 @app.command("train-prm")
@@ -278,9 +274,9 @@ def train_orm_command(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(parser=_file, metavar="MODEL", help="Checkpoint or run folder.")],
+    model: Annotated[Path, typer.Argument(parser=file_argument, metavar="MODEL", help="Checkpoint or run folder.")],
     output: Annotated[
-        Path, typer.Argument(parser=_file, metavar="OUTPUT", help="New folder for the diffusers pipeline.")
+        Path, typer.Argument(parser=file_argument, metavar="OUTPUT", help="New folder for the diffusers pipeline.")
     ],
     policy: Annotated[bool, typer.Option("--policy", help="The policy itself, not its moving average.")] = False,
     adapter: Annotated[

@@ -115,6 +115,19 @@ def open_policy(
     return TrainedPolicy(config, worker, guidance, _prm_in_process(config, device))
 
 
+def require_prepared(config: RunConfig, prompts: Sequence[str]) -> None:
+    """Checks that prompts are among those that a run has encoded already, if it has.
+
+    Raises:
+        ConfigError: some are not; names them, and what to do.
+    """
+    from euphonium.generators.embeddings import check_embeddings
+    from euphonium.generators.registry import open_generator
+
+    if config.prompts.embeddings is not None:
+        check_embeddings(config.prompts.embeddings, open_generator(config.model), prompts)
+
+
 def inference_guidance(config: RunConfig) -> GuidanceConfig:
     """The guidance of a run's rollouts for an ODE with any number of steps: its window becomes a range of time.
 
@@ -191,6 +204,7 @@ def generate_clips(model: Path, prompts: list[str], output: Path, drawing: Drawi
         checkpoint, config = open_checkpoint(model)
         evaluation = config.evaluation.model_copy(update={"num_steps": drawing.steps})
         config = config.model_copy(update={"evaluation": evaluation, "model": resized(config.model, drawing.size)})
+        require_prepared(config, prompts)
         policy = open_policy(checkpoint, config, protocol=drawing.protocol)
         latents = policy.sample(prompts, [drawing.seed + i for i in range(len(prompts))])
         decode = policy.worker.family.load_decoder(policy.worker.device)
@@ -277,8 +291,9 @@ def evaluate_model(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     config = config.model_copy(update={"evaluation": evaluation, "model": resized(config.model, size)})
-    policy = open_policy(checkpoint, config, base=base, protocol=protocol)
     prompts, seeds = evaluation_set(config)
+    require_prepared(config, prompts)
+    policy = open_policy(checkpoint, config, base=base, protocol=protocol)
     worker, rewards = policy.worker, config.rewards.outcome
     scorer = OrmScorer(rewards, worker.family, worker.device, config.pools.orm)
     droppable = [reward.name for reward in rewards if reward.on_failure == "drop_group"]

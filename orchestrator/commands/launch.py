@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from euphonium.config import NoiseGridConfig, RunConfig, dump_config
+from euphonium.config import NoiseGridConfig, PromptsConfig, RunConfig, dump_config
 from euphonium.config.foreign import ineffective_variables
 from euphonium.errors import CheckpointError, ConfigError
 from euphonium.files import written_aside
@@ -67,6 +67,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         check_generator(family)
     shape = family.latent_shape
     check_pictures(family, config.prompts)
+    prepared = check_prompts(config.prompts, family, weights=not described)
     if config.rewards.process is not None:
         from euphonium.rewards.process import ProcessRewardModel
 
@@ -86,6 +87,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         "generator": f"{family.pipeline_class} at {family.folder}",
         "latents": "x".join(map(str, shape)),
         "training prompts": len(prompts),
+        **prepared,
         "samples per iteration": f"{rollout.prompts_per_iteration} prompts x {rollout.group_size} = {samples}",
         "sampler": f"{config.sampler.law}, {table.num_steps} steps, stochastic {_ranges(table.stochastic_steps)}, "
         f"guided {_ranges(table.guided_steps) or 'none'}",
@@ -99,6 +101,33 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         **_adapter_plan(config, family),
         **_untrained_guidance(table),
     }
+
+
+def check_prompts(prompts: PromptsConfig, family: Generator, *, weights: bool) -> dict[str, str]:
+    """Checks a recipe's prompts against what encodes them: warns of those that are cut, refuses what is not prepared.
+
+    Args:
+        prompts: the recipe's prompts.
+        family: its generator.
+        weights: whether the generator's weights are here.
+
+    Returns:
+        What there is to say, as text by name.
+
+    Raises:
+        ConfigError: prompts are lacking among ``prompts.embeddings``, or were encoded by others.
+    """
+    from euphonium.generators.embeddings import check_embeddings
+    from euphonium.generators.prompt_length import warn_of_cut_prompts
+    from orchestrator.groups.prompts import read_prompts
+
+    files = [prompts.train, prompts.evaluation]
+    texts = [text for file, field in zip(files, ("train", "evaluation"), strict=True)
+             for text in read_prompts(file, f"prompts.{field}")]  # fmt: skip
+    found = {}
+    if prompts.embeddings is not None:
+        found["text encoders"] = check_embeddings(prompts.embeddings, family, texts, files=files, weights=weights)
+    return found | warn_of_cut_prompts(family, texts)
 
 
 def _untrained_guidance(table: StepTable) -> dict[str, str]:

@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 
-from euphonium.config import OrmConfig, PrmConfig
+from euphonium.config import OrmConfig, PreferencesConfig, PrmConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.components import check_generator
+from euphonium.generators.embeddings import check_embeddings
 from euphonium.generators.generator import Generator
 from euphonium.generators.pictures import check_pictures, require_pictures
+from euphonium.generators.prompt_length import warn_of_cut_prompts
 from euphonium.generators.registry import open_generator
 from euphonium.locks import refuse_unwritable
 from euphonium.rewards.registry import build_rewards
 from learners.engine.options import check_options
 from learners.rewards.preference_files import PreferenceTable, open_preferences
-from orchestrator.commands.launch import refuse_ineffective_variables
+from orchestrator.commands.launch import check_prompts, refuse_ineffective_variables
 from orchestrator.groups.prompts import read_prompts
 
 PARTS = ("train", "held_out")
@@ -54,7 +56,10 @@ def check_prm(config: PrmConfig, family: Generator | None = None) -> dict[str, A
         family.build_trunk(config.blocks)
     if config.prompts is not None:
         check_pictures(family, config.prompts)
+        drawn |= check_prompts(config.prompts, family, weights=not described)
     check_images(tables, family)
+    if config.preferences is not None:
+        drawn |= _check_encoded(config.preferences, tables, family, weights=not described)
     return {
         "trains": "a process reward model (train-prm)",
         "generator": f"{family.pipeline_class} at {family.folder}",
@@ -122,6 +127,20 @@ def check_images(tables: Mapping[str, PreferenceTable], family: Generator) -> No
     if family.takes_image:
         for part, table in tables.items():
             require_pictures(family, table.prompts, table.images, f"preferences: the {part} part")
+
+
+def _check_encoded(
+    preferences: PreferencesConfig, tables: Mapping[str, PreferenceTable], family: Generator, *, weights: bool
+) -> dict[str, str]:
+    """What :func:`orchestrator.commands.launch.check_prompts` does, for preferences."""
+    texts = [text for table in tables.values() for text in table.prompts]
+    files = [file for file in (preferences.train, preferences.held_out) if file is not None]
+    found = {}
+    if preferences.embeddings is not None:
+        found["text encoders"] = check_embeddings(
+            preferences.embeddings, family, texts, field="preferences.embeddings", files=files, weights=weights
+        )
+    return found | warn_of_cut_prompts(family, texts)
 
 
 def _check_surroundings(config: PrmConfig | OrmConfig) -> None:

@@ -23,10 +23,12 @@ from euphonium.config.rewards import optional_rewards
 from euphonium.errors import ConfigError
 from euphonium.files import written_aside
 from euphonium.generators.conditioning import Conditioning, stack_conditionings
+from euphonium.generators.embeddings import stored_encoder
 from euphonium.generators.generator import Generator, images_for
 from euphonium.generators.registry import open_generator
 from euphonium.locks import writing_alone
 from euphonium.passes import Passes
+from euphonium.prompt_files import metadata_of
 from euphonium.rewards.total import total_weight, weighted_total
 from euphonium.wire.devices import local_device, reserved_device
 from euphonium.wire.records import Array
@@ -198,6 +200,8 @@ def _draw(config: PrmConfig, part: str, say: PrintLine) -> None:
     walk = pairs.shift if pairs.grid == "linear" else family.ode_table(pairs.num_steps, pairs).fingerprint()
     settings = [pairs.num_steps, walk, [r.model_dump(mode="json") for r in config.outcome]]
     fingerprint = _fingerprint(config, family, [prompts, count, *settings])
+    metadata = [dict(metadata_of(prompt)) for prompt in prompts]
+    fingerprint = _fingerprint(config, family, [prompts, count, *settings, *([metadata] if any(metadata) else [])])
     folder = config.run_dir / "data" / part
     if is_prepared(folder, fingerprint):
         say(f"{part}: {len(prompts) * count} samples from {folder}")
@@ -225,7 +229,7 @@ def _conditioning(
     _: Iterable[int], config: PrmConfig, prompts: Sequence[str], images: Mapping[str, Path]
 ) -> Conditioning:
     family = open_generator(config.model)
-    encoder = family.prompt_encoder(_device(config), images)
+    encoder = family.prompt_encoder(_device(config), images, stored_encoder(_embeddings(config), family))
     stacked = stack_conditionings([encode_one(encoder, prompt) for prompt in prompts])
     return {name: tensor.cpu() for name, tensor in stacked.items()}
 
@@ -257,8 +261,21 @@ def _samples(
 def _fingerprint(config: PrmConfig, family: Generator, what: list[object]) -> str:
     """Hash of everything that prepared samples depend on: the generator, its settings, and what is prepared."""
     generator = [family.fingerprint(), family.pipeline.fingerprint(family.backbone)]
-    values = [config.model.model_dump(mode="json"), config.seed, generator, what]
+    prepared = _embeddings(config)
+    values = [
+        config.model.model_dump(mode="json"),
+        config.seed,
+        generator,
+        what,
+        *([str(prepared)] if prepared else []),
+    ]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _embeddings(config: PrmConfig) -> Path | None:
+    """Prompts that are encoded already."""
+    source = config.prompts or config.preferences
+    return source.embeddings if source is not None else None
 
 
 def _device(config: PrmConfig) -> torch.device:

@@ -14,8 +14,11 @@ from euphonium.wire.records import GroupTask
 
 
 def read_prompts(path: Path, field: str) -> list[str]:
-    """Texts of a prompt file; arguments and errors are those of :func:`euphonium.prompt_files.read_prompt_file`."""
-    return [prompt.text for prompt in read_prompt_file(path, field)]
+    """Texts of a prompt file, with their metadata where the file has any.
+
+    Arguments and errors are those of :func:`euphonium.prompt_files.read_prompt_file`.
+    """
+    return [prompt.described for prompt in read_prompt_file(path, field)]
 
 
 class PromptStream:

@@ -112,9 +112,11 @@ def rollout_memory(passes: Passes, sizes: PassSizes) -> RoleMemory:
     drawn = config.iterations * config.rollout.prompts_per_iteration + config.evaluation.prompts
     pool = config.pools.rollout
     encodings = min(CACHE_BYTES, -(-drawn // pool.num_actors) * prompt_bytes(passes.generator))
+    prepared = config.prompts.embeddings is not None
+    encoders = [] if prepared else [Item(TEXT_ENCODERS, passes.encoder_bytes, on_host=pool.encode_on_cpu)]
     items = [
         Item("weights", passes.network_size.weight_bytes, sleeps=pool.sleep),
-        Item(TEXT_ENCODERS, passes.encoder_bytes, on_host=pool.encode_on_cpu),
+        *encoders,
         Item("encoded prompts", encodings, on_host=True),
         Item("bucket of new weights", config.pools.learner.weight_bucket_mb * MEGABYTE),
         Item(f"velocity of {sizes.rollout}", passes.velocity(sizes.rollout).peak_bytes, "rollout", activations=True),

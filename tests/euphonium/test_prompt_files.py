@@ -1,9 +1,14 @@
+import copy
+import doctest
+import json
+import pickle
 from pathlib import Path
 
 import pytest
 
+from euphonium import prompt_files
 from euphonium.errors import ConfigError
-from euphonium.prompt_files import Prompt, prompt_images, read_prompt_file
+from euphonium.prompt_files import Prompt, metadata_of, prompt_images, read_prompt_file
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -25,14 +30,38 @@ def test_images_are_found_beside_the_file(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"prompt": "a cat", "image": "none.png"}', r"p\.jsonl:1: image: there is no file .*none\.png"),
-        ('{"prompt": "a cat", "image": 3}', 'the key "prompt", perhaps "image"'),
-        ('{"image": "none.png"}', 'the key "prompt", perhaps "image"'),
-        ('{"prompt": "a cat", "picture": "none.png"}', 'the key "prompt", perhaps "image"'),
+        ('{"prompt": "a cat", "image": 3}', r'p\.jsonl:1: the key "image" should name a picture file'),
+        ('{"prompt": "a cat", "image": null}', r'p\.jsonl:1: the key "image" should name a picture file'),
+        ('{"image": "none.png"}', r'p\.jsonl:1: a line should be an object with a text under the key "prompt"'),
+        ('{"prompt": ["a cat"]}', r'p\.jsonl:1: a line should be an object with a text under the key "prompt"'),
     ],
 )
 def test_bad_lines_are_named(line: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         read_prompt_file(write(tmp_path / "p.jsonl", line), "prompts.train")
+
+
+def test_what_else_a_line_says_travels_with_its_text(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.jsonl", '{"prompt": "a cat", "objects": ["cat"], "seed": 3}', '{"prompt": "a dog"}')
+    cat, dog = (prompt.described for prompt in read_prompt_file(file, "f"))
+    assert (cat, metadata_of(cat)) == ("a cat", {"objects": ["cat"], "seed": 3})
+    assert (type(dog), metadata_of(dog)) == (str, {})
+    for copied in (pickle.loads(pickle.dumps(cat)), copy.deepcopy(cat)):
+        assert (copied, hash(copied), metadata_of(copied)) == (cat, hash("a cat"), metadata_of(cat))
+    assert type(str(cat)) is str
+
+
+def test_the_list_of_captions_of_another_project_is_read_as_it_is(tmp_path: Path) -> None:
+    released = [
+        {"prompt_embed_path": "0.pt", "prompt_attention_mask": "0.pt", "caption": "A dog"},
+        {"path": "1.mp4", "cap": ["A cat, seen from above", "A cat"]},
+        {"caption": "A bird", "prompt": "what it was made of"},
+    ]
+    (tmp_path / "videos2caption.JSON").write_text(json.dumps(released, indent=4))
+    dog, cat, bird = read_prompt_file(tmp_path / "videos2caption.JSON", "f")
+    assert dog == Prompt("A dog", None, {"prompt_embed_path": "0.pt", "prompt_attention_mask": "0.pt"})
+    assert cat == Prompt("A cat, seen from above", None, {"path": "1.mp4"})
+    assert bird.text == "A bird"
 
 
 def test_one_text_with_two_images_is_refused(tmp_path: Path) -> None:
@@ -63,9 +92,16 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("p.csv", b"a dog", r"^f: \S+p\.csv ends in \.csv; known are \.txt, \.jsonl$"),
-        ("p", b"a dog", r"^f: \S+/p has no ending; known are \.txt, \.jsonl$"),
-        ("videos2caption.json", b'[{"caption": "A dog"}]', r"make a \.jsonl file of \{\"prompt\": \"its caption\"\}"),
+        ("p.csv", b"a dog", r"^f: \S+p\.csv ends in \.csv; known are \.txt, \.jsonl, \.json$"),
+        ("p", b"a dog", r"^f: \S+/p has no ending; known are \.txt, \.jsonl, \.json$"),
+        ("p.json", b'{"caption": "A dog"}', r"p\.json: a \.json file of prompts should be a list of objects"),
+        ("p.json", b'[{"caption": "A dog"}, {"path": "a"}]', r"p\.json: entry 2 should be an object with a text"),
+        ("p.json", b'[{"caption": []}]', r"p\.json: entry 1 should be .* one of the keys caption, cap, prompt"),
+        ("p.json", b'[{"caption": " "}]', r"p\.json: entry 1: the prompt is empty"),
+        ("p.json", b'["A dog"]', r"p\.json: entry 1 should be an object"),
+        ("p.json", b"[]", r"^f: \S+p\.json holds no prompt"),
+        ("p.json", b"", r"p\.json: not valid JSON"),
+        ("p.json", b'[{"caption": "A dog"', r"p\.json: not valid JSON"),
         ("p.jsonl", b'{"prompt": " "}', r"p\.jsonl:1: the prompt is empty"),
         ("p.jsonl", b'\n{"prompt": "a", "prompt": "b"}', r"p\.jsonl:2: .*'prompt' is given twice"),
         ("p.jsonl", b'{"prompt": "\\ud83d"}', r"p\.jsonl:1: .*half of a character"),
@@ -95,3 +131,7 @@ def test_paths_that_cannot_be_read_are_named_with_their_field(path: str, tmp_pat
     with pytest.raises(ConfigError, match=rf"^prompts\.train: cannot read {tmp_path}/") as refused:
         read_prompt_file(tmp_path / path, "prompts.train")
     assert "\n" not in str(refused.value)
+
+
+def test_the_example_holds() -> None:
+    assert doctest.testmod(prompt_files) == (0, 2)

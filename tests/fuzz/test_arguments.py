@@ -18,6 +18,7 @@ COMMANDS = [
     "train",
     "validate",
     "generate",
+    "preprocess",
     "evaluate",
     "export",
     "options",
@@ -28,7 +29,7 @@ COMMANDS = [
 ]
 WORDS = st.one_of(
     st.sampled_from(["--help", "-h", "-v", "--verbose", "-p", "--prompt", "-o", "--output", "--seed",
-                     "--steps", "--base",
+                     "--steps", "--base", "--model", "--workers",
                      "--protocol", "implicit", "--policy", "--adapter", "--prm", "--orm", "--prompts", "--",
                      "-", "0", "-1",
                      "none", "recipe.yaml", "run", "rollout=x", "--output=~nobody/x", "a.b=c", "=", "\udcff", "a\0b"]),

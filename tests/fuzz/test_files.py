@@ -44,6 +44,11 @@ def lines(keys: list[str]) -> st.SearchStrategy[bytes]:
     )
 
 
+def listed(keys: list[str]) -> st.SearchStrategy[bytes]:
+    """The same as one list."""
+    return lines(keys).map(lambda data: b"[" + b",".join(line for line in data.split(b"\n") if line.strip()) + b"]")
+
+
 def folder_with(tmp_path: Path, name: str, data: bytes) -> Path:
     for file in tmp_path.iterdir():
         file.unlink()
@@ -54,7 +59,7 @@ def folder_with(tmp_path: Path, name: str, data: bytes) -> Path:
 
 
 @fuzz()
-@given(data=BYTES | lines(["prompt", "image"]), ending=ENDINGS)
+@given(data=BYTES | lines(["prompt", "image"]) | listed(["caption", "cap", "prompt", "image"]), ending=ENDINGS)
 def test_prompt_files(data: bytes, ending: str, tmp_path: Path) -> None:
     file = folder_with(tmp_path, f"prompts{ending}", data)
     prompts = taken_or_refused(lambda: read_prompt_file(file, "prompts.train"), [str(file)], tmp_path)
@@ -63,7 +68,7 @@ def test_prompt_files(data: bytes, ending: str, tmp_path: Path) -> None:
         for prompt in prompts:
             assert prompt.text.strip() == prompt.text != ""
             prompt.text.encode()
-            assert not set("\r\n") & set(prompt.text) or ending.lower() == ".jsonl"
+            assert not set("\r\n") & set(prompt.text) or ending.lower() != ".txt"
         taken_or_refused(lambda: prompt_images([file]), [str(file)], tmp_path)
 
 

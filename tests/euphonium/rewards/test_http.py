@@ -5,6 +5,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +109,24 @@ def test_a_scorer_is_asked_and_heard(
         assert json.loads(held.metadata()["prompts"]) == PROMPTS
         assert held.get_tensor("videos").dtype == torch.uint8
         assert held.get_tensor("videos").shape == VIDEOS.shape
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "sent"),
+    [
+        ({}, [{"objects": ["car"]}, {}, {}], None),
+        ({"metadata": True}, [{"objects": ["car"]}, {}, {}], [{"objects": ["car"]}, {}, {}]),
+        ({"metadata": True}, (), [{}, {}, {}]),
+    ],
+)
+def test_metadata_travel_on_request(
+    options: dict[str, bool], given: Any, sent: Any, serve: Callable[[Answer], Server], tmp_path: Path
+) -> None:
+    server = serve(brightness_as_json)
+    reward_at(server.url, **options).score(VIDEOS, PROMPTS, given)
+    (tmp_path / "body.safetensors").write_bytes(server.requests[0][1])
+    with safe_open(tmp_path / "body.safetensors", "pt") as held:
+        assert json.loads(held.metadata().get("metadata", "null")) == sent
 
 
 def test_floats_travel_unrounded_on_request(serve: Callable[[Answer], Server]) -> None:

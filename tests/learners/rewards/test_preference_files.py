@@ -71,6 +71,12 @@ def test_mistakes_name_file_line_and_field(tmp_path: Path, row: Any, message: st
     assert message in str(error.value)
 
 
+def test_a_prompt_is_known_by_its_text_without_the_spaces_around_it(tmp_path: Path) -> None:
+    table = read_preferences(write(tmp_path, pair(" x ", "a", "b"), pair("x", "c", "d")), "preferences.train")
+    assert table.prompts == ["x"]
+    assert len(table.pairs) == 2
+
+
 def test_pictures_go_with_their_prompts(tmp_path: Path) -> None:
     # In one line of a prompt, or in all; files stand for pictures here.
     rows = [pair("x", "a", "b", image="c.npy"), pair("x", "a", "d"), pair("y", "a", "b", image="d.npy")]

@@ -18,6 +18,9 @@ def test_files_of_a_run_are_absolute_and_hub_ids_stay(
     (tmp_path / "someone" / "generator").mkdir(parents=True)
     assert absolute_paths(config).model.path == str(tmp_path / "someone" / "generator")
     assert absolute_paths(config).rewards.process == config.rewards.process
+    assert config.prompts.embeddings is None
+    stored = absolute_paths(make_config("prompts.embeddings=store"))
+    assert stored.prompts.embeddings == tmp_path / "store"
 
 
 def test_files_of_a_reward_training_are_absolute() -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from euphonium.errors import ConfigError
+from euphonium.prompt_files import metadata_of
 from orchestrator.groups.prompts import PromptStream, read_prompts, spread
 
 
@@ -33,12 +34,18 @@ def test_text_and_json_lines_are_read(tmp_path: Path) -> None:
     assert read_prompts(lines, "f") == ["a", "# b"]
 
 
+def test_tasks_carry_what_a_line_says_besides_its_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "count": 2}\n{"prompt": "b"}\n')
+    stream = PromptStream(read_prompts(tmp_path / "p.jsonl", "f"), seed=0)
+    assert {stream.task(i).prompt: metadata_of(stream.task(i).prompt) for i in range(2)} == {"a": {"count": 2}, "b": {}}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{broken", "p.jsonl:2: not valid JSON"),
         ('{"text": "a"}', "p.jsonl:2: a line should be an object"),
-        ('{"prompt": "a", "x": 1}', "p.jsonl:2: a line should be an object"),
+        ('["a"]', "p.jsonl:2: a line should be an object"),
         ('{"prompt": "' + "x" * 5000 + '"}', "p.jsonl:2: the prompt has 5000 characters"),
     ],
 )

@@ -104,9 +104,10 @@ def test_remedies_fit_the_phase() -> None:
 
 @pytest.fixture
 def plan_of_one_gpu(tmp_path: Path) -> Callable[..., Any]:
-    def plan(hardware: Hardware, **rollout: Any) -> Any:
+    def plan(hardware: Hardware, embeddings: str | None = None, **rollout: Any) -> Any:
+        prompts = {"train": "train.txt", "evaluation": "held_out.txt", "embeddings": embeddings}
         pools = {"rollout": {"num_gpus": 0.3} | rollout, "orm": {"num_gpus": 0.1}, "learner": {"num_gpus": 0.6}}
-        return make_plan(medium("hunyuan-video", tmp_path / "model", pools=pools), hardware)
+        return make_plan(medium("hunyuan-video", tmp_path / "model", pools=pools, prompts=prompts), hardware)
 
     return plan
 
@@ -125,6 +126,9 @@ def test_a_plan_of_one_gpu_names_the_remedy_and_the_remedy_helps(plan_of_one_gpu
     on_cpu = plan_of_one_gpu(free, encode_on_cpu=True)
     encoders = next(item.nbytes for item in roomy.fits[0].memory.items if item.name == TEXT_ENCODERS) / GIB
     assert roomy.shared.sampling_gib - on_cpu.shared.sampling_gib == pytest.approx(encoders)
+    stored = plan_of_one_gpu(free, embeddings="store")
+    assert roomy.shared.sampling_gib - stored.shared.sampling_gib == pytest.approx(encoders)
+    assert all(item.name != TEXT_ENCODERS for item in stored.fits[0].memory.items)
     tight = Hardware(reserved_gib=0.0, gpu_gib=roomy.shared.needed_gib * 0.999)
     (problem,) = plan_of_one_gpu(tight).problems
     assert "a GPU that 1 rollout, 1 orm, 1 learner share" in problem

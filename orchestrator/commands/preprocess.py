@@ -1,0 +1,280 @@
+"""``euphonium preprocess``: encodes prompts into a store, so that no run has to hold a text encoder.
+
+Prompts are cut into shards (euphonium/generators/prompt_store.py). Each is encoded and written in this process or by
+one of several Ray tasks, which share nothing but the store's folder; this process waits for the shards to appear, and
+keeps the index. A killed command leaves whole shards, which the next one finds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from euphonium.errors import PreflightError
+from euphonium.locks import writing_alone
+from orchestrator.commands.arguments import file_argument, negative_prompt_argument
+
+if TYPE_CHECKING:
+    from euphonium.config import ModelConfig
+    from euphonium.generators.generator import Generator
+    from euphonium.generators.prompt_store import Fingerprint, Shard
+
+FIELD = "--output"
+SAY_EVERY_S = 15.0
+POLL_S = 1.0
+# Encoding depends neither on a sample's size nor on guidance; this size suits all pipelines.
+SIDE = 512
+
+
+def preprocess(
+    prompts: Annotated[
+        list[Path],
+        typer.Argument(parser=file_argument, metavar="PROMPTS...", help="Prompt files: .txt, .jsonl or .json."),
+    ],
+    model: Annotated[str, typer.Option("--model", metavar="FOLDER_OR_HUB_ID", help="The generator, as in model.path.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=file_argument, metavar="STORE", help="Folder of encoded prompts.")
+    ],
+    revision: Annotated[str | None, typer.Option(help="As model.revision.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="As model.dtype; default: as there.")
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="As model.max_prompt_tokens; default: as there.")
+    ] = None,
+    negative_prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            parser=negative_prompt_argument, help="As model.negative_prompt; the empty one is always encoded."
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, max=10_000, help="Ray tasks; 0 encodes in this process.")] = 0,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, max=1000, help="GPUs of each task.")] = 0.0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="CPU threads of each, as pools.rollout.threads.")
+    ] = None,
+    prompts_per_shard: Annotated[int, typer.Option(min=1, max=100_000, help="Prompts of a file of the store.")] = 64,
+) -> None:
+    """Encode prompts once, so that runs with prompts.embeddings load no text encoder.
+
+    The same command goes on where it was killed, and adds further prompts to a store.
+    """
+    from orchestrator.commands.cli import say
+
+    given = {"revision": revision, "dtype": dtype, "max_prompt_tokens": max_prompt_tokens}
+    with writing_alone([(output, FIELD)]):
+        work = _prepare(prompts, output, negative_prompt or [], _model(model, given), prompts_per_shard, say)
+        work = dataclasses.replace(work, threads=threads or work.threads, gpus=gpus_per_worker)
+        finish_store(work, workers, say)
+
+
+def _model(path: str, given: Mapping[str, object]) -> ModelConfig:
+    from euphonium.config import ModelConfig
+
+    fields = {name: value for name, value in given.items() if value is not None}
+    here = Path(file_argument(path))
+    return ModelConfig.model_validate(
+        {"path": str(here.resolve()) if here.exists() else path, "height": SIDE, "width": SIDE, **fields}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """What there is to encode, and how.
+
+    Attributes:
+        model: the generator.
+        store: folder of the store.
+        fingerprint: of the generator's encoders.
+        finished: shards that are there.
+        shards: prompts of each further shard.
+        threads: CPU threads of each process.
+        gpus: GPUs of each Ray task.
+    """
+
+    model: ModelConfig
+    store: Path
+    fingerprint: Fingerprint
+    finished: tuple[Shard, ...]
+    shards: tuple[tuple[str, ...], ...]
+    threads: int
+    gpus: float = 0.0
+
+
+def _prepare(
+    files: Sequence[Path],
+    store: Path,
+    negative: Sequence[str],
+    model: ModelConfig,
+    size: int,
+    say: Callable[[str], None],
+) -> Encoding:
+    """Checks everything, and finds out what is left to encode; writes nothing.
+
+    Raises:
+        ConfigError: a file cannot be read, the generator cannot encode, or the store is of another one.
+    """
+    from euphonium.config import RolloutPoolConfig
+    from euphonium.generators.embeddings import encoder_fingerprint
+    from euphonium.generators.prompt_length import warn_of_cut_prompts
+    from euphonium.generators.prompt_store import finished_shards
+    from euphonium.prompt_files import read_prompt_file
+
+    texts = [prompt.text for file in files for prompt in read_prompt_file(file, "PROMPTS")]
+    wanted = list(dict.fromkeys([*texts, "", *negative]))
+    generator, model = open_encoders(model)
+    fingerprint = encoder_fingerprint(generator)
+    finished = finished_shards(store, fingerprint, FIELD)
+    warn_of_cut_prompts(generator, texts)
+    held = {prompt for shard in finished for prompt in shard.prompts}
+    left = [text for text in wanted if text not in held]
+    say(f"{store.resolve()}: {len(wanted) - len(left)} of {len(wanted)} prompts are encoded")
+    shards = tuple(tuple(left[begin : begin + size]) for begin in range(0, len(left), size))
+    return Encoding(model, store.resolve(), fingerprint, tuple(finished), shards, threads=RolloutPoolConfig().threads)
+
+
+def open_encoders(model: ModelConfig) -> tuple[Generator, ModelConfig]:
+    """Opens a generator to encode prompts alone; checks its text encoders and tokenizers.
+
+    Args:
+        model: path and settings; what else generators need is filled in.
+
+    Returns:
+        The generator, and its settings in full.
+
+    Raises:
+        ConfigError: there is no such generator, or its encoders cannot be opened.
+    """
+    from euphonium.generators.components import check_components
+    from euphonium.generators.embeddings import text_components
+    from euphonium.generators.folder import PipelineFolder
+    from euphonium.generators.registry import FAMILIES, adapter_of
+
+    pipeline = PipelineFolder.find(model)
+    family = FAMILIES.get(str(pipeline.index().get("_class_name")))
+    if family is not None and pipeline.component_config(family.backbone).get("guidance_embeds"):
+        model = model.model_copy(update={"embedded_guidance": 1.0})
+    generator = adapter_of(pipeline, model)
+    check_components(pipeline, unopened=tuple(set(pipeline.index()) - set(text_components(generator))))
+    return generator, model
+
+
+def finish_store(work: Encoding, workers: int, say: Callable[[str], None]) -> None:
+    """Encodes what is left, and writes the index.
+
+    Args:
+        work: what there is to encode.
+        workers: number of Ray tasks; 0 encodes in this process.
+        say: prints progress.
+
+    Raises:
+        EuphoniumError: a prompt could not be encoded, or a shard did not appear.
+    """
+    from euphonium.generators.prompt_store import finished_shards, write_index
+
+    work.store.mkdir(parents=True, exist_ok=True)
+    whole = {shard.file for shard in work.finished}
+    for file in work.store.iterdir():
+        # Shards that were damaged, and what a killed command was writing.
+        if file.suffix in (".tmp", ".safetensors") and file.name not in whole:
+            file.unlink()
+    write_index(work.store, work.fingerprint, work.finished)
+    began = said = time.monotonic()
+    total = sum(map(len, work.shards))
+    for done in _in_tasks(work, min(workers, len(work.shards))) if workers and work.shards else _here(work):
+        if time.monotonic() - said > SAY_EVERY_S:
+            said = time.monotonic()
+            write_index(work.store, work.fingerprint, finished_shards(work.store, work.fingerprint, FIELD))
+            say(_progress(done, total, said - began))
+    shards = finished_shards(work.store, work.fingerprint, FIELD)
+    write_index(work.store, work.fingerprint, shards)
+    held = {prompt for shard in shards for prompt in shard.prompts}
+    lacking = sum(prompt not in held for shard in work.shards for prompt in shard)
+    if lacking:
+        raise PreflightError(
+            f"{FIELD}: {lacking} of {total} prompts that were encoded did not appear in {work.store}: give a folder "
+            "that all nodes share, under one path"
+        )
+    say(f"{work.store}: {len(held)} prompts in {len(shards)} shards, "
+        f"{sum(shard.nbytes for shard in shards) / 1e6:.1f} MB; name it in prompts.embeddings")  # fmt: skip
+
+
+def _progress(done: int, total: int, seconds: float) -> str:
+    if not done:
+        return f"no shard is finished after {seconds:.0f} s: encoders are loaded, or tasks wait for their resources"
+    left = (total - done) / done * seconds
+    return f"{done} of {total} prompts encoded, {done / seconds:.1f} a second, {left / 60:.1f} min left"
+
+
+def encode_shards(work: Encoding, share: Sequence[Sequence[str]]) -> Iterator[int]:
+    """Encodes and writes some shards, but for those that are there; yields the number of prompts after each.
+
+    Raises:
+        PreflightError: the encoders on this machine are others.
+    """
+    import torch
+
+    from euphonium.generators.components import quiet
+    from euphonium.generators.embeddings import encoder_fingerprint
+    from euphonium.generators.prompt_store import shard_name, write_shard
+    from euphonium.generators.registry import open_generator
+    from euphonium.wire.devices import local_device
+
+    torch.set_num_threads(work.threads)
+    generator = open_generator(work.model)
+    if encoder_fingerprint(generator) != work.fingerprint:
+        raise PreflightError(f"--model: {generator.folder} is another model on another machine; copy it there again")
+    encode, done = None, 0
+    for prompts in share:
+        if not (work.store / shard_name(work.fingerprint, prompts)).exists():
+            if encode is None:
+                with quiet():
+                    encode = generator.load_prompt_encoder(local_device())
+            # Each alone, as rollout actors encode them (others would pad it), and off the GPU before the next.
+            write_shard(work.store, work.fingerprint, prompts, map(encode, ([prompt] for prompt in prompts)))
+        done += len(prompts)
+        yield done
+
+
+def _here(work: Encoding) -> Iterator[int]:
+    yield from encode_shards(work, work.shards) if work.shards else ()
+
+
+def _in_tasks(work: Encoding, workers: int) -> Iterator[int]:
+    """Has Ray tasks encode the shards; yields the number of prompts that are done, again and again."""
+    import ray
+
+    from euphonium.generators.prompt_store import shard_name
+    from euphonium.wire.deadlines import get
+    from euphonium.wire.roles import remote_task
+    from orchestrator.pools.ray_session import connect_ray
+
+    joined = ray.is_initialized()
+    if not joined:
+        connect_ray("euphonium-preprocess", verbose=False)
+    try:
+        # Tasks whose machine dies are tried again, and leave out what is written.
+        encode = remote_task(encode_share, {"num_cpus": 1, "num_gpus": work.gpus, "max_retries": 3})
+        waiting = [encode(work, work.shards[i::workers]) for i in range(workers)]
+        sizes = {shard_name(work.fingerprint, prompts): len(prompts) for prompts in work.shards}
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+            get(ready, None, "the encoding of prompts")
+            yield sum(size for name, size in sizes.items() if (work.store / name).exists())
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+def encode_share(work: Encoding, share: Sequence[Sequence[str]]) -> None:
+    """A Ray task: encodes a share of the shards on what it has reserved."""
+    from euphonium.wire.devices import reserved_device
+
+    reserved_device(work.gpus)
+    for _ in encode_shards(work, share):
+        pass
