@@ -199,7 +199,6 @@ def _draw(config: PrmConfig, part: str, say: PrintLine) -> None:
     pairs = config.pairs
     walk = pairs.shift if pairs.grid == "linear" else family.ode_table(pairs.num_steps, pairs).fingerprint()
     settings = [pairs.num_steps, walk, [r.model_dump(mode="json") for r in config.outcome]]
-    fingerprint = _fingerprint(config, family, [prompts, count, *settings])
     metadata = [dict(metadata_of(prompt)) for prompt in prompts]
     fingerprint = _fingerprint(config, family, [prompts, count, *settings, *([metadata] if any(metadata) else [])])
     folder = config.run_dir / "data" / part
