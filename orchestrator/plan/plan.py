@@ -191,7 +191,7 @@ def _petaflops(passes: Passes, sizes: PassSizes, work: Workload) -> dict[str, fl
     if work.references:
         learner += work.references * passes.velocity(sizes.learner).flops
     found = {
-        "rollout": work.samples * work.steps * passes.velocity(sizes.rollout).flops / sizes.rollout,
+        "rollout": work.samples * work.velocity_steps * passes.velocity(sizes.rollout).flops / sizes.rollout,
         "orm": work.samples * work.decodes * passes.decode(sizes.decode).flops / sizes.decode,
         "learner": work.groups * work.rows * learner / sizes.learner,
     }

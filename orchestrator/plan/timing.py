@@ -151,7 +151,7 @@ def iteration_time(
     group = (
         work.guided * max(speed.velocity, asking * speed.gradient)
         + work.scored * max(speed.velocity, asking * speed.score)
-        + max(0, work.steps - work.guided - work.scored) * speed.velocity
+        + max(0.0, work.velocity_steps - work.guided - work.scored) * speed.velocity
     )
     waves = -(-work.groups // split.rollout)
     rollout = waves * group
@@ -175,7 +175,7 @@ def iteration_time(
         rollout=rollout, scoring=scoring, fetch=fetch, update=update, exposed=exposed,
         refresh=speed.refresh, publish=publish, total=total,
         busy={
-            "rollout": steps * work.steps * speed.velocity,
+            "rollout": steps * work.velocity_steps * speed.velocity,
             "prm": asking * steps * (work.guided * speed.gradient + work.scored * speed.score),
             "prm_refresh": speed.refresh,
             "orm": decoding,
@@ -198,7 +198,7 @@ def turns_time(speed: Speeds, work: Workload, split: Split, hardware: Hardware) 
     asking = split.rollout / split.prm if split.prm else 0.0
     waves = -(-work.groups // split.rollout)
     rewards = asking * (work.guided * speed.gradient + work.scored * speed.score)
-    rollout, scoring = waves * (work.steps * speed.velocity + rewards), apart.busy["orm"]
+    rollout, scoring = waves * (work.velocity_steps * speed.velocity + rewards), apart.busy["orm"]
     total = rollout + scoring + apart.fetch + apart.update + apart.refresh + apart.publish
     return dataclasses.replace(apart, rollout=rollout, scoring=scoring, total=total)
 

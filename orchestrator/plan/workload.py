@@ -97,10 +97,11 @@ class Workload:
         groups: groups, one a prompt.
         group_size: samples of a group.
         steps: sampling steps, each a velocity.
+        alike: of these, steps before which all samples of a group are in one state, so that one velocity serves them.
         guided: of these, steps with a gradient of the process reward.
         scored: further states whose process reward is needed.
         decodes: decoded samples for each that is drawn: 1, and two a perturbation of guidance by SPSA.
-        rows: transitions of a group that are trained.
+        rows: states of a group that trained transitions leave.
         updates: optimizer steps.
         refreshed_pairs: pairs that the process reward model's refresh trains on, on average over the iterations.
         references: further forward passes of a transition, on average: anchor, previous policy, replay.
@@ -113,6 +114,7 @@ class Workload:
     groups: int
     group_size: int
     steps: int
+    alike: int
     guided: int
     scored: int
     decodes: int
@@ -129,6 +131,11 @@ class Workload:
     def samples(self) -> int:
         """Samples of an iteration."""
         return self.groups * self.group_size
+
+    @property
+    def velocity_steps(self) -> float:
+        """Velocities of a sample; those that serve a whole group count for it together."""
+        return self.steps - self.alike * (1 - 1 / self.group_size)
 
     @property
     def iteration_bytes(self) -> int:
@@ -149,9 +156,13 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
 
     table = generator.step_table(config.sampler)
     steps = select_steps(table, config.rollout.group_size, config.objective.timestep_fraction, 0)
-    shared = table.stochastic_steps[0] if config.sampler.shared_noise else None
-    places, _, stored = state_rows(steps, shared)
     rollout, objective, guidance = config.rollout, config.objective, config.sampler.guidance
+    apart = table.stochastic_steps[0]
+    if guidance is not None and len(set(guidance.strengths)) > 1:
+        # Guidance parts the members that it pushes further from the others.
+        apart = min([apart, *(k for k in table.guided_steps)])
+    shared = apart if config.sampler.shared_noise else None
+    places, _, stored = state_rows(steps, shared if shared == table.stochastic_steps[0] else None)
     best = config.advantage.best_of
     trained = rollout.group_size if best is None else 2 * best
     spsa = guidance is not None and guidance.source == "spsa"
@@ -168,6 +179,7 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
         groups=rollout.prompts_per_iteration,
         group_size=rollout.group_size,
         steps=table.num_steps,
+        alike=0 if shared is None else shared + 1,
         guided=guided,
         scored=len(set(scored_states(config, table)) - set(table.guided_steps)),
         decodes=1 + 2 * guidance.spsa.perturbations * len(table.guided_steps) if guidance is not None and spsa else 1,
