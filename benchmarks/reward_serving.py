@@ -42,7 +42,7 @@ PROMPTS = [
     "a red car moving left on a white background",
     "a blue fish moving up on a gray background",
     "a green frog moving right on a blue background",
-    "a red crab moving down on a black background",
+    "a red heart moving down on a black background",
 ]
 TURNS = 6
 

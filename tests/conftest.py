@@ -56,7 +56,7 @@ def tiny_prm(tiny_generator: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def tiny_recipe_file(tiny_generator: Path, tiny_prm: Path) -> Callable[..., RunConfig]:
     """Writes the recipe of a tiny run and its prompts into a folder; further arguments are ``a.b=c`` overrides."""
     seen = ["a red car moving left on a white background", "a blue fish moving up on a gray background"]
-    held_out = ["a red crab moving down on a black background", "a green frog moving right on a blue background"]
+    held_out = ["a red heart moving down on a black background", "a green frog moving right on a blue background"]
 
     def write(folder: Path, *overrides: str) -> RunConfig:
         (folder / "train.txt").write_text("\n".join(seen))

@@ -26,7 +26,7 @@ from tests.process import ROOT, Process
 
 pytestmark = pytest.mark.ray
 MARK = "EUPHONIUM_TEST"
-PROMPT = "a red crab moving down on a black background"
+PROMPT = "a red heart moving down on a black background"
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from torch import Tensor
 from euphonium.embedded.sprites.world import BACKGROUNDS, DIRECTIONS, ICONS, Scene
 
 # Share of captions that name the icon, the direction and the background of their clip; the others name any other one.
-RIGHT = (0.4, 0.4, 0.4)
+# The generator, which is small, obeys held-out captions in 0.32, 0.38 and 0.41 of cases.
+RIGHT = (0.6, 0.6, 0.45)
 
 
 class WrongCaptions:
