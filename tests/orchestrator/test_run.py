@@ -1,6 +1,7 @@
 """The run loop: order, staleness, loss of every role, pools that change. Roles are stubs whose numbers form a chain."""
 
 import asyncio
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -9,10 +10,13 @@ from typing import Any
 
 import psutil
 import pytest
+from typing_extensions import override
 
 from euphonium.config import RunConfig
 from euphonium.errors import TrainingError
 from orchestrator.pools.ray_session import CONTROL
+from orchestrator.pools.run_pools import ActorFactories
+from orchestrator.run import BALANCER, Run
 from orchestrator.state.checkpoints import CheckpointStore
 from tests.stubs.roles import StubLearners, StubRun
 
@@ -108,6 +112,32 @@ def test_a_learner_that_dies_while_it_waits_takes_no_plan_of_another_version(
     config = stub_config()
     execute(Slow(config, "tests", None), restart)
     assert chain(config) == expected
+
+
+def test_a_killed_load_balancer_is_replaced_and_no_group_is_lost_meanwhile(
+    expected: list, stub_config: Callable, execute: Callable
+) -> None:
+    class Balanced(StubRun):
+        rollout_s, score_s = 0.2, 0.1
+
+        @override
+        def actors(self) -> ActorFactories:
+            return dataclasses.replace(super().actors(), balancer=Run.actors(self).balancer)
+
+    left: list[dict[str, int]] = []
+
+    async def kill(run: Any) -> None:
+        while run.position.iteration < 3:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(kill_process, BALANCER)
+        while run.position.iteration < 7:
+            await asyncio.sleep(0.02)
+        left.append(await run.pools.balancer.outstanding.remote())
+
+    config = stub_config("pools.orm.num_actors=2")
+    execute(Balanced(config, "tests", None), kill)
+    assert chain(config) == expected
+    assert sum(left[0].values()) <= config.rollout.prompts_per_iteration, "what is over no longer counts"
 
 
 @pytest.mark.parametrize("role", ["rollout", "orm", "learner-mailbox", "weight-store"])
