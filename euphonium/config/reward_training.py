@@ -124,6 +124,8 @@ class PairsConfig(NoiseGridConfig):
     it to the plan."""
     margin: NonNegativeFloat = 0.1
     """Pairs whose weighted outcome rewards differ by less are left out: their order is mostly noise."""
+    flipped: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training pairs whose order is turned round, to study what a bad reward model does to a run."""
 
 
 class PrmConfig(RewardTrainingConfig):

@@ -82,6 +82,16 @@ def ranked_pairs(prompt: NDArray[np.int64], score: NDArray[np.float64], margin: 
     return np.concatenate(found)
 
 
+def flipped_pairs(pairs: Pairs, share: float, seed: int) -> Pairs:
+    """The pairs, a random share of them with winner and loser exchanged.
+
+    >>> flipped_pairs(np.array([[0, 1], [2, 3]]), 0.0, seed=0).tolist()
+    [[0, 1], [2, 3]]
+    """
+    turned = np.random.default_rng([seed, 3]).random(len(pairs)) < share
+    return np.where(turned[:, None], pairs[:, ::-1], pairs)
+
+
 def read_preferences(path: Path, name: str) -> PreferenceTable:
     """Reads and checks a preference file.
 

@@ -13,6 +13,7 @@ from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from learners.engine.engine import Engine
 from learners.rewards.preference import PrmTask, accuracies, gaps_by_noise
+from learners.rewards.preference_files import flipped_pairs
 from learners.rewards.prm_data import is_scored, open_prepared
 from learners.rewards.training import FINAL_MEASUREMENT, Measurement
 
@@ -29,6 +30,8 @@ class PrmTraining:
         self.model.for_training(gradient_checkpointing=config.gradient_checkpointing)
         data = config.run_dir / "data"
         train, self.held_out = (open_prepared(data / part, config.pairs.margin) for part in ("train", "held_out"))
+        if config.pairs.flipped:
+            train = dataclasses.replace(train, pairs=flipped_pairs(train.pairs, config.pairs.flipped, config.seed))
         self.pairs = len(train.pairs), len(self.held_out.pairs)
         self.task = PrmTask(train, self.held_out, config.optimizer, config.seed, device)
         self.scored = is_scored(data / "held_out")

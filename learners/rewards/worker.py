@@ -70,9 +70,12 @@ def recipe_fingerprint(config: RewardTrainingConfig) -> str:
         if source is not None and source["embeddings"] is None:
             del source["embeddings"]
     values["optimizer"] = {n: v for n, v in values["optimizer"].items() if n not in INCIDENTAL_OPTIMIZER}
-    if isinstance(config, PrmConfig) and config.pairs.grid == "linear":
-        # A training that began when there was no other grid goes on.
-        del values["pairs"]["grid"]
+    if isinstance(config, PrmConfig):
+        # A training that began when there was no other grid, and no pair was turned round, goes on.
+        if config.pairs.grid == "linear":
+            del values["pairs"]["grid"]
+        if not config.pairs.flipped:
+            del values["pairs"]["flipped"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

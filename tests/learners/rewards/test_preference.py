@@ -25,7 +25,7 @@ from learners.rewards.preference import (
     paired_rewards,
     read_latent,
 )
-from learners.rewards.preference_files import ranked_pairs
+from learners.rewards.preference_files import flipped_pairs, ranked_pairs
 from learners.rewards.training import STATE_FILE, final_weights, fit, rate
 from tests.learners.rewards.toy_preferences import CPU, Mortal, toy_preferences, toy_settings
 
@@ -251,3 +251,12 @@ def test_recipe_fingerprint_ignores_what_does_not_change_the_weights(tmp_path: P
     assert mark() != mark("optimizer.learning_rate=1e-3")
     assert mark() != mark("seed=1")
     assert len({mark(), mark("pairs.shift=2"), mark("pairs.grid=linear", "pairs.shift=2")}) == 3
+
+
+def test_a_share_of_the_pairs_is_turned_round_always_the_same() -> None:
+    pairs = np.arange(4000).reshape(-1, 2)
+    turned = flipped_pairs(pairs, 0.3, seed=1)
+    share = float((turned[:, 0] > turned[:, 1]).mean())
+    assert abs(share - 0.3) < 0.04
+    np.testing.assert_array_equal(np.sort(turned, axis=1), pairs)
+    np.testing.assert_array_equal(turned, flipped_pairs(pairs, 0.3, seed=1))
