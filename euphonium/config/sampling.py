@@ -99,8 +99,9 @@ class GuidanceControlConfig(Node):
     """Standard errors by which they must do better for the strength to be raised."""
     lowest: PositiveFloat = 0.1
     """Smallest strength, as a multiple of ``scale``; with none at all nothing could be measured any more."""
-    highest: PositiveFloat = 4.0
-    """Largest strength, as a multiple of ``scale``."""
+    highest: PositiveFloat = 1.0
+    """Largest strength, as a multiple of ``scale``; with 1 the strength only falls and recovers. Samples gain from far
+    stronger guidance than the policy does (docs/results.md)."""
 
     @model_validator(mode="after")
     def _has_room(self) -> Self:

@@ -80,6 +80,6 @@ def test_control_needs_members_to_compare(make_config: Callable[..., RunConfig])
     with pytest.raises(Exception, match=r"sampler.guidance.strengths, for example \[0, 1\]"):
         make_config("sampler.guidance.control={}", "sampler.guidance.strengths=[1, 1]")
     with pytest.raises(Exception, match="must lie in"):
-        make_config("sampler.guidance.control={highest: 0.5}", "sampler.guidance.strengths=[0, 1]")
+        make_config("sampler.guidance.control={highest: 0.5, lowest: 0.1}", "sampler.guidance.strengths=[0, 1]")
     with pytest.raises(Exception, match="put 0 among"):
         make_config("advantage.baseline=unguided", "sampler.guidance.strengths=[1, 2]")
