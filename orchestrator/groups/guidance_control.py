@@ -22,7 +22,8 @@ class GuidanceControl:
         >>> control = GuidanceControl(None, max_staleness=0)
         >>> control.strength(5)
         1.0
-        >>> control = GuidanceControl(GuidanceConfig(scale=2.0, strengths=(0, 1), control={"highest": 4}), max_staleness=0)
+        >>> guidance = GuidanceConfig(scale=2.0, strengths=(0, 1), control={"highest": 4})
+        >>> control = GuidanceControl(guidance, max_staleness=0)
         >>> for number, margin in enumerate([0.5, 0.5, -0.1], start=1):
         ...     _ = control.observe(number, {"guidance/margin": margin, "guidance/margin_error": 0.2})
         >>> [control.strength(iteration) for iteration in range(4)]
