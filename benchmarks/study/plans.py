@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.study.runs import Method
 
-# The same samples and evaluations for all methods. On seed 11, which no table has, learning rates of 3e-4, 5e-4 and 1e-3
+# Same samples and evaluations for all methods. On seed 11, which no table has, learning rates of 3e-4, 5e-4 and 1e-3
 # were tried for ours with and without process reward, and 3e-4, 5e-4 and an eta of 0.3 and 1 for DanceGRPO; the recipes
 # have the best. The others were not searched.
 COMMON = (
