@@ -82,7 +82,10 @@ def spent_at_records(run: Run) -> list[float]:
 
 def control_plane_seconds() -> float:
     """CPU time so far of the processes that a cluster has once."""
-    actors = ("LearnerMailbox", "WeightStore", "ControlDesk", "learner-mailbox", "weight-store", "control")
+    actors = (
+        "LearnerMailbox", "WeightStore", "ControlDesk", "LoadBalancer", "learner-mailbox", "weight-store", "control",
+        "load-balancer",
+    )  # fmt: skip
     once = ("gcs_server", "raylet", *(f"ray::{title}" for title in actors))
     driver = psutil.Process()
     total = sum(driver.cpu_times()[:2])

@@ -81,6 +81,7 @@ def test_a_run_killed_at_any_instant_goes_on(
 ROLES = (
     ("RolloutActor", "rollout-"), ("PrmActor", "prm-"), ("OrmActor", "orm-"),
     ("LearnerMailbox", "learner-mailbox"), ("WeightStore", "weight-store"), ("ControlDesk", "control"),
+    ("LoadBalancer", "load-balancer"),
 )  # fmt: skip
 
 
