@@ -1,5 +1,6 @@
 """What the learner group gets of a batch, against Eq. 16 written out in numpy."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -139,3 +140,19 @@ def test_the_margin_is_that_of_the_strongest_members_over_the_next(make_config: 
     assert metrics["guidance/margin"] == pytest.approx(25, rel=1e-4)
     assert metrics["guidance/margin_error"] == pytest.approx(np.std([20, 30], ddof=1) / np.sqrt(2), rel=1e-4)
     assert metrics["guidance/gain"] == pytest.approx((1 + 3 + 1 + 4) / 4 * 10, rel=1e-4)
+
+
+@pytest.mark.parametrize("baseline", ["strength", "unguided"])
+def test_once_guidance_has_ended_members_are_an_ordinary_group(make_config: MakeConfig, baseline: str) -> None:
+    mixed = ("advantage.mode=outcome", "rollout.group_size=6", "sampler.guidance.strengths=[0, 1]")
+    ended = make_config(*mixed, f"advantage.baseline={baseline}", "sampler.guidance.until=1")
+    batch = batch_of(ended, 4)
+    batch.groups[0] = dataclasses.replace(
+        batch.groups[0],
+        info=dataclasses.replace(
+            batch.groups[0].info, task=dataclasses.replace(batch.groups[0].info.task, iteration=1)
+        ),
+    )
+    (group,), _ = assign_credit(ended, batch)
+    (ordinary,), _ = assign_credit(make_config(*mixed), batch)
+    np.testing.assert_array_equal(group.advantages, ordinary.advantages)
