@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from euphonium.config import load_config
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes" / "embedded"
 
@@ -55,8 +57,10 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """Name of its file: what is run, and the code and weights that run it."""
-        digest = hashlib.sha256(json.dumps([self.arguments, weights_digest()]).encode()).hexdigest()[:12]
+        """Name of its file, from all settings of the run and the weights that it begins with."""
+        recipe, *overrides = self.arguments
+        settings = load_config(ROOT / recipe, overrides).model_dump_json()
+        digest = hashlib.sha256(f"{settings} {weights_digest()}".encode()).hexdigest()[:12]
         plain = "".join(c if c.isalnum() else "-" for c in self.method.name).strip("-")
         return f"{plain}-s{self.seed}-{digest}"
 

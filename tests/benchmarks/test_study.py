@@ -11,6 +11,7 @@ from benchmarks.study.plans import PLANS, QUICK
 from benchmarks.study.runs import Method, Trial, run_all
 from benchmarks.study.tables import Row, as_json, iterations_to, markdown, plot, rows, speed
 from euphonium.config import load_config
+from euphonium.errors import ConfigError
 
 SMALL = (*QUICK, "rollout.prompts_per_iteration=2", "rollout.group_size=2", "evaluation.prompts=2")
 
@@ -72,9 +73,26 @@ def test_a_finished_run_is_not_run_again_and_a_broken_one_is(
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="itarations"):
+    with pytest.raises(ConfigError, match="itarations"):
         run_all([Trial(Method("typing error", "dancegrpo.yaml", ("itarations=2",)), 1)], tmp_path, jobs=1)
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_a_run_of_other_settings_is_another_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = tmp_path / "a.yaml"
+    method = Method("a method", "a.yaml")
+    monkeypatch.setattr(runs, "RECIPES", tmp_path)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "weights_digest", lambda: "weights")
+    keys = []
+    for rate in ("1e-4", "1e-4", "2e-4"):
+        extends = Path("recipes/embedded/dancegrpo.yaml").resolve()
+        recipe.write_text(f"extends: {extends}\noptimizer: {{ learning_rate: {rate} }}\n")
+        keys.append(Trial(method, 1).key)
+    monkeypatch.setattr(runs, "weights_digest", lambda: "others")
+    keys.append(Trial(method, 1).key)
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
 
 
 def test_a_real_run_ends_in_a_record(tmp_path: Path) -> None:
