@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("recipes", nargs="+", help="recipes of the embedded generator; KEY=VALUE arguments change all")
     parser.add_argument("--repeats", type=int, default=5, help="timed iterations of each kind (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a recipe")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     overrides = [a for a in arguments.recipes if "=" in a]
     for recipe in (a for a in arguments.recipes if "=" not in a):
         found = measure(load_config(recipe, overrides), arguments.repeats)
