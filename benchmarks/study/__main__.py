@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -56,8 +58,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "commit": commit,
         "machine": f"{platform.machine()}, one core a run",
-        "command": f"python -m benchmarks.study {arguments.table} --seeds {' '.join(map(str, seeds))} "
-        f"--iterations {arguments.iterations}",
+        "command": shlex.join(["python", "-m", "benchmarks.study", *sys.argv[1:]]),
         "methods": {m.name: [m.recipe, *common, *m.overrides] for m in methods},
         "reference": plan.reference,
         "rows": as_json(found),
