@@ -74,7 +74,8 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         ProcessRewardModel.check(Path(config.rewards.process.path), config.model)
     table = family.step_table(config.sampler)
     kept = select_steps(table, config.rollout.group_size, config.objective.timestep_fraction, 0)
-    steps, states = kept.shape[1], state_rows(kept)[1]
+    shared = table.stochastic_steps[0] if config.sampler.shared_noise else None
+    steps, states = kept.shape[1], state_rows(kept, shared)[2]
     best_of, size = config.advantage.best_of, config.rollout.group_size
     trained = size if best_of is None else min(size, 2 * best_of)
     rollout, pools, process = config.rollout, config.pools, config.rewards.process

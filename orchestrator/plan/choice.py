@@ -176,7 +176,7 @@ class _Chooser:
 
     def _choose_learner(self) -> None:
         """Chooses rows and sharding by the time of an update, and the least memory of those that are as good."""
-        rows = self._work.rows
+        rows = self._work.states
         counts = [self._sizes.learner]
         if LEARNER in self._fields:
             fewest = even_parts(rows, self._largest("learner", self._long_enough("learner", rows)))

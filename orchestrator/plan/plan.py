@@ -193,7 +193,7 @@ def _petaflops(passes: Passes, sizes: PassSizes, work: Workload) -> dict[str, fl
     found = {
         "rollout": work.samples * work.velocity_steps * passes.velocity(sizes.rollout).flops / sizes.rollout,
         "orm": work.samples * work.decodes * passes.decode(sizes.decode).flops / sizes.decode,
-        "learner": work.groups * work.rows * learner / sizes.learner,
+        "learner": work.groups * work.states * learner / sizes.learner,
     }
     if passes.prm_blocks is not None:
         gradient, score = (f(sizes.prm).flops / sizes.prm for f in (passes.gradient, passes.score))

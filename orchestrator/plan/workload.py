@@ -101,7 +101,8 @@ class Workload:
         guided: of these, steps with a gradient of the process reward.
         scored: further states whose process reward is needed.
         decodes: decoded samples for each that is drawn: 1, and two a perturbation of guidance by SPSA.
-        rows: states of a group that trained transitions leave.
+        rows: transitions of a group that are trained.
+        states: different states that these leave, each of which the learner's network sees once.
         updates: optimizer steps.
         refreshed_pairs: pairs that the process reward model's refresh trains on, on average over the iterations.
         references: further forward passes of a transition, on average: anchor, previous policy, replay.
@@ -119,6 +120,7 @@ class Workload:
     scored: int
     decodes: int
     rows: int
+    states: int
     updates: int
     refreshed_pairs: float
     references: float
@@ -144,7 +146,7 @@ class Workload:
 
     def micro_batches(self, rows_per_micro_batch: int, ranks: int) -> int:
         """Micro-batches of every rank in an iteration; a micro-batch mixes no groups, and ranks keep step."""
-        pieces = -(-self.rows // rows_per_micro_batch)
+        pieces = -(-self.states // rows_per_micro_batch)
         return sum(
             -(-pieces * len(range(update, self.groups, self.updates)) // ranks) for update in range(self.updates)
         )
@@ -183,7 +185,8 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
         guided=guided,
         scored=len(set(scored_states(config, table)) - set(table.guided_steps)),
         decodes=1 + 2 * guidance.spsa.perturbations * len(table.guided_steps) if guidance is not None and spsa else 1,
-        rows=len(places[:trained].unique()),
+        rows=trained * steps.shape[1],
+        states=len(places[:trained].unique()),
         updates=objective.updates_per_iteration,
         refreshed_pairs=refresh.updates * refresh.pairs_per_update / refresh.every if refresh is not None else 0.0,
         references=(kl is not None and kl.anchor != "none") + objective.needs_previous_policy + _replayed(config),

@@ -121,7 +121,8 @@ def test_samples_are_the_pipelines_own(name: str, folders: Folders) -> None:
     ours = our_samples(family, conditioning_of(family), start)
     theirs = their_samples(case, family, "latent")
     # HunyuanVideo's levels are rounded to float32 there and not here, and its network sees 1000 times the difference.
-    tolerance = 1e-4 if case.pipeline_class.startswith("Hunyuan") else 1e-5
+    # Classifier-free guidance multiplies what is left of it.
+    tolerance = 1e-4 * (case.cfg_scale or 1) if case.pipeline_class.startswith("Hunyuan") else 1e-5
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
     # Equality would say nothing about inputs that do not matter.
     assert float((ours - start).std()) > 0.1

@@ -30,8 +30,8 @@ from learners.rewards.training import STATE_FILE, final_weights, fit, rate
 from tests.learners.rewards.toy_preferences import CPU, Mortal, toy_preferences, toy_settings
 
 
-def fresh_model(config: ModelConfig, blocks: int = 1) -> ProcessRewardModel:
-    torch.manual_seed(0)
+def fresh_model(config: ModelConfig, blocks: int = 1, seed: int = 0) -> ProcessRewardModel:
+    torch.manual_seed(seed)
     return ProcessRewardModel.from_generator(open_generator(config), blocks).for_training()
 
 
@@ -84,14 +84,15 @@ def test_training_learns_to_rank_noisy_latents(make_config: Callable[..., RunCon
         updates=40, pairs_per_micro_batch=8, max_grad_norm=1.0, learning_rate=3e-3, evaluate_every=20,
         evaluation_pairs=32, checkpoint_every=1000,
     )  # fmt: skip
-    engine = LocalEngine(fresh_model(make_config().model), settings, CPU)
+    # Untrained, this one ranks most pairs the wrong way round.
+    engine = LocalEngine(fresh_model(make_config().model, seed=4), settings, CPU)
     before = measured(gaps_by_noise(engine, held_out, held_out.pairs, per_tenth=32))["accuracy"]
     records: list[dict[str, Any]] = []
     fit(engine, PrmTask(train, held_out, settings, 0, CPU), settings, tmp_path, "mark", records.append)
     measurements = [record for record in records if "accuracy" in record]
     assert [record["update"] for record in measurements] == [20, 40]
     assert min(measurements[-1]["accuracy"][:5]) > 0.85
-    assert np.mean(before[:5]) < 0.75
+    assert np.mean(before[:5]) < 0.5
     assert measurements[-1]["loss"] < 0.5
 
 

@@ -88,7 +88,7 @@ def test_the_shipped_recipe_of_a_process_reward_model_is_good(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert run_command(["validate", "recipes/embedded/prm.yaml", f"output_dir={tmp_path}", f"target={tmp_path}/x"]) == 0
-    assert re.search("train prompts +456", capfd.readouterr().out)
+    assert re.search("train prompts +95", capfd.readouterr().out)
 
 
 @pytest.mark.parametrize(
