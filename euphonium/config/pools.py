@@ -161,7 +161,8 @@ class LearnerPoolConfig(ShareConfig, _Workers):
     """Longest time without a sign of life from the group while it carries out an order: it gives one after every
     micro-batch, and after fetching groups, updating, and publishing weights. An update itself may take any time."""
     rows_per_micro_batch: PassSize = 16
-    """Transitions (sample, step) in one forward and backward pass. ``auto`` leaves it to the plan."""
+    """States in one forward and backward pass, each of a sample at a step; one that all samples of a group share counts
+    once. ``auto`` leaves it to the plan."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     shard: Literal["full", "optimizer", "auto"] = "full"
