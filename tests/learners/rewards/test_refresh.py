@@ -19,8 +19,8 @@ from tests.learners.rewards.toy_preferences import CPU, toy_preferences
 SETTINGS = PrmRefreshConfig(every=2, updates=8, pairs_per_update=8, learning_rate=3e-3, buffer_groups=4)
 
 
-def fresh(config: ModelConfig, settings: PrmRefreshConfig = SETTINGS) -> PrmRefresh:
-    torch.manual_seed(0)
+def fresh(config: ModelConfig, settings: PrmRefreshConfig = SETTINGS, seed: int = 0) -> PrmRefresh:
+    torch.manual_seed(seed)
     return PrmRefresh(settings, ProcessRewardModel.from_generator(open_generator(config), 1), 0, CPU)
 
 
@@ -33,14 +33,15 @@ def feed(refresh: PrmRefresh, iteration: int, groups: int = 4, seed: int = 0) ->
 
 
 def test_refreshes_learn_what_the_outcome_rewards_prefer(make_config: Callable[..., RunConfig]) -> None:
-    refresh = fresh(make_config().model, SETTINGS.model_copy(update={"updates": 40}))
+    # Untrained, this one ranks most pairs the wrong way round.
+    refresh = fresh(make_config().model, SETTINGS.model_copy(update={"updates": 40}), seed=4)
     assert [refresh.due(i) for i in (1, 2, 3, 4)] == [False, True, False, True]
     history = []
     for iteration in range(1, 4):
         # Every refresh is judged on samples that it has not seen.
         feed(refresh, iteration, seed=iteration)
         history.append(refresh.update())
-    assert history[0]["process/refresh_accuracy"] < 0.75
+    assert history[0]["process/refresh_accuracy"] < 0.5
     assert min(later["process/refresh_accuracy"] for later in history[1:]) > 0.85
     assert refresh.version == 3
 
