@@ -154,4 +154,4 @@ def test_the_workload_is_what_the_roles_do(config: Callable[..., RunConfig]) -> 
     # Eight groups of 28 rows, four of which leave the state that all samples share; two a micro-batch, two ranks.
     assert work.states == 25
     assert work.micro_batches(2, 2) == 8 * 13 / 2
-    assert work.micro_batches(5, 3) == 16  # 48 pieces
+    assert work.micro_batches(5, 3) == 14  # 40 pieces
