@@ -147,6 +147,16 @@ def state_rows(steps: Tensor, shared: int | None = None) -> tuple[Tensor, Tensor
     return places.gather(1, steps), places.gather(1, steps + 1), int(needed.sum()) + first
 
 
+def last_shared_state(config: RunConfig, table: StepTable) -> int | None:
+    """Number k of the last state that all samples of a group share; None if they do not start alike."""
+    if not config.sampler.shared_noise:
+        return None
+    guidance = config.sampler.guidance
+    mixed = guidance is not None and len(set(guidance.strengths)) > 1
+    # Noise parts the samples, and so does guidance that pushes some of them further than others.
+    return min([table.stochastic_steps[0], *(table.guided_steps if mixed else ())])
+
+
 def credited_steps(process: ProcessRewardConfig, table: StepTable) -> list[int]:
     """Steps that get a process reward: of those with noise, which alone are trained, all or the guided ones."""
     return [k for k in table.stochastic_steps if process.steps == "all" or k in table.guided_steps]

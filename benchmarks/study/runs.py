@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from euphonium.config import load_config
@@ -55,7 +56,7 @@ class Trial:
         recipe = (RECIPES / self.method.recipe).relative_to(ROOT)
         return [str(recipe), *self.common, *self.method.overrides, f"seed={self.seed}"]
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Name of its file, from all settings of the run and the weights that it begins with."""
         recipe, *overrides = self.arguments
@@ -82,17 +83,13 @@ class Record:
         return {int(line["iteration"]): line[metric] for line in self.lines if metric in line}
 
 
-_DIGEST: list[str] = []
-
-
+@lru_cache(maxsize=1)
 def weights_digest() -> str:
     """Digest of the embedded weights: runs of other weights are other runs."""
-    if not _DIGEST:
-        digest = hashlib.sha256()
-        for path in sorted((ROOT / "euphonium" / "embedded").rglob("*.safetensors")):
-            digest.update(path.read_bytes())
-        _DIGEST.append(digest.hexdigest())
-    return _DIGEST[0]
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "euphonium" / "embedded").rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def run_all(trials: Sequence[Trial], folder: Path, jobs: int) -> list[Record]:

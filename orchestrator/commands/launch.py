@@ -45,7 +45,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     Raises:
         ConfigError: the run cannot work; names the field, and what to do.
     """
-    from actors.sampler import select_steps, state_rows
+    from actors.sampler import last_shared_state, select_steps, state_rows
     from euphonium.generators.components import check_generator
     from euphonium.generators.pictures import check_pictures
     from euphonium.generators.registry import open_generator
@@ -74,8 +74,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         ProcessRewardModel.check(Path(config.rewards.process.path), config.model)
     table = family.step_table(config.sampler)
     kept = select_steps(table, config.rollout.group_size, config.objective.timestep_fraction, 0)
-    shared = table.stochastic_steps[0] if config.sampler.shared_noise else None
-    steps, states = kept.shape[1], state_rows(kept, shared)[2]
+    steps, states = kept.shape[1], state_rows(kept, last_shared_state(config, table))[2]
     best_of, size = config.advantage.best_of, config.rollout.group_size
     trained = size if best_of is None else min(size, 2 * best_of)
     rollout, pools, process = config.rollout, config.pools, config.rewards.process

@@ -71,8 +71,9 @@ def advantages(
         for info, group in zip(infos, scores, strict=True)
     ]
     guidance = config.sampler.guidance
-    ended = guidance is None or all(guidance.at(info.task.iteration) is None for info in infos)
-    if config.advantage.baseline == "group" or guidance is None or ended or len(guidance.strengths) == 1:
+    if guidance is None or config.advantage.baseline == "group" or len(guidance.strengths) == 1:
+        return group_advantages(rewards, config.advantage_rule())
+    if all(guidance.at(info.task.iteration) is None for info in infos):
         return group_advantages(rewards, config.advantage_rule())
     if config.advantage.baseline == "unguided":
         strengths = member_strengths(guidance.strengths, config.rollout.group_size)

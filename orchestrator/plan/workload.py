@@ -154,17 +154,13 @@ class Workload:
 
 def workload_of(config: RunConfig, generator: Generator) -> Workload:
     """The workload of a recipe; a window that moves counts as it is in the first iteration."""
-    from actors.sampler import scored_states, select_steps, state_rows
+    from actors.sampler import last_shared_state, scored_states, select_steps, state_rows
 
     table = generator.step_table(config.sampler)
     steps = select_steps(table, config.rollout.group_size, config.objective.timestep_fraction, 0)
     rollout, objective, guidance = config.rollout, config.objective, config.sampler.guidance
-    apart = table.stochastic_steps[0]
-    if guidance is not None and len(set(guidance.strengths)) > 1:
-        # Guidance parts the members that it pushes further from the others.
-        apart = min([apart, *(k for k in table.guided_steps)])
-    shared = apart if config.sampler.shared_noise else None
-    places, _, stored = state_rows(steps, shared if shared == table.stochastic_steps[0] else None)
+    shared = last_shared_state(config, table)
+    places, _, stored = state_rows(steps, shared)
     best = config.advantage.best_of
     trained = rollout.group_size if best is None else 2 * best
     spsa = guidance is not None and guidance.source == "spsa"
