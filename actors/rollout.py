@@ -43,10 +43,10 @@ from euphonium.generators.embeddings import stored_encoder
 from euphonium.generators.generator import Generator, images_for
 from euphonium.generators.lora import adapter_parameters, add_adapter
 from euphonium.generators.registry import open_generator
-from euphonium.passes import Passes
 from euphonium.wire.arrays import as_array
 from euphonium.wire.deadlines import node_id
 from euphonium.wire.devices import release_unused, reserved_device
+from euphonium.wire.passes import Passes
 from euphonium.wire.records import Array, GroupInfo, GroupPayload, GroupTask, Readiness, WeightOrder
 from euphonium.wire.roles import RolloutContext, WeightDirectory, named_actor
 from euphonium.wire.weights.follower import WeightFollower

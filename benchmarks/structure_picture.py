@@ -41,6 +41,7 @@ TITLE, LINE = 50, 15
 # Of the monospaced fonts below, the widest has letters of 0.602 em.
 FONT, LETTER = "DejaVu Sans Mono, Menlo, Consolas, monospace", 0.602
 NAME_SIZE, FILE_SIZE = 13.0, 11.0
+MOST_IN_CIRCLES = 7
 Edge = tuple[str, str]
 
 
@@ -74,24 +75,28 @@ def room_imports(sources: list[Source]) -> Counter[Edge]:
 
 def against(nodes: list[str], edges: Counter[Edge]) -> set[Edge]:
     """The fewest imports without which none runs in a circle; empty if none does."""
+    circular = _circular(edges)
+    inside = sorted(set(nodes) & {node for edge in circular for node in edge})
+    # Every order of them is tried, which more rooms than these would turn into hours.
+    if len(inside) > MOST_IN_CIRCLES:
+        return circular
 
     def backward(order: tuple[str, ...]) -> set[Edge]:
         place = {node: number for number, node in enumerate(order)}
-        return {(a, b) for a, b in edges if place[a] > place[b]}
+        return {(a, b) for a, b in circular if place[a] > place[b]}
 
-    orders = permutations(sorted(nodes)) if _circular(edges) else iter([])
-    return min(map(backward, orders), key=lambda found: sum(edges[edge] for edge in found), default=set())
+    return min(map(backward, permutations(inside)), key=lambda found: sum(edges[edge] for edge in found))
 
 
-def _circular(edges: Iterable[Edge]) -> bool:
+def _circular(edges: Iterable[Edge]) -> set[Edge]:
+    """Edges that are left when what nothing leads to, and what leads nowhere, is taken away again and again."""
     left = set(edges)
-    while left:
-        starts = {a for a, _ in left}
-        kept = {(a, b) for a, b in left if b in starts}
+    while True:
+        starts, ends = {a for a, _ in left}, {b for _, b in left}
+        kept = {(a, b) for a, b in left if b in starts and a in ends}
         if kept == left:
-            return True
+            return left
         left = kept
-    return False
 
 
 def reduced(edges: Iterable[Edge]) -> list[Edge]:

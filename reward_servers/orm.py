@@ -14,12 +14,12 @@ from euphonium.config import OrmPoolConfig, OutcomeRewardConfig, RunConfig
 from euphonium.errors import NonFiniteRewardError, RewardError
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import open_generator
-from euphonium.passes import Passes
 from euphonium.rewards.registry import build_rewards
 from euphonium.rewards.shared import Batch
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
 from euphonium.wire.devices import reserved_device
+from euphonium.wire.passes import Passes
 from euphonium.wire.records import Array, OrmAnswer, Readiness, Videos
 from reward_servers.batching import MicroBatcher
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from euphonium.config import RunConfig
 from euphonium.errors import NonFiniteRewardError, RewardError
 from euphonium.generators.conditioning import Conditioning, expand, positive, stack_conditionings
-from euphonium.passes import Passes
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
 from euphonium.wire.devices import reserved_device
+from euphonium.wire.passes import Passes
 from euphonium.wire.records import Array, PrmAnswer, Readiness
 from reward_servers.batching import MicroBatcher
 

@@ -50,7 +50,6 @@ LIBRARY = {
         "dynamics",
         "errors",
         "files",
-        "passes",
         "prompt_files",
         "text_files",
         "weight_files",

@@ -27,10 +27,10 @@ from euphonium.generators.embeddings import stored_encoder
 from euphonium.generators.generator import Generator, images_for
 from euphonium.generators.registry import open_generator
 from euphonium.locks import writing_alone
-from euphonium.passes import Passes
 from euphonium.prompt_files import metadata_of
 from euphonium.rewards.total import total_weight, weighted_total
 from euphonium.wire.devices import local_device, reserved_device
+from euphonium.wire.passes import Passes
 from euphonium.wire.records import Array
 from learners.rewards.preference import TENTHS, read_latent
 from learners.rewards.preference_files import PreferenceTable

@@ -64,6 +64,18 @@ def test_of_a_circle_the_fewest_imports_are_against_the_order() -> None:
     assert against(["a", "b", "c"], Counter({("a", "b"): 1, ("b", "c"): 1, ("a", "c"): 1})) == set()
 
 
+def test_one_circle_among_many_rooms_is_found_at_once() -> None:
+    chain = {(f"room{n:02}", f"room{n + 1:02}"): 1 for n in range(19)}
+    edges = Counter({**chain, ("room05", "room04"): 2})
+    assert against([f"room{n:02}" for n in range(20)], edges) == {("room04", "room05")}
+
+
+def test_of_a_circle_through_many_rooms_all_imports_are_named() -> None:
+    nodes = [f"room{n:02}" for n in range(20)]
+    edges = Counter(dict.fromkeys(zip(nodes, [*nodes[1:], nodes[0]], strict=True), 1))
+    assert against(nodes, edges) == set(edges)
+
+
 def test_an_import_that_leads_up_is_refused(sources: list[Source]) -> None:
     wrong = Source.of("euphonium/files.py", "import actors.sampler")
     with pytest.raises(ValueError, match="euphonium imports actors"):

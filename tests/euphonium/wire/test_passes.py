@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from euphonium.passes import Passes
+from euphonium.wire.passes import Passes
 
 
 def limited(fits: int, sizes: list[int]) -> object:
