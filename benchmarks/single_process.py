@@ -35,7 +35,7 @@ from learners.policy.objective import Velocity as VelocityOf
 from learners.policy.schedules import kl_controller, kl_weight, learning_rate
 from learners.rewards.refresh import PrmRefresh
 from orchestrator.evaluation import evaluation_metrics, evaluation_set
-from orchestrator.groups.credit import advantages, training_group
+from orchestrator.groups.credit import advantages, training_groups
 from orchestrator.groups.guidance_control import GuidanceControl
 from orchestrator.groups.prompts import PromptStream, read_prompts
 from orchestrator.report.statistics import rollout_statistics
@@ -105,7 +105,7 @@ class SingleProcess:
                 total = weighted_total(scores[-1], config.rewards.outcome, len(latents))
                 self.refresh.add(iteration, latents, total, payload.conditioning)
         results = advantages(config, infos, scores)
-        groups = [training_group(config, info, result) for info, result in zip(infos, results, strict=True)]
+        groups = training_groups(config, infos, results)
         rolled_out = time.perf_counter()
         metrics = rollout_statistics(config, infos, scores, results)
         metrics |= self.guidance.observe(iteration + 1, metrics)

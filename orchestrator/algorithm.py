@@ -11,9 +11,10 @@ Two loops meet in the trajectory buffer. What each waits for, and what unblocks 
 
 * drawing (groups/batches.py) waits for room in the buffer and for an idle rollout actor; trained iterations make room,
   finished groups free actors. It runs ahead of training by ``rollout.max_staleness`` versions at most.
-* training (here) waits for the groups of its iteration, then for the learner group's report; both waits have deadlines
-  and end when the learner group fails. A learner group that died is restarted by Ray Train from the last checkpoint,
-  and :meth:`Run.recovery` takes the run back there.
+* training (here) waits for the groups of its iteration, with whose first ones an on-policy learner group begins
+  meanwhile (learning/stream.py), then for the learner group's report; both waits have deadlines and end when the
+  learner group fails. A learner group that died is restarted by Ray Train from the last checkpoint, and
+  :meth:`Run.recovery` takes the run back there.
 
 Everything runs on one event loop in the driver. Rollout actors fetch new weights themselves, between groups; every
 order says which policy version it takes at least.
@@ -50,7 +51,7 @@ async def iterate(run: Run, turn: Turn) -> None:
     """
     with run.journal.turn(turn) as entry:
         # Phase 1, guided exploration, lines 4-13: trajectories under the gradient of the process reward, and rewards.
-        batch = await run.interruptible(run.batches.next())
+        batch = await run.interruptible(run.stream.next())
         # Line 14: advantages of every action, Eq. 16.
         groups, statistics = assign_credit(run.config, batch)
         run.journal.drawn(entry, turn, batch, statistics, run.batches.buffer.held())

@@ -28,6 +28,7 @@ from orchestrator.journal import Entry, Journal
 from orchestrator.learning.group import LearnerGroup
 from orchestrator.learning.link import MAILBOX, STORE, LearnerLink, LearnerRestartedError
 from orchestrator.learning.process_reward import ProcessRewardRefresh
+from orchestrator.learning.stream import Stream
 from orchestrator.pools.ray_session import beside_the_driver
 from orchestrator.pools.resources import lacking_resources
 from orchestrator.pools.rollout_service import RolloutService
@@ -55,6 +56,7 @@ class Run:
         rollouts: what is asked of them.
         learners: the line to the learner group.
         batches: draws ahead.
+        stream: takes batches from there, and has the learner group begin with those that are not whole yet.
         evaluator: evaluates on held-out prompts.
         checkpoints: commits them.
         desk: tells people, and hears from them.
@@ -75,6 +77,7 @@ class Run:
         self.batches = BatchSource(
             config, self.rollouts, self.position, prompts, self.journal.failures, self.journal.guidance
         )
+        self.stream = Stream(config, self.batches, self.learners, self.position)
         self.evaluator = Evaluator(config, self.rollouts, self.journal.tracker)
         keep = config.checkpoint
         store = CheckpointStore(config.run_dir / "checkpoints", keep.keep_last, keep.keep_every)
@@ -143,7 +146,7 @@ class Run:
             report = await self.learners.carry_out(order)
         if turn.last:
             self.learners.dismiss()
-        return report
+        return self.stream.whole(report)
 
     async def commit(self, turn: Turn, batch: Batch, entry: Entry, checkpoint: Path | None) -> None:
         """Ends the transaction: the position moves past the iteration, and its checkpoint is committed.
@@ -160,7 +163,8 @@ class Run:
         if (seconds := self.checkpoints.take_seconds()) is not None:
             entry.numbers["time/commit_s"] = seconds
         entry.committed = True
-        if turn.evaluates and self.config.rollout.max_staleness > 0:
+        if turn.evaluates:
+            # The next groups are drawn beside the evaluation, whose samples go first.
             self.batches.draw_ahead()
 
     async def evaluate(self, iteration: int) -> dict[str, float]:

@@ -78,6 +78,19 @@ class RunConfig(Node):
         )
 
     @property
+    def waits_for_all_groups(self) -> str:
+        """Why the learner does not begin with an iteration's first groups while others are drawn; empty if it does."""
+        rollout, pools = self.rollout, self.pools
+        reasons = {
+            "rollout.stream is false": not rollout.stream,
+            "with rollout.max_staleness above 0 drawing and learning overlap already": rollout.max_staleness > 0,
+            "advantage.scope: global compares the groups of a whole iteration": self.advantage.scope == "global",
+            "roles that share GPUs take turns": pools.rollout.sleep or 0 < pools.learner.num_gpus < 1,
+            "there is one group an iteration": rollout.prompts_per_iteration == 1,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), "")
+
+    @property
     def run_dir(self) -> Path:
         """Folder of this run."""
         return self.output_dir / self.name

@@ -308,8 +308,13 @@ class RolloutConfig(Node):
     deadline_s: PositiveFloat = 600.0
     """Longest time that one group may take before its actor counts as hung."""
     max_staleness: NonNegativeInt = 0
-    """Iterations that rollouts may run ahead of the learner. 0 is strictly on-policy: rollout and update take turns,
-    and runs repeat exactly. With n, groups are drawn while up to n earlier iterations are still being trained."""
+    """Iterations that rollouts may run ahead of the learner. 0 is strictly on-policy: the policy that a group trains is
+    the one that drew it, and runs repeat exactly. With n, groups are drawn while up to n earlier iterations are still
+    being trained."""
+    stream: bool = True
+    """With ``max_staleness`` 0, have the learner begin with an iteration's first groups while the others are drawn. The
+    numbers are those of a learner that waits, to the last bit. Not with ``advantage.scope: global``, which needs all
+    groups, nor where roles share GPUs, which take turns."""
     buffer_mb: PositiveFloat = 2048.0
     """Trajectories that may be held before drawing ahead pauses; those of the next iteration are always drawn."""
     buffer_groups: PositiveInt | None = None

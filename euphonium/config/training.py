@@ -94,6 +94,12 @@ class ObjectiveConfig(Node):
         return self
 
     @property
+    def trains_zero_advantages(self) -> bool:
+        """Whether a transition has a gradient even where its advantage is 0: by a KL penalty, or by imitation."""
+        kl = self.kl
+        return self.imitate_guidance > 0 or (kl is not None and (kl.weight > 0 or kl.controller is not None))
+
+    @property
     def keeps_gradients(self) -> bool:
         """Whether the gradients that guided a step travel to the learner."""
         return self.kind == "standard" or self.imitate_guidance > 0

@@ -124,22 +124,29 @@ class TrainingGroup:
     Attributes:
         info: which group, and by which policy and sampler it was drawn.
         advantages: float32 ``[components, group, num_steps]``.
-        samples: int64 indices of the samples to train on, ascending.
+        samples: int64 indices of the samples whose transitions the learner group computes, ascending.
+        counted: number of samples that the loss is the mean of: those, and others whose advantage is 0.
     """
 
     info: GroupInfo
     advantages: Array
-    samples: Array
+    samples: NDArray[np.int64]
+    counted: int
 
     @property
     def rows(self) -> int:
-        """Number of transitions to train on."""
-        return len(self.samples) * self.info.transitions
+        """Number of transitions that the loss is the mean of."""
+        return self.counted * self.info.transitions
 
     @property
     def states(self) -> int:
-        """Number of different states that these transitions leave, each of which the network sees once."""
+        """Number of different states that the computed transitions leave, each of which the network sees once."""
         return len(np.unique(self.info.rows[self.samples]))
+
+    @property
+    def skipped(self) -> int:
+        """Number of transitions that count in the mean and are not computed."""
+        return (self.counted - len(self.samples)) * self.info.transitions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +172,28 @@ class Update:
     receivers: tuple[str, ...] = ()
     history: int = 0
     stop: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """Order to begin with an iteration's update while its last groups are still being drawn.
+
+    Gradients are added up, and the weights stay as they are until the :class:`Update` with all groups comes, which goes
+    on from there. If that turns out to be of other groups, because one was lost, it begins anew.
+
+    Attributes:
+        version: the policy version that the learner group holds.
+        groups: the groups that are there, which are the first of the iteration.
+        payloads: references to their transitions, in the same order.
+        expected: number of groups that the iteration will have.
+        stop: never.
+    """
+
+    version: int
+    groups: tuple[TrainingGroup, ...]
+    payloads: tuple[ObjectRef[GroupPayload], ...]
+    expected: int
+    stop: Literal[False] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +227,7 @@ class Save:
 
 
 # What the learner group does next.
-UpdateOrder = Update | Publish | Save
+UpdateOrder = Begin | Update | Publish | Save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +259,7 @@ class UpdateReport:
 
     Attributes:
         version: version of the order.
-        metrics: metrics of an update, reduced over the ranks, and durations.
+        metrics: metrics of an update, reduced over the ranks, and durations of what the order was.
     """
 
     version: int

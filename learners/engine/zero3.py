@@ -82,6 +82,10 @@ class ZeroEngine(Engine):
         self._deepspeed.backward(loss, scale_wrt_gas=False)
         self._deepspeed.step()
 
+    def discard_gradients(self) -> None:
+        """Drops the gradients that have been added up since the last update."""
+        self._deepspeed.optimizer.zero_grad()
+
     def grad_norm(self) -> float:
         """Global gradient norm of the latest update, before clipping."""
         norm = self._deepspeed.get_global_grad_norm()

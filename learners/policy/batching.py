@@ -6,9 +6,8 @@ micro-batches: a rank with fewer repeats one with weight 0. No number has to be 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,18 +39,33 @@ class MicroBatch:
     weight: float
 
 
-# ``plan[update][rank]``: a rank's micro-batches in an update.
-Plan = list[list[list[MicroBatch]]]
+# ``shares[rank]``: a rank's micro-batches in an update.
+Shares = list[list[MicroBatch]]
+# ``plan[update]``: its shares.
+Plan = list[Shares]
+
+
+def dealt(groups: int, updates: int) -> list[range]:
+    """Positions of the groups of each update of an iteration: they are dealt to the updates in turn.
+
+    >>> [list(positions) for positions in dealt(groups=5, updates=2)]
+    [[0, 2, 4], [1, 3]]
+    """
+    count = min(updates, groups)
+    return [range(update, groups, count) for update in range(count)]
 
 
 def plan_updates(sizes: Sequence[tuple[int, int]], updates: int, states_per_micro_batch: int, world_size: int) -> Plan:
     """Plans the micro-batches of all updates of an iteration.
 
-    Groups are dealt to the updates in turn; a micro-batch never mixes groups. The loss of an update is the mean over
-    its rows: ``weight`` is ``world_size / rows``, because gradients are averaged over the ranks.
+    A micro-batch never mixes groups. Ranks take them in turn, in the order of the groups: who computes what, and in
+    which order it adds up, does not depend on how many groups are there when the work begins (:func:`plan_beginning`).
+    The loss of an update is the mean over its rows: ``weight`` is ``world_size / rows``, because gradients are averaged
+    over the ranks.
 
     Args:
-        sizes: number of rows and of their different states, of each group.
+        sizes: number of rows of each group, and of the different states that the network sees; of each update, at least
+            one group has a state.
         updates: number of optimiser steps; fewer are planned if there are fewer groups.
         states_per_micro_batch: largest micro-batch.
         world_size: number of ranks.
@@ -63,34 +77,61 @@ def plan_updates(sizes: Sequence[tuple[int, int]], updates: int, states_per_micr
         >>> (update,) = plan_updates([(5, 5), (2, 2)], updates=1, states_per_micro_batch=3, world_size=2)
         >>> for rank, batches in enumerate(update):
         ...     print(rank, [(b.group, b.begin, b.end, round(b.weight, 2)) for b in batches])
-        0 [(0, 0, 3, 0.29), (0, 3, 5, 0.29)]
-        1 [(1, 0, 2, 0.29), (1, 0, 2, 0.0)]
+        0 [(0, 0, 3, 0.29), (1, 0, 2, 0.29)]
+        1 [(0, 3, 5, 0.29), (0, 3, 5, 0.0)]
         >>> round(sum((b.end - b.begin) * b.weight for batches in update for b in batches), 6)  # the world size
         2.0
     """
     plan = []
-    count = min(updates, len(sizes))
-    for update in range(count):
-        groups = range(update, len(sizes), count)
-        total = sum(sizes[g][0] for g in groups)
-        pieces = [
-            MicroBatch(
-                group=g, begin=begin, end=min(begin + states_per_micro_batch, sizes[g][1]),
-                weight=world_size / total,
-            )
-            for g in groups
-            for begin in range(0, sizes[g][1], states_per_micro_batch)
-        ]  # fmt: skip
-        # Pieces of a group go to neighbours, so that a rank fetches few groups, and a node its share of them.
-        size, larger = divmod(len(pieces), world_size)
-        ends = list(accumulate(size + (rank < larger) for rank in range(world_size)))
-        shares = [pieces[begin:end] for begin, end in pairwise([0, *ends])]
+    for positions in dealt(len(sizes), updates):
+        weight = world_size / sum(sizes[position][0] for position in positions)
+        pieces = _pieces(sizes, positions, states_per_micro_batch, weight)
+        shares = [pieces[rank::world_size] for rank in range(world_size)]
         for share in shares:
             if len(share) < len(shares[0]):
-                padding = share[0] if share else pieces[0]
-                share.append(MicroBatch(group=padding.group, begin=padding.begin, end=padding.end, weight=0.0))
+                share.append(replace(share[0] if share else pieces[0], weight=0.0))
         plan.append(shares)
     return plan
+
+
+def plan_beginning(
+    sizes: Sequence[tuple[int, int]], expected: int, updates: int, states_per_micro_batch: int, world_size: int
+) -> Shares:
+    """The micro-batches of the first update that can be computed while the last groups are still to come.
+
+    Args:
+        sizes: as for :func:`plan_updates`, of the groups that are there, which are the first ones of the iteration.
+        expected: number of groups that the iteration will have, each with as many rows as the first.
+        updates: number of optimiser steps.
+        states_per_micro_batch: largest micro-batch.
+        world_size: number of ranks.
+
+    Returns:
+        ``shares[rank]``: what the plan of the whole iteration begins with, equally many on every rank. The last
+        micro-batch of each rank is never among them: it is the one that moves the weights.
+
+    Example:
+        >>> (share,) = plan_beginning([(2, 2)] * 3, expected=4, updates=1, states_per_micro_batch=2, world_size=1)
+        >>> [(b.group, b.begin, b.end, b.weight) for b in share]
+        [(0, 0, 2, 0.125), (1, 0, 2, 0.125)]
+    """
+    first = dealt(expected, updates)[0]
+    there = [position for position in first if position < len(sizes)]
+    pieces = _pieces(sizes, there, states_per_micro_batch, world_size / (sizes[0][0] * len(first)))
+    whole = max(0, len(pieces) - 1) // world_size
+    return [pieces[rank::world_size][:whole] for rank in range(world_size)]
+
+
+def _pieces(
+    sizes: Sequence[tuple[int, int]], positions: Iterable[int], states_per_micro_batch: int, weight: float
+) -> list[MicroBatch]:
+    return [
+        MicroBatch(
+            group=position, begin=begin, end=min(begin + states_per_micro_batch, sizes[position][1]), weight=weight
+        )
+        for position in positions
+        for begin in range(0, sizes[position][1], states_per_micro_batch)
+    ]
 
 
 def load_rows(

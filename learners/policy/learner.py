@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ from euphonium.generators.registry import open_generator
 from euphonium.wire.records import GroupPayload, TrainingGroup
 from learners.engine.collectives import reduced
 from learners.engine.partitioned import ZeroPolicy
-from learners.policy.batching import MicroBatch, Plan, load_rows, plan_updates
+from learners.policy.batching import MicroBatch, Plan, Shares, load_rows, plan_beginning, plan_updates
+from learners.policy.begun import Begun, ordinals
 from learners.policy.objective import (
+    ObjectiveValue,
     OldLogProbs,
     References,
     Transitions,
@@ -37,6 +39,23 @@ from learners.policy.schedules import kl_controller, kl_weight, learning_rate
 from learners.policy.statistics import UpdateStatistics
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the micro-batches of an order are made of.
+
+    Attributes:
+        groups: groups of the iteration.
+        payloads: transitions of the groups that this rank needs, by position.
+        tables: their samplers.
+        references: frozen policies that the objective compares with.
+    """
+
+    groups: Sequence[TrainingGroup]
+    payloads: Mapping[int, GroupPayload]
+    tables: Mapping[int, StepTable]
+    references: References
 
 
 class Learner:
@@ -78,6 +97,7 @@ class Learner:
         self.updates_done = 0
         self.version = 0
         self.progressed: Callable[[], None] = lambda: None
+        self._begun: Begun | None = None
 
     def _reference(self, adapter: str | None) -> Reference:
         if self.config.model.lora is not None:
@@ -89,15 +109,44 @@ class Learner:
         return self.family.velocity(self.policy.model, x, time, conditioning)
 
     def groups_needed(self, groups: Sequence[TrainingGroup]) -> set[int]:
-        """Positions of the groups from which this rank trains at least one row."""
-        return {batch.group for shares in self._plan(groups) for batch in shares[self.rank]}
+        """Positions of the groups from which this rank still has to train a row in an update."""
+        plan = self._plan(groups)
+        done = self._done(groups, plan)
+        first, *others = (shares[self.rank] for shares in plan)
+        return {batch.group for share in (first[done:], *others) for batch in share}
+
+    def groups_to_begin(self, groups: Sequence[TrainingGroup], expected: int) -> set[int]:
+        """Positions of the groups that :meth:`begin` needs on this rank; its arguments are as there."""
+        shares = self._beginning(groups, expected)
+        return {batch.group for batch in shares[self.rank][self._done(groups, [shares]) :]}
+
+    def begin(self, groups: Sequence[TrainingGroup], expected: int, payloads: Mapping[int, GroupPayload]) -> None:
+        """Adds up gradients of an iteration's first update while its last groups are still to come; all ranks must
+        call it. What it leaves to do, :meth:`update` does.
+
+        Args:
+            groups: the groups that are there, which are the first of the iteration.
+            expected: number of groups that the iteration will have.
+            payloads: transitions of the groups that this rank needs (:meth:`groups_to_begin`), by position.
+
+        Raises:
+            TrainingError: a group was drawn by another sampler.
+        """
+        shares = self._beginning(groups, expected)
+        begun = self._begun_with(groups, [shares])
+        work = self._work(groups, payloads, self._references())
+        for batch in shares[self.rank][begun.done :]:
+            value = self._evaluated(work, batch, 0, None, begun.statistics)
+            self.policy.backward(value.loss, last=False)
+            self.progressed()
+        begun.groups, begun.shares = ordinals(groups), shares
 
     def update(self, groups: Sequence[TrainingGroup], payloads: Mapping[int, GroupPayload]) -> dict[str, float]:
-        """Makes all updates of an iteration; all ranks must call it.
+        """Makes all updates of an iteration, or what :meth:`begin` has left of them; all ranks must call it.
 
         Args:
             groups: the iteration's groups.
-            payloads: transitions of the groups that this rank needs, by position.
+            payloads: transitions of the groups that this rank needs (:meth:`groups_needed`), by position.
 
         Returns:
             Metrics, reduced over all ranks.
@@ -106,36 +155,27 @@ class Learner:
             TrainingError: a group was drawn by another sampler, or rollout and learner disagree on the probabilities of
                 on-policy groups; the weights are then those of before.
         """
-        tables = {position: self._table_of(position, groups[position]) for position in payloads}
         plan = self._plan(groups)
-        if self.previous is not None:
-            self.previous.refresh(self.policy)
-        cut = partial(self._rows, groups, payloads)
-        replayed = self._replay(plan, groups, cut, tables)
+        begun = self._begun_with(groups, plan)
+        statistics, done = begun.statistics, begun.done
+        work = self._work(groups, payloads, self._references())
+        replayed = self._replay(plan, work)
         deviations: dict[str, float] = {}
-        statistics = UpdateStatistics(self.world_size)
         for index, shares in enumerate(plan):
-            statistics.begin_update()
+            if index > 0:
+                statistics.begin_update()
+                work = dataclasses.replace(work, references=self._references())
             self.policy.set_learning_rate(learning_rate(self.config, self.updates_done))
-            references = self._references()
             own = shares[self.rank]
-            for position, batch in enumerate(own):
-                rows = cut(batch)
-                source = self._old_log_probs(index, groups[batch.group])
-                if source == "own":
-                    rows = dataclasses.replace(rows, own_old=True)
-                elif source == "replay":
-                    rows = dataclasses.replace(rows, log_probs=replayed[index, position])
-                value = evaluate_objective(self.config.objective, tables[batch.group], self.velocity, rows, references)
-                if batch.weight > 0:
-                    # Both must agree only on the first update, and only on groups that the present policy drew.
-                    statistics.add(value, on_policy=index == 0 and self._on_policy(groups[batch.group]))
+            for position in range(done if index == 0 else 0, len(own)):
+                value = self._evaluated(work, own[position], index, replayed.get((index, position)), statistics)
                 last = position == len(own) - 1
                 if last and index == 0:
                     # The last backward pass moves the weights.
                     deviations = self._agreement(statistics.deviations())
                 self.policy.backward(value.loss, last=last)
                 self.progressed()
+            self._begun = None
             self.updates_done += 1
             statistics.norms.append(self.policy.grad_norm())
             self._after_update(statistics.of_this_update())
@@ -145,22 +185,69 @@ class Learner:
             "policy/updates": float(self.updates_done),
         }
         if self.config.objective.kl is not None:
-            return metrics | {"kl/weight": references.kl_weight}
+            return metrics | {"kl/weight": work.references.kl_weight}
         return {name: number for name, number in metrics.items() if not name.startswith("kl/")}
+
+    def _done(self, groups: Sequence[TrainingGroup], plan: Plan) -> int:
+        """Number of this rank's micro-batches of the first update that have been computed already."""
+        return self._begun.done if self._begun is not None and self._begun.begins(groups, plan[0]) else 0
+
+    def _begun_with(self, groups: Sequence[TrainingGroup], plan: Plan) -> Begun:
+        """What has been computed of an iteration's first update; begins anew if it is of others than it was."""
+        if self._begun is None or not self._begun.begins(groups, plan[0]):
+            if self._begun is not None:
+                log.info("beginning the update anew: a group that was counted on has been lost")
+                self.policy.discard_gradients()
+            elif self.previous is not None:
+                self.previous.refresh(self.policy)
+            self._begun = Begun(UpdateStatistics(self.world_size), (), [[] for _ in range(self.world_size)])
+        return self._begun
+
+    def _evaluated(
+        self, work: Work, batch: MicroBatch, index: int, replayed: Tensor | None, statistics: UpdateStatistics
+    ) -> ObjectiveValue:
+        """The objective of a micro-batch of an update, which the statistics then count."""
+        rows = self._rows(work, batch)
+        source = self._old_log_probs(index, work.groups[batch.group])
+        if source == "own":
+            rows = dataclasses.replace(rows, own_old=True)
+        elif source == "replay":
+            assert replayed is not None
+            rows = dataclasses.replace(rows, log_probs=replayed)
+        value = evaluate_objective(
+            self.config.objective, work.tables[batch.group], self.velocity, rows, work.references
+        )
+        if batch.weight > 0:
+            # Both must agree only on the first update, and only on groups that the present policy drew.
+            statistics.add(value, on_policy=index == 0 and self._on_policy(work.groups[batch.group]))
+        return value
 
     def _plan(self, groups: Sequence[TrainingGroup]) -> Plan:
         return plan_updates(
-            [(group.rows, group.states) for group in groups],
-            self.config.objective.updates_per_iteration,
-            chosen(self.config.pools.learner.rows_per_micro_batch, "pools.learner.rows_per_micro_batch"),
-            self.world_size,
-        )
+            [(group.rows, group.states) for group in groups], self.config.objective.updates_per_iteration,
+            self._states_per_micro_batch, self.world_size,
+        )  # fmt: skip
 
-    def _rows(
-        self, groups: Sequence[TrainingGroup], payloads: Mapping[int, GroupPayload], batch: MicroBatch
-    ) -> Transitions:
+    def _beginning(self, groups: Sequence[TrainingGroup], expected: int) -> Shares:
+        return plan_beginning(
+            [(group.rows, group.states) for group in groups], expected, self.config.objective.updates_per_iteration,
+            self._states_per_micro_batch, self.world_size,
+        )  # fmt: skip
+
+    @property
+    def _states_per_micro_batch(self) -> int:
+        return chosen(self.config.pools.learner.rows_per_micro_batch, "pools.learner.rows_per_micro_batch")
+
+    def _work(
+        self, groups: Sequence[TrainingGroup], payloads: Mapping[int, GroupPayload], references: References
+    ) -> Work:
+        tables = {position: self._table_of(position, groups[position]) for position in payloads}
+        return Work(groups, payloads, tables, references)
+
+    def _rows(self, work: Work, batch: MicroBatch) -> Transitions:
         guided_mean = self.config.objective.kind == "standard"
-        return load_rows(batch, groups[batch.group], payloads[batch.group], self.device, guided_mean=guided_mean)
+        group, payload = work.groups[batch.group], work.payloads[batch.group]
+        return load_rows(batch, group, payload, self.device, guided_mean=guided_mean)
 
     def _references(self) -> References:
         return References(
@@ -218,13 +305,7 @@ class Learner:
             )
         return table
 
-    def _replay(
-        self,
-        plan: Plan,
-        groups: Sequence[TrainingGroup],
-        cut: Callable[[MicroBatch], Transitions],
-        tables: Mapping[int, StepTable],
-    ) -> dict[tuple[int, int], Tensor]:
+    def _replay(self, plan: Plan, work: Work) -> dict[tuple[int, int], Tensor]:
         """Log-probabilities of this rank's micro-batches before the first update, by update and position.
 
         Where any rank needs them for its micro-batch, all ranks make the pass, because all take part in each.
@@ -232,7 +313,8 @@ class Learner:
         found: dict[tuple[int, int], Tensor] = {}
         for index, shares in enumerate(plan):
             for position, batch in enumerate(shares[self.rank]):
-                if any(self._old_log_probs(index, groups[share[position].group]) == "replay" for share in shares):
-                    found[index, position] = replayed_log_probs(tables[batch.group], self.velocity, cut(batch))
+                if any(self._old_log_probs(index, work.groups[share[position].group]) == "replay" for share in shares):
+                    table = work.tables[batch.group]
+                    found[index, position] = replayed_log_probs(table, self.velocity, self._rows(work, batch))
                     self.progressed()
         return found

@@ -24,7 +24,7 @@ from euphonium.config import RunConfig
 from euphonium.errors import EuphoniumError, LostActorError, TrainingError
 from euphonium.wire.deadlines import get
 from euphonium.wire.devices import release_unused
-from euphonium.wire.records import Publish, Save, Update, UpdateOrder, UpdateReport
+from euphonium.wire.records import Begin, GroupPayload, Publish, Save, Update, UpdateOrder, UpdateReport
 from euphonium.wire.roles import Mailbox, WeightDirectory, named_actor
 from euphonium.wire.weights.sender import Publication
 from learners.engine.zero3 import join_group
@@ -109,6 +109,8 @@ def carry_out(
             f"order {order.version} does not follow the learner's version {learner.version}: an iteration would be "
             "trained twice or left out"
         )
+    if isinstance(order, Begin):
+        return _begin(order, learner, timeout_s)
     if isinstance(order, Update):
         return _update(order, learner, store, timeout_s)
     if isinstance(order, Publish):
@@ -119,13 +121,28 @@ def carry_out(
     return _save(order, learner)
 
 
-def _update(order: Update, learner: Learner, store: ActorProxy[WeightDirectory], timeout_s: float) -> dict[str, float]:
+def _begin(order: Begin, learner: Learner, timeout_s: float) -> dict[str, float]:
     began = time.perf_counter()
-    mine = sorted(learner.groups_needed(order.groups))
-    payloads = get([order.payloads[i] for i in mine], timeout_s, f"the groups of iteration {order.version}")
+    payloads = _fetched(order, learner.groups_to_begin(order.groups, order.expected), timeout_s)
     fetched = time.perf_counter()
     learner.progressed()
-    metrics = learner.update(order.groups, dict(zip(mine, payloads, strict=True)))
+    learner.begin(order.groups, order.expected, payloads)
+    return {"time/fetch_s": fetched - began, "time/update_s": time.perf_counter() - fetched}
+
+
+def _fetched(order: Begin | Update, positions: set[int], timeout_s: float) -> dict[int, GroupPayload]:
+    """Transitions of some of an order's groups, by position."""
+    mine = sorted(positions)
+    payloads = get([order.payloads[i] for i in mine], timeout_s, "the groups of an iteration")
+    return dict(zip(mine, payloads, strict=True))
+
+
+def _update(order: Update, learner: Learner, store: ActorProxy[WeightDirectory], timeout_s: float) -> dict[str, float]:
+    began = time.perf_counter()
+    payloads = _fetched(order, learner.groups_needed(order.groups), timeout_s)
+    fetched = time.perf_counter()
+    learner.progressed()
+    metrics = learner.update(order.groups, payloads)
     updated = time.perf_counter()
     learner.version = order.version
     learner.progressed()

@@ -91,7 +91,8 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         "samples per iteration": f"{rollout.prompts_per_iteration} prompts x {rollout.group_size} = {samples}",
         "sampler": f"{config.sampler.law}, {table.num_steps} steps, stochastic {_ranges(table.stochastic_steps)}, "
         f"guided {_ranges(table.guided_steps) or 'none'}",
-        "trained transitions per iteration": rollout.prompts_per_iteration * trained * steps,
+        "trained transitions per iteration": f"{rollout.prompts_per_iteration * trained * steps}{_left_out(config)}",
+        "the learner begins": _beginning(config),
         "trajectory bytes per iteration": rollout.prompts_per_iteration * states * values * 4,
         "rollout actors": f"{pools.rollout.num_actors} x {pools.rollout.num_gpus:g} GPU",
         "PRM servers": f"{pools.prm.num_actors} x {pools.prm.num_gpus:g} GPU" if process else "none",
@@ -128,6 +129,20 @@ def check_prompts(prompts: PromptsConfig, family: Generator, *, weights: bool) -
     if prompts.embeddings is not None:
         found["text encoders"] = check_embeddings(prompts.embeddings, family, texts, files=files, weights=weights)
     return found | warn_of_cut_prompts(family, texts)
+
+
+def _left_out(config: RunConfig) -> str:
+    """Which of the trained transitions the learner does not compute, in words."""
+    if config.objective.trains_zero_advantages:
+        return ", all computed: the KL penalty or the imitation of guidance has a gradient where the advantage is 0"
+    return ", those of samples with advantage 0 without a pass of the network"
+
+
+def _beginning(config: RunConfig) -> str:
+    """When the learner begins with an iteration, in words."""
+    if reason := config.waits_for_all_groups:
+        return f"when all groups of an iteration are there ({reason})"
+    return "with the first groups of an iteration, while the others are drawn"
 
 
 def _untrained_guidance(table: StepTable) -> dict[str, str]:

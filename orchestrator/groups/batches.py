@@ -60,6 +60,7 @@ class BatchSource:
         self._guidance = guidance
         self.buffer = TrajectoryBuffer(buffer_bounds(config), position)
         self._ahead: dict[int, asyncio.Task[Batch]] = {}
+        self._lost: set[int] = set()
 
     def draw_ahead(self) -> None:
         """Starts the batches that staleness allows."""
@@ -80,8 +81,27 @@ class BatchSource:
         self.draw_ahead()
         return await self._ahead[self._position.iteration]
 
+    def beginning(self) -> tuple[list[ScoredGroup], int]:
+        """The first groups of the next batch, up to one that is still under way, and how many it will have.
+
+        Groups that have been lost are left out of both; more may be lost yet.
+        """
+        first = self._position.state.next_group
+        numbers = set(range(first, first + self._config.rollout.prompts_per_iteration)) - self._lost
+        there: list[ScoredGroup] = []
+        for number in sorted(numbers):
+            if not (found := self.buffer.get([number])):
+                break
+            there += found
+        return there, len(numbers)
+
+    async def begins_with_more_than(self, count: int) -> None:
+        """Waits until the next batch begins with more groups than this."""
+        await self.buffer.wait(lambda: len(self.beginning()[0]) > count)
+
     async def trained(self, batch: Batch) -> None:
         """Makes room in the buffer, once the run's position has moved past this batch."""
+        self._lost = {number for number in self._lost if number >= batch.next_group}
         self._ahead.pop(self._position.iteration - 1, None)
         await self.buffer.release(batch.next_group)
 
@@ -92,6 +112,7 @@ class BatchSource:
         for batch in batches:
             batch.cancel()
         await asyncio.gather(*batches, return_exceptions=True)
+        self._lost.clear()
         self.buffer.clear()
 
     async def _collect(self, iteration: int) -> Batch:
@@ -130,6 +151,7 @@ class BatchSource:
         else:
             await self.buffer.put(group)
             return None
+        self._lost.add(task.group_id)
         await self.buffer.drop(task)
         return reason
 

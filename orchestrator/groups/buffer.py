@@ -17,7 +17,7 @@ expected, is dropped, or has been trained on (:meth:`TrajectoryBuffer.release`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from euphonium.config import RunConfig
 from euphonium.wire.records import GroupTask
@@ -86,6 +86,11 @@ class TrajectoryBuffer:
         async with self._room:
             self._groups.pop(task.group_id, None)
             self._room.notify_all()
+
+    async def wait(self, happened: Callable[[], bool]) -> None:
+        """Waits until something has happened that the coming and going of groups brings about."""
+        async with self._room:
+            await self._room.wait_for(happened)
 
     def get(self, group_ids: Iterable[int]) -> list[ScoredGroup]:
         """The finished groups among some, by ascending number."""

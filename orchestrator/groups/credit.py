@@ -17,6 +17,7 @@ from actors.guidance import member_strengths
 from euphonium.config import RunConfig
 from euphonium.dynamics import AdvantageRule, Advantages, GroupRewards, group_advantages
 from euphonium.wire.records import Array, GroupInfo, GroupPayload, OrmAnswer, TrainingGroup
+from learners.policy.batching import dealt
 from orchestrator.report.statistics import rollout_statistics
 
 if TYPE_CHECKING:
@@ -106,13 +107,41 @@ def _interleaved(parts: Sequence[Advantages]) -> Advantages:
     return Advantages(values, tuple(samples), frozenset.intersection(*[part.flat for part in parts]))
 
 
-def training_group(config: RunConfig, info: GroupInfo, result: Advantages) -> TrainingGroup:
-    """The group with advantages for every step, as the learner group takes it."""
-    return TrainingGroup(
-        info=info,
-        advantages=result.values.expand(-1, -1, config.sampler.num_steps).numpy(),
-        samples=np.array(result.samples, dtype=np.int64),
-    )
+def training_groups(
+    config: RunConfig, infos: Sequence[GroupInfo], results: Sequence[Advantages]
+) -> list[TrainingGroup]:
+    """The groups of an iteration with advantages for every step, as the learner group takes them.
+
+    Samples whose advantages are all 0 count in the mean of the loss, and are not computed, unless another term of the
+    objective has a gradient there. An update of which nothing would be left computes one sample, whose gradient is 0:
+    the ranks stay in step, and the optimizer does what it does without a gradient (momentum, weight decay).
+    """
+    groups = [_training_group(config, info, result) for info, result in zip(infos, results, strict=True)]
+    for positions in dealt(len(groups), config.objective.updates_per_iteration):
+        first = positions[0]
+        if not any(len(groups[position].samples) for position in positions):
+            kept = np.array(results[first].samples[:1], dtype=np.int64)
+            groups[first] = replace(groups[first], samples=kept)
+    return groups
+
+
+def beginning(config: RunConfig, groups: Sequence[ScoredGroup]) -> list[TrainingGroup]:
+    """The first groups of an iteration as the learner group takes them, before the others are there.
+
+    With ``advantage.scope: group`` no advantage depends on the groups to come: :func:`assign_credit` gives the same.
+    """
+    infos = [group.info for group in groups]
+    results = advantages(config, infos, [group.scores for group in groups])
+    return [_training_group(config, info, result) for info, result in zip(infos, results, strict=True)]
+
+
+def _training_group(config: RunConfig, info: GroupInfo, result: Advantages) -> TrainingGroup:
+    values = result.values.expand(-1, -1, config.sampler.num_steps).numpy()
+    samples = np.array(result.samples, dtype=np.int64)
+    counted = len(samples)
+    if not config.objective.trains_zero_advantages:
+        samples = samples[values[:, samples].any(axis=(0, 2))]
+    return TrainingGroup(info=info, advantages=values, samples=samples, counted=counted)
 
 
 def assign_credit(config: RunConfig, batch: Batch) -> tuple[list[TrainingGroup], dict[str, float]]:
@@ -123,6 +152,9 @@ def assign_credit(config: RunConfig, batch: Batch) -> tuple[list[TrainingGroup],
     """
     infos, scores = [group.info for group in batch.groups], [group.scores for group in batch.groups]
     results = advantages(config, infos, scores)
-    groups = [training_group(config, info, result) for info, result in zip(infos, results, strict=True)]
-    scoring = {"time/scoring_s": sum(group.scoring_s for group in batch.groups)}
-    return groups, scoring | rollout_statistics(config, infos, scores, results)
+    groups = training_groups(config, infos, results)
+    numbers = {
+        "time/scoring_s": sum(group.scoring_s for group in batch.groups),
+        "advantage/skipped_transitions": float(sum(group.skipped for group in groups)),
+    }
+    return groups, numbers | rollout_statistics(config, infos, scores, results)

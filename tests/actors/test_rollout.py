@@ -134,7 +134,7 @@ def test_rollout_and_learner_agree_on_the_ratio(make_config: MakeConfig, kind: s
     assert info.fingerprint == worker.table().fingerprint()
     assert (payload.gradients is not None) == (kind == "standard")
     assert source.calls == [(0, False), (1, True), (2, True), (3, False)]
-    group = TrainingGroup(info=info, advantages=np.ones((1, 3, 4), dtype=np.float32), samples=np.arange(3))
+    group = TrainingGroup(info=info, advantages=np.ones((1, 3, 4), dtype=np.float32), samples=np.arange(3), counted=3)
     rows = load_rows(MicroBatch(group=0, begin=0, end=group.states, weight=1.0), group, payload, CPU)
     value = evaluate_objective(
         config.objective, worker.table(), lambda x, s, c: worker.family.velocity(worker.transformer, x, s, c), rows

@@ -14,4 +14,4 @@ def training_group(
         rows=payload.rows, process_rewards=None, seconds={}, payload_bytes=payload.nbytes,
     )  # fmt: skip
     chosen = np.arange(len(payload.steps)) if samples is None else samples
-    return TrainingGroup(info=info, advantages=advantages, samples=chosen)
+    return TrainingGroup(info=info, advantages=advantages, samples=chosen, counted=len(chosen))

@@ -36,7 +36,7 @@ class Scripted:
         self.journal = Journal(config, 0)
         self.interruption = Interruption(lambda: None)
         self.steps: list[str] = []
-        self.batches = self.buffer = self.checkpoints = self.process_reward = self
+        self.batches = self.buffer = self.stream = self.checkpoints = self.process_reward = self
 
     def step(self, name: str, number: int) -> None:
         self.steps.append(f"{name} {number}")

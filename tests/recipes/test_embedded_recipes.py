@@ -57,6 +57,7 @@ def assert_penalty_counts_the_distance(run: Any, before: list[torch.Tensor]) -> 
         info=info,
         advantages=np.zeros((1, config.rollout.group_size, config.sampler.num_steps), dtype=np.float32),
         samples=np.arange(config.rollout.group_size),
+        counted=config.rollout.group_size,
     )
     batch = plan_updates([(group.rows, group.states)], 1, 16, 1)[0][0][0]
     rows = load_rows(batch, group, payload, torch.device("cpu"))

@@ -28,7 +28,17 @@ from actors.rollout import RolloutActor
 from euphonium.config import RunConfig, load_config
 from euphonium.errors import LostActorError, TrainingError
 from euphonium.wire.deadlines import get
-from euphonium.wire.records import GroupInfo, GroupPayload, GroupTask, Publish, Readiness, Save, Update, UpdateReport
+from euphonium.wire.records import (
+    Begin,
+    GroupInfo,
+    GroupPayload,
+    GroupTask,
+    Publish,
+    Readiness,
+    Save,
+    Update,
+    UpdateReport,
+)
 from euphonium.wire.roles import Mailbox, OrmServer, RolloutServer, WeightDirectory, named_actor, start_actor
 from euphonium.wire.weights.manifest import WeightManifest, pack
 from orchestrator.learning.link import MAILBOX, STORE
@@ -142,10 +152,16 @@ class StubLearners:
         seconds: that an update takes.
         weight_values: float32 values published besides the weights themselves.
         crashes: iterations in whose update it dies, once each, to start anew from the checkpoint.
+        early_crashes: the same before all groups of the iteration are there.
     """
 
-    def __init__(self, seconds: float, weight_values: int = 0, crashes: set[int] | None = None) -> None:
+    def __init__(
+        self, seconds: float, weight_values: int = 0, crashes: set[int] | None = None,
+        early_crashes: set[int] | None = None,
+    ) -> None:  # fmt: skip
         self.seconds, self.crashes = seconds, crashes if crashes is not None else set()
+        self.early_crashes = early_crashes if early_crashes is not None else set()
+        self.beginnings: list[tuple[int, ...]] = []
         self.padding = torch.zeros(weight_values)
         self.restarts = 0
         self.replaced = False
@@ -189,6 +205,7 @@ class StubLearners:
         attempt = uuid.uuid4().hex
         folder, version = get(mailbox.join.remote(attempt, 1), 60, "join")
         self.weights = np.zeros(SIZE, dtype=np.float32)
+        self.begun: tuple[int, ...] = ()
         if folder is not None:
             self.weights = np.array(json.loads((Path(folder) / "weights.json").read_text()), dtype=np.float32)
         self._publish(version, "policy")
@@ -199,11 +216,13 @@ class StubLearners:
             metrics = {"time/learner_wait_s": time.perf_counter() - began}
             metrics |= {"time/publish_s": 0.0, "policy/ratio_deviation": 0.0, "policy/grad_norm": 0.0}
             assert order.version == version + isinstance(order, Update), (order, version)
+            if isinstance(order, Begin):
+                metrics["time/update_s"] = self._begin(order)
             if isinstance(order, Update):
-                self._train(order)
+                metrics["time/update_s"] = self._train(order)
                 version = order.version
-                metrics |= {"time/update_s": self.seconds, "policy/loss": float(self.weights.mean())}
-            if not isinstance(order, Save):
+                metrics["policy/loss"] = float(self.weights.mean())
+            if not isinstance(order, Save | Begin):
                 published = time.perf_counter()
                 self._publish(version, "policy")
                 metrics["time/publish_s"] = time.perf_counter() - published
@@ -217,14 +236,34 @@ class StubLearners:
             if order.stop:
                 return
 
-    def _train(self, order: Update) -> None:
-        payloads = get(list(order.payloads), 60, "groups")
-        time.sleep(self.seconds)
+    def _begin(self, order: Begin) -> float:
+        """Trains on the first groups, beside the weights; returns the seconds that it took."""
+        if order.version + 1 in self.early_crashes:
+            self.early_crashes.remove(order.version + 1)
+            raise LostActorError("crashed early")
+        seconds = self._go_on(order, self.seconds / order.expected)
+        self.beginnings.append(self.begun)
+        return seconds
+
+    def _train(self, order: Update) -> float:
         if order.version in self.crashes:
             self.crashes.remove(order.version)
             raise LostActorError("crashed")
+        seconds = self._go_on(order, self.seconds / len(order.groups))
+        self.weights, self.begun = self.ahead, ()
+        return seconds
+
+    def _go_on(self, order: Begin | Update, each: float) -> float:
+        """Trains on those of an order's groups that it has not trained on yet."""
+        ordinals = tuple(group.info.task.group_id for group in order.groups)
+        if not self.begun or ordinals[: len(self.begun)] != self.begun:
+            self.begun, self.ahead = (), self.weights
+        payloads = get(list(order.payloads[len(self.begun) :]), 60, "groups")
+        time.sleep(each * len(payloads))
         for payload in payloads:
-            self.weights = 0.9 * self.weights + 0.1 * payload.states[payload.rows[:, 0], :SIZE].mean(0)
+            self.ahead = 0.9 * self.ahead + 0.1 * payload.states[payload.rows[:, 0], :SIZE].mean(0)
+        self.begun = ordinals
+        return each * len(payloads)
 
     def _publish(self, version: int, kind: str) -> None:
         for _ in range(20):
@@ -245,6 +284,7 @@ class StubRun(Run):
     rollout_s, score_s, update_s, start_s = 0.05, 0.0, 0.05, 0.0
     values, weight_values = 64, 0
     crashes: set[int] = set()  # noqa: RUF012
+    early_crashes: set[int] = set()  # noqa: RUF012
 
     def __init__(self, config: RunConfig, namespace: str, resume: Checkpoint | None) -> None:
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -262,7 +302,7 @@ class StubRun(Run):
 
     @override
     def learner_group(self) -> Any:
-        return StubLearners(self.update_s, self.weight_values, self.crashes)
+        return StubLearners(self.update_s, self.weight_values, set(self.crashes), set(self.early_crashes))
 
     @override
     def export(self) -> None:

@@ -33,7 +33,7 @@ def drawn(worker: RolloutWorker, config: RunConfig, iteration: int) -> tuple[lis
         payloads.append(pickle.loads(pickle.dumps(payload, protocol=5)))
         size = config.rollout.group_size
         advantages = rng.standard_normal((1, size, config.sampler.num_steps)).astype(np.float32)
-        groups.append(TrainingGroup(info=info, advantages=advantages, samples=np.arange(size)))
+        groups.append(TrainingGroup(info=info, advantages=advantages, samples=np.arange(size), counted=size))
     return groups, payloads
 
 

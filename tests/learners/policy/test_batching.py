@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from euphonium.wire.records import GroupPayload
-from learners.policy.batching import MicroBatch, load_rows, plan_updates
+from learners.policy.batching import MicroBatch, dealt, load_rows, plan_beginning, plan_updates
 from learners.policy.objective import Transitions
 from tests.learners.groups import training_group
 
@@ -18,10 +18,6 @@ from tests.learners.groups import training_group
 def test_every_row_is_trained_once_and_ranks_stay_in_step(rows: list[int], updates: int, size: int, world: int) -> None:
     plan = plan_updates([(n, n) for n in rows], updates, size, world)
     assert len(plan) == min(updates, len(rows))
-    for shares in plan:
-        # Two ranks have at most one group in common, or a group is shared by all ranks between them.
-        trained = [{batch.group for batch in share if batch.weight > 0} for share in shares]
-        assert sum(map(len, trained)) <= len(set.union(*trained)) + world - 1
     seen: list[tuple[int, int]] = []
     for shares in plan:
         assert len({len(share) for share in shares}) == 1
@@ -33,6 +29,40 @@ def test_every_row_is_trained_once_and_ranks_stay_in_step(rows: list[int], updat
             np.testing.assert_allclose(batch.weight * count / world, 1.0)
             seen += [(batch.group, row) for row in range(batch.begin, batch.end)]
     assert sorted(seen) == [(group, row) for group, n in enumerate(rows) for row in range(n)]
+
+
+@given(
+    states=st.lists(st.integers(0, 12), min_size=1, max_size=7),
+    lost=st.integers(0, 2),
+    updates=st.integers(1, 3),
+    size=st.integers(1, 5),
+    world=st.integers(1, 4),
+    data=st.data(),
+)
+def test_what_can_begin_is_what_the_whole_plan_begins_with(
+    states: list[int], lost: int, updates: int, size: int, world: int, data: st.DataObject
+) -> None:
+    states[0] = max(1, states[0])
+    sizes = [(12, n) for n in states]
+    for update in dealt(len(sizes), updates):
+        # As an update of which nothing would be left keeps a sample.
+        if not any(states[g] for g in update):
+            sizes[update[0]] = (12, 1)
+    there = data.draw(st.integers(1, len(sizes)))
+    whole = plan_updates(sizes, updates, size, world)[0]
+    begun = plan_beginning(sizes[:there], len(sizes), updates, size, world)
+    assert len(begun) == world
+    for first, share in zip(begun, whole, strict=True):
+        assert first == share[: len(first)]
+        assert len(first) < len(share), "one micro-batch of each rank is left, to move the weights"
+    if lost and any(begun):
+        assert plan_beginning(sizes[:there], len(sizes) + lost * updates, updates, size, world) != begun
+
+
+def test_a_rank_may_begin_as_soon_as_every_rank_has_a_micro_batch_and_one_is_left() -> None:
+    sizes = [(4, 4)] * 3
+    assert [len(plan_beginning(sizes[:n], 3, 1, 2, 2)[0]) for n in (1, 2, 3)] == [0, 1, 2]
+    assert plan_beginning([(4, 0)], 3, 1, 2, 2) == [[], []], "nothing of a group without advantages is computed"
 
 
 def test_rows_are_cut_sample_by_sample_with_their_own_advantages() -> None:

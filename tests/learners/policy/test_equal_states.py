@@ -187,7 +187,7 @@ def test_a_real_group_is_the_same_with_its_states_apart(make_config: Callable[..
     )
     group = TrainingGroup(
         info=info, advantages=np.ones((1, len(latents), config.sampler.num_steps), np.float32),
-        samples=np.arange(len(latents)),
+        samples=np.arange(len(latents)), counted=len(latents),
     )  # fmt: skip
     (((batch,),),) = plan_updates([(group.rows, group.states)], 1, 100, 1)
     rows = load_rows(batch, group, payload, CPU)

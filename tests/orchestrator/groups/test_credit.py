@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from euphonium.config import RunConfig
-from orchestrator.groups.credit import Batch, assign_credit
+from orchestrator.groups.credit import Batch, ScoredGroup, assign_credit, beginning
 from orchestrator.report.metrics import find_metric
 from tests.orchestrator.groups.scored import process_of, scored, scores_of
 
@@ -68,6 +68,77 @@ def test_the_samples_to_train_on_travel_with_the_group(make_config: MakeConfig) 
     assert group.samples.dtype == np.int64
     assert group.advantages.shape[1] == 3, "advantages stay those of all samples"
     assert group.rows == 2 * group.info.transitions
+
+
+def flat(config: RunConfig, group_id: int, *samples: int) -> ScoredGroup:
+    """A group in which these samples get the mean of the others, or all the same if there are no others."""
+    group = scored(config, group_id)
+    others = [i for i in range(config.rollout.group_size) if i not in samples]
+    for values in group.scores.values():
+        values[list(samples)] = values[others].mean() if others else 1.0
+    return group
+
+
+OUTCOME = ("advantage.mode=outcome", "sampler.guidance=null", "rewards.process=null")
+
+
+def test_samples_without_an_advantage_count_in_the_mean_and_are_not_computed(make_config: MakeConfig) -> None:
+    config = make_config(*OUTCOME)
+    two = make_config(*OUTCOME, "objective.updates_per_iteration=2")
+    batch = Batch([scored(config, 0), flat(config, 1, 0, 1, 2)], 0, 2, 1.0)
+    groups, numbers = assign_credit(config, batch)
+    assert [group.samples.tolist() for group in groups] == [[0, 1, 2], []]
+    assert [(group.rows, group.states, group.skipped) for group in groups] == [(6, 6, 0), (6, 0, 6)]
+    assert numbers["advantage/skipped_transitions"] == 6
+    # The other update would have no group at all.
+    groups, numbers = assign_credit(two, batch)
+    assert [group.samples.tolist() for group in groups] == [[0, 1, 2], [0]]
+    assert numbers["advantage/skipped_transitions"] == 4
+
+
+def test_a_batch_without_any_advantage_keeps_one_sample(make_config: MakeConfig) -> None:
+    config = make_config(*OUTCOME)
+    groups, _ = assign_credit(config, Batch([flat(config, i, 0, 1, 2) for i in (0, 1)], 0, 2, 1.0))
+    assert [group.samples.tolist() for group in groups] == [[0], []]
+    assert sum(group.rows for group in groups) == 12
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["objective.kl={anchor: fixed}", "objective.imitate_guidance=0.1", "objective.kl={anchor: fixed, weight: 0}"],
+)
+def test_what_has_another_gradient_is_computed(make_config: MakeConfig, override: str) -> None:
+    config = make_config("advantage.mode=outcome", override)
+    groups, numbers = assign_credit(config, Batch([scored(config, 0), flat(config, 1, 0, 1, 2)], 0, 2, 1.0))
+    skipped = 6 * ("weight: 0" in override)
+    assert numbers["advantage/skipped_transitions"] == skipped
+    assert len(groups[1].samples) == 3 * (not skipped)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("advantage.best_of=1",),
+        ("rollout.group_size=4", "advantage.baseline=strength", "sampler.guidance.strengths=[0, 1]"),
+    ],
+)
+def test_the_first_groups_get_the_advantages_that_they_get_in_the_whole_batch(
+    make_config: MakeConfig, overrides: tuple[str, ...]
+) -> None:
+    config = make_config("advantage.mode=outcome", *overrides)
+    if config.rollout.group_size == 4:
+        batch = Batch([dataclasses.replace(scored(config, i)) for i in range(3)], 0, 3, 1.0)
+        for group in batch.groups:
+            rows = np.arange(8).reshape(4, 2)
+            object.__setattr__(group, "info", dataclasses.replace(group.info, rows=rows))
+    else:
+        batch = Batch([scored(config, 0), flat(config, 1, 0, 1, 2), scored(config, 2)], 0, 3, 1.0)
+    whole, _ = assign_credit(config, batch)
+    for count in (1, 2, 3):
+        for first, group in zip(beginning(config, batch.groups[:count]), whole, strict=False):
+            np.testing.assert_array_equal(first.advantages, group.advantages)
+            np.testing.assert_array_equal(first.samples, group.samples)
+            assert first.counted == group.counted
 
 
 def test_numbers_of_the_batch_are_declared_metrics(make_config: MakeConfig) -> None:
