@@ -146,7 +146,7 @@ class Journal:
         self.tracker.close()
 
     def _write(self, numbers: Mapping[str, float]) -> None:
-        self.tracker.record(numbers)
+        self.tracker.record({**numbers, "recorded_at": time.time()})
         self.last = self.progress.iteration(numbers)
 
     def _advice(self, numbers: Mapping[str, float]) -> str | None:

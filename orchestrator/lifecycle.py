@@ -13,6 +13,7 @@ from orchestrator.algorithm import train
 from orchestrator.learning.link import LearnerRestartedError
 from orchestrator.learning.placement import placement_groups, wait_placed
 from orchestrator.pools.ray_session import name_is_free
+from orchestrator.report.discovery import sign_off
 from orchestrator.run import JOIN_TIMEOUT_S, Run
 from orchestrator.state.interruption import StopRequestedError
 
@@ -32,8 +33,10 @@ async def execute(run: Run) -> None:
             await _evaluate_at_last(run)
         await train(run)
         await _finish(run)
+        sign_off(run.config)
     except StopRequestedError:
         await _save_and_stop(run)
+        sign_off(run.config)
     finally:
         run.desk.close()
         run.pools.stop()

@@ -20,7 +20,9 @@ import typer
 from euphonium.errors import ConfigError, EuphoniumError
 from euphonium.text_files import quoted, shown
 from orchestrator.commands.arguments import file_argument, prompt_argument
+from orchestrator.commands.doctor import doctor
 from orchestrator.commands.preprocess import preprocess
+from orchestrator.commands.submit import submit
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -246,6 +248,8 @@ def _given(**options: int | None) -> dict[str, int]:
 
 
 app.command()(preprocess)
+app.command()(submit)
+app.command()(doctor)
 
 
 @app.command("train-prm")

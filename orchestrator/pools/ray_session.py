@@ -141,6 +141,11 @@ def _clusters_here() -> list[str]:
     return sorted({word.removeprefix(flag) for word in words if word.startswith(flag)})
 
 
+def asks_for_token(address: str) -> bool:
+    """Whether the cluster at an address lets in only those who send its token."""
+    return _asked(address) == "asks for a token"
+
+
 def _send_token() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 

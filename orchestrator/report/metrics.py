@@ -37,6 +37,7 @@ class Metric:
 METRICS = (
     Metric("iteration", "iteration", "Iterations done."),
     Metric("policy_version", "policy_version", "Version of the published policy: the iteration that made it."),
+    Metric("recorded_at", "recorded_timestamp_seconds", "When this was recorded, in seconds since 1970 (UTC)."),
     Metric("reward/*/mean", "reward_mean", "Mean outcome reward of the iteration's samples."),
     Metric("reward/*/std", "reward_std", "Standard deviation of the reward over the iteration's samples."),
     Metric("reward/*/group_std", "reward_group_std", "Mean spread within a group: what there is to learn from."),

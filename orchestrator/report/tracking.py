@@ -11,6 +11,7 @@ from typing import Any
 
 from euphonium.config import RunConfig
 from euphonium.errors import PreflightError
+from orchestrator.report.discovery import announce
 from orchestrator.report.metrics import PrometheusEndpoint, find_metric
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Tracker:
         if config.metrics.prometheus_port is not None:
             rewards = [reward.name for reward in config.rewards.outcome]
             self.endpoint = _endpoint(config, config.metrics.prometheus_port, rewards)
+            announce(config, self.endpoint.address)
 
     def record(self, values: Mapping[str, float]) -> None:
         """Writes the metrics of an iteration; every key must be declared in ``orchestrator/report/metrics.py``."""

@@ -1,0 +1,1 @@
+"""What is made for the platform that a run works on: dashboard, alert rules, cluster manifests, checks of the nodes."""
