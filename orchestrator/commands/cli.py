@@ -21,6 +21,7 @@ from euphonium.errors import ConfigError, EuphoniumError
 from euphonium.text_files import quoted, shown
 from orchestrator.commands.arguments import file_argument, prompt_argument
 from orchestrator.commands.preprocess import preprocess
+from orchestrator.commands.report import report, watch
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -246,6 +247,8 @@ def _given(**options: int | None) -> dict[str, int]:
 
 
 app.command()(preprocess)
+app.command()(report)
+app.command()(watch)
 
 
 @app.command("train-prm")
