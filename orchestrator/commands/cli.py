@@ -23,6 +23,7 @@ from orchestrator.commands.arguments import file_argument, prompt_argument
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.preprocess import preprocess
 from orchestrator.commands.submit import submit
+from orchestrator.commands.report import report, watch
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -250,6 +251,8 @@ def _given(**options: int | None) -> dict[str, int]:
 app.command()(preprocess)
 app.command()(submit)
 app.command()(doctor)
+app.command()(report)
+app.command()(watch)
 
 
 @app.command("train-prm")

@@ -22,7 +22,7 @@ from euphonium.generators.sample_size import SampleSize, read_sample_size
 from euphonium.rewards.total import total_weight, weighted_total
 from euphonium.wire.devices import local_device
 from euphonium.wire.records import Array
-from orchestrator.commands.launch import RESOLVED
+from orchestrator.report.recorded import RESOLVED
 from orchestrator.state.checkpoints import CONFIG, Checkpoint, CheckpointStore, verify
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from euphonium.config.foreign import ineffective_variables
 from euphonium.errors import CheckpointError, ConfigError
 from euphonium.files import written_aside
 from euphonium.locks import refuse_unwritable
+from orchestrator.report.recorded import RESOLVED
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
 from orchestrator.state.checkpoints import Checkpoint, CheckpointStore, verify
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from euphonium.generators.generator import Generator
 
 log = logging.getLogger(__name__)
-
-RESOLVED = "config.resolved.yaml"
 
 
 def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, Any]:

@@ -13,10 +13,11 @@ import yaml
 
 from euphonium.config import RunConfig, dump_config, load_config
 from euphonium.errors import CheckpointError, ConfigError, PreflightError
-from orchestrator.commands.launch import RESOLVED, plan_start, preflight, prepare_run_dir
+from orchestrator.commands.launch import plan_start, preflight, prepare_run_dir
 from orchestrator.commands.planning import settle_run
 from orchestrator.commands.train import train_policy
 from orchestrator.pools.ray_session import connect_ray, join_ray
+from orchestrator.report.recorded import RESOLVED
 from orchestrator.report.tracking import METRICS_FILE, Tracker
 from orchestrator.state.checkpoints import CheckpointStore, RunState
 
