@@ -13,13 +13,16 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from euphonium.errors import ConfigError, EuphoniumError
 from euphonium.text_files import quoted, shown
-from orchestrator.commands.arguments import file_argument, prompt_argument
+from orchestrator.commands.arguments import file_argument
+from orchestrator.commands.compare import compare, tally
+from orchestrator.commands.evaluate import evaluate
+from orchestrator.commands.generate import generate
 from orchestrator.commands.preprocess import preprocess
 
 if TYPE_CHECKING:
@@ -42,23 +45,12 @@ app = typer.Typer(
 _UsageError: Any = typer.BadParameter.__base__
 
 
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initial noise.")]
 Recipe = Annotated[
     Path,
     typer.Argument(
         parser=file_argument, metavar="RECIPE", help="YAML recipe, for example recipes/embedded/euphonium.yaml."
     ),
 ]
-ProtocolOption = Annotated[
-    Literal["implicit", "inference_rgg", "distilled"] | None,
-    typer.Option(
-        help="Keep the reward gradient (inference_rgg), or sample the policy alone (distilled or implicit, whichever "
-        "the run was trained for). Default: alone."
-    ),
-]
-HeightOption = Annotated[int | None, typer.Option(help="Of the clips, in pixels; default: the run's.")]
-WidthOption = Annotated[int | None, typer.Option(help="Of the clips, in pixels; default: the run's.")]
-FramesOption = Annotated[int | None, typer.Option(help="Of a clip; default: the run's.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's: a.b=c.")
 ]
@@ -182,70 +174,8 @@ def plan(
     print_plan(recipe, overrides or [], sizes, assume or [], as_json=as_json, say=say)
 
 
-@app.command()
-def generate(
-    model: Annotated[
-        Path,
-        typer.Argument(parser=file_argument, metavar="MODEL", help="Exported pipeline, checkpoint, or run folder."),
-    ],
-    prompt: Annotated[
-        list[str],
-        typer.Option("--prompt", "-p", parser=prompt_argument, help="What to draw; may be given several times."),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", parser=file_argument, metavar="FOLDER", help="Folder for the clips.")
-    ] = Path("generated"),
-    seed: Seed = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="ODE steps; default: that of evaluation.num_steps.")
-    ] = None,
-    protocol: ProtocolOption = None,
-    height: HeightOption = None,
-    width: WidthOption = None,
-    frames: FramesOption = None,
-) -> None:
-    """Draw clips from a trained model and save them as GIFs with a contact sheet."""
-    from euphonium.config import EvaluationConfig
-    from euphonium.locks import writing_alone
-
-    steps = EvaluationConfig().num_steps if steps is None else steps
-    with writing_alone([(output, "--output")]):
-        from orchestrator.commands.inference import Drawing, generate_clips
-
-        size = _given(height=height, width=width, frames=frames)
-        drawing = Drawing(seed=seed, steps=steps, protocol=protocol, size=size)
-        for path in generate_clips(model, prompt, output, drawing):
-            say(str(path))
-
-
-@app.command()
-def evaluate(
-    model: Annotated[Path, typer.Argument(parser=file_argument, metavar="MODEL", help="Checkpoint or run folder.")],
-    base: Annotated[bool, typer.Option("--base", help="Evaluate the generator before training instead.")] = False,
-    prompts: Annotated[int | None, typer.Option(min=1, help="Held-out prompts; default: the run's.")] = None,
-    samples_per_prompt: Annotated[int | None, typer.Option(min=1, help="Samples a prompt; default: the run's.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the noise; default: the run's.")] = None,
-    protocol: ProtocolOption = None,
-    height: HeightOption = None,
-    width: WidthOption = None,
-    frames: FramesOption = None,
-) -> None:
-    """Score a checkpoint on held-out prompts: ODE samples and outcome rewards."""
-    import json
-
-    from orchestrator.commands.inference import evaluate_model
-
-    changes = _given(prompts=prompts, samples_per_prompt=samples_per_prompt, seed=seed)
-    size = _given(height=height, width=width, frames=frames)
-    say(json.dumps(evaluate_model(model, base=base, changes=changes, size=size, protocol=protocol), indent=2))
-
-
-def _given(**options: int | None) -> dict[str, int]:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-app.command()(preprocess)
+for command in (preprocess, generate, evaluate, compare, tally):
+    app.command()(command)
 
 
 @app.command("train-prm")
@@ -287,8 +217,8 @@ def export(
     from euphonium.locks import writing_alone
 
     with writing_alone([(output, "OUTPUT")]):
-        from orchestrator.commands.inference import open_checkpoint
         from orchestrator.export_policy import export_adapter, export_checkpoint
+        from orchestrator.generation.policies import open_checkpoint
 
         checkpoint, config = open_checkpoint(model)
         write = export_adapter if adapter else export_checkpoint

@@ -18,7 +18,7 @@ from euphonium.errors import CheckpointError, ConfigError
 from euphonium.files import written_aside
 from euphonium.locks import refuse_unwritable
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
-from orchestrator.state.checkpoints import Checkpoint, CheckpointStore, verify
+from orchestrator.state.checkpoints import RESOLVED, Checkpoint, CheckpointStore, verify
 
 if TYPE_CHECKING:
     from euphonium.dynamics import StepTable
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from euphonium.generators.generator import Generator
 
 log = logging.getLogger(__name__)
-
-RESOLVED = "config.resolved.yaml"
 
 
 def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, Any]:

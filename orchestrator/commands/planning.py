@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from euphonium.config import OrmConfig, PrmConfig, RunConfig, dump_config, load_any_config
 from euphonium.errors import ConfigError
 from euphonium.files import written_aside
-from orchestrator.commands.launch import RESOLVED
 from orchestrator.groups.prompts import read_prompts
 from orchestrator.plan.choice import as_recorded, choose
 from orchestrator.plan.hardware import Hardware
@@ -19,6 +18,7 @@ from orchestrator.plan.plan import Plan, blocks_of_prm, make_plan
 from orchestrator.plan.reward_choice import choose_drawn
 from orchestrator.plan.reward_plan import RewardPlan, plan_orm, plan_prm, reward_summary, reward_table
 from orchestrator.plan.table import assumptions, summary, table
+from orchestrator.state.checkpoints import RESOLVED
 
 if TYPE_CHECKING:
     from orchestrator.state.checkpoints import Checkpoint
