@@ -17,8 +17,8 @@ from euphonium.text_files import file_beside, parse_json, read_lines
 MAX_CHARACTERS = 4000
 ENDINGS = (".txt", ".jsonl", ".json")
 # What an entry of a .json file calls its text, the first of these that it has: those of DanceGRPO's
-# ``videos2caption.json``, after preprocessing and before, and that of a .jsonl file.
-TEXTS = ("caption", "cap", "prompt")
+# ``videos2caption.json``, after preprocessing and before, that of a .jsonl file, and that of ``VBench_full_info.json``.
+TEXTS = ("caption", "cap", "prompt", "prompt_en")
 
 
 class DescribedPrompt(str):

@@ -48,8 +48,13 @@ def evaluation_set(config: RunConfig) -> tuple[list[str], list[int]]:
         )
     chosen = spread(held_out, config.evaluation.prompts)
     prompts = [prompt for prompt in chosen for _ in range(config.evaluation.samples_per_prompt)]
-    states = np.random.SeedSequence([config.evaluation.seed, 2]).generate_state(len(prompts), np.uint64)
-    return prompts, [int(state >> np.uint64(1)) for state in states]
+    return prompts, sample_seeds(config.evaluation.seed, len(prompts))
+
+
+def sample_seeds(seed: int, count: int) -> list[int]:
+    """Seeds of the noise of so many samples, those of a seed always the same."""
+    states = np.random.SeedSequence([seed, 2]).generate_state(count, np.uint64)
+    return [int(state >> np.uint64(1)) for state in states]
 
 
 def evaluation_metrics(scores: Mapping[str, Array], rewards: Sequence[OutcomeRewardConfig]) -> dict[str, float]:

@@ -12,8 +12,9 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from euphonium.errors import ConfigError
@@ -70,8 +71,12 @@ def check_components(
     return networks
 
 
-def load_pipeline(folder: Path) -> Any:
+def load_pipeline(folder: Path, dtype: Literal["float32", "bfloat16"] | None = None) -> Any:
     """The diffusers pipeline in a folder, after a check of all of its components.
+
+    Args:
+        folder: the folder.
+        dtype: type of its weights; None takes diffusers' choice.
 
     Raises:
         ConfigError: a component is missing, damaged or does not fit, or they make no pipeline together.
@@ -86,7 +91,7 @@ def load_pipeline(folder: Path) -> Any:
             raise ValueError(f"it names the class {name!r}, which is no pipeline of diffusers")
     check_components(pipeline, unopened=())
     with quiet(), _blaming(folder, "model_index.json"):
-        return diffusers.DiffusionPipeline.from_pretrained(folder)
+        return diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype and getattr(torch, dtype))
 
 
 def component_classes(pipeline: PipelineFolder) -> dict[str, Loadable]:

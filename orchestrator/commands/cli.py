@@ -13,17 +13,20 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from euphonium.errors import ConfigError, EuphoniumError
 from euphonium.text_files import quoted, shown
 from orchestrator.commands.arguments import file_argument, prompt_argument
+from orchestrator.commands.compare import compare, tally
 from orchestrator.commands.doctor import doctor
+from orchestrator.commands.evaluate import evaluate
+from orchestrator.commands.generate import generate
 from orchestrator.commands.preprocess import preprocess
-from orchestrator.commands.submit import submit
 from orchestrator.commands.report import report, watch
+from orchestrator.commands.submit import submit
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -45,23 +48,12 @@ app = typer.Typer(
 _UsageError: Any = typer.BadParameter.__base__
 
 
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the initial noise.")]
 Recipe = Annotated[
     Path,
     typer.Argument(
         parser=file_argument, metavar="RECIPE", help="YAML recipe, for example recipes/embedded/euphonium.yaml."
     ),
 ]
-ProtocolOption = Annotated[
-    Literal["implicit", "inference_rgg", "distilled"] | None,
-    typer.Option(
-        help="Keep the reward gradient (inference_rgg), or sample the policy alone (distilled or implicit, whichever "
-        "the run was trained for). Default: alone."
-    ),
-]
-HeightOption = Annotated[int | None, typer.Option(help="Of the clips, in pixels; default: the run's.")]
-WidthOption = Annotated[int | None, typer.Option(help="Of the clips, in pixels; default: the run's.")]
-FramesOption = Annotated[int | None, typer.Option(help="Of a clip; default: the run's.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's: a.b=c.")
 ]
@@ -253,6 +245,8 @@ app.command()(submit)
 app.command()(doctor)
 app.command()(report)
 app.command()(watch)
+for command in (preprocess, generate, evaluate, compare, tally):
+    app.command()(command)
 
 
 @app.command("train-prm")
@@ -294,8 +288,8 @@ def export(
     from euphonium.locks import writing_alone
 
     with writing_alone([(output, "OUTPUT")]):
-        from orchestrator.commands.inference import open_checkpoint
         from orchestrator.export_policy import export_adapter, export_checkpoint
+        from orchestrator.generation.policies import open_checkpoint
 
         checkpoint, config = open_checkpoint(model)
         write = export_adapter if adapter else export_checkpoint

@@ -17,9 +17,8 @@ from euphonium.config.foreign import ineffective_variables
 from euphonium.errors import CheckpointError, ConfigError
 from euphonium.files import written_aside
 from euphonium.locks import refuse_unwritable
-from orchestrator.report.recorded import RESOLVED
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
-from orchestrator.state.checkpoints import Checkpoint, CheckpointStore, verify
+from orchestrator.state.checkpoints import RESOLVED, Checkpoint, CheckpointStore, verify
 
 if TYPE_CHECKING:
     from euphonium.dynamics import StepTable

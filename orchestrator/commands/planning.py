@@ -18,7 +18,7 @@ from orchestrator.plan.plan import Plan, blocks_of_prm, make_plan
 from orchestrator.plan.reward_choice import choose_drawn
 from orchestrator.plan.reward_plan import RewardPlan, plan_orm, plan_prm, reward_summary, reward_table
 from orchestrator.plan.table import assumptions, summary, table
-from orchestrator.report.recorded import RESOLVED
+from orchestrator.state.checkpoints import RESOLVED
 
 if TYPE_CHECKING:
     from orchestrator.state.checkpoints import Checkpoint

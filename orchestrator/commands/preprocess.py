@@ -8,7 +8,6 @@ keeps the index. A killed command leaves whole shards, which the next one finds.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,6 +17,7 @@ import typer
 from euphonium.errors import PreflightError
 from euphonium.locks import writing_alone
 from orchestrator.commands.arguments import file_argument, negative_prompt_argument
+from orchestrator.generation.tasks import Progress, in_tasks
 
 if TYPE_CHECKING:
     from euphonium.config import ModelConfig
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from euphonium.generators.prompt_store import Fingerprint, Shard
 
 FIELD = "--output"
-SAY_EVERY_S = 15.0
-POLL_S = 1.0
 # Encoding depends neither on a sample's size nor on guidance; this size suits all pipelines.
 SIDE = 512
 
@@ -184,13 +182,11 @@ def finish_store(work: Encoding, workers: int, say: Callable[[str], None]) -> No
         if file.suffix in (".tmp", ".safetensors") and file.name not in whole:
             file.unlink()
     write_index(work.store, work.fingerprint, work.finished)
-    began = said = time.monotonic()
     total = sum(map(len, work.shards))
+    progress = Progress(total, "prompts encoded", "no shard is finished", say)
     for done in _in_tasks(work, min(workers, len(work.shards))) if workers and work.shards else _here(work):
-        if time.monotonic() - said > SAY_EVERY_S:
-            said = time.monotonic()
+        if progress.at(done):
             write_index(work.store, work.fingerprint, finished_shards(work.store, work.fingerprint, FIELD))
-            say(_progress(done, total, said - began))
     shards = finished_shards(work.store, work.fingerprint, FIELD)
     write_index(work.store, work.fingerprint, shards)
     held = {prompt for shard in shards for prompt in shard.prompts}
@@ -202,13 +198,6 @@ def finish_store(work: Encoding, workers: int, say: Callable[[str], None]) -> No
         )
     say(f"{work.store}: {len(held)} prompts in {len(shards)} shards, "
         f"{sum(shard.nbytes for shard in shards) / 1e6:.1f} MB; name it in prompts.embeddings")  # fmt: skip
-
-
-def _progress(done: int, total: int, seconds: float) -> str:
-    if not done:
-        return f"no shard is finished after {seconds:.0f} s: encoders are loaded, or tasks wait for their resources"
-    left = (total - done) / done * seconds
-    return f"{done} of {total} prompts encoded, {done / seconds:.1f} a second, {left / 60:.1f} min left"
 
 
 def encode_shards(work: Encoding, share: Sequence[Sequence[str]]) -> Iterator[int]:
@@ -247,28 +236,12 @@ def _here(work: Encoding) -> Iterator[int]:
 
 def _in_tasks(work: Encoding, workers: int) -> Iterator[int]:
     """Has Ray tasks encode the shards; yields the number of prompts that are done, again and again."""
-    import ray
-
     from euphonium.generators.prompt_store import shard_name
-    from euphonium.wire.deadlines import get
-    from euphonium.wire.roles import remote_task
-    from orchestrator.pools.ray_session import connect_ray
 
-    joined = ray.is_initialized()
-    if not joined:
-        connect_ray("euphonium-preprocess", verbose=False)
-    try:
-        # Tasks whose machine dies are tried again, and leave out what is written.
-        encode = remote_task(encode_share, {"num_cpus": 1, "num_gpus": work.gpus, "max_retries": 3})
-        waiting = [encode(work, work.shards[i::workers]) for i in range(workers)]
-        sizes = {shard_name(work.fingerprint, prompts): len(prompts) for prompts in work.shards}
-        while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-            get(ready, None, "the encoding of prompts")
-            yield sum(size for name, size in sizes.items() if (work.store / name).exists())
-    finally:
-        if not joined:
-            ray.shutdown()
+    sizes = {shard_name(work.fingerprint, prompts): len(prompts) for prompts in work.shards}
+    shares = [work.shards[i::workers] for i in range(workers)]
+    for _ in in_tasks(encode_share, work, shares, {"num_gpus": work.gpus}, "preprocess"):
+        yield sum(size for name, size in sizes.items() if (work.store / name).exists())
 
 
 def encode_share(work: Encoding, share: Sequence[Sequence[str]]) -> None:

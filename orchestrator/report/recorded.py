@@ -12,8 +12,8 @@ from euphonium.config.yaml_files import parse_yaml
 from euphonium.errors import ConfigError
 from euphonium.text_files import read_text, shown
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
+from orchestrator.state.checkpoints import RESOLVED
 
-RESOLVED = "config.resolved.yaml"
 SAMPLES = "samples"
 
 Record = Mapping[str, float]

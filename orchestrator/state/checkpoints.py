@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 FORMAT = 4
 STATE = "state.json"
 CONFIG = "config.yaml"
+# The recipe in the run's own folder, as its last start resolved it.
+RESOLVED = "config.resolved.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from euphonium.config import RunConfig
 from euphonium.errors import CheckpointError, ConfigError
 from euphonium.rewards.process import LocalRewards, ProcessRewardModel
 from learners.policy.checkpoint import POLICY_FILE
-from orchestrator.commands.inference import inference_guidance
 from orchestrator.export_policy import export_adapter, export_checkpoint
+from orchestrator.generation.policies import inference_guidance
 
 CPU = torch.device("cpu")
 PROMPTS, SEEDS = ["a red car moving left on a white background", "a blue fish moving up on a gray background"], [5, 6]
@@ -97,4 +97,4 @@ def test_guidance_that_cannot_be_kept_is_refused(tiny_recipe_file: Callable[...,
     with pytest.raises(ConfigError, match="not guided"):
         inference_guidance(tiny_recipe_file(tmp_path, "sampler.guidance=null"))
     with pytest.raises(ConfigError, match="guidance by beta"):
-        inference_guidance(tiny_recipe_file(tmp_path, "sampler.guidance={beta: 0.5}"))
+        inference_guidance(tiny_recipe_file(tmp_path, "sampler.law=flow_grpo", "sampler.guidance={beta: 0.5}"))

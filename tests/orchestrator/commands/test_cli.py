@@ -16,7 +16,7 @@ from orchestrator.commands.cli import run_command
         (["generate", "run", "-p", "a", "--seed", "-1"], "'--seed'"),
         (["generate", "run", "-p", " "], "--prompt ' ': a prompt is a text"),
         (["generate", "run", "-p", "a\udcff"], "--prompt 'a\\udcff'"),
-        (["generate", "run"], "Missing option '--prompt'"),
+        (["generate", "run"], "there is nothing to draw: give --prompt or --prompt-file"),
         (["evaluate", "run", "--samples-per-prompt", "0"], "'--samples-per-prompt'"),
         (["export", "run", "~nobody-of-this-name/x"], "no home folder"),
         (["export", "run", "x" * 300], "too long"),
@@ -77,6 +77,6 @@ def test_an_error_of_the_file_system_names_its_path(
     def refuse(path: object, **_: object) -> None:
         raise PermissionError(13, os.strerror(13), str(path))
 
-    monkeypatch.setattr("orchestrator.commands.inference.open_checkpoint", refuse)
+    monkeypatch.setattr("orchestrator.generation.policies.open_checkpoint", refuse)
     assert run_command(["evaluate", str(tmp_path)]) == 1
     assert capfd.readouterr().err == f"error: {tmp_path}: Permission denied; see to the path\n"

@@ -17,9 +17,8 @@ from orchestrator.commands.launch import plan_start, preflight, prepare_run_dir
 from orchestrator.commands.planning import settle_run
 from orchestrator.commands.train import train_policy
 from orchestrator.pools.ray_session import connect_ray, join_ray
-from orchestrator.report.recorded import RESOLVED
 from orchestrator.report.tracking import METRICS_FILE, Tracker
-from orchestrator.state.checkpoints import CheckpointStore, RunState
+from orchestrator.state.checkpoints import RESOLVED, CheckpointStore, RunState
 
 
 def begun(config: RunConfig) -> None:

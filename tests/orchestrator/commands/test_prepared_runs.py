@@ -18,11 +18,13 @@ from euphonium.generators.hunyuan_video import HunyuanVideo
 from euphonium.rewards.process import LocalRewards, ProcessRewardModel
 from euphonium.wire.records import GroupTask
 from orchestrator.commands.cli import run_command
-from orchestrator.commands.inference import Drawing, evaluate_model, generate_clips, open_policy
+from orchestrator.commands.evaluate import evaluate_model
 from orchestrator.commands.launch import preflight
 from orchestrator.commands.reward_checks import check_prm
 from orchestrator.commands.train_prm import train_prm
 from orchestrator.evaluation import evaluation_set
+from orchestrator.generation.policies import open_policy
+from orchestrator.generation.scoring import Asked
 from orchestrator.groups.prompts import read_prompts
 from orchestrator.state.checkpoints import Checkpoint, RunState
 from tests.euphonium.generators.stores import store_of
@@ -121,21 +123,29 @@ def test_prompts_that_are_cut_are_told_once(
 
 
 def test_drawing_and_evaluating_read_them_too(
-    prepared: tuple[RunConfig, RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: tuple[RunConfig, RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     _, stored = prepared
     refuse_encoders(monkeypatch)
     checkpoint = Checkpoint(tmp_path, RunState(iteration=1, next_group=2, world_size=1))
-    place = "orchestrator.commands.inference"
-    monkeypatch.setattr(f"{place}.open_checkpoint", lambda _: (checkpoint, stored))
-    monkeypatch.setattr(f"{place}.open_policy", lambda c, config, **_: open_policy(c, config, base=True))
-    assert evaluate_model(tmp_path, base=True, changes={}, size={})["prompts"] == 2
-    known = read_prompts(stored.prompts.train, "f")[:1]
-    assert generate_clips(tmp_path, known, tmp_path / "clips", Drawing(seed=0, steps=1))[0].is_file()
-    with pytest.raises(
-        ConfigError, match=r"lacks 1 of 1 prompts: 'a pink whale'; add .* preprocess PROMPTS\.txt --model"
-    ):
-        generate_clips(tmp_path, ["a pink whale"], tmp_path / "other", Drawing(seed=0, steps=1))
+    opened = [f"orchestrator.generation.{module}.open_checkpoint" for module in ("models", "policies")]
+    policies = [f"orchestrator.generation.{module}.open_policy" for module in ("models", "policies")]
+    for place in opened:
+        monkeypatch.setattr(place, lambda _: (checkpoint, stored))
+    for place in policies:
+        monkeypatch.setattr(place, lambda c, config, **_: open_policy(c, config, base=True))
+    assert evaluate_model(tmp_path, Asked(), base=True)["prompts"] == 2
+    known = read_prompts(stored.prompts.train, "f")[0]
+    command = ["generate", str(tmp_path), "--steps", "1", "-o"]
+    assert run_command([*command, str(tmp_path / "clips"), "-p", known]) == 0
+    assert (tmp_path / "clips" / "0000-0.gif").is_file()
+    capfd.readouterr()
+    assert run_command([*command, str(tmp_path / "other"), "-p", "a pink whale"]) == 2
+    message = "lacks 1 of 1 prompts: 'a pink whale'; add what is lacking: euphonium preprocess PROMPTS.txt --model"
+    assert message in capfd.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from euphonium.config import RunConfig, dump_config
 from orchestrator.evaluation import SampleFolder
-from orchestrator.report.recorded import RESOLVED, SAMPLES
+from orchestrator.report.recorded import SAMPLES
 from orchestrator.report.tracking import METRICS_FILE
+from orchestrator.state.checkpoints import RESOLVED
 from tests.conftest import tiny_recipe
 
 PROMPTS = ['a <red> car & a "bus"', "a blue fish"]

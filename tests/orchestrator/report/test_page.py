@@ -13,7 +13,8 @@ from PIL import Image
 
 from orchestrator.commands.cli import run_command
 from orchestrator.report.page import report_page
-from orchestrator.report.recorded import RESOLVED, read_run, read_runs
+from orchestrator.report.recorded import read_run, read_runs
+from orchestrator.state.checkpoints import RESOLVED
 from tests.orchestrator.report.recorded_runs import PROMPTS, write_clips, write_run
 
 VOID = {"meta", "img", "link", "br", "input", "hr"}
