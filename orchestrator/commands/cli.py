@@ -19,7 +19,7 @@ import typer
 
 from euphonium.errors import ConfigError, EuphoniumError
 from euphonium.text_files import quoted, shown
-from orchestrator.commands.arguments import file_argument, prompt_argument
+from orchestrator.commands.arguments import file_argument
 from orchestrator.commands.compare import compare, tally
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.evaluate import evaluate
@@ -177,75 +177,7 @@ def plan(
     print_plan(recipe, overrides or [], sizes, assume or [], as_json=as_json, say=say)
 
 
-@app.command()
-def generate(
-    model: Annotated[
-        Path,
-        typer.Argument(parser=file_argument, metavar="MODEL", help="Exported pipeline, checkpoint, or run folder."),
-    ],
-    prompt: Annotated[
-        list[str],
-        typer.Option("--prompt", "-p", parser=prompt_argument, help="What to draw; may be given several times."),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", parser=file_argument, metavar="FOLDER", help="Folder for the clips.")
-    ] = Path("generated"),
-    seed: Seed = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="ODE steps; default: that of evaluation.num_steps.")
-    ] = None,
-    protocol: ProtocolOption = None,
-    height: HeightOption = None,
-    width: WidthOption = None,
-    frames: FramesOption = None,
-) -> None:
-    """Draw clips from a trained model and save them as GIFs with a contact sheet."""
-    from euphonium.config import EvaluationConfig
-    from euphonium.locks import writing_alone
-
-    steps = EvaluationConfig().num_steps if steps is None else steps
-    with writing_alone([(output, "--output")]):
-        from orchestrator.commands.inference import Drawing, generate_clips
-
-        size = _given(height=height, width=width, frames=frames)
-        drawing = Drawing(seed=seed, steps=steps, protocol=protocol, size=size)
-        for path in generate_clips(model, prompt, output, drawing):
-            say(str(path))
-
-
-@app.command()
-def evaluate(
-    model: Annotated[Path, typer.Argument(parser=file_argument, metavar="MODEL", help="Checkpoint or run folder.")],
-    base: Annotated[bool, typer.Option("--base", help="Evaluate the generator before training instead.")] = False,
-    prompts: Annotated[int | None, typer.Option(min=1, help="Held-out prompts; default: the run's.")] = None,
-    samples_per_prompt: Annotated[int | None, typer.Option(min=1, help="Samples a prompt; default: the run's.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Of the noise; default: the run's.")] = None,
-    protocol: ProtocolOption = None,
-    height: HeightOption = None,
-    width: WidthOption = None,
-    frames: FramesOption = None,
-) -> None:
-    """Score a checkpoint on held-out prompts: ODE samples and outcome rewards."""
-    import json
-
-    from orchestrator.commands.inference import evaluate_model
-
-    changes = _given(prompts=prompts, samples_per_prompt=samples_per_prompt, seed=seed)
-    size = _given(height=height, width=width, frames=frames)
-    say(json.dumps(evaluate_model(model, base=base, changes=changes, size=size, protocol=protocol), indent=2))
-
-
-def _given(**options: int | None) -> dict[str, int]:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-app.command()(preprocess)
-app.command()(submit)
-app.command()(doctor)
-app.command()(report)
-app.command()(watch)
-for command in (preprocess, generate, evaluate, compare, tally):
+for command in (preprocess, generate, evaluate, compare, tally, report, watch, submit, doctor):
     app.command()(command)
 
 
