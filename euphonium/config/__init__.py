@@ -49,6 +49,7 @@ from euphonium.config.training import (
     MetricsConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    ProfileConfig,
 )
 
 __all__ = [
@@ -80,6 +81,7 @@ __all__ = [
     "PrmConfig",
     "PrmRefreshConfig",
     "ProcessRewardConfig",
+    "ProfileConfig",
     "PromptsConfig",
     "RewardOptimizerConfig",
     "RewardPoolConfig",
