@@ -49,6 +49,7 @@ from euphonium.wire.devices import release_unused, reserved_device
 from euphonium.wire.passes import Passes
 from euphonium.wire.records import Array, GroupInfo, GroupPayload, GroupTask, Readiness, WeightOrder
 from euphonium.wire.roles import RolloutContext, WeightDirectory, named_actor
+from euphonium.wire.tracing import Tracer
 from euphonium.wire.weights.follower import WeightFollower
 from euphonium.wire.weights.manifest import load_tensors
 
@@ -307,6 +308,7 @@ class RolloutActor:
         self.weights = WeightFollower(directory, self.worker.load_weights, device, config.pools)
         self._pool = config.pools.rollout
         self.sources = RewardSources(config, index)
+        self._tracer = Tracer(config, f"rollout-{index}")
 
     def __repr__(self) -> str:
         return f"rollout-{self.index}"
@@ -327,7 +329,8 @@ class RolloutActor:
         """
         with self._awake():
             pulled = self.weights.follow(context)
-            info, latents, payload = self.worker.generate(task, self.sources.of_group(task, context))
+            with self._tracer.unit():
+                info, latents, payload = self.worker.generate(task, self.sources.of_group(task, context))
         return dataclasses.replace(info, seconds={**info.seconds, "weights": pulled}), latents, payload
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int], context: RolloutContext) -> Array:

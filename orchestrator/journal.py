@@ -14,6 +14,7 @@ import numpy as np
 
 from euphonium.config import RunConfig
 from euphonium.wire.records import UpdateReport
+from euphonium.wire.tracing import tracing
 from orchestrator.groups.credit import Batch
 from orchestrator.groups.guidance_control import GuidanceControl
 from orchestrator.groups.staleness import Held, staleness
@@ -117,7 +118,8 @@ class Journal:
         self.enter(f"iteration {turn.number}: rollout")
         entry = Entry(time.monotonic())
         try:
-            yield entry
+            with tracing(self._config, turn.number):
+                yield entry
         finally:
             if entry.committed:
                 self.learner_busy = entry.numbers["busy/learner"]

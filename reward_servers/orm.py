@@ -21,6 +21,7 @@ from euphonium.wire.deadlines import node_id
 from euphonium.wire.devices import reserved_device
 from euphonium.wire.passes import Passes
 from euphonium.wire.records import Array, OrmAnswer, Readiness, Videos
+from euphonium.wire.tracing import Tracer
 from reward_servers.batching import MicroBatcher
 
 log = logging.getLogger(__name__)
@@ -199,7 +200,9 @@ class OrmActor:
         self.index = index
         self.device = reserved_device(pool.num_gpus)
         self.scorer = OrmScorer(config.rewards.outcome, open_generator(config.model), self.device, pool)
-        self.batcher: MicroBatcher[OrmRequest, OrmAnswer] = MicroBatcher(self.scorer.score_requests, WHAT, pool)
+        self.batcher: MicroBatcher[OrmRequest, OrmAnswer] = MicroBatcher(
+            Tracer(config, f"orm-{index}").around(self.scorer.score_requests), WHAT, pool
+        )
 
     def __repr__(self) -> str:
         return f"orm-{self.index}"

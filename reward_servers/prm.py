@@ -21,6 +21,7 @@ from euphonium.wire.deadlines import node_id
 from euphonium.wire.devices import reserved_device
 from euphonium.wire.passes import Passes
 from euphonium.wire.records import Array, PrmAnswer, Readiness
+from euphonium.wire.tracing import Tracer
 from reward_servers.batching import MicroBatcher
 
 WHAT = "the process reward model"
@@ -155,7 +156,9 @@ class PrmActor:
         torch.set_num_threads(pool.threads)
         self.index = index
         self.scorer = PrmScorer(config, reserved_device(pool.num_gpus))
-        self.batcher: MicroBatcher[PrmRequest, PrmAnswer] = MicroBatcher(self.scorer.score, WHAT, pool)
+        self.batcher: MicroBatcher[PrmRequest, PrmAnswer] = MicroBatcher(
+            Tracer(config, f"prm-{index}").around(self.scorer.score), WHAT, pool
+        )
 
     def __repr__(self) -> str:
         return f"prm-{self.index}"

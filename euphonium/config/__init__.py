@@ -50,6 +50,7 @@ from euphonium.config.training import (
     MetricsConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    ProfileConfig,
 )
 
 __all__ = [
@@ -81,6 +82,7 @@ __all__ = [
     "PrmConfig",
     "PrmRefreshConfig",
     "ProcessRewardConfig",
+    "ProfileConfig",
     "PromptsConfig",
     "RewardOptimizerConfig",
     "RewardPoolConfig",

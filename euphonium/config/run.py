@@ -11,7 +11,7 @@ from euphonium.config.base import Name, Node, Planned, Seed, UserPath
 from euphonium.config.pools import PoolsConfig
 from euphonium.config.rewards import AdvantageConfig, RewardsConfig
 from euphonium.config.sampling import EvaluationConfig, ModelConfig, PromptsConfig, RolloutConfig, SamplerConfig
-from euphonium.config.training import CheckpointConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig
+from euphonium.config.training import CheckpointConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig, ProfileConfig
 
 if TYPE_CHECKING:
     from euphonium.dynamics import AdvantageRule
@@ -44,6 +44,7 @@ class RunConfig(Node):
     pools: PoolsConfig = PoolsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    profile: ProfileConfig = ProfileConfig()
     planned: Planned = Field(default_factory=dict)
     """What the plan chose where the recipe says ``auto``; a run writes it into its own recipe."""
 

@@ -147,6 +147,14 @@ class CheckpointConfig(Node):
     """Checkpoints of iterations that this divides are kept for good; null keeps only the newest."""
 
 
+class ProfileConfig(Node):
+    """Traces of what every process does."""
+
+    iterations: tuple[PositiveInt, ...] = ()
+    """Iterations in each of which every process traces one unit of its work into the run's ``traces/``: a rollout actor
+    a group, a rank of the learner a micro-batch, a reward server a pass."""
+
+
 class MetricsConfig(Node):
     """Where metrics are published, besides ``metrics.jsonl``."""
 

@@ -86,6 +86,8 @@ def plan_updates(sizes: Sequence[tuple[int, int]], updates: int, states_per_micr
     for positions in dealt(len(sizes), updates):
         weight = world_size / sum(sizes[position][0] for position in positions)
         pieces = _pieces(sizes, positions, states_per_micro_batch, weight)
+        if not pieces:
+            raise ValueError("an update without a micro-batch would move no weights, not even by weight decay")
         shares = [pieces[rank::world_size] for rank in range(world_size)]
         for share in shares:
             if len(share) < len(shares[0]):

@@ -20,6 +20,7 @@ from euphonium.errors import TrainingError
 from euphonium.generators.conditioning import Conditioning
 from euphonium.generators.registry import open_generator
 from euphonium.wire.records import GroupPayload, TrainingGroup
+from euphonium.wire.tracing import Tracer
 from learners.engine.collectives import reduced
 from learners.engine.partitioned import ZeroPolicy
 from learners.policy.batching import MicroBatch, Plan, Shares, load_rows, plan_beginning, plan_updates
@@ -69,6 +70,7 @@ class Learner:
         updates_done: number of optimiser steps so far.
         version: policy version, which is the number of iterations trained.
         progressed: called after every micro-batch.
+        tracer: traces micro-batches.
     """
 
     def __init__(self, config: RunConfig, rank: int, world_size: int, device: torch.device) -> None:
@@ -97,6 +99,7 @@ class Learner:
         self.updates_done = 0
         self.version = 0
         self.progressed: Callable[[], None] = lambda: None
+        self.tracer = Tracer(config, f"learner-{rank}")
         self._begun: Begun | None = None
 
     def _reference(self, adapter: str | None) -> Reference:
@@ -136,8 +139,9 @@ class Learner:
         begun = self._begun_with(groups, [shares])
         work = self._work(groups, payloads, self._references())
         for batch in shares[self.rank][begun.done :]:
-            value = self._evaluated(work, batch, 0, None, begun.statistics)
-            self.policy.backward(value.loss, last=False)
+            with self.tracer.unit():
+                value = self._evaluated(work, batch, 0, None, begun.statistics)
+                self.policy.backward(value.loss, last=False)
             self.progressed()
         begun.groups, begun.shares = ordinals(groups), shares
 
@@ -168,12 +172,13 @@ class Learner:
             self.policy.set_learning_rate(learning_rate(self.config, self.updates_done))
             own = shares[self.rank]
             for position in range(done if index == 0 else 0, len(own)):
-                value = self._evaluated(work, own[position], index, replayed.get((index, position)), statistics)
                 last = position == len(own) - 1
-                if last and index == 0:
-                    # The last backward pass moves the weights.
-                    deviations = self._agreement(statistics.deviations())
-                self.policy.backward(value.loss, last=last)
+                with self.tracer.unit():
+                    value = self._evaluated(work, own[position], index, replayed.get((index, position)), statistics)
+                    if last and index == 0:
+                        # The last backward pass moves the weights.
+                        deviations = self._agreement(statistics.deviations())
+                    self.policy.backward(value.loss, last=last)
                 self.progressed()
             self._begun = None
             self.updates_done += 1

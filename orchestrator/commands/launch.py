@@ -89,7 +89,8 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         "samples per iteration": f"{rollout.prompts_per_iteration} prompts x {rollout.group_size} = {samples}",
         "sampler": f"{config.sampler.law}, {table.num_steps} steps, stochastic {_ranges(table.stochastic_steps)}, "
         f"guided {_ranges(table.guided_steps) or 'none'}",
-        "trained transitions per iteration": f"{rollout.prompts_per_iteration * trained * steps}{_left_out(config)}",
+        "trained transitions per iteration": rollout.prompts_per_iteration * trained * steps,
+        "without a pass of the network": _left_out(config),
         "the learner begins": _beginning(config),
         "trajectory bytes per iteration": rollout.prompts_per_iteration * states * values * 4,
         "rollout actors": f"{pools.rollout.num_actors} x {pools.rollout.num_gpus:g} GPU",
@@ -132,8 +133,8 @@ def check_prompts(prompts: PromptsConfig, family: Generator, *, weights: bool) -
 def _left_out(config: RunConfig) -> str:
     """Which of the trained transitions the learner does not compute, in words."""
     if config.objective.trains_zero_advantages:
-        return ", all computed: the KL penalty or the imitation of guidance has a gradient where the advantage is 0"
-    return ", those of samples with advantage 0 without a pass of the network"
+        return "none: the KL penalty, or the imitation of guidance, has a gradient also where the advantage is 0"
+    return "those of samples whose advantage is 0"
 
 
 def _beginning(config: RunConfig) -> str:

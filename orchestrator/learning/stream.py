@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Coroutine
+from typing import Any
 
 from euphonium.config import RunConfig
 from euphonium.errors import EuphoniumError
@@ -77,8 +78,9 @@ class Stream:
     async def _more(self, batch: asyncio.Future[Batch], begun: int) -> bool:
         """Waits until there are more groups to begin with, or the batch is whole; returns whether there are."""
         more = asyncio.ensure_future(self._batches.begins_with_more_than(begun))
+        either: set[asyncio.Future[Any]] = {batch, more}
         try:
-            await asyncio.wait({batch, more}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             more.cancel()
         groups, expected = self._batches.beginning()

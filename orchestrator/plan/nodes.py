@@ -75,8 +75,8 @@ def _use(members: Counter[str], fits: dict[str, RoleFit], objects: Objects, *, f
     weights = objects.publication * objects.kinds
     stored = 0.0
     if members["learner"]:
-        # A rank fetches the groups that it trains on, neighbours the same ones.
-        stored += objects.iteration * members["learner"] / fits["learner"].members
+        # Every rank trains on a part of every group.
+        stored += objects.iteration
         if first:
             stored += (KEPT_VERSIONS + 1) * weights
     if members["rollout"]:

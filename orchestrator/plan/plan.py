@@ -172,11 +172,12 @@ def _timed(
     """Time with the recipe's pools, the best split, and its time."""
     speed = speeds(passes, sizes, work, hardware)
     overlapped = passes.config.rollout.max_staleness > 0
+    streamed = not passes.config.waits_for_all_groups
     if shared:
         return turns_time(speed, work, split, hardware), None, None
 
     def time_of(candidate: Split) -> IterationTime:
-        return iteration_time(speed, work, candidate, hardware, overlapped=overlapped)
+        return iteration_time(speed, work, candidate, hardware, overlapped=overlapped, streamed=streamed)
 
     ranks = smallest_learner(passes, sizes, hardware)
     best = best_split(

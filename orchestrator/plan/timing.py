@@ -136,7 +136,7 @@ def refresh_cost(passes: Passes, sizes: PassSizes) -> Cost:
 
 
 def iteration_time(
-    speed: Speeds, work: Workload, split: Split, hardware: Hardware, *, overlapped: bool
+    speed: Speeds, work: Workload, split: Split, hardware: Hardware, *, overlapped: bool, streamed: bool = False
 ) -> IterationTime:
     """Seconds of an iteration with pools of these sizes.
 
@@ -146,6 +146,7 @@ def iteration_time(
         split: sizes of the pools.
         hardware: speeds of transfers.
         overlapped: whether rollouts go on while the learner trains (``rollout.max_staleness`` above 0).
+        streamed: whether the learner begins with an iteration's first groups while the others are drawn.
     """
     asking = split.rollout / split.prm if split.prm else 0.0
     group = (
@@ -164,12 +165,19 @@ def iteration_time(
     exposed = batches * (1 - hardware.zero_overlap) * hardware.collective_s(moved, split.learner)
     exposed += work.updates * hardware.collective_s(speed.whole_bytes * (1 - 1 / split.learner), split.learner)
     update = batches * speed.micro_step + exposed + work.updates * speed.update / split.learner
-    # Every node fetches the groups that its ranks train on.
-    fetch = speed.iteration_bytes / hardware.nodes_for(split.learner) / (hardware.store_gbs * GB)
+    # Every rank trains on a part of every group.
+    fetch = speed.iteration_bytes / (hardware.store_gbs * GB)
     receiving = hardware.nodes_for(split.rollout)
     publish = speed.publication_bytes * (1 / (hardware.publish_gbs * GB) + receiving / (hardware.store_gbs * GB))
     sampling, learning = rollout + scoring, fetch + update + speed.refresh
-    total = max(sampling, learning) + publish if overlapped else sampling + learning + publish
+    total = sampling + learning
+    if overlapped:
+        total = max(sampling, learning)
+    elif streamed:
+        # What the first update has of the groups follows them wave by wave; further ones need its weights.
+        first = (fetch + update) / work.updates
+        total += max(sampling + first / waves, sampling / waves + first) - sampling - first
+    total += publish
     steps = work.groups / split.rollout
     return IterationTime(
         rollout=rollout, scoring=scoring, fetch=fetch, update=update, exposed=exposed,

@@ -54,14 +54,15 @@ def without_it(learner: Learner, groups: list[TrainingGroup], payloads: list[Gro
     return whole(learner, [groups[0], groups[2]], [payloads[0], payloads[2]])
 
 
-def zeros(*flat: int, skip: bool, keep: int = 0) -> Way:
-    """Groups without an advantage, of which all rows are computed, or none but those of a first sample."""
+def zeros(*flat: int, skip: bool) -> Way:
+    """Groups without an advantage, of which all rows are computed, or none but what keeps each update going."""
 
     def way(learner: Learner, groups: list[TrainingGroup], payloads: list[GroupPayload]) -> dict[str, float]:
         if learner.updates_done:  # so that there is momentum
             for position in flat:
                 group = groups[position]
-                left = keep if position == flat[0] or learner.config.objective.updates_per_iteration > 1 else 0
+                alone = len(flat) == len(groups) and position == flat[0]
+                left = int(alone or learner.config.objective.updates_per_iteration > 1)
                 samples = group.samples[:left] if skip else group.samples
                 zero = np.zeros_like(group.advantages)
                 groups[position] = dataclasses.replace(group, advantages=zero, samples=samples)
@@ -73,7 +74,7 @@ def zeros(*flat: int, skip: bool, keep: int = 0) -> Way:
 WAYS: dict[str, Way] = {
     "whole": whole, "streamed": streamed, "with a loss": with_a_loss, "without it": without_it,
     "zero rows": zeros(1, skip=False), "zero rows skipped": zeros(1, skip=True),
-    "zero batch": zeros(0, 1, 2, skip=False), "zero batch skipped": zeros(0, 1, 2, skip=True, keep=1),
+    "zero batch": zeros(0, 1, 2, skip=False), "zero batch skipped": zeros(0, 1, 2, skip=True),
 }  # fmt: skip
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from euphonium.config import RunConfig, dump_config
+from euphonium.wire.tracing import folder_of, tracing
 from tests.checkout import environment
 
 OVERRIDES = (
     "rollout.prompts_per_iteration=3", "pools.learner.rows_per_micro_batch=2", "optimizer.learning_rate=1e-3",
     "optimizer.weight_decay=0.01", "objective.clip_range=0.5", "objective.ratio_tolerance=10",
-    "objective.ratio_tolerance_p99=10", "iterations=4",
+    "objective.ratio_tolerance_p99=10", "iterations=4", "profile.iterations=[1]",
 )  # fmt: skip
 WAYS = {
     "one update": (),
@@ -39,8 +40,10 @@ def results(
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
         "--rdzv-endpoint=127.0.0.1:0", str(Path(__file__).with_name("streaming_worker.py")), str(folder),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400, env=environment())
+    with tracing(config, 1):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400, env=environment())
     assert done.returncode == 0, done.stderr[-8000:]
+    assert {file.name for file in folder_of(config, 1).iterdir()} == {"learner-0.json.gz", "learner-1.json.gz"}
     found: dict[str, Any] = torch.load(folder / "rank_0.pt", weights_only=False)
     return found
 

@@ -13,7 +13,7 @@ import yaml
 
 from euphonium.config import RunConfig, dump_config, load_config
 from euphonium.errors import CheckpointError, ConfigError, PreflightError
-from orchestrator.commands.launch import plan_start, preflight, prepare_run_dir
+from orchestrator.commands.launch import _beginning, _left_out, plan_start, preflight, prepare_run_dir
 from orchestrator.commands.planning import settle_run
 from orchestrator.commands.train import train_policy
 from orchestrator.pools.ray_session import connect_ray, join_ray
@@ -169,7 +169,29 @@ def test_the_plan_counts_the_samples_that_are_trained(
     plan = preflight(make_config(override))
     # Two prompts, four steps, three samples or the best and the worst of them; all of them are stored.
     assert plan["trained transitions per iteration"] == trained
+    assert plan["without a pass of the network"] == "those of samples whose advantage is 0"
+    assert plan["the learner begins"].startswith("with the first groups")
     assert plan["trajectory bytes per iteration"] == preflight(make_config())["trajectory bytes per iteration"]
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("advantage.scope=global", "advantage.scope: global"),
+        ("rollout.max_staleness=1", "rollout.max_staleness"),
+        ("pools.rollout.sleep=true", "take turns"),
+        ("rollout.stream=false", "rollout.stream"),
+        ("rollout.prompts_per_iteration=1", "one group"),
+    ],
+)
+def test_why_the_learner_waits_for_all_groups_is_said(
+    make_config: Callable[..., RunConfig], override: str, reason: str
+) -> None:
+    config = make_config(override)
+    assert reason in config.waits_for_all_groups
+    assert _beginning(config) == f"when all groups of an iteration are there ({config.waits_for_all_groups})"
+    penalised = make_config("objective.kl={anchor: fixed}")
+    assert _left_out(penalised).startswith("none")
 
 
 @pytest.mark.parametrize(

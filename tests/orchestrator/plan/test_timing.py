@@ -43,6 +43,26 @@ def test_an_iteration_is_a_sum_or_the_longer_half() -> None:
     assert seconds(split, overlapped=True) == max(time.rollout + time.scoring, time.update)
 
 
+def test_a_streamed_iteration_hides_the_shorter_half_of_the_first_update_but_for_a_wave() -> None:
+    split = Split(rollout=2, prm=3, orm=12, learner=4)
+    work = dataclasses.replace(WORK, updates=1)
+    waiting = iteration_time(SPEED, work, split, NEAR, overlapped=False)
+    streamed = iteration_time(SPEED, work, split, NEAR, overlapped=False, streamed=True)
+    sampling = waiting.rollout + waiting.scoring
+    assert sampling > waiting.update
+    assert streamed.total == pytest.approx(sampling + waiting.update / 6)
+    slow = dataclasses.replace(split, learner=1)
+    streamed = iteration_time(SPEED, work, slow, NEAR, overlapped=False, streamed=True)
+    assert streamed.total == pytest.approx(sampling / 6 + 4 * waiting.update)
+    two = iteration_time(SPEED, WORK, split, NEAR, overlapped=False, streamed=True)
+    assert two.total == pytest.approx(sampling + waiting.update / 2 / 6 + waiting.update / 2)
+    one_wave = Split(rollout=12, prm=3, orm=12, learner=4)
+    waiting, streamed = (
+        iteration_time(SPEED, work, one_wave, NEAR, overlapped=False, streamed=s) for s in (False, True)
+    )
+    assert streamed.total == waiting.total
+
+
 def test_a_refresh_takes_its_time_between_iterations() -> None:
     split = Split(rollout=6, prm=3, orm=2, learner=4)
     refreshed = dataclasses.replace(SPEED, refresh=7.0)
