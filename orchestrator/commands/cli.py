@@ -22,6 +22,7 @@ from euphonium.text_files import quoted, shown
 from orchestrator.commands.arguments import file_argument, prompt_argument
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.preprocess import preprocess
+from orchestrator.commands.render import render
 from orchestrator.commands.submit import submit
 
 if TYPE_CHECKING:
@@ -250,6 +251,7 @@ def _given(**options: int | None) -> dict[str, int]:
 app.command()(preprocess)
 app.command()(submit)
 app.command()(doctor)
+app.command()(render)
 
 
 @app.command("train-prm")
