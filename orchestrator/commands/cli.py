@@ -22,6 +22,7 @@ from euphonium.text_files import quoted, shown
 from orchestrator.commands.arguments import file_argument, prompt_argument
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.preprocess import preprocess
+from orchestrator.commands.recipes import recipes
 from orchestrator.commands.render import render
 from orchestrator.commands.submit import submit
 
@@ -252,6 +253,7 @@ app.command()(preprocess)
 app.command()(submit)
 app.command()(doctor)
 app.command()(render)
+app.command()(recipes)
 
 
 @app.command("train-prm")

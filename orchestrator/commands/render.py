@@ -70,7 +70,8 @@ def rendered(
 
     config: RunConfig = load_config(recipe, overrides)
     stated = {} if config.pools.gpu_memory_gib is None else {"gpu_gib": config.pools.gpu_memory_gib}
-    hardware = Hardware(**{**stated, **nodes})
+    assumed: dict[str, Any] = {**stated, **nodes}
+    hardware = Hardware(**assumed)
     plan = make_plan(settle(config, recipe, hardware.gpu_gib), hardware, blocks_of_prm(config, recipe))
     if plan.problems:
         raise ConfigError("the recipe does not fit these nodes:\n  " + "\n  ".join(plan.problems))
