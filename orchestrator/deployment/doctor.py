@@ -170,7 +170,7 @@ def _node_findings(config: RunConfig | None, rows: Sequence[PoolRow], nodes: Seq
             except Exception as error:  # a node that cannot run the task is the finding
                 yield Finding(
                     "task", node.name, "FAIL", f"ran no task ({one_line(error)})",
-                    "install this version there (deploy/Dockerfile); see the node's logs in Ray's dashboard",
+                    "install this version there (deploy/gpu.Dockerfile); see the node's logs in Ray's dashboard",
                 )  # fmt: skip
                 continue
             yield from judge_node(node, facts, Expected(own=own, word=word, config=config, since=began))

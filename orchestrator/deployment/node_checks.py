@@ -93,7 +93,7 @@ def _versions(place: str, facts: NodeFacts, own: NodeFacts) -> Finding:
     usual = ", ".join(f"{name} {facts.versions.get(name)}" for name in ("python", "ray", "torch"))
     return judged(
         "versions", place, differing or usual, good=not other, otherwise="FAIL",
-        remedy="use the same image everywhere (deploy/Dockerfile), or requirements.lock",
+        remedy="use the same image everywhere (deploy/gpu.Dockerfile), or requirements.lock",
     )  # fmt: skip
 
 

@@ -104,3 +104,9 @@ def test_the_stack_mounts_what_its_configurations_name_and_listens_on_this_machi
         assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", service["image"])
     source = yaml.safe_load((MONITORING / "grafana/provisioning/datasources/prometheus.yaml").read_text())
     assert source["datasources"][0]["url"] == "http://127.0.0.1:9090"
+
+
+def test_the_page_on_operations_names_every_alert() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    names = {f"Euphonium{alert.name}" for alert in ALERTS}
+    assert set(re.findall(r"`(Euphonium\w+)`", page)) == {name for name in names if not name.endswith("PoolShrunk")}
