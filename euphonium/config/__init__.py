@@ -49,6 +49,7 @@ from euphonium.config.training import (
     MetricsConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    TrackerConfig,
 )
 
 __all__ = [
@@ -90,6 +91,7 @@ __all__ = [
     "RunConfig",
     "SamplerConfig",
     "SpsaConfig",
+    "TrackerConfig",
     "WatchConfig",
     "dump_config",
     "load_any_config",
