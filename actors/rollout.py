@@ -10,6 +10,7 @@ Waits for: newer weights, before a group; PRM servers, at every step; ORM server
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ from euphonium.generators.embeddings import stored_encoder
 from euphonium.generators.generator import Generator, images_for
 from euphonium.generators.lora import adapter_parameters, add_adapter
 from euphonium.generators.registry import open_generator
+from euphonium.role_logs import keep_role_log
 from euphonium.wire.arrays import as_array
 from euphonium.wire.deadlines import node_id
 from euphonium.wire.devices import release_unused, reserved_device
@@ -55,6 +57,8 @@ from euphonium.wire.weights.manifest import load_tensors
 
 # Host memory for encoded prompts: a thousand of the largest (HunyuanVideo-1.5, 7 MB).
 CACHE_BYTES = 8 << 30
+
+log = logging.getLogger(__name__)
 
 
 class RolloutWorker:
@@ -296,6 +300,7 @@ class RolloutActor:
             store: name of the weight store's actor.
             make_worker: constructs the worker, where tests and benchmarks want a cheaper one.
         """
+        keep_role_log(config.run_dir, f"rollout-{index}")
         torch.set_num_threads(config.pools.rollout.threads)
         device = reserved_device(config.pools.rollout.num_gpus)
         self.index = index
@@ -331,6 +336,7 @@ class RolloutActor:
             pulled = self.weights.follow(context)
             with self._tracer.unit():
                 info, latents, payload = self.worker.generate(task, self.sources.of_group(task, context))
+        log.info("drew group %d of iteration %d, version %d", task.group_id, task.iteration + 1, info.policy_version)
         return dataclasses.replace(info, seconds={**info.seconds, "weights": pulled}), latents, payload
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int], context: RolloutContext) -> Array:

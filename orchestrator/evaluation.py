@@ -8,6 +8,7 @@ many parts as it takes to occupy all servers; clips are decoded while others are
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import time
@@ -26,6 +27,7 @@ from euphonium.wire.records import Array, OrmAnswer, Videos, WeightKind
 from orchestrator.groups.prompts import read_prompts, spread
 from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.report.pictures import contact_sheet, save_gif, save_samples, side_by_side
+from orchestrator.report.trackers import SavedClip
 from orchestrator.report.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -132,6 +134,15 @@ class SampleFolder:
             contact_sheet(rows).save(self.folder / "before_after.png")
         return sheet
 
+    def saved(self, iteration: int) -> list[SavedClip]:
+        """The clips of an evaluation that are in the folder."""
+        target = self.folder / f"iteration_{iteration:06d}"
+        found = []
+        for clip in json.loads((target / "index.json").read_text(encoding="utf-8")):
+            scores = "".join(f", {name} {value:g}" for name, value in clip["rewards"].items())
+            found.append(SavedClip(target / clip["file"], clip["prompt"] + scores))
+        return found
+
 
 class Evaluator:
     """Evaluates a run's policy, with the run's rollout actors and ORM servers."""
@@ -178,6 +189,7 @@ class Evaluator:
                 iteration, [prompts[i] for i in shown], videos, {n: v[shown] for n, v in scores.items()}
             )
             self._tracker.picture("samples", np.asarray(sheet), iteration)
+            self._tracker.clips(self._pictures.saved(iteration), iteration)
         metrics = evaluation_metrics(scores, config.rewards.outcome)
         return {**metrics, "time/evaluation_s": time.monotonic() - began}
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from euphonium.config import RunConfig
+from euphonium.role_logs import note_iteration
 from euphonium.wire.records import UpdateReport
 from euphonium.wire.tracing import tracing
 from orchestrator.groups.credit import Batch
@@ -116,6 +117,7 @@ class Journal:
         Nothing is written of a turn whose update was not committed: it will be done again.
         """
         self.enter(f"iteration {turn.number}: rollout")
+        note_iteration(self._config.run_dir, turn.number)
         entry = Entry(time.monotonic())
         try:
             with tracing(self._config, turn.number):

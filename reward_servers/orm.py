@@ -16,6 +16,7 @@ from euphonium.generators.generator import Generator
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.registry import build_rewards
 from euphonium.rewards.shared import Batch
+from euphonium.role_logs import keep_role_log
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
 from euphonium.wire.devices import reserved_device
@@ -195,6 +196,7 @@ class OrmActor:
     """The Ray actor, on asyncio, around an :class:`OrmScorer`, which computes in a thread of its own."""
 
     def __init__(self, index: int, config: RunConfig) -> None:
+        keep_role_log(config.run_dir, f"orm-{index}")
         pool = config.pools.orm
         torch.set_num_threads(pool.threads)
         self.index = index

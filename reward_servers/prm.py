@@ -16,6 +16,7 @@ from euphonium.config import RunConfig
 from euphonium.errors import NonFiniteRewardError, RewardError
 from euphonium.generators.conditioning import Conditioning, expand, positive, stack_conditionings
 from euphonium.rewards.process import ProcessRewardModel
+from euphonium.role_logs import keep_role_log
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
 from euphonium.wire.devices import reserved_device
@@ -152,6 +153,7 @@ class PrmActor:
     """The Ray actor, on asyncio, around a :class:`PrmScorer`, which computes in a thread of its own."""
 
     def __init__(self, index: int, config: RunConfig) -> None:
+        keep_role_log(config.run_dir, f"prm-{index}")
         pool = config.pools.prm
         torch.set_num_threads(pool.threads)
         self.index = index

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -107,6 +108,7 @@ def test_a_run_is_stopped_resumed_exported_and_used(recipe: Callable[..., Path],
         assert ("eval/total/mean" in record) == evaluated
     for name in ("config.resolved.yaml", "events", "samples/before_after.png", "samples/before_after/00.gif"):
         assert (run / name).exists(), name
+    check_role_logs(run)
     # What was trained is what is exported: the average moved away from where it began.
     exported = load_file(run / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
     averaged = load_file(newest_folder(run) / "average.safetensors")
@@ -129,6 +131,18 @@ def test_a_run_is_stopped_resumed_exported_and_used(recipe: Callable[..., Path],
 
     check_export_in_clean_process(run, tmp_path)
     check_generate_and_evaluate(run, tmp_path)
+
+
+def check_role_logs(run: Path) -> None:
+    """Every process of a role has a log, and says in every line who it is and which iteration the run is at."""
+    logs = {file.stem: file.read_text().splitlines() for file in (run / "logs").glob("*.log")}
+    assert set(logs) == {"driver", "rollout-0", "rollout-1", "prm-0", "orm-0", "learner-0", "learner-1"}
+    for role, lines in logs.items():
+        begun = [line.split() for line in lines if re.match(r"\d{4}-", line)]
+        assert begun
+        assert all(words[2] == role and words[4].startswith("iteration=") for words in begun)
+    assert any(" iteration=2 " in line and "carried out: Update of version 2" in line for line in logs["learner-0"])
+    assert any("euphonium.said: iteration   1/500" in line for line in logs["driver"])
 
 
 def scrape(address: str) -> str:

@@ -51,6 +51,7 @@ from euphonium.config.training import (
     ObjectiveConfig,
     OptimizerConfig,
     ProfileConfig,
+    TrackerConfig,
 )
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "SamplerConfig",
     "SpsaConfig",
     "TrainingGroupConfig",
+    "TrackerConfig",
     "WatchConfig",
     "dump_config",
     "load_any_config",

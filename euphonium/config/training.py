@@ -155,6 +155,21 @@ class ProfileConfig(Node):
     a group, a rank of the learner a micro-batch, a reward server a pass."""
 
 
+class TrackerConfig(Node):
+    """A service that metrics and clips are sent to; accounts and keys are its library's own affair."""
+
+    kind: Literal["wandb", "mlflow", "swanlab"]
+    """Weights & Biases, MLflow or SwanLab; each is an extra of this package."""
+    project: str = "euphonium"
+    """Project, or experiment, that the run appears in."""
+    uri: str | None = None
+    """Address of a server of one's own (W&B, MLflow); null takes what the library's environment says."""
+    offline: bool = False
+    """Keep everything in the run's folder, to be sent later; needs no network."""
+    clips: bool = True
+    """Send the clips of evaluations, too."""
+
+
 class MetricsConfig(Node):
     """Where metrics are published, besides ``metrics.jsonl``."""
 
@@ -164,3 +179,5 @@ class MetricsConfig(Node):
     """Address that the endpoint binds to."""
     tensorboard: bool = True
     """Write TensorBoard event files to ``events/``."""
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Services that metrics and clips are sent to. One that fails is warned of, and never stops a run."""

@@ -22,6 +22,7 @@ from ray.actor import ActorProxy
 
 from euphonium.config import RunConfig
 from euphonium.errors import EuphoniumError, LostActorError, TrainingError
+from euphonium.role_logs import keep_role_log
 from euphonium.wire.deadlines import get
 from euphonium.wire.devices import release_unused
 from euphonium.wire.records import Begin, GroupPayload, Publish, Save, Update, UpdateOrder, UpdateReport
@@ -49,6 +50,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     config = RunConfig.model_validate(settings["config"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    keep_role_log(config.run_dir, f"learner-{rank}")
     torch.set_num_threads(config.pools.learner.threads)
     mailbox = named_actor(Mailbox, settings["mailbox"], settings["namespace"])
     store = named_actor(WeightDirectory, settings["store"], settings["namespace"])
@@ -76,6 +78,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             report = UpdateReport(version=order.version, metrics=metrics)
             receipt = mailbox.acknowledge.remote(rank, attempt, report)
             get(receipt, timeout, f"the mailbox's receipt for iteration {order.version}")
+            log.info("carried out: %s of version %d", type(order).__name__, order.version)
             stopped = order.stop
     except LostActorError:
         # Not this group's fault, and temporary: Ray Train restarts the group, which then joins again.

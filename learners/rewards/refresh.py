@@ -30,6 +30,7 @@ from euphonium.config.base import chosen
 from euphonium.errors import LostActorError, TrainingError
 from euphonium.generators.conditioning import Conditioning, stack_conditionings
 from euphonium.rewards.process import ProcessRewardModel
+from euphonium.role_logs import keep_role_log
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.deadlines import node_id
 from euphonium.wire.devices import reserved_device
@@ -239,6 +240,7 @@ class PrmRefreshActor:
     """
 
     def __init__(self, config: RunConfig) -> None:
+        keep_role_log(config.run_dir, "prm-refresh")
         torch.set_num_threads(config.pools.refresh_pool.threads)
         self.config = config
         self.refresh = self._fresh()

@@ -17,6 +17,7 @@ from euphonium.config.foreign import ineffective_variables
 from euphonium.errors import CheckpointError, ConfigError
 from euphonium.files import written_aside
 from euphonium.locks import refuse_unwritable
+from orchestrator.report.trackers import check_trackers
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
 from orchestrator.state.checkpoints import RESOLVED, Checkpoint, CheckpointStore, verify
 
@@ -58,6 +59,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     evaluation_set(config)
     build_rewards(config.rewards.outcome)
     check_options(config.pools.learner)
+    check_trackers(config.metrics.trackers)
     # From here on models may be downloaded: what is quickly looked at comes before.
     described = family is not None and not Path(config.model.path).exists()
     family = open_generator(config.model) if family is None else family

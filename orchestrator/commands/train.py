@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from euphonium.config import RunConfig
 from euphonium.locks import writing_alone
+from euphonium.role_logs import begin_logs, end_role_log, keep_role_log
 
 
 def train_policy(config: RunConfig, say: Callable[[str], None], *, verbose: bool) -> None:
@@ -55,6 +56,9 @@ def train_policy(config: RunConfig, say: Callable[[str], None], *, verbose: bool
 
         try:
             prepare_run_dir(config, start)
+            begin_logs(config.run_dir)
+            keep_role_log(config.run_dir, "driver")
             asyncio.run(main())
         finally:
             ray.shutdown()
+            end_role_log()

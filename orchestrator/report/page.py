@@ -10,8 +10,8 @@ from orchestrator.report.clips import TINY, Clip, gallery
 from orchestrator.report.curves import SECTIONS, charts, meaning_of
 from orchestrator.report.figures import figure, number
 from orchestrator.report.findings import findings
-from orchestrator.report.masking import masked
 from orchestrator.report.recorded import RecordedRun, differences
+from orchestrator.report.settings import masked
 
 KINDS = {"good": "Good", "note": "Note", "warning": "Look"}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from euphonium.config.yaml_files import parse_yaml
 from euphonium.errors import ConfigError
 from euphonium.text_files import read_text, shown
+from orchestrator.report.settings import flattened
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
 from orchestrator.state.checkpoints import RESOLVED
 
@@ -105,25 +106,6 @@ def read_runs(paths: Sequence[Path]) -> list[RecordedRun]:
     if len(set(names)) < len(names):
         names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
-
-
-def flattened(value: object, path: str = "") -> dict[str, object]:
-    """Values of nested mappings by their dotted paths; of a list of mappings, each has its place in the path.
-
-    Example:
-        >>> flattened({"seed": 0, "rewards": {"outcome": [{"name": "icon"}]}})
-        {'seed': 0, 'rewards.outcome.0.name': 'icon'}
-    """
-    if isinstance(value, Mapping) and value:
-        items = [(str(key), inner) for key, inner in value.items()]
-    elif isinstance(value, list) and value and all(isinstance(inner, Mapping) for inner in value):
-        items = [(str(place), inner) for place, inner in enumerate(value)]
-    else:
-        return {path: value} if path else {}
-    found: dict[str, object] = {}
-    for key, inner in items:
-        found |= flattened(inner, f"{path}.{key}" if path else key)
-    return found
 
 
 def differences(runs: Sequence[RecordedRun]) -> dict[str, list[object]]:

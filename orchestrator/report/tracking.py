@@ -1,4 +1,4 @@
-"""Writes the metrics of a run to ``metrics.jsonl``, TensorBoard, Prometheus and the terminal."""
+"""Writes the metrics of a run to ``metrics.jsonl``, trackers, Prometheus and the terminal."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from typing import Any
 from euphonium.config import RunConfig
 from euphonium.errors import PreflightError
 from orchestrator.report.discovery import announce
+from euphonium.role_logs import SAID
 from orchestrator.report.metrics import PrometheusEndpoint, find_metric
+from orchestrator.report.trackers import SavedClip, open_trackers
 
 log = logging.getLogger(__name__)
+said = logging.getLogger(SAID)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -29,11 +32,7 @@ class Tracker:
         self.path = config.run_dir / METRICS_FILE
         _drop_after(self.path, iterations_done)
         self._stream = self.path.open("a", encoding="utf-8")
-        self._events = None
-        if config.metrics.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(config.run_dir / "events"), purge_step=iterations_done + 1)
+        self._trackers = open_trackers(config, iterations_done)
         self.endpoint = None
         if config.metrics.prometheus_port is not None:
             rewards = [reward.name for reward in config.rewards.outcome]
@@ -46,11 +45,8 @@ class Tracker:
             find_metric(key)
         self._stream.write(json.dumps(values) + "\n")
         self._stream.flush()
-        if self._events is not None:
-            for key, value in values.items():
-                if key != "iteration":
-                    self._events.add_scalar(key, value, int(values["iteration"]))
-            self._events.flush()
+        for tracker in self._trackers:
+            tracker.scalars(values, int(values["iteration"]))
         if self.endpoint is not None:
             self.endpoint.set(values)
 
@@ -61,15 +57,20 @@ class Tracker:
         self._stream = self.path.open("a", encoding="utf-8")
 
     def picture(self, name: str, pixels: Any, iteration: int) -> None:
-        """Shows an image (uint8 ``[height, width, 3]``) in TensorBoard."""
-        if self._events is not None:
-            self._events.add_image(name, pixels, iteration, dataformats="HWC")
+        """Sends an image (uint8 ``[height, width, 3]``) to all trackers."""
+        for tracker in self._trackers:
+            tracker.picture(name, pixels, iteration)
+
+    def clips(self, saved: Sequence[SavedClip], iteration: int) -> None:
+        """Sends the clips of an evaluation to all trackers."""
+        for tracker in self._trackers:
+            tracker.clips(saved, iteration)
 
     def close(self) -> None:
         """Flushes and closes everything."""
         self._stream.close()
-        if self._events is not None:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
         if self.endpoint is not None:
             self.endpoint.close()
 
@@ -123,7 +124,8 @@ class Progress:
             self._bar.start()
 
     def say(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
+        """Prints a line, above the bar if there is one; it goes to the driver's log, too."""
+        said.info(text)
         if self._bar is not None:
             self._bar.console.print(text, highlight=False)
         else:

@@ -1,4 +1,4 @@
-"""Settings as texts for people and for trackers, without what looks like a secret in them."""
+"""Settings of a recipe by path, and as texts for people and trackers, without what looks like a secret in them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,25 @@ from urllib.parse import urlsplit, urlunsplit
 
 HIDDEN = "(not shown)"
 _SECRET = re.compile(r"(^|[._-])(token|secret|password|passwd|credential|authorization|api_?key)s?$", re.IGNORECASE)
+
+
+def flattened(value: object, path: str = "") -> dict[str, object]:
+    """Values of nested mappings by their dotted paths; of a list of mappings, each has its place in the path.
+
+    Example:
+        >>> flattened({"seed": 0, "rewards": {"outcome": [{"name": "icon"}]}})
+        {'seed': 0, 'rewards.outcome.0.name': 'icon'}
+    """
+    if isinstance(value, Mapping) and value:
+        items = [(str(key), inner) for key, inner in value.items()]
+    elif isinstance(value, list) and value and all(isinstance(inner, Mapping) for inner in value):
+        items = [(str(place), inner) for place, inner in enumerate(value)]
+    else:
+        return {path: value} if path else {}
+    found: dict[str, object] = {}
+    for key, inner in items:
+        found |= flattened(inner, f"{path}.{key}" if path else key)
+    return found
 
 
 def masked(settings: Mapping[str, object]) -> dict[str, str]:
