@@ -113,7 +113,7 @@ class Learner:
         cut = partial(self._rows, groups, payloads)
         replayed = self._replay(plan, groups, cut, tables)
         deviations: dict[str, float] = {}
-        statistics = UpdateStatistics(self.world_size)
+        statistics = UpdateStatistics(self.world_size, self.config.sampler.num_steps)
         for index, shares in enumerate(plan):
             statistics.begin_update()
             self.policy.set_learning_rate(learning_rate(self.config, self.updates_done))
@@ -126,7 +126,9 @@ class Learner:
                     rows = dataclasses.replace(rows, own_old=True)
                 elif source == "replay":
                     rows = dataclasses.replace(rows, log_probs=replayed[index, position])
-                value = evaluate_objective(self.config.objective, tables[batch.group], self.velocity, rows, references)
+                value = evaluate_objective(
+                    self.config.objective, tables[batch.group], self.velocity, rows, references, statistics.gradients
+                )
                 if batch.weight > 0:
                     # Both must agree only on the first update, and only on groups that the present policy drew.
                     statistics.add(value, on_policy=index == 0 and self._on_policy(groups[batch.group]))
