@@ -14,7 +14,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ from actors.sampler import (
 )
 from actors.sleeper import Sleeper
 from actors.sources import RewardSources
-from euphonium.config import GuidanceConfig, RunConfig
+from euphonium.config import GuidanceConfig, RunConfig, SamplerConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import TrainingError
 from euphonium.generators.conditioning import Conditioning, ConditioningCache, expand, stack_conditionings
@@ -57,6 +56,8 @@ from euphonium.wire.weights.manifest import load_tensors
 
 # Host memory for encoded prompts: a thousand of the largest (HunyuanVideo-1.5, 7 MB).
 CACHE_BYTES = 8 << 30
+# Step tables that are kept: windows that are drawn for every group have as many places as there are steps.
+TABLES = 64
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class RolloutWorker:
         stored = stored_encoder(config.prompts.embeddings, self.family)
         encoder = self.family.prompt_encoder(encoding, images_for(self.family, config.prompts), stored)
         self._conditionings = ConditioningCache(lambda prompt: encode_one(encoder, prompt), CACHE_BYTES)
-        self._tables = lru_cache(maxsize=8)(lambda iteration: self.family.step_table(config.sampler, iteration))
+        self._tables: dict[tuple[object, ...], StepTable] = {}
         self.passes = Passes(config.rollout.samples_per_pass, "rollout.samples_per_pass")
         self.policy_version = 0
 
@@ -117,9 +118,16 @@ class RolloutWorker:
         return {name: tensor.to(self.device) for name, tensor in self._conditionings.of(prompt).items()}
 
     def table(self, iteration: int = 0) -> StepTable:
-        """The step table of an iteration (from 0); cached."""
-        built: StepTable = self._tables(iteration)
-        return built
+        """The step table of an iteration (from 0), by which the transitions of all its groups are scored; cached."""
+        return self._table_of(iteration, self.config.sampler)
+
+    def _table_of(self, iteration: int, sampler: SamplerConfig) -> StepTable:
+        key = (iteration, sampler.window(iteration), isinstance(sampler.sde_window, tuple))
+        if key not in self._tables:
+            while len(self._tables) >= TABLES:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[key] = self.family.step_table(sampler, iteration)
+        return self._tables[key]
 
     def generate(self, task: GroupTask, make_source: SourceFactory | None) -> tuple[GroupInfo, Array, GroupPayload]:
         """Draws one group.
@@ -136,7 +144,8 @@ class RolloutWorker:
             TrainingError: samples are not finite.
         """
         began = time.perf_counter()
-        config, table = self.config, self.table(task.iteration)
+        config = self.config
+        table = self._table_of(task.iteration, config.sampler.of_group(task.group_id))
         group_size = config.rollout.group_size
         conditioning = self.conditioning(task.prompt)
         start, noise = initial_noise(
@@ -152,7 +161,9 @@ class RolloutWorker:
             start,
             noise,
             Recording(
-                steps=select_steps(table, group_size, config.objective.timestep_fraction, task.seed),
+                steps=select_steps(
+                    table, group_size, config.objective.timestep_fraction, task.seed, config.objective.trained_steps
+                ),
                 scored_states=scored,
                 guided_mean=config.objective.kind == "standard",
                 keep_gradients=config.objective.keeps_gradients,
@@ -170,9 +181,10 @@ class RolloutWorker:
         info = GroupInfo(
             task=task,
             policy_version=self.policy_version,
-            fingerprint=table.fingerprint(),
+            fingerprint=self.table(task.iteration).fingerprint(),
             rows=payload.rows,
             process_rewards=self._credited(trajectory.process_rewards, table),
+            final_rewards=self._final(trajectory.process_rewards),
             seconds={**trajectory.seconds, "total": time.perf_counter() - began},
             payload_bytes=payload.nbytes,
         )
@@ -217,6 +229,12 @@ class RolloutWorker:
     def velocity(self, conditioning: Conditioning) -> Velocity:
         """The policy's output as a function of state and time, for a conditioning of one prompt or of one a sample."""
         return velocity_in_passes(self.family, self.transformer, conditioning, self.passes)
+
+    def _final(self, rewards: Tensor | None) -> Array | None:
+        """Process rewards of the finished samples, ``[group]``, where they count as an outcome reward."""
+        if rewards is None or not self.config.scores_final_states:
+            return None
+        return np.ascontiguousarray(rewards[:, -1].numpy())
 
     def _credited(self, rewards: Tensor | None, table: StepTable) -> Array | None:
         """The process reward that each action is credited with, ``[group, num_steps]``, from those of all states."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from euphonium.config import ProcessRewardConfig, RunConfig
 from euphonium.dynamics import StepTable
+from euphonium.errors import ConfigError
 from euphonium.generators.conditioning import Conditioning
 from euphonium.wire.later import Later
 
@@ -102,13 +103,30 @@ def initial_noise(
     return noise.expand(group_size, *shape).clone().to(device), generator
 
 
-def select_steps(table: StepTable, group_size: int, fraction: float, seed: int) -> Tensor:
+def select_steps(
+    table: StepTable, group_size: int, fraction: float, seed: int, within: tuple[int, int] | None = None
+) -> Tensor:
     """Chooses the trained steps of every sample: a random share of the stochastic ones (DanceGRPO's tau).
 
+    Args:
+        table: the sampler.
+        group_size: number of samples.
+        fraction: the share.
+        seed: of the draw.
+        within: half-open range of the steps that may be trained (``objective.trained_steps``); None for all.
+
     Returns:
-        int64 ``[group_size, K]``, each row sorted, K = ceil(fraction * stochastic steps).
+        int64 ``[group_size, K]``, each row sorted, K = ceil(fraction * stochastic steps in the range).
+
+    Raises:
+        ConfigError: no step with noise is in the range.
     """
-    candidates = np.array(table.stochastic_steps)
+    candidates = np.array([k for k in table.stochastic_steps if within is None or within[0] <= k < within[1]])
+    if not len(candidates):
+        raise ConfigError(
+            f"objective.trained_steps: none of the steps {within} has noise, and only such steps can be trained; those "
+            f"with noise are {table.stochastic_steps}"
+        )
     count = max(1, int(np.ceil(fraction * len(candidates) - 1e-9)))
     draws = np.random.default_rng([seed, 1])
     rows = [np.sort(draws.permutation(candidates)[:count]) for _ in range(group_size)]
@@ -165,10 +183,11 @@ def credited_steps(process: ProcessRewardConfig, table: StepTable) -> list[int]:
 def scored_states(config: RunConfig, table: StepTable) -> tuple[int, ...]:
     """States whose process rewards the advantages need, besides those at which guidance asks for gradients."""
     process = config.rewards.process
+    final = {table.num_steps} if config.scores_final_states else set()
     if process is None or process.weight == 0 or config.advantage.mode == "outcome":
-        return ()
+        return tuple(final)
     offsets = {"state": (0,), "next_state": (1,), "progress": (0, 1)}[process.credit]
-    return tuple(sorted({k + offset for k in credited_steps(process, table) for offset in offsets}))
+    return tuple(sorted({k + offset for k in credited_steps(process, table) for offset in offsets} | final))
 
 
 class Step(NamedTuple):

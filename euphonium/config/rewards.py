@@ -10,6 +10,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from euphonium.config.base import Node, NonNegativeFloat, PassSize, PathOrHubId
 
 OnFailure = Literal["drop_group", "abort"]
+# Name of the process reward of finished samples, among the outcome rewards.
+FINAL_PROCESS = "final_process"
 
 
 class OutcomeRewardConfig(Node):
@@ -64,6 +66,9 @@ class ProcessRewardConfig(Node):
     """Folder of a trained process reward model."""
     weight: float = 1.0
     """Weight of the process advantage; 0 keeps the gradient guidance alone."""
+    outcome_weight: float = 0.0
+    """Weight of the process reward of the finished samples as one more outcome reward, normalised on its own like the
+    others (the released trainer's ``LATENT_REWARD_IN_TRL_REWARD_COEF``); it is called ``final_process``."""
     steps: Literal["all", "guided"] = "all"
     """Steps with a process reward: every one with noise, or of these the guided ones (Euphonium's released script)."""
     refresh: PrmRefreshConfig | None = None
@@ -121,7 +126,7 @@ class RewardsConfig(Node):
     def _names_differ(self) -> Self:
         names = [reward.name for reward in self.outcome]
         for name in names:
-            if names.count(name) > 1 or name in ("total", "process"):
+            if names.count(name) > 1 or name in ("total", "process", FINAL_PROCESS):
                 raise ValueError(f"outcome reward name {name!r} is taken; names must differ from each other")
         return self
 

@@ -9,8 +9,15 @@ from pydantic import Field, PositiveInt, model_validator
 
 from euphonium.config.base import Name, Node, Planned, Seed, UserPath
 from euphonium.config.pools import PoolsConfig
-from euphonium.config.rewards import AdvantageConfig, RewardsConfig
-from euphonium.config.sampling import EvaluationConfig, ModelConfig, PromptsConfig, RolloutConfig, SamplerConfig
+from euphonium.config.rewards import FINAL_PROCESS, AdvantageConfig, RewardsConfig
+from euphonium.config.sampling import (
+    EvaluationConfig,
+    ModelConfig,
+    MovingWindowConfig,
+    PromptsConfig,
+    RolloutConfig,
+    SamplerConfig,
+)
 from euphonium.config.training import CheckpointConfig, MetricsConfig, ObjectiveConfig, OptimizerConfig, ProfileConfig
 
 if TYPE_CHECKING:
@@ -58,6 +65,7 @@ class RunConfig(Node):
         _best_of_fits_the_group(self.advantage, self.rollout)
         _members_of_each_strength_compare(self.sampler, self.advantage, self.rollout)
         _outcome_rewards_rank(self)
+        _trained_steps_exist(self.objective, self.sampler)
         return self
 
     def advantage_rule(self) -> AdvantageRule:
@@ -66,8 +74,11 @@ class RunConfig(Node):
 
         settings, process = self.advantage, self.rewards.process
         outcome = settings.mode != "process"
+        weights = {reward.name: reward.weight if outcome else 0.0 for reward in self.rewards.outcome}
+        if process is not None and self.scores_final_states:
+            weights[FINAL_PROCESS] = process.outcome_weight
         return AdvantageRule(
-            weights={reward.name: reward.weight if outcome else 0.0 for reward in self.rewards.outcome},
+            weights=weights,
             process_weight=process.weight if process is not None and settings.mode != "outcome" else 0.0,
             scope=settings.scope,
             ddof=settings.ddof,
@@ -92,6 +103,12 @@ class RunConfig(Node):
         return next((reason for reason, holds in reasons.items() if holds), "")
 
     @property
+    def scores_final_states(self) -> bool:
+        """Whether the process rewards of finished samples count as an outcome reward."""
+        process = self.rewards.process
+        return process is not None and process.outcome_weight != 0 and self.advantage.mode != "process"
+
+    @property
     def run_dir(self) -> Path:
         """Folder of this run."""
         return self.output_dir / self.name
@@ -114,7 +131,10 @@ def _every_update_has_a_group(objective: ObjectiveConfig, rollout: RolloutConfig
 
 
 def _outcome_weights(advantage: AdvantageConfig, rewards: RewardsConfig) -> list[float]:
-    return [] if advantage.mode == "process" else [reward.weight for reward in rewards.outcome]
+    if advantage.mode == "process":
+        return []
+    final = 0.0 if rewards.process is None else rewards.process.outcome_weight
+    return [final, *(reward.weight for reward in rewards.outcome)]
 
 
 def _some_reward_is_trained(advantage: AdvantageConfig, rewards: RewardsConfig) -> None:
@@ -168,6 +188,18 @@ def _members_of_each_strength_compare(
         )
     if advantage.best_of is not None:
         raise ValueError("advantage.best_of chooses from a whole group; leave it out, or set advantage.baseline: group")
+
+
+def _trained_steps_exist(objective: ObjectiveConfig, sampler: SamplerConfig) -> None:
+    trained = objective.trained_steps
+    if trained is None:
+        return
+    if trained[1] > sampler.num_steps:
+        raise ValueError(f"objective.trained_steps ends after the last of {sampler.num_steps} steps")
+    if isinstance(sampler.sde_window, MovingWindowConfig):
+        raise ValueError(
+            "objective.trained_steps is a fixed range, and sampler.sde_window moves: let the window say what is trained"
+        )
 
 
 def _outcome_rewards_rank(config: RunConfig) -> None:

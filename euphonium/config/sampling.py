@@ -123,6 +123,11 @@ class GuidanceConfig(Node):
     """Half-open range of guided steps; None guides every step."""
     time_window: tuple[float, float] | None = None
     """The same as a half-open range of t = 1 - sigma, from noise (0) to data (1), in which guided steps begin."""
+    every: PositiveInt = 1
+    """Guides every n-th step of the window, from its first on."""
+    scale_per: Literal["time", "step"] = "time"
+    """``time`` pushes by ``scale`` times the step's length (Eq. 20), ``step`` by ``scale`` at every step, however long
+    (the released trainer without ``use_delta_t_for_gradient_scaling``)."""
     normalise: Literal[False, True, "noise"] = False
     """Scale every sample's gradient first: ``true`` to unit length; ``noise`` so that a scale of 1 pushes a step as far
     as its noise does, which means the same for every reward model and step (needs ``scale``)."""
@@ -143,6 +148,8 @@ class GuidanceConfig(Node):
             raise ValueError(
                 "normalise: noise measures the push in units of the noise by scale; beta does that already"
             )
+        if self.normalise == "noise" and self.scale_per == "step":
+            raise ValueError("normalise: noise already pushes all steps alike; leave scale_per out")
         return self
 
     @model_validator(mode="after")
@@ -162,7 +169,10 @@ class GuidanceConfig(Node):
         """
         from euphonium.dynamics import Guidance
 
-        return Guidance(scale=self.scale, beta=self.beta, window=self.window, time_window=self.time_window)
+        return Guidance(
+            scale=self.scale, beta=self.beta, window=self.window, time_window=self.time_window, every=self.every,
+            scale_per=self.scale_per,
+        )  # fmt: skip
 
     def at(self, iteration: int) -> Guidance | None:
         """The guidance in an iteration (from 0); None once it has ended."""
@@ -177,10 +187,11 @@ class GuidanceConfig(Node):
 
 
 class MovingWindowConfig(Node):
-    """A window of stochastic steps that changes with the iteration."""
+    """A window of stochastic steps that changes with the iteration, or with the group."""
 
-    kind: Literal["sliding", "random"]
-    """``sliding`` moves from noise to data and starts over (MixGRPO), ``random`` is drawn every iteration."""
+    kind: Literal["sliding", "random", "group"]
+    """``sliding`` moves from noise to data and starts over (MixGRPO), ``random`` is drawn every iteration, ``group``
+    for every group: all samples of a prompt are stochastic at the same steps (Flash-GRPO, with size 1)."""
     size: PositiveInt
     """Steps in the window."""
     allowed: tuple[int, int]
@@ -190,7 +201,7 @@ class MovingWindowConfig(Node):
     every: PositiveInt = 1
     """Iterations that a sliding window stays in one place."""
     seed: Seed = 0
-    """Seed of a random window."""
+    """Seed of a window that is drawn."""
 
 
 class NoiseGridConfig(Node):
@@ -223,8 +234,9 @@ class NoiseGridConfig(Node):
 class SamplerConfig(NoiseGridConfig):
     """The stochastic sampler of the rollouts, from noise to data."""
 
-    law: Literal["dance", "flow_grpo", "sage", "cps", "ddim"] = "dance"
-    """Transition law of the stochastic sampler; ``ddim`` is for models that predict the noise."""
+    law: Literal["dance", "flow_grpo", "flow_grpo_wan", "sage", "cps", "ddim"] = "dance"
+    """Transition law of the stochastic sampler; ``flow_grpo_wan`` is that of Flow-GRPO's code for Wan, with ``eta: 1``;
+    ``ddim`` is for models that predict the noise."""
     eta: PositiveFloat
     """Noise level; its meaning depends on the law (docs/methods.md)."""
     num_steps: Steps
@@ -239,17 +251,38 @@ class SamplerConfig(NoiseGridConfig):
     """Reward-gradient guidance; None samples without."""
 
     def window(self, iteration: int) -> tuple[int, int] | None:
-        """Half-open range of the stochastic steps in an iteration (from 0); None where all are."""
+        """Half-open range of the steps that are stochastic in an iteration (from 0) for some group; None for all."""
         from euphonium.dynamics.windows import random_window, sliding_window
 
         moving = self.sde_window
         if not isinstance(moving, MovingWindowConfig):
             return moving
+        if moving.kind == "group":
+            return moving.allowed
         if moving.kind == "random":
             return random_window(iteration, size=moving.size, allowed=moving.allowed, seed=moving.seed)
         return sliding_window(
             iteration, size=moving.size, allowed=moving.allowed, stride=moving.stride, every=moving.every
         )
+
+    def of_group(self, ordinal: int | None = None) -> SamplerConfig:
+        """The sampler that draws a group, which has its own window if windows are drawn for every group.
+
+        Its transitions are scored by the table of all groups, which has the same numbers at its stochastic steps.
+
+        Args:
+            ordinal: of the group; None for one whose window is in the middle of all places, for plans.
+        """
+        from euphonium.dynamics.windows import middle_window, random_window
+
+        moving = self.sde_window
+        if not isinstance(moving, MovingWindowConfig) or moving.kind != "group":
+            return self
+        if ordinal is None:
+            window = middle_window(size=moving.size, allowed=moving.allowed)
+        else:
+            window = random_window(ordinal, size=moving.size, allowed=moving.allowed, seed=moving.seed)
+        return self.model_copy(update={"sde_window": window})
 
     def table(self, sigmas: Tensor, iteration: int = 0, times: Tensor | None = None) -> StepTable:
         """The step table of these settings, for a flow-matching model.
@@ -284,6 +317,7 @@ class SamplerConfig(NoiseGridConfig):
         moving = self.sde_window
         if isinstance(moving, MovingWindowConfig) and moving.allowed[1] > self.num_steps:
             raise ValueError(f"sde_window.allowed ends after the last of {self.num_steps} steps")
+        self.of_group()
         if self.law == "ddim":
             self.window(0)
         else:

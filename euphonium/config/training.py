@@ -65,8 +65,12 @@ class ObjectiveConfig(Node):
     """Clip range of the importance ratio (Eq. 17)."""
     timestep_fraction: Fraction = 1.0
     """Share of the stochastic steps that is trained, drawn at random for every sample (DanceGRPO's tau)."""
-    step_weights: Literal["uniform", "equaliser", "inverse_delta"] = "uniform"
-    """Weights of the steps in the loss: equal, SAGE-GRPO's temporal equaliser, or one over the step's length."""
+    trained_steps: tuple[NonNegativeInt, PositiveInt] | None = None
+    """Half-open range of the steps that are trained, of those with noise; the others keep theirs (DanceGRPO's ablation
+    of first and last steps). Null trains at all; ``timestep_fraction`` is of this range."""
+    step_weights: Literal["uniform", "equaliser", "rectified", "inverse_delta"] = "uniform"
+    """Weights of the steps in the loss: equal, SAGE-GRPO's temporal equaliser, Flash-GRPO's rectified ones (the same up
+    to a factor: mean 1 instead of median 1), or one over the step's length."""
     ratio_normalisation: bool = False
     """Normalise the log-ratio by its drift and scale (GRPO-Guard); needs a copy of the previous policy."""
     old_log_probs: Literal["auto", "learner", "rollout"] = "auto"
@@ -86,6 +90,14 @@ class ObjectiveConfig(Node):
     """The same mean, above which the run stops before the weights move: rollout and learner disagree."""
     ratio_tolerance_p99: PositiveFloat = 1e-2
     """Limit on |ratio - 1| that 99 % of the transitions must keep, likewise."""
+
+    @model_validator(mode="after")
+    def _trains_some_steps(self) -> Self:
+        if self.trained_steps is not None and self.trained_steps[0] >= self.trained_steps[1]:
+            raise ValueError(
+                f"trained_steps {list(self.trained_steps)} is empty; it ends before the step after its last"
+            )
+        return self
 
     @model_validator(mode="after")
     def _imitates_what_is_not_in_the_mean(self) -> Self:

@@ -52,6 +52,11 @@ def _variance_flow_grpo(sigmas: Tensor, eta: float) -> Tensor:
     return eta**2 * sigma / (1 - finite) * (sigma - sigmas[1:])
 
 
+def _variance_flow_grpo_wan(sigmas: Tensor, eta: float) -> Tensor:
+    """Flow-GRPO's sampler for Wan: ``V = (eta s)^2 delta``, s linear in sigma from its last level to its second one."""
+    return (eta * (sigmas[-1] + (sigmas[1] - sigmas[-1]) * sigmas[:-1])) ** 2 * (sigmas[:-1] - sigmas[1:])
+
+
 def _variance_sage(sigmas: Tensor, eta: float) -> Tensor:
     """SAGE-GRPO Eq. 5: the integral of Flow-GRPO's ``eta^2 sigma / (1 - sigma)`` over the step."""
     clamped = sigmas.clamp(max=SAGE_SIGMA_MAX)
@@ -106,6 +111,7 @@ LAWS: dict[str, Law] = {
     "ode": law_ode,
     "dance": _marginal_preserving(_variance_dance),
     "flow_grpo": _marginal_preserving(_variance_flow_grpo),
+    "flow_grpo_wan": _marginal_preserving(_variance_flow_grpo_wan),
     "sage": _marginal_preserving(_variance_sage),
     "cps": law_cps,
 }

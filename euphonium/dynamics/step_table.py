@@ -252,6 +252,20 @@ class StepTable:
         scale[stochastic] = norms.median() / norms
         return scale
 
+    def rectifier(self) -> Tensor:
+        """Temporal gradient rectification of Flash-GRPO: ``1 / N_k`` over its mean, with the equaliser's ``N_k``.
+
+        Its mean over the stochastic steps is 1: where one of them is drawn, updates keep their length on average.
+
+        Returns:
+            float64 ``[num_steps]``, 1 at steps without noise.
+        """
+        stochastic = self.std > 0
+        inverse = self.std[stochastic] / self.coef_v.abs()[stochastic]
+        scale = torch.ones_like(self.std)
+        scale[stochastic] = inverse / inverse.mean()
+        return scale
+
     def fingerprint(self) -> str:
         """Hash of all numbers of the table: two processes with equal fingerprints use the same sampler."""
         digest = hashlib.sha256(self.law.encode())

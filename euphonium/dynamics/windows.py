@@ -26,15 +26,27 @@ def sliding_window(iteration: int, *, size: int, allowed: tuple[int, int], strid
     return start, start + size
 
 
-def random_window(iteration: int, *, size: int, allowed: tuple[int, int], seed: int) -> tuple[int, int]:
-    """A window at a random place, the same for all groups of an iteration (Flow-GRPO-Fast).
+def random_window(number: int, *, size: int, allowed: tuple[int, int], seed: int) -> tuple[int, int]:
+    """A window at a random place: one an iteration (Flow-GRPO-Fast), or one a group (Flash-GRPO).
+
+    Args:
+        number: of the iteration or group.
+        size: steps in the window.
+        allowed: half-open range of steps that it stays in.
+        seed: of the draw.
 
     Returns:
         Half-open range of steps.
     """
     first, last = _starts(size, allowed)
-    start = random.Random(f"{seed}/{iteration}").randint(first, last)
+    start = random.Random(f"{seed}/{number}").randint(first, last)
     return start, start + size
+
+
+def middle_window(*, size: int, allowed: tuple[int, int]) -> tuple[int, int]:
+    """The window in the middle of all places, the earlier one of two."""
+    first, last = _starts(size, allowed)
+    return (first + last) // 2, (first + last) // 2 + size
 
 
 def _starts(size: int, allowed: tuple[int, int]) -> tuple[int, int]:

@@ -68,6 +68,8 @@ class GroupInfo:
             where samples share a state.
         process_rewards: float32 ``[group, num_steps]``, process reward that each action is credited with, 0 at steps
             without one; None without process rewards.
+        final_rewards: float32 ``[group]``, process rewards of the finished samples, where they count as an outcome
+            reward; else None.
         seconds: wall time by part of the work.
         payload_bytes: size of the arrays that the learner group fetches.
     """
@@ -79,6 +81,7 @@ class GroupInfo:
     process_rewards: Array | None
     seconds: dict[str, float]
     payload_bytes: int
+    final_rewards: Array | None = None
 
     @property
     def transitions(self) -> int:

@@ -205,7 +205,11 @@ class Learner:
                 self.policy.discard_gradients()
             elif self.previous is not None:
                 self.previous.refresh(self.policy)
-            self._begun = Begun(UpdateStatistics(self.world_size), (), [[] for _ in range(self.world_size)])
+            self._begun = Begun(
+                UpdateStatistics(self.world_size, self.config.sampler.num_steps),
+                (),
+                [[] for _ in range(self.world_size)],
+            )
         return self._begun
 
     def _evaluated(
@@ -220,7 +224,7 @@ class Learner:
             assert replayed is not None
             rows = dataclasses.replace(rows, log_probs=replayed)
         value = evaluate_objective(
-            self.config.objective, work.tables[batch.group], self.velocity, rows, work.references
+            self.config.objective, work.tables[batch.group], self.velocity, rows, work.references, statistics.gradients
         )
         if batch.weight > 0:
             # Both must agree only on the first update, and only on groups that the present policy drew.

@@ -68,6 +68,34 @@ class References:
     kl_weight: float = 0.0
 
 
+class OutputGradients:
+    """How long the gradient of the loss with respect to the network's output is, by step.
+
+    Backward passes fill it in, so it costs none. Lengths are those of a row of weight 1; where rows share a state, of
+    their sum.
+
+    Attributes:
+        squares: float64 ``[num_steps]``, sum of the squared lengths.
+        states: float64 ``[num_steps]``, number of the states behind them.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        self.squares = torch.zeros(num_steps, dtype=torch.float64)
+        self.states = torch.zeros(num_steps, dtype=torch.float64)
+
+    def watch(self, output: Tensor, steps: Tensor, weight: float) -> None:
+        """Notes the gradient of an output ``[states, ...]`` at ``steps`` once it is there; rows have this weight."""
+        if not output.requires_grad or weight == 0:
+            return
+
+        def note(gradient: Tensor) -> None:
+            squares = gradient.detach().float().flatten(1).square().sum(dim=1).double().cpu() / weight**2
+            self.squares.index_add_(0, steps.cpu(), squares)
+            self.states.index_add_(0, steps.cpu(), torch.ones_like(squares))
+
+        output.register_hook(note)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveValue:
     """Loss of a micro-batch, and statistics of its rows.
@@ -117,6 +145,8 @@ def step_weights(config: ObjectiveConfig, table: StepTable) -> Tensor:
     """Weight of each step in the loss, float64 ``[num_steps]``."""
     if config.step_weights == "equaliser":
         return table.equaliser()
+    if config.step_weights == "rectified":
+        return table.rectifier()
     weights = torch.ones_like(table.std)
     if config.step_weights == "inverse_delta":
         stochastic = table.std > 0
@@ -131,6 +161,7 @@ def evaluate_objective(
     velocity: Velocity,
     rows: Transitions,
     references: References | None = None,
+    gradients: OutputGradients | None = None,
 ) -> ObjectiveValue:
     """The objective of one micro-batch under the current policy.
 
@@ -140,12 +171,13 @@ def evaluate_objective(
         velocity: the current policy's velocity, differentiable in its parameters.
         rows: the micro-batch.
         references: frozen policies; needed for a KL penalty and for ratio normalisation.
+        gradients: takes note of the gradient with respect to the network's output.
 
     Raises:
         ValueError: the options need the previous policy, and ``references`` does not have it.
     """
     references = references or References()
-    mean, log_prob = _score(table, velocity, rows)
+    mean, log_prob = _score(table, velocity, rows, gradients)
     deviation = torch.expm1(log_prob.detach() - rows.log_probs).abs()
     old_log_prob = log_prob.detach() if rows.own_old else rows.log_probs
     log_ratio = log_prob - old_log_prob
@@ -219,13 +251,17 @@ def _previous_divergence(
     return table.kl(steps, mean, previous_mean)
 
 
-def _score(table: StepTable, velocity: Velocity, rows: Transitions) -> tuple[Tensor, Tensor]:
+def _score(
+    table: StepTable, velocity: Velocity, rows: Transitions, gradients: OutputGradients | None = None
+) -> tuple[Tensor, Tensor]:
     """Means and log-probabilities of the rows under a policy."""
     states, steps = rows.states, rows.steps
     if rows.of is not None:
         # All rows of a state are of the same step.
         steps = steps.new_zeros(len(states)).scatter_(0, rows.of.to(steps.device), steps)
     v = velocity(states, table.times[steps].to(device=states.device, dtype=torch.float32), rows.conditioning)
+    if gradients is not None:
+        gradients.watch(v, steps, rows.weight)
     if rows.of is not None and len(rows.of) > len(states):
         states, v = states[rows.of], v[rows.of]
     mean = table.mean(rows.steps, states, v, rows.gradients if rows.guided_mean else None)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from learners.engine.collectives import gathered, reduced
-from learners.policy.objective import ObjectiveValue
+from learners.policy.objective import ObjectiveValue, OutputGradients
 
 SUMMED = ("rows", "loss", "clipped", "ratio", "log_ratio_squared", "kl_anchor", "kl_previous")
 
@@ -16,10 +16,12 @@ class UpdateStatistics:
 
     Attributes:
         norms: gradient norm of each update so far.
+        gradients: gradients with respect to the network's output, by step.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, num_steps: int) -> None:
         self.norms: list[float] = []
+        self.gradients = OutputGradients(num_steps)
         self._world_size = world_size
         self._sums = dict.fromkeys(SUMMED, 0.0)
         self._before = dict(self._sums)
@@ -69,9 +71,17 @@ class UpdateStatistics:
         Args:
             device: device of the collective operations.
         """
-        totals = reduced(device, self._sums, "sum")
+        watched = self.gradients
+        by_step = {f"squares {k}": float(value) for k, value in enumerate(watched.squares)}
+        by_step |= {f"states {k}": float(value) for k, value in enumerate(watched.states)}
+        totals = reduced(device, self._sums | by_step, "sum")
         count = totals["rows"]
         return {
+            **{
+                f"policy/step_gradient/{k:02d}": (totals[f"squares {k}"] / totals[f"states {k}"]) ** 0.5
+                for k in range(len(watched.states))
+                if totals[f"states {k}"]
+            },
             "policy/loss": totals["loss"] / len(self.norms),
             "policy/ratio_mean": totals["ratio"] / count,
             "policy/clip_fraction": totals["clipped"] / count,

@@ -25,9 +25,9 @@ from orchestrator.commands.doctor import doctor
 from orchestrator.commands.evaluate import evaluate
 from orchestrator.commands.generate import generate
 from orchestrator.commands.preprocess import preprocess
-from orchestrator.commands.report import report, watch
 from orchestrator.commands.recipes import recipes
 from orchestrator.commands.render import render
+from orchestrator.commands.report import report, watch
 from orchestrator.commands.submit import submit
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from euphonium.config import NoiseGridConfig, PromptsConfig, RunConfig, dump_config
+from euphonium.config import MovingWindowConfig, NoiseGridConfig, PromptsConfig, RunConfig, dump_config
 from euphonium.config.foreign import ineffective_variables
 from euphonium.errors import CheckpointError, ConfigError
 from euphonium.files import written_aside
@@ -72,8 +72,9 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         from euphonium.rewards.process import ProcessRewardModel
 
         ProcessRewardModel.check(Path(config.rewards.process.path), config.model)
-    table = family.step_table(config.sampler)
-    kept = select_steps(table, config.rollout.group_size, config.objective.timestep_fraction, 0)
+    objective, walked = config.objective, config.sampler.of_group()
+    table = family.step_table(walked)
+    kept = select_steps(table, config.rollout.group_size, objective.timestep_fraction, 0, objective.trained_steps)
     steps, states = kept.shape[1], state_rows(kept, last_shared_state(config, table))[2]
     best_of, size = config.advantage.best_of, config.rollout.group_size
     trained = size if best_of is None else min(size, 2 * best_of)
@@ -89,7 +90,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         "training prompts": len(prompts),
         **prepared,
         "samples per iteration": f"{rollout.prompts_per_iteration} prompts x {rollout.group_size} = {samples}",
-        "sampler": f"{config.sampler.law}, {table.num_steps} steps, stochastic {_ranges(table.stochastic_steps)}, "
+        "sampler": f"{config.sampler.law}, {table.num_steps} steps, stochastic {_stochastic(config, table)}, "
         f"guided {_ranges(table.guided_steps) or 'none'}",
         "trained transitions per iteration": rollout.prompts_per_iteration * trained * steps,
         "without a pass of the network": _left_out(config),
@@ -101,7 +102,8 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         "ORM servers": f"{pools.orm.num_actors} x {pools.orm.num_gpus:g} GPU",
         "learner ranks": f"{pools.learner.num_workers} x {pools.learner.num_gpus:g} GPU",
         **_adapter_plan(config, family),
-        **_untrained_guidance(table),
+        **_untrained_guidance(family.step_table(config.sampler)),
+        **_warm_up_alone(config),
     }
 
 
@@ -162,6 +164,28 @@ def _untrained_guidance(table: StepTable) -> dict[str, str]:
     )
     log.warning("guided steps that are not trained: %s", text)
     return {"guided but not trained": text}
+
+
+def _stochastic(config: RunConfig, table: StepTable) -> str:
+    """The steps with noise; of windows that are drawn for every group, how many there are and where."""
+    window, moving = config.sampler.window(0), config.sampler.sde_window
+    if isinstance(moving, MovingWindowConfig) and moving.kind == "group" and window is not None:
+        return f"{moving.size} of {_ranges(list(range(*window)))}, drawn for every group"
+    return _ranges(table.stochastic_steps)
+
+
+def _warm_up_alone(config: RunConfig) -> dict[str, str]:
+    """A KL controller that never leaves its warm-up, so that its feedback never acts; nothing if it does."""
+    kl = config.objective.kl
+    updates = config.iterations * config.objective.updates_per_iteration
+    if kl is None or kl.controller is None or kl.controller.warmup_updates < updates:
+        return {}
+    text = (
+        f"all {updates} updates of the run are warm-up (objective.kl.controller.warmup_updates: "
+        f"{kl.controller.warmup_updates}): its feedback never acts; raise iterations, or lower warmup_updates"
+    )
+    log.warning("KL controller: %s", text)
+    return {"KL controller": text}
 
 
 def _adapter_plan(config: RunConfig, family: Generator) -> dict[str, str]:

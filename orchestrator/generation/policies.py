@@ -142,18 +142,22 @@ def inference_guidance(config: RunConfig) -> GuidanceConfig:
     steps = table.guided_steps
     if not steps:
         raise ConfigError("--protocol inference_rgg: sampler.guidance.scale is 0, so no step was guided")
-    if guidance.scale is None:
+    if guidance.scale is None or guidance.scale_per == "step":
         rates = table.coef_grad[steps] / (table.sigmas[:-1] - table.sigmas[1:])[steps]
         if not torch.allclose(rates, rates[0].expand_as(rates), rtol=1e-9, atol=0):
             raise ConfigError(
-                f"--protocol inference_rgg: guidance by beta under the law {config.sampler.law} has no rate that an "
-                "ODE could keep, as it has under the law dance; only guidance.scale can be kept"
+                f"--protocol inference_rgg: guidance by beta under the law {config.sampler.law}, or scaled per step, "
+                "has no rate that an ODE could keep, as guidance by beta has under the law dance; only guidance.scale "
+                "can be kept"
             )
-        guidance = guidance.model_copy(update={"beta": None, "scale": float(rates[0])})
+        guidance = guidance.model_copy(update={"beta": None, "scale": float(rates[0]), "scale_per": "time"})
     # A step lasts until the next one begins: up to there finer steps are guided, too.
     begin, end = (1 - float(table.sigmas[k]) for k in (steps[0], steps[-1] + 1))
     window = guidance.time_window or (begin, end)
-    return guidance.model_copy(update={"window": None, "time_window": window})
+    assert guidance.scale is not None
+    # Steps between those that were guided are finer steps' guided time, too: the same push spread evenly.
+    spread = {"every": 1, "scale": guidance.scale / guidance.every}
+    return guidance.model_copy(update={"window": None, "time_window": window, **spread})
 
 
 def _prm_in_process(config: RunConfig, device: torch.device) -> SourceFactory:

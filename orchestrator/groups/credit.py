@@ -15,6 +15,7 @@ import torch
 
 from actors.guidance import member_strengths
 from euphonium.config import RunConfig
+from euphonium.config.rewards import FINAL_PROCESS
 from euphonium.dynamics import AdvantageRule, Advantages, GroupRewards, group_advantages
 from euphonium.wire.records import Array, GroupInfo, GroupPayload, OrmAnswer, TrainingGroup
 from learners.policy.batching import dealt
@@ -66,7 +67,7 @@ def advantages(
     """Advantages of all groups of an iteration, given their outcome rewards by name, ``[group]`` each."""
     rewards = [
         GroupRewards(
-            {name: torch.tensor(values) for name, values in group.items()},
+            _outcome(info, group),
             None if info.process_rewards is None else torch.tensor(info.process_rewards),
         )
         for info, group in zip(infos, scores, strict=True)
@@ -81,6 +82,12 @@ def advantages(
         unguided = tuple((strengths == 0).nonzero().flatten().tolist())
         return group_advantages(rewards, replace(config.advantage_rule(), baseline=unguided))
     return _by_strength(rewards, config.advantage_rule(), len(guidance.strengths))
+
+
+def _outcome(info: GroupInfo, scores: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    """Outcome rewards of a group by name, with the process reward of its finished samples where that counts as one."""
+    final = {} if info.final_rewards is None else {FINAL_PROCESS: info.final_rewards}
+    return {name: torch.tensor(values) for name, values in {**scores, **final}.items()}
 
 
 def _by_strength(rewards: Sequence[GroupRewards], rule: AdvantageRule, strengths: int) -> list[Advantages]:

@@ -32,7 +32,11 @@ MACHINES: dict[str, dict[str, Any]] = {
 def recipes() -> list[Path]:
     """Recipes of published models, relative to the repository; those of the embedded generator take no GPU."""
     found = sorted((ROOT / "recipes").rglob("*.yaml"))
-    runs = [path for path in found if path.name not in ("base.yaml", "prm.yaml") and path.parent.name != "embedded"]
+    runs = [
+        path
+        for path in found
+        if path.name not in ("base.yaml", "prm.yaml", "orm.yaml") and path.parent.name != "embedded"
+    ]
     return [path.relative_to(ROOT) for path in runs]
 
 

@@ -24,14 +24,16 @@ class Metric:
     """One declared metric.
 
     Attributes:
-        key: key in ``metrics.jsonl``; ``*`` stands for the name of a reward.
-        name: name in Prometheus, without prefix; a key with ``*`` gets the label ``reward``.
+        key: key in ``metrics.jsonl``; ``*`` stands for the name of a reward, or for what ``label`` says.
+        name: name in Prometheus, without prefix.
         help: its meaning, and how to read it.
+        label: in Prometheus, the label that has what stands for ``*``.
     """
 
     key: str
     name: str
     help: str
+    label: str = "reward"
 
 
 METRICS = (
@@ -95,6 +97,9 @@ METRICS = (
     Metric("policy/clip_fraction", "clip_fraction", "Share of transitions whose gradient the clip removed."),
     Metric("policy/approx_kl", "approx_kl", "Half the mean squared log-ratio to the behaviour policy."),
     Metric("policy/grad_norm", "grad_norm", "Mean gradient norm before clipping."),
+    Metric("policy/step_gradient/*", "step_gradient",
+           "Length of the loss's gradient with respect to the network's output, root of its mean square over the "
+           "states of a step, by number of the step.", label="step"),
     Metric("policy/learning_rate", "learning_rate", "Learning rate of the last update."),
     Metric("kl/weight", "kl_weight", "Weight of the KL penalty in the last update."),
     Metric("kl/anchor", "kl_anchor", "Mean divergence of the transitions from the anchor policy."),
@@ -155,7 +160,7 @@ _PATTERNS = [(_pattern(metric.key), metric) for metric in METRICS if "*" in metr
 
 
 def find_metric(key: str) -> tuple[Metric, str | None]:
-    """The declaration of a key, and the name of the reward in it, or None.
+    """The declaration of a key, and what stands for its ``*``, such as the name of a reward, or None.
 
     Raises:
         KeyError: the metric is not declared.
@@ -180,12 +185,12 @@ class PrometheusEndpoint:
         self._registry = CollectorRegistry()
         self._gauges = {
             metric.name: Gauge(
-                PREFIX + metric.name, metric.help, ["run", "reward"] if "*" in metric.key else ["run"],
+                PREFIX + metric.name, metric.help, ["run", metric.label] if "*" in metric.key else ["run"],
                 registry=self._registry,
             )
             for metric in METRICS
         }  # fmt: skip
-        self._values: dict[tuple[str, str | None], float] = {}
+        self._values: dict[tuple[Metric, str | None], float] = {}
         server, self._thread = start_http_server(port, host, registry=self._registry)
         self._server = server
         self.address = f"http://{host}:{server.server_port}/metrics"
@@ -196,10 +201,10 @@ class PrometheusEndpoint:
     def set(self, record: Mapping[str, float]) -> None:
         """Sets the metrics of an iteration."""
         for key, value in record.items():
-            metric, reward = find_metric(key)
-            labels = {"run": self._run} | ({"reward": reward} if reward is not None else {})
+            metric, part = find_metric(key)
+            labels = {"run": self._run} | ({metric.label: part} if part is not None else {})
             self._gauges[metric.name].labels(**labels).set(value)
-            self._values[metric.name, reward] = value
+            self._values[metric, part] = value
 
     def close(self) -> None:
         """Stops serving."""
@@ -212,8 +217,9 @@ class PrometheusEndpoint:
 
         gauges: dict[str, Any] = {}
         while not self._stop.wait(REPUBLISH_EVERY_S):
-            for (name, reward), value in list(self._values.items()):
-                tags = {"run": self._run} | ({"reward": reward} if reward is not None else {})
+            for (metric, part), value in list(self._values.items()):
+                name = metric.name
+                tags = {"run": self._run} | ({metric.label: part} if part is not None else {})
                 try:
                     if name not in gauges:
                         gauges[name] = Gauge(PREFIX + name, tag_keys=tuple(tags))

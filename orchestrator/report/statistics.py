@@ -119,13 +119,16 @@ def process_statistics(process: Array, totals: Floats) -> dict[str, float]:
         totals: ``[groups, samples]``, weighted outcome rewards.
     """
     values = process.astype(np.float64)
-    # Rewards that are 0 for all samples of an iteration were not requested.
-    scored = np.flatnonzero((values != 0).any(axis=(0, 1)))
-    if not len(scored):
+    # Rewards that are 0 for all samples of a group were not requested; groups may be scored at steps of their own.
+    scored = (values != 0).any(axis=1)
+    some = scored.any(axis=1)
+    values, scored, totals = values[some], scored[some], totals[some]
+    if not len(values):
         return {}
-    final = values[:, :, scored[-1]]
+    last = scored.shape[1] - 1 - scored[:, ::-1].argmax(axis=1)
+    final = values[np.arange(len(values)), :, last]
     record = {
-        "process/mean": float(values[:, :, scored].mean()),
+        "process/mean": float(np.concatenate([v[:, s].ravel() for v, s in zip(values, scored, strict=True)]).mean()),
         "process/final_mean": float(final.mean()),
         "process/outcome_correlation": within_group_correlation(final, totals),
     }

@@ -11,8 +11,8 @@ from typing import Any
 
 from euphonium.config import RunConfig
 from euphonium.errors import PreflightError
-from orchestrator.report.discovery import announce
 from euphonium.role_logs import SAID
+from orchestrator.report.discovery import announce
 from orchestrator.report.metrics import PrometheusEndpoint, find_metric
 from orchestrator.report.trackers import SavedClip, open_trackers
 

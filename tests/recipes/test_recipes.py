@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from euphonium.config import PrmConfig, RunConfig, dump_config, load_config
+from euphonium.config import OrmConfig, PrmConfig, RunConfig, dump_config, load_config
 from euphonium.errors import ConfigError
 from euphonium.generators.described import describe_generator
 from euphonium.generators.registry import open_generator
@@ -17,7 +17,8 @@ from euphonium.rewards.registry import build_reward, find_reward, options_of
 
 ROOT = Path("recipes")
 # A base holds what recipes share and is no recipe: it may lack required fields.
-RECIPES = sorted(path for path in ROOT.rglob("*.yaml") if path.name != "base.yaml")
+RECIPES = sorted(path for path in ROOT.rglob("*.yaml") if path.name not in ("base.yaml", "orm.yaml"))
+ORM = sorted(ROOT.rglob("orm.yaml"))
 PRM = [path for path in RECIPES if path.name == "prm.yaml"]
 RUNS = [path for path in RECIPES if path.name != "prm.yaml"]
 METHODS = {
@@ -40,6 +41,13 @@ def extended(path: Path) -> list[Path]:
 def test_a_run_loads_and_writes_back(path: Path) -> None:
     config = load(path)
     assert yaml.safe_load(dump_config(config))["name"] == config.name
+
+
+@pytest.mark.parametrize("path", ORM, ids=str)
+def test_an_outcome_reward_training_loads(path: Path) -> None:
+    config = load_config(path, [], OrmConfig)
+    assert config.model.path == "OpenGVLab/InternVL3-1B-hf"
+    assert config.objective == "bradley_terry"
 
 
 @pytest.mark.parametrize("path", PRM, ids=str)
@@ -203,6 +211,35 @@ def test_the_two_settings_of_sage_differ_in_weights_alone() -> None:
         assert first.sampler == second.sampler
         assert first.objective == second.objective
         assert first.rewards != second.rewards
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("flash-grpo.yaml")), ids=str)
+def test_flash_grpo_trains_one_step_a_prompt(path: Path) -> None:
+    config = load(path)
+    family = describe_generator(config.model)
+    places = {tuple(family.step_table(config.sampler.of_group(i)).stochastic_steps) for i in range(100)}
+    first_half = config.sampler.num_steps // 2
+    assert places == {(k,) for k in range(first_half)}
+    assert config.objective.step_weights == "rectified"
+
+
+def test_sages_baselines_differ_from_it_in_sampler_and_objective_alone() -> None:
+    sage = load(ROOT / "hunyuan-video-1.5" / "sage-grpo-a.yaml")
+    for name, law in (("dancegrpo", "dance"), ("flow-grpo", "flow_grpo"), ("cps", "cps")):
+        config = load(ROOT / "hunyuan-video-1.5" / f"{name}.yaml")
+        assert config.sampler.law == law
+        assert (config.objective.kl, config.objective.step_weights) == (None, "uniform")
+        same = {"name": sage.name, "sampler": sage.sampler, "objective": sage.objective}
+        assert config.model_copy(update=same) == sage
+
+
+def test_sages_controller_leaves_its_warm_up() -> None:
+    for path in RUNS:
+        config = load(path)
+        kl = config.objective.kl
+        if kl is not None and kl.controller is not None:
+            updates = config.iterations * config.objective.updates_per_iteration
+            assert kl.controller.warmup_updates < updates, path
 
 
 def test_mixgrpos_window_visits_every_place_of_the_embedded_grid() -> None:

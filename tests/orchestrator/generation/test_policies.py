@@ -52,7 +52,7 @@ def test_a_beta_is_kept_where_it_is_a_rate(make_config: Callable[..., RunConfig]
     guidance = inference_guidance(make_config("sampler.guidance={beta: 0.25}"))
     assert guidance.scale == pytest.approx(0.5**2 / (2 * 0.25))
     assert guidance.beta is None
-    with pytest.raises(ConfigError, match="guidance by beta under the law sage has no rate"):
+    with pytest.raises(ConfigError, match="guidance by beta under the law sage, or scaled per step, has no rate"):
         inference_guidance(make_config("sampler={law: sage, eta: 0.5, num_steps: 4, shift: 3, guidance: {beta: 0.5}}"))
 
 
