@@ -96,7 +96,7 @@ def test_the_next_groups_are_drawn_beside_an_evaluation(
     execute(run)
     assert chain(run.config) == waiting
     assert [number for number, _ in under_way] == [0, 0, 2, 2, 4, 4, 5, 5]
-    begun = {number: groups for number, groups in under_way}
+    begun = dict(under_way)
     assert (begun[2], begun[4], begun[5]) == (6, 6, 0), "after the last iteration there are none to come"
 
 
