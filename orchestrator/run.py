@@ -33,6 +33,7 @@ from orchestrator.pools.ray_session import beside_the_driver
 from orchestrator.pools.resources import lacking_resources
 from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.pools.run_pools import ActorFactories, RunPools
+from orchestrator.report.operations import Operations
 from orchestrator.state.checkpoints import BackgroundCommits, Checkpoint, CheckpointStore, RunState
 from orchestrator.state.interruption import Interruption
 from orchestrator.state.position import Position, Turn
@@ -82,6 +83,7 @@ class Run:
         keep = config.checkpoint
         store = CheckpointStore(config.run_dir / "checkpoints", keep.keep_last, keep.keep_every)
         self.checkpoints = BackgroundCommits(store, self.position.state, resume, self._tell_learners)
+        self._operations = Operations(config)
         self.desk = DeskLine(self._snapshot, self._resize)
         self.process_reward = ProcessRewardRefresh(
             config, self.pools, self.interruption, self.checkpoints.newest_folder, self.journal.say
@@ -157,6 +159,7 @@ class Run:
         ranks = self.config.pools.learner.num_workers
         self.position.state = RunState(iteration=turn.number, next_group=batch.next_group, world_size=ranks)
         await self.batches.trained(batch)
+        entry.numbers |= self._operations.rates([group.info for group in batch.groups], entry.numbers, ranks)
         entry.numbers |= {"busy/learner": entry.busy_share(), "pool/learner": float(ranks), **self.pools.load()}
         if checkpoint is not None:
             await self.checkpoints.commit(checkpoint, self.position.state, dump_config(self.config))

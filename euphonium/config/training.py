@@ -160,11 +160,14 @@ class CheckpointConfig(Node):
 
 
 class ProfileConfig(Node):
-    """Traces of what every process does."""
+    """Traces of what every process does, and rates at which it computes."""
 
     iterations: tuple[PositiveInt, ...] = ()
     """Iterations in each of which every process traces one unit of its work into the run's ``traces/``: a rollout actor
     a group, a rank of the learner a micro-batch, a reward server a pass."""
+    operations: bool = False
+    """Record the operations a second that rollout actors and learner ranks achieve. They are counted at the start, on a
+    thread of the driver, which takes up to a minute for the largest models."""
 
 
 class TrackerConfig(Node):

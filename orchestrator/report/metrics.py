@@ -122,6 +122,11 @@ METRICS = (
     Metric("busy/orm", "orm_busy_fraction", "Share of the ORM servers' time that they scored."),
     Metric("busy/learner", "learner_busy_fraction",
            "Share of the iteration in which the learner group fetched, updated, published or wrote a checkpoint."),
+    Metric("achieved/rollout_tflops", "rollout_tflops",
+           "TFLOP/s of a rollout actor while it draws groups, waits for process rewards included; with "
+           "profile.operations."),
+    Metric("achieved/learner_tflops", "learner_tflops",
+           "TFLOP/s of a learner rank in its updates; with profile.operations. Recomputed activations count."),
     Metric("pool/rollout", "rollout_actors", "Rollout actors at work."),
     Metric("pool/prm", "prm_servers", "PRM servers at work."),
     Metric("pool/orm", "orm_servers", "ORM servers at work."),

@@ -79,6 +79,27 @@ def test_a_streamed_run_has_the_numbers_of_one_that_waits_and_takes_less_time(
     assert sum(r["time/iteration_s"] for r in records(config)[1:]) < 0.9 * sum(known["seconds"][1:])
 
 
+def test_the_next_groups_are_drawn_beside_an_evaluation(
+    waiting: list, stub_config: Callable, execute: Callable
+) -> None:
+    under_way: list[tuple[int, int]] = []
+    run = Streaming(stub_config(*SIX, "evaluation.every=2"), "tests", None)
+    evaluate = run.evaluator.evaluate
+
+    async def watched(iteration: int) -> dict[str, float]:
+        under_way.append((iteration, run.batches.buffer.held().groups))
+        await asyncio.sleep(0)
+        under_way.append((iteration, run.batches.buffer.held().groups))
+        return await evaluate(iteration)
+
+    run.evaluator.evaluate = watched  # type: ignore[method-assign]  # It is watched, not replaced.
+    execute(run)
+    assert chain(run.config) == waiting
+    assert [number for number, _ in under_way] == [0, 0, 2, 2, 4, 4, 5, 5]
+    begun = dict(under_way)
+    assert (begun[2], begun[4], begun[5]) == (6, 6, 0), "after the last iteration there are none to come"
+
+
 def test_a_learner_that_dies_in_a_beginning_repeats_nothing_and_skips_nothing(
     waiting: list, stub_config: Callable, execute: Callable
 ) -> None:
