@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 REACH_TIMEOUT_S = 15.0
+# Longest wait for a dashboard that has answered before.
+LOST_TIMEOUT_S = 120.0
 # Between SIGTERM, on which a run writes a checkpoint, and SIGKILL. Ray's own default is 3.
 STOP_WAIT_S = 300
 # Statuses of failed commands; a driver that ends with another one was ended from outside.
@@ -138,12 +140,19 @@ def submit(client: JobSubmissionClient, job: Job) -> str:
 
 
 def follow(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> None:
-    """Passes on what a job prints until it has ended; connects anew where the connection breaks."""
+    """Passes on what a job prints until it has ended; connects anew where the connection breaks.
+
+    Raises:
+        PreflightError: the dashboard is gone.
+    """
     asyncio.run(_follow(client, job, write))
 
 
 async def _follow(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> None:
+    from aiohttp import ClientError
+
     written = 0
+    answered = time.monotonic()
     while True:
         seen = 0
         try:
@@ -151,13 +160,20 @@ async def _follow(client: JobSubmissionClient, job: str, write: Callable[[str], 
             async for text in client.tail_job_logs(job):
                 new = text[max(0, written - seen) :]
                 seen += len(text)
+                answered = time.monotonic()
                 if new:
                     write(new)
                     written = seen
-        except (RuntimeError, OSError):
-            await asyncio.sleep(1)
-        if client.get_job_status(job).is_terminal():
-            return
+            if client.get_job_status(job).is_terminal():
+                return
+            answered = time.monotonic()
+        # RuntimeError: a connection that broke in the middle.
+        except (RuntimeError, OSError, ClientError) as error:
+            if time.monotonic() - answered > LOST_TIMEOUT_S:
+                raise PreflightError(
+                    f"Ray's dashboard has not answered for {LOST_TIMEOUT_S:.0f} s ({one_line(error)}): if the head is "
+                    "lost, so is the job; on a new cluster the same command goes on from its newest checkpoint"
+                ) from error
         await asyncio.sleep(1)
 
 

@@ -45,6 +45,12 @@ def _all_reduce(members: Sequence[str], *, on_gpus: bool) -> Finding:
     name = f"{'NCCL' if on_gpus else 'gloo'} all-reduce"
     if len(members) < 2:
         return Finding(name, "cluster", "WARN", "fewer than two GPUs: not measured", "add a node, or look at it later")
+    free = ray.available_resources().get(GPU, 0.0)
+    if on_gpus and free < len(members):
+        return Finding(
+            name, "cluster", "WARN", f"{free:g} of {len(members)} GPUs are free: not measured",
+            "look again when the jobs that hold them have ended",
+        )  # fmt: skip
     task = ray.remote(num_cpus=0, num_gpus=1 if on_gpus else 0, max_retries=0)(_rank)
     meeting = ray.remote(num_cpus=0)(_free_place)
     try:
@@ -60,8 +66,8 @@ def _all_reduce(members: Sequence[str], *, on_gpus: bool) -> Finding:
             return Finding(
                 name, "cluster", "FAIL", f"{len(waiting)} of {len(members)} ranks did not come within "
                 f"{LINK_TIMEOUT_S:.0f} s",
-                "free GPUs that other jobs hold; else open the ports between the nodes, and name the right network in "
-                "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME",
+                "open the ports between the nodes, and name the right network in NCCL_SOCKET_IFNAME or "
+                "GLOO_SOCKET_IFNAME",
             )  # fmt: skip
         slowest = max(ray.get(done))
     except Exception as error:  # whatever the collective library raises is the finding

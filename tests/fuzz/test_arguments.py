@@ -25,11 +25,15 @@ COMMANDS = [
     "train-prm",
     "train-orm",
     "scale",
+    # Without a recipe that can be read these two look for no cluster.
+    "render",
+    "submit",
     "nonsense",
 ]
 WORDS = st.one_of(
     st.sampled_from(["--help", "-h", "-v", "--verbose", "-p", "--prompt", "-o", "--output", "--seed",
-                     "--steps", "--base", "--model", "--workers",
+                     "--steps", "--base", "--model", "--workers", "--to", "slurm", "--host", "--address", "--python",
+                     "--working-dir", "--image",
                      "--protocol", "implicit", "--policy", "--adapter", "--prm", "--orm", "--prompts", "--",
                      "-", "0", "-1",
                      "none", "recipe.yaml", "run", "rollout=x", "--output=~nobody/x", "a.b=c", "=", "\udcff", "a\0b"]),

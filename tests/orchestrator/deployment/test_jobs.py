@@ -2,7 +2,7 @@
 
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from euphonium.errors import ConfigError, EuphoniumError, PreflightError
 from orchestrator.commands.cli import run_command
 from orchestrator.commands.submit import metadata
 from orchestrator.deployment import jobs
-from orchestrator.deployment.jobs import connect, dashboard_address, outcome, runtime_environment
+from orchestrator.deployment.jobs import connect, dashboard_address, follow, outcome, runtime_environment
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +140,39 @@ def test_a_failed_job_has_the_status_of_its_driver(fields: dict[str, Any], statu
 def test_a_job_that_is_done_or_stopped_is_no_error() -> None:
     outcome(ended(status="SUCCEEDED", driver_exit_code=0), "job")
     outcome(ended(status="STOPPED"), "job")
+
+
+class Flaky:
+    """A dashboard that breaks the connection after some text, and begins anew with the first line, as Ray's does."""
+
+    def __init__(self, *connections: str | None) -> None:
+        self.connections = list(connections)
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        text = self.connections.pop(0)
+        if text is None:
+            raise ConnectionRefusedError
+        for part in (text[: len(text) // 2], text[len(text) // 2 :]):
+            yield part
+        if self.connections:
+            raise RuntimeError("WebSocket connection closed unexpectedly")
+
+    def get_job_status(self, job: str) -> Any:
+        return SimpleNamespace(is_terminal=lambda: not self.connections)
+
+
+def test_every_line_is_followed_once_however_often_the_connection_breaks() -> None:
+    written: list[str] = []
+    client: Any = Flaky("one\ntw", None, "one\ntwo\nth", "one", "one\ntwo\nthree\n")
+    follow(client, "job", written.append)
+    assert "".join(written) == "one\ntwo\nthree\n"
+
+
+def test_a_dashboard_that_is_gone_ends_the_following(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "LOST_TIMEOUT_S", 1.5)
+    client: Any = Flaky("one\n", *[None] * 100)
+    with pytest.raises(PreflightError, match="goes on from its newest checkpoint"):
+        follow(client, "job", lambda text: None)
 
 
 def test_the_shipped_environment_is_the_one_that_jobs_get() -> None:
