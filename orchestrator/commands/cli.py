@@ -20,6 +20,7 @@ import typer
 from euphonium.errors import ConfigError, EuphoniumError
 from euphonium.text_files import quoted, shown
 from orchestrator.commands.arguments import file_argument, prompt_argument
+from orchestrator.commands.debug import app as debug_app
 from orchestrator.commands.preprocess import preprocess
 from orchestrator.commands.report import report, watch
 
@@ -249,6 +250,7 @@ def _given(**options: int | None) -> dict[str, int]:
 app.command()(preprocess)
 app.command()(report)
 app.command()(watch)
+app.add_typer(debug_app, name="debug")
 
 
 @app.command("train-prm")
