@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := .venv-docs
 # Tests without a Ray cluster run side by side, a file at a time; a cluster wants the machine for itself.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: help setup demo demo-gpu test test-all lint format measure picture clean
+.PHONY: help setup demo demo-gpu test test-all lint format measure picture docs clean
 
 help: ## Show this help.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -53,5 +54,14 @@ measure: setup ## Count what the sources are made of: sizes, types, circles, doc
 picture: setup ## Draw the packages and their imports anew.
 	$(BIN)/python benchmarks/structure.py --picture docs/architecture.svg
 
+docs: $(DOCS)/.installed ## Build the documentation site into site/; a broken link is an error.
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+# An environment of its own: the site needs nothing of what it describes.
+$(DOCS)/.installed: requirements-docs.lock
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -r requirements-docs.lock
+	touch $@
+
 clean: ## Remove the environment and all caches (runs/ stays).
-	rm -rf $(VENV) *.egg-info build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(DOCS) site *.egg-info build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

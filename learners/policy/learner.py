@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from euphonium.generators.conditioning import Conditioning
 from euphonium.generators.registry import open_generator
 from euphonium.wire.records import GroupPayload, TrainingGroup
 from euphonium.wire.tracing import Tracer
-from learners.engine.collectives import reduced
+from learners.engine.collectives import gathered, reduced
 from learners.engine.partitioned import ZeroPolicy
 from learners.policy.batching import MicroBatch, Plan, Shares, load_rows, plan_beginning, plan_updates
 from learners.policy.begun import Begun, ordinals
@@ -230,6 +231,35 @@ class Learner:
             # Both must agree only on the first update, and only on groups that the present policy drew.
             statistics.add(value, on_policy=index == 0 and self._on_policy(work.groups[batch.group]))
         return value
+
+    def alignment(self, groups: Sequence[TrainingGroup], payloads: Mapping[int, GroupPayload]) -> dict[str, float]:
+        """Compares the present policy's probabilities with those that groups came with; all ranks must call it.
+
+        Args:
+            groups: groups that the present policy drew.
+            payloads: as for :meth:`update`.
+
+        Returns:
+            ``|ratio - 1|`` over all rows of all ranks: ``mean``, ``p99``, ``max``, and each step's mean, ``step K``.
+
+        Raises:
+            TrainingError: a group was drawn by another sampler.
+        """
+        work = self._work(groups, payloads, self._references())
+        deviations: list[float] = []
+        steps: list[float] = []
+        for shares in self._plan(groups):
+            for batch in shares[self.rank]:
+                rows = self._rows(work, batch)
+                log_probs = replayed_log_probs(work.tables[batch.group], self.velocity, rows)
+                if batch.weight > 0:
+                    deviations += torch.expm1(log_probs - rows.log_probs).abs().tolist()
+                    steps += rows.steps.tolist()
+        found, at = np.array(gathered(deviations)), np.array(gathered(steps))
+        by_step = {f"step {k:.0f}": float(found[at == k].mean()) for k in np.unique(at)}
+        return {
+            "mean": float(found.mean()), "p99": float(np.quantile(found, 0.99)), "max": float(found.max()), **by_step,
+        }  # fmt: skip
 
     def _plan(self, groups: Sequence[TrainingGroup]) -> Plan:
         return plan_updates(

@@ -21,6 +21,7 @@ from euphonium.errors import ConfigError, EuphoniumError
 from euphonium.text_files import quoted, shown
 from orchestrator.commands.arguments import file_argument
 from orchestrator.commands.compare import compare, tally
+from orchestrator.commands.debug import app as debug_app
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.evaluate import evaluate
 from orchestrator.commands.generate import generate
@@ -181,6 +182,7 @@ def plan(
 
 for command in (preprocess, generate, evaluate, compare, tally, report, watch, submit, doctor, render, recipes):
     app.command()(command)
+app.add_typer(debug_app, name="debug")
 
 
 @app.command("train-prm")
