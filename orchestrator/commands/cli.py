@@ -23,6 +23,7 @@ from orchestrator.commands.arguments import file_argument
 from orchestrator.commands.compare import compare, tally
 from orchestrator.commands.evaluate import evaluate
 from orchestrator.commands.generate import generate
+from orchestrator.commands.label import label, preferences
 from orchestrator.commands.preprocess import preprocess
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def plan(
     print_plan(recipe, overrides or [], sizes, assume or [], as_json=as_json, say=say)
 
 
-for command in (preprocess, generate, evaluate, compare, tally):
+for command in (preprocess, generate, evaluate, compare, tally, label, preferences):
     app.command()(command)
 
 
