@@ -24,9 +24,8 @@ def label(
     from orchestrator.generation.labels import write_sheet
 
     sheet, rows, labelled = write_sheet(folder)
-    say(
-        f"{sheet}: {labelled} of {rows} clips have a label; fill the last column in, then euphonium preferences {folder}"
-    )
+    say(f"{sheet}: {labelled} of {rows} clips are labelled")
+    say(f"fill the last column in, then: euphonium preferences {folder}")
 
 
 def preferences(

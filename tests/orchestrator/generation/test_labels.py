@@ -25,7 +25,8 @@ def clips(tmp_path: Path) -> Path:
     samples = []
     for i, prompt in enumerate(PROMPTS):
         for j in range(3):
-            frames = np.full((2, 16, 16, 3), 40 * i + 20 * j, np.uint8)
+            # Frames that are alike would be one in a GIF.
+            frames = np.stack([np.full((16, 16, 3), 40 * i + 20 * j + f, np.uint8) for f in (0, 9)])
             save_clip(frames, folder / f"{i:04d}-{j}.gif", ClipFormat("gif", 8.0))
             samples.append({"file": f"{i:04d}-{j}.gif", "prompt": prompt, "seed": 3 * i + j})
     (folder / "index.json").write_text(json.dumps({"settings": {}, "samples": samples}))
