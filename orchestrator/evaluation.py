@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from euphonium.config import OutcomeRewardConfig, RunConfig
-from euphonium.errors import ConfigError, RewardError
+from euphonium.errors import RewardError
 from euphonium.rewards.total import total_weight
 from euphonium.wire.records import Array, OrmAnswer, Videos, WeightKind
-from orchestrator.groups.prompts import read_prompts, spread
+from orchestrator.groups.prompts import read_prompts, refuse_shared_prompts, spread
 from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.report.pictures import contact_sheet, save_gif, save_samples, side_by_side
 from orchestrator.report.trackers import SavedClip
@@ -41,13 +41,8 @@ def evaluation_set(config: RunConfig) -> tuple[list[str], list[int]]:
     Raises:
         ConfigError: a held-out prompt is also a training prompt.
     """
+    refuse_shared_prompts(config.prompts)
     held_out = read_prompts(config.prompts.evaluation, "prompts.evaluation")
-    both = set(held_out) & set(read_prompts(config.prompts.train, "prompts.train"))
-    if both:
-        raise ConfigError(
-            f"prompts.evaluation: {len(both)} prompts of {config.prompts.evaluation} are also in "
-            f"{config.prompts.train}, for example {min(both)!r}; held-out prompts must not be trained on"
-        )
     chosen = spread(held_out, config.evaluation.prompts)
     prompts = [prompt for prompt in chosen for _ in range(config.evaluation.samples_per_prompt)]
     return prompts, sample_seeds(config.evaluation.seed, len(prompts))

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Mapping, Sequence
-from http.client import HTTPException, HTTPMessage
-from typing import IO, Any, Literal
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveFloat
@@ -18,44 +12,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from euphonium.config import Node
-from euphonium.errors import ConfigError, RewardError
+from euphonium.errors import RewardError
 from euphonium.rewards.frames import check_videos, quantised
-from euphonium.text_files import quoted, shown
+from euphonium.rewards.posting import Poster
+from euphonium.text_files import shown
 
 SAFETENSORS = "application/octet-stream"
-# Far more than scores need; a server that sends more is not a scorer.
-MAX_ANSWER_BYTES = 1 << 22
-CHUNK = 1 << 16
-# ValueError and OverflowError: the length of a chunk that is no number, or none that fits.
-BROKEN_ANSWERS = (URLError, HTTPException, OSError, ValueError, OverflowError)
-
-
-class _NoRedirect(HTTPRedirectHandler):
-    """Refuses redirects, which would turn the POST into a GET and send the token to another host."""
-
-    def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> None:
-        """Returns None, so that the redirect's status becomes an error."""
-        return
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        # Reading the port checks it.
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-
-
-def _said(error: HTTPError) -> str:
-    """The beginning of what a server says about its error, as far as it comes."""
-    try:
-        said = error.read(300)
-    except BROKEN_ANSWERS:
-        return ""
-    return f": {shown(said.decode('utf-8', 'replace'), 300)}" if said else ""
 
 
 class HttpReward:
@@ -89,49 +51,12 @@ class HttpReward:
         Raises:
             ConfigError: not an http(s) address, or the variable is not set.
         """
-        token_env = options.token_env
-        if not _is_address(options.url):
-            raise ConfigError(f"option url: {quoted(options.url)} is no http:// or https:// address; give one")
+        headers = {"Content-Type": SAFETENSORS, "Accept": f"application/json, {SAFETENSORS}"}
+        self._poster = Poster(options.url, options.timeout_s, options.token_env, headers)
         self.url = options.url
-        self.timeout_s = options.timeout_s
         self.dtype = options.dtype
         self.key = options.key
         self.metadata = options.metadata
-        self._headers = {"Content-Type": SAFETENSORS, "Accept": f"application/json, {SAFETENSORS}"}
-        if token_env is not None:
-            token = os.environ.get(token_env)
-            if not token:
-                raise ConfigError(f"option token_env: the environment variable {token_env!r} is not set")
-            self._headers["Authorization"] = f"Bearer {token}"
-        self._opener = build_opener(_NoRedirect())
-
-    def _post(self, body: bytes) -> tuple[str, bytes]:
-        """Posts a request; returns content type and bytes of the answer."""
-        deadline = time.monotonic() + self.timeout_s
-        request = Request(self.url, data=body, headers=self._headers, method="POST")
-        held = bytearray()
-        try:
-            with self._opener.open(request, timeout=self.timeout_s) as answer:
-                # The socket's timeout starts anew with every packet; the deadline bounds them all.
-                while chunk := answer.read1(CHUNK):
-                    held += chunk
-                    if len(held) > MAX_ANSWER_BYTES:
-                        raise RewardError(f"{self.url} answered more than {MAX_ANSWER_BYTES} bytes; scores are a few")
-                    if time.monotonic() > deadline:
-                        raise TimeoutError
-                return answer.headers.get_content_type(), bytes(held)
-        except HTTPError as error:
-            raise RewardError(f"{self.url} answered HTTP {error.code}{_said(error)}; see to the server") from error
-        except TimeoutError as error:
-            raise RewardError(
-                f"{self.url} did not answer within {self.timeout_s} s; see to the server, or raise timeout_s"
-            ) from error
-        except BROKEN_ANSWERS as error:
-            if isinstance(getattr(error, "reason", None), TimeoutError):
-                raise RewardError(
-                    f"{self.url} did not answer within {self.timeout_s} s; see to the server, or raise timeout_s"
-                ) from error
-            raise RewardError(f"cannot reach {self.url}: {shown(error)}; see to the server, or correct url") from error
 
     def _scores(self, content_type: str, body: bytes) -> Tensor:
         """Reads the scores in an answer, float32, of any shape."""
@@ -166,7 +91,7 @@ class HttpReward:
         if self.metadata:
             described["metadata"] = json.dumps([dict(entries) for entries in metadata] or [{}] * len(prompts))
         body = save({"videos": sent.cpu().contiguous()}, metadata=described)
-        content_type, answer = self._post(body)
+        content_type, answer = self._poster.post(body)
         try:
             scores = self._scores(content_type, answer)
         except Exception as error:  # whatever a foreign server sends must end as an error of this reward

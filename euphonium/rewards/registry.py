@@ -35,6 +35,7 @@ BUILT_IN: dict[str, str] = {
     "optical_flow": "euphonium.rewards.optical_flow:OpticalFlowReward",
     "trained": "euphonium.rewards.outcome_model:TrainedOutcomeReward",
     "http": "euphonium.rewards.http:HttpReward",
+    "vlm_judge": "euphonium.rewards.vlm_judge:VlmJudge",
 }
 
 

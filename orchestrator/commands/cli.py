@@ -25,6 +25,7 @@ from orchestrator.commands.debug import app as debug_app
 from orchestrator.commands.doctor import doctor
 from orchestrator.commands.evaluate import evaluate
 from orchestrator.commands.generate import generate
+from orchestrator.commands.label import label, preferences
 from orchestrator.commands.preprocess import preprocess
 from orchestrator.commands.recipes import recipes
 from orchestrator.commands.render import render
@@ -180,7 +181,10 @@ def plan(
     print_plan(recipe, overrides or [], sizes, assume or [], as_json=as_json, say=say)
 
 
-for command in (preprocess, generate, evaluate, compare, tally, report, watch, submit, doctor, render, recipes):
+BY_FUNCTION = (
+    preprocess, generate, evaluate, compare, tally, label, preferences, report, watch, submit, doctor, render, recipes,
+)  # fmt: skip
+for command in BY_FUNCTION:
     app.command()(command)
 app.add_typer(debug_app, name="debug")
 

@@ -17,6 +17,7 @@ from euphonium.config.foreign import ineffective_variables
 from euphonium.errors import CheckpointError, ConfigError
 from euphonium.files import written_aside
 from euphonium.locks import refuse_unwritable
+from euphonium.text_files import quoted
 from orchestrator.report.trackers import check_trackers
 from orchestrator.report.tracking import METRICS_FILE, read_metrics
 from orchestrator.state.checkpoints import RESOLVED, Checkpoint, CheckpointStore, verify
@@ -104,6 +105,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         **_adapter_plan(config, family),
         **_untrained_guidance(family.step_table(config.sampler)),
         **_warm_up_alone(config),
+        **prompts_of_reward_models(config),
     }
 
 
@@ -164,6 +166,27 @@ def _untrained_guidance(table: StepTable) -> dict[str, str]:
     )
     log.warning("guided steps that are not trained: %s", text)
     return {"guided but not trained": text}
+
+
+def prompts_of_reward_models(config: RunConfig) -> dict[str, str]:
+    """A run's prompts that its reward models were trained on, which rank their samples too well; nothing if none."""
+    from euphonium.trained_prompts import trained_among
+    from orchestrator.groups.prompts import read_prompts
+
+    folders = [Path(str(r.options["path"])) for r in config.rewards.outcome if r.type == "trained"]
+    if config.rewards.process is not None:
+        folders.append(Path(config.rewards.process.path))
+    found = []
+    for folder in folders:
+        for what, file in (("training", config.prompts.train), ("held-out", config.prompts.evaluation)):
+            prompts = read_prompts(file, f"prompts.{what}")
+            if shared := trained_among(folder, prompts):
+                found.append(f"{len(shared)} of {len(prompts)} {what} prompts, such as {quoted(shared[0])} ({folder})")
+    if not found:
+        return {}
+    text = f"reward models were trained on {'; '.join(found)}; hold a run's prompts out of their training"
+    log.warning("prompts: %s", text)
+    return {"prompts of reward models": text}
 
 
 def _stochastic(config: RunConfig, table: StepTable) -> str:

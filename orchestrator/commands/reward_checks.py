@@ -21,7 +21,7 @@ from euphonium.rewards.registry import build_rewards
 from learners.engine.options import check_options
 from learners.rewards.preference_files import PreferenceTable, open_preferences
 from orchestrator.commands.launch import check_prompts, refuse_ineffective_variables
-from orchestrator.groups.prompts import read_prompts
+from orchestrator.groups.prompts import read_prompts, refuse_shared_prompts
 
 PARTS = ("train", "held_out")
 
@@ -44,6 +44,7 @@ def check_prm(config: PrmConfig, family: Generator | None = None) -> dict[str, A
     if config.prompts is not None:
         for field, file in (("train", config.prompts.train), ("evaluation", config.prompts.evaluation)):
             drawn[f"{field} prompts"] = len(read_prompts(file, f"prompts.{field}"))
+        refuse_shared_prompts(config.prompts)
     tables = preference_tables(config)
     drawn |= {f"{part.replace('_', '-')} pairs": len(table.pairs) for part, table in tables.items()}
     build_rewards(config.outcome)

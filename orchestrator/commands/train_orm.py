@@ -8,6 +8,8 @@ from typing import Any
 
 from euphonium.config import OrmConfig
 from euphonium.locks import writing_alone
+from euphonium.trained_prompts import write_trained_prompts
+from learners.rewards.preference_files import open_preferences
 from learners.rewards.worker import RESULT_FILE
 from orchestrator.commands.paths import absolute_paths
 from orchestrator.commands.reward_checks import check_orm
@@ -39,6 +41,8 @@ def _train_alone(config: OrmConfig, say: Callable[[str], None]) -> dict[str, Any
         say(f"{part}: {found[part]}")
     with cluster(config):
         run_training("orm", config, say)
+    training, _ = open_preferences(config.preferences, config.seed)
+    write_trained_prompts(config.target, training.prompts)
     result: dict[str, Any] = json.loads((config.run_dir / RESULT_FILE).read_text())
     for name in ("accuracy", "label_accuracy", "calibration_error"):
         if name in result:

@@ -29,6 +29,7 @@ from euphonium.generators.registry import open_generator
 from euphonium.locks import writing_alone
 from euphonium.prompt_files import metadata_of
 from euphonium.rewards.total import total_weight, weighted_total
+from euphonium.trained_prompts import write_trained_prompts
 from euphonium.wire.devices import local_device, reserved_device
 from euphonium.wire.passes import Passes
 from euphonium.wire.records import Array
@@ -83,6 +84,7 @@ def _train_alone(config: PrmConfig, say: PrintLine) -> list[float]:
         else:
             _encode(config, say)
         run_training("prm", config, say)
+    write_trained_prompts(config.target, _training_prompts(config))
     result = json.loads((config.run_dir / RESULT_FILE).read_text())
     say(f"{result['training_pairs']} training pairs, {result['held_out_pairs']} held-out pairs")
     say(accuracy_table(result))
@@ -91,6 +93,12 @@ def _train_alone(config: PrmConfig, say: PrintLine) -> list[float]:
     accuracy_chart(result, config.name).save(config.run_dir / CHART_FILE)
     say(f"wrote {config.target}, {config.run_dir / ACCURACY_FILE} and {CHART_FILE} beside it")
     return list(result["accuracy"])
+
+
+def _training_prompts(config: PrmConfig) -> list[str]:
+    if config.prompts is not None:
+        return read_prompts(config.prompts.train, "prompts.train")
+    return preference_tables(config)["train"].prompts
 
 
 def accuracy_table(result: dict[str, Any]) -> str:

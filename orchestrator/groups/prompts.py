@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from euphonium.config import PromptsConfig
+from euphonium.errors import ConfigError
 from euphonium.prompt_files import read_prompt_file
 from euphonium.wire.records import GroupTask
 
@@ -19,6 +21,21 @@ def read_prompts(path: Path, field: str) -> list[str]:
     Arguments and errors are those of :func:`euphonium.prompt_files.read_prompt_file`.
     """
     return [prompt.described for prompt in read_prompt_file(path, field)]
+
+
+def refuse_shared_prompts(prompts: PromptsConfig) -> None:
+    """Checks that no held-out prompt is also a training prompt.
+
+    Raises:
+        ConfigError: one is.
+    """
+    held_out = read_prompts(prompts.evaluation, "prompts.evaluation")
+    both = set(held_out) & set(read_prompts(prompts.train, "prompts.train"))
+    if both:
+        raise ConfigError(
+            f"prompts.evaluation: {len(both)} prompts of {prompts.evaluation} are also in {prompts.train}, for example "
+            f"{min(both)!r}; held-out prompts must not be trained on"
+        )
 
 
 class PromptStream:

@@ -3,8 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +16,10 @@ from euphonium.config import OutcomeRewardConfig
 from euphonium.errors import ConfigError, RewardError
 from euphonium.rewards.http import HttpReward
 from euphonium.rewards.registry import build_reward
+from tests.euphonium.rewards.servers import Answer, Server
 
 JSON = "application/json"
 TENSORS = "application/octet-stream"
-Answer = Callable[[dict[str, str], bytes], tuple[int, str, bytes]]
-
-
-class Server:
-    """Answers every POST with what ``answer`` says; keeps what came."""
-
-    def __init__(self, answer: Answer) -> None:
-        self.requests: list[tuple[dict[str, str], bytes]] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                outer.requests.append((headers, body))
-                status, kind, sent = answer(headers, body)
-                self.send_response(status)
-                self.send_header("Content-Type", kind)
-                if status == 302:
-                    self.send_header("Location", "http://127.0.0.1:1/")
-                self.send_header("Content-Length", str(len(sent)))
-                self.end_headers()
-                try:
-                    self.wfile.write(sent)
-                except BrokenPipeError:
-                    self.close_connection = True
-
-            def log_message(self, *args: object) -> None:
-                """Quiet."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/score"
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[Answer], Server]]:
-    servers: list[Server] = []
-
-    def start(answer: Answer) -> Server:
-        servers.append(Server(answer))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
 
 
 def reward_at(url: str, **options: object) -> HttpReward:
