@@ -9,6 +9,7 @@ from euphonium.config.pools import (
     PoolsConfig,
     RewardPoolConfig,
     RolloutPoolConfig,
+    TrainingGroupConfig,
 )
 from euphonium.config.reward_training import (
     BackboneConfig,
@@ -90,6 +91,7 @@ __all__ = [
     "RunConfig",
     "SamplerConfig",
     "SpsaConfig",
+    "TrainingGroupConfig",
     "WatchConfig",
     "dump_config",
     "load_any_config",

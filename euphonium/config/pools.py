@@ -146,8 +146,8 @@ class OrmPoolConfig(RewardPoolConfig):
     images and tiny clips do. ``auto`` leaves it to the plan."""
 
 
-class LearnerPoolConfig(ShareConfig, _Workers):
-    """Size of the learner group, the resources of each worker, and how they train."""
+class TrainingGroupConfig(ShareConfig, _Workers):
+    """Size of a group of ZeRO-3 ranks, and the resources of each."""
 
     num_gpus: Annotated[float, AfterValidator(_more_than_half)] = 0.0
     """GPUs that each worker reserves: 1, more than half of one to share it with actors of other roles, or 0 to train on
@@ -157,6 +157,18 @@ class LearnerPoolConfig(ShareConfig, _Workers):
     """How often the group may be restarted from the latest checkpoint."""
     start_timeout_s: PositiveFloat = 300.0
     """Longest wait for the group to start."""
+    persistence_threshold: NonNegativeInt = 10_000
+    """ZeRO-3 keeps parameters of fewer elements whole on every rank."""
+    deepspeed: dict[str, bool | int | float] = Field(default_factory=dict)
+    """Further fields of DeepSpeed's section ``zero_optimization`` by their own names, such as ``reduce_bucket_size``,
+    ``stage3_max_live_parameters`` and ``zero_hpz_partition_size``. Prefetching takes whole blocks by itself."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in host memory."""
+
+
+class LearnerPoolConfig(TrainingGroupConfig):
+    """Size of the learner group, the resources of each worker, and how they train."""
+
     update_timeout_s: PositiveFloat = 1800.0
     """Longest time without a sign of life from the group while it carries out an order: it gives one after every
     micro-batch, and after fetching groups, updating, and publishing weights. An update itself may take any time."""
@@ -170,16 +182,9 @@ class LearnerPoolConfig(ShareConfig, _Workers):
     keeps the weights whole on every rank, also those that adapters leave as they are: they are gathered once an update
     instead of twice a micro-batch, and take their whole size. Frozen copies are shared in any case. ``auto`` leaves it
     to the plan."""
-    persistence_threshold: NonNegativeInt = 10_000
-    """ZeRO-3 keeps parameters of fewer elements whole on every rank."""
     gather_blocks: bool = True
     """ZeRO-3 gathers a block of the policy as a whole, not layer by layer: less overhead, and the weights and gradients
     of one block at a time on every rank. Adapters and reward models go layer by layer in any case."""
-    deepspeed: dict[str, bool | int | float] = Field(default_factory=dict)
-    """Further fields of DeepSpeed's section ``zero_optimization`` by their own names, such as ``reduce_bucket_size``,
-    ``stage3_max_live_parameters`` and ``zero_hpz_partition_size``. Prefetching takes whole blocks by itself."""
-    offload_optimizer: bool = False
-    """Keep optimizer states in host memory."""
     offload_references: bool = False
     """Keep frozen copies of the policy (KL anchor, previous policy) in host memory."""
     weight_bucket_mb: PositiveFloat = 256.0

@@ -19,7 +19,7 @@ from euphonium.config.base import (
     Steps,
     UserPath,
 )
-from euphonium.config.pools import LearnerPoolConfig
+from euphonium.config.pools import TrainingGroupConfig
 from euphonium.config.rewards import OutcomeRewardConfig
 from euphonium.config.sampling import ModelConfig, NoiseGridConfig, PromptsConfig
 
@@ -82,7 +82,7 @@ class RewardTrainingConfig(Node):
     """Type of the weights on disk."""
     threads: PositiveInt = 1
     """CPU threads."""
-    learner: LearnerPoolConfig | None = None
+    learner: TrainingGroupConfig | None = None
     """ZeRO-3 ranks under Ray Train; null trains in this process, on its GPU if it has one."""
     gpu_memory_gib: PositiveFloat | None = None
     """Memory of each GPU, as ``pools.gpu_memory_gib`` of ``train``."""
@@ -95,7 +95,7 @@ class RewardTrainingConfig(Node):
         return self.output_dir / self.name
 
 
-def shares_are_equal(optimizer: RewardOptimizerConfig, learner: LearnerPoolConfig | None) -> None:
+def shares_are_equal(optimizer: RewardOptimizerConfig, learner: TrainingGroupConfig | None) -> None:
     """Checks that the ranks can share a batch equally: under ZeRO-3 all of them must make the same passes.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ValidationError
 
-from euphonium.config import LearnerPoolConfig, OptimizerConfig, RewardOptimizerConfig
+from euphonium.config import LearnerPoolConfig, OptimizerConfig, RewardOptimizerConfig, TrainingGroupConfig
 from euphonium.errors import ConfigError
 
 # DeepSpeed's own configuration: JSON values.
@@ -39,7 +39,11 @@ OWNED = {
 
 
 def training_options(
-    pool: LearnerPoolConfig, settings: OptimizerConfig | RewardOptimizerConfig, dtype: torch.dtype, *, whole_below: int
+    pool: TrainingGroupConfig,
+    settings: OptimizerConfig | RewardOptimizerConfig,
+    dtype: torch.dtype,
+    *,
+    whole_below: int,
 ) -> Options:
     """DeepSpeed options of a model in training; gradients are accumulated by hand, so accumulation is 1 there.
 
@@ -107,7 +111,7 @@ def prefetch_blocks(options: Options, block: int) -> None:
         zero.setdefault("stage3_prefetch_bucket_size", block)
 
 
-def check_options(pool: LearnerPoolConfig, section: str = "pools.learner") -> None:
+def check_options(pool: TrainingGroupConfig, section: str = "pools.learner") -> None:
     """Checks the recipe's own options of DeepSpeed.
 
     Args:

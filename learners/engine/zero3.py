@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from euphonium.config import LearnerPoolConfig, OptimizerConfig, RewardOptimizerConfig
+from euphonium.config import OptimizerConfig, RewardOptimizerConfig, TrainingGroupConfig
 from euphonium.wire.devices import reserved_device
 from learners.engine.engine import Engine, HeldKind, adamw
 from learners.engine.options import Options, training_options
@@ -134,7 +134,7 @@ class ZeroEngine(Engine):
             safe_set_local_optimizer_state(parameter, piece, kind)
 
 
-def reward_engine(model: nn.Module, settings: RewardOptimizerConfig, pool: LearnerPoolConfig) -> ZeroEngine:
+def reward_engine(model: nn.Module, settings: RewardOptimizerConfig, pool: TrainingGroupConfig) -> ZeroEngine:
     """The engine of a float32 reward model, which is whole on every rank before, with moving averages."""
     # Averages are swapped in piece by piece, which would not reach parameters that are kept whole.
     options = training_options(pool, settings, torch.float32, whole_below=0)

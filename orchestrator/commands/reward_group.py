@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
-from euphonium.config import LearnerPoolConfig, OrmConfig, PrmConfig
+from euphonium.config import OrmConfig, PrmConfig, TrainingGroupConfig
 from euphonium.wire.deadlines import get
 from learners.rewards.training import PROGRESS_FILE
 from orchestrator.learning.launcher import Launch, torch_trainer
@@ -46,7 +46,7 @@ def cluster(config: PrmConfig | OrmConfig) -> Iterator[None]:
 
 def map_shares(
     work: Callable[Concatenate[Iterable[int], _P], _T],
-    pool: LearnerPoolConfig | None,
+    pool: TrainingGroupConfig | None,
     count: int,
     say: PrintLine,
     what: str,
@@ -133,7 +133,7 @@ def _train_here(config: PrmConfig | OrmConfig, say: PrintLine) -> None:
 
 
 def _train_on_group(
-    kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, pool: LearnerPoolConfig, say: PrintLine
+    kind: Literal["prm", "orm"], config: PrmConfig | OrmConfig, pool: TrainingGroupConfig, say: PrintLine
 ) -> None:
     from learners.rewards.worker import reward_train_loop
 

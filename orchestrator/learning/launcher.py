@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from euphonium.config import LearnerPoolConfig
+from euphonium.config import TrainingGroupConfig
 from euphonium.errors import TrainingError
 
 
@@ -60,7 +60,11 @@ class Launch:
 
 
 def torch_trainer(
-    loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], pool: LearnerPoolConfig, name: str, run_dir: Path
+    loop: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    pool: TrainingGroupConfig,
+    name: str,
+    run_dir: Path,
 ) -> Any:
     """A Ray Train run of a function on every worker of a group.
 

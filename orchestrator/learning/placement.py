@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Set
 from typing import Any
 
-from euphonium.config import LearnerPoolConfig
+from euphonium.config import TrainingGroupConfig
 from euphonium.errors import ResourcesError
 from orchestrator.pools.resources import autoscaler_says, free_resources
 
@@ -27,7 +27,7 @@ def placement_groups() -> set[str]:
     return set(placement_group_table())
 
 
-async def wait_placed(pool: LearnerPoolConfig, others: Set[str], say: Callable[[str], None]) -> None:
+async def wait_placed(pool: TrainingGroupConfig, others: Set[str], say: Callable[[str], None]) -> None:
     """Waits until a learner group that has been started has its places; at once if its ranks take no GPU.
 
     Args:
@@ -54,7 +54,7 @@ async def wait_placed(pool: LearnerPoolConfig, others: Set[str], say: Callable[[
         await asyncio.sleep(LOOK_EVERY_S)
 
 
-def _is_placed(pool: LearnerPoolConfig, others: Set[str]) -> bool:
+def _is_placed(pool: TrainingGroupConfig, others: Set[str]) -> bool:
     from ray.util.placement_group import placement_group_table
 
     return any(
@@ -63,7 +63,7 @@ def _is_placed(pool: LearnerPoolConfig, others: Set[str]) -> bool:
     )
 
 
-def _asks_for(bundles: dict[int, dict[str, Any]], pool: LearnerPoolConfig) -> bool:
+def _asks_for(bundles: dict[int, dict[str, Any]], pool: TrainingGroupConfig) -> bool:
     def reserves_as_much(bundle: dict[str, Any]) -> bool:
         # Ray counts ten-thousandths.
         each = pool.reserved
@@ -72,7 +72,7 @@ def _asks_for(bundles: dict[int, dict[str, Any]], pool: LearnerPoolConfig) -> bo
     return len(bundles) == pool.num_workers and all(map(reserves_as_much, bundles.values()))
 
 
-def _lacks(pool: LearnerPoolConfig) -> str:
+def _lacks(pool: TrainingGroupConfig) -> str:
     demand = {name: each * pool.num_workers for name, each in pool.reserved.items()}
     clauses = [free_resources(demand), f"each of {pool.num_workers} ranks takes {pool.num_gpus:g} of one GPU"]
     if pool.labels:

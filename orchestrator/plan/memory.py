@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from euphonium.config import LearnerPoolConfig, OptimizerConfig, OutcomeRewardConfig, RewardOptimizerConfig
+from euphonium.config import OptimizerConfig, OutcomeRewardConfig, RewardOptimizerConfig, TrainingGroupConfig
 from orchestrator.plan.hardware import GIB, Hardware
 from orchestrator.plan.networks import prompt_bytes
 from orchestrator.plan.passes import Passes
@@ -231,7 +231,7 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
 
 
 def deepspeed_elements(
-    pool: LearnerPoolConfig, settings: OptimizerConfig | RewardOptimizerConfig, dtype: torch.dtype
+    pool: TrainingGroupConfig, settings: OptimizerConfig | RewardOptimizerConfig, dtype: torch.dtype
 ) -> tuple[float, float, float, int]:
     """A learner's :data:`ELEMENTS` in their order, and bytes of a number of the accumulated gradients."""
     from learners.engine.options import training_options

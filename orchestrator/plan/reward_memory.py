@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from euphonium.config import LearnerPoolConfig, PrmConfig, RewardOptimizerConfig
+from euphonium.config import PrmConfig, RewardOptimizerConfig, TrainingGroupConfig
 from orchestrator.plan.memory import TEXT_ENCODERS, Item, RoleMemory, deepspeed_elements, reward_bytes
 from orchestrator.plan.meter import Cost
 from orchestrator.plan.networks import NetworkPasses, Size
@@ -42,12 +42,14 @@ class Trained:
         )
 
 
-def share_of_gpu(learner: LearnerPoolConfig | None) -> float:
+def share_of_gpu(learner: TrainingGroupConfig | None) -> float:
     """GPUs of every process: those of a rank, or the one of a process without a group."""
     return 1.0 if learner is None else learner.num_gpus
 
 
-def training_memory(trained: Trained, learner: LearnerPoolConfig | None, settings: RewardOptimizerConfig) -> RoleMemory:
+def training_memory(
+    trained: Trained, learner: TrainingGroupConfig | None, settings: RewardOptimizerConfig
+) -> RoleMemory:
     """A rank of a learner group, or a process that trains alone; both keep moving averages of float32 weights."""
     weights, states = FLOAT32 * trained.size.parameters, FLOAT32 * trained.size.trained
     if learner is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from euphonium.config import LearnerPoolConfig, OrmConfig, PrmConfig
+from euphonium.config import OrmConfig, PrmConfig, TrainingGroupConfig
 from euphonium.config.base import chosen
 from orchestrator.plan.fit import MemoryOf, RoleFit, largest
 from orchestrator.plan.hardware import GB, Hardware
@@ -164,7 +164,7 @@ def _drawn(plan: RewardPlan, config: PrmConfig, passes: NetworkPasses, prompts: 
     )
 
 
-def _processes(learner: LearnerPoolConfig | None) -> int:
+def _processes(learner: TrainingGroupConfig | None) -> int:
     return 1 if learner is None else learner.num_workers
 
 

@@ -47,6 +47,12 @@ def test_a_process_reward_training_loads(path: Path) -> None:
     assert load_config(path, [], PrmConfig).optimizer.updates > 0
 
 
+@pytest.mark.parametrize("field", ["rows_per_micro_batch=auto", "shard=auto", "weight_transport=collective"])
+def test_a_reward_training_refuses_what_only_a_policy_has(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key 'learner.{field.split('=')[0]}'"):
+        load_config(ROOT / "embedded" / "prm.yaml", [f"learner.{field}"], PrmConfig)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=str)
 def test_outcome_rewards_are_there_and_take_their_options(path: Path) -> None:
     rewards = load_config(path, [], PrmConfig).outcome if path in PRM else load(path).rewards.outcome

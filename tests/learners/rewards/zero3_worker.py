@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from euphonium.config import LearnerPoolConfig, OrmConfig, load_config
+from euphonium.config import OrmConfig, TrainingGroupConfig, load_config
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from learners.engine.zero3 import quiet_deepspeed, reward_engine, shard
@@ -32,7 +32,7 @@ def main() -> None:
     model = ProcessRewardModel.from_generator(open_generator(config.model), 1).for_training()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     settings, data = toy_settings(eps=1e-4), toy_preferences()
-    engine = reward_engine(model, settings, LearnerPoolConfig(num_workers=2))
+    engine = reward_engine(model, settings, TrainingGroupConfig(num_workers=2))
     records: list[dict] = []
     fit(engine, PrmTask(data, data, settings, 0, CPU), settings, target / "checkpoints", "mark", records.append)
     state = {kind: engine.whole(kind) for kind in KINDS}
@@ -44,13 +44,13 @@ def main() -> None:
     after = engine.whole("weights")
     torch.manual_seed(0)
     again = ProcessRewardModel.from_generator(open_generator(config.model), 1).for_training()
-    other = reward_engine(again, settings, LearnerPoolConfig(num_workers=2))
+    other = reward_engine(again, settings, TrainingGroupConfig(num_workers=2))
     continued: list[dict] = []
     fit(other, PrmTask(data, data, settings, 0, CPU), settings, target / "died", "mark", continued.append)
     resumed = {kind: other.whole(kind) for kind in KINDS}
     orm = OrmConfig.model_validate_json((target / "orm.json").read_text())
     training = OrmTraining(orm, CPU)
-    judge = reward_engine(training.model, orm.optimizer, LearnerPoolConfig(num_workers=2))
+    judge = reward_engine(training.model, orm.optimizer, TrainingGroupConfig(num_workers=2))
     fit(judge, training.task, orm.optimizer, target / "orm_checkpoints", "mark", lambda _: None)
     outcome = judge.whole("weights")
     held = sum(shard(p).numel() for p in engine.parameters.values())

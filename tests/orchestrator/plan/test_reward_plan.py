@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from euphonium.config import OrmConfig, PrmConfig, RewardOptimizerConfig, load_config
-from euphonium.config.pools import LearnerPoolConfig
+from euphonium.config.pools import TrainingGroupConfig
 from orchestrator.commands.planning import settle_training
 from orchestrator.plan.hardware import GIB, Hardware
 from orchestrator.plan.networks import NetworkPasses, prompt_bytes
@@ -67,15 +67,15 @@ def test_ranks_share_states_and_a_process_alone_has_them_all(tmp_path: Path) -> 
         step=passes.pair_step(1),
     )  # fmt: skip
 
-    def resting(learner: LearnerPoolConfig | None) -> float:
+    def resting(learner: TrainingGroupConfig | None) -> float:
         return training_memory(trained, learner, settings).resting_gib(BARE) * GIB
 
     bucket = 4 * 5e8
     assert resting(None) == 16 * size.parameters
     for ranks in (1, 4):
-        shared = resting(LearnerPoolConfig(num_workers=ranks, num_gpus=1)) - bucket
+        shared = resting(TrainingGroupConfig(num_workers=ranks, num_gpus=1)) - bucket
         assert shared == pytest.approx((4 + 12 + 4 + 4) * size.parameters / ranks)
-    away = LearnerPoolConfig(num_workers=1, num_gpus=1, offload_optimizer=True)
+    away = TrainingGroupConfig(num_workers=1, num_gpus=1, offload_optimizer=True)
     assert resting(away) - bucket == pytest.approx(8 * size.parameters)
 
 
