@@ -19,7 +19,8 @@ def test_a_family_trains_in_bfloat16(
     way: str, folders: Callable[[str], Path], tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     folder = tmp_path / "family"
-    recipe = recipe_of(folder, way, folders, tiny_recipe_file)
+    name, overrides = WAYS[way]
+    recipe = recipe_of(folder, name, folders, tiny_recipe_file, *overrides)
     values = yaml.safe_load(recipe.read_text())
     values["rewards"]["outcome"] = [{"name": "brightness", "type": "tests.stubs.rewards:Brightness"}]
     values["prompts"]["evaluation"] = str(held_out(folder))

@@ -22,6 +22,7 @@ from euphonium.generators.registry import open_generator
 from euphonium.wire.records import GroupPayload, TrainingGroup
 from learners.engine.collectives import reduced
 from learners.engine.partitioned import ZeroPolicy
+from learners.engine.sequence import replicas
 from learners.policy.batching import MicroBatch, Plan, Shares, load_rows, plan_beginning, plan_updates
 from learners.policy.begun import Begun, ordinals
 from learners.policy.objective import (
@@ -68,14 +69,19 @@ class Learner:
         controller: controller of the KL penalty's weight, or None.
         updates_done: number of optimiser steps so far.
         version: policy version, which is the number of iterations trained.
+        replicas: into how many parts the work is cut: as many as ranks, where no ranks share the tokens of samples.
+        replica: which of them this rank computes.
         progressed: called after every micro-batch.
     """
 
     def __init__(self, config: RunConfig, rank: int, world_size: int, device: torch.device) -> None:
         self.config = config
         self.rank = rank
-        self.world_size = world_size
         self.device = device
+        sharing = config.pools.learner.sequence_parallel
+        self.replicas, self.replica = replicas(world_size, sharing), rank // sharing
+        # Every row is counted by one of the ranks that compute it.
+        self._counts = rank % sharing == 0
         self.family = open_generator(config.model)
         objective, pool = config.objective, config.pools.learner
         kl = objective.kl
@@ -112,13 +118,13 @@ class Learner:
         """Positions of the groups from which this rank still has to train a row in an update."""
         plan = self._plan(groups)
         done = self._done(groups, plan)
-        first, *others = (shares[self.rank] for shares in plan)
+        first, *others = (shares[self.replica] for shares in plan)
         return {batch.group for share in (first[done:], *others) for batch in share}
 
     def groups_to_begin(self, groups: Sequence[TrainingGroup], expected: int) -> set[int]:
         """Positions of the groups that :meth:`begin` needs on this rank; its arguments are as there."""
         shares = self._beginning(groups, expected)
-        return {batch.group for batch in shares[self.rank][self._done(groups, [shares]) :]}
+        return {batch.group for batch in shares[self.replica][self._done(groups, [shares]) :]}
 
     def begin(self, groups: Sequence[TrainingGroup], expected: int, payloads: Mapping[int, GroupPayload]) -> None:
         """Adds up gradients of an iteration's first update while its last groups are still to come; all ranks must
@@ -135,7 +141,7 @@ class Learner:
         shares = self._beginning(groups, expected)
         begun = self._begun_with(groups, [shares])
         work = self._work(groups, payloads, self._references())
-        for batch in shares[self.rank][begun.done :]:
+        for batch in shares[self.replica][begun.done :]:
             value = self._evaluated(work, batch, 0, None, begun.statistics)
             self.policy.backward(value.loss, last=False)
             self.progressed()
@@ -166,7 +172,7 @@ class Learner:
                 statistics.begin_update()
                 work = dataclasses.replace(work, references=self._references())
             self.policy.set_learning_rate(learning_rate(self.config, self.updates_done))
-            own = shares[self.rank]
+            own = shares[self.replica]
             for position in range(done if index == 0 else 0, len(own)):
                 value = self._evaluated(work, own[position], index, replayed.get((index, position)), statistics)
                 last = position == len(own) - 1
@@ -200,7 +206,7 @@ class Learner:
                 self.policy.discard_gradients()
             elif self.previous is not None:
                 self.previous.refresh(self.policy)
-            self._begun = Begun(UpdateStatistics(self.world_size), (), [[] for _ in range(self.world_size)])
+            self._begun = Begun(UpdateStatistics(self.replicas), (), [[] for _ in range(self.replicas)])
         return self._begun
 
     def _evaluated(
@@ -217,7 +223,7 @@ class Learner:
         value = evaluate_objective(
             self.config.objective, work.tables[batch.group], self.velocity, rows, work.references
         )
-        if batch.weight > 0:
+        if batch.weight > 0 and self._counts:
             # Both must agree only on the first update, and only on groups that the present policy drew.
             statistics.add(value, on_policy=index == 0 and self._on_policy(work.groups[batch.group]))
         return value
@@ -225,13 +231,13 @@ class Learner:
     def _plan(self, groups: Sequence[TrainingGroup]) -> Plan:
         return plan_updates(
             [(group.rows, group.states) for group in groups], self.config.objective.updates_per_iteration,
-            self._states_per_micro_batch, self.world_size,
+            self._states_per_micro_batch, self.replicas,
         )  # fmt: skip
 
     def _beginning(self, groups: Sequence[TrainingGroup], expected: int) -> Shares:
         return plan_beginning(
             [(group.rows, group.states) for group in groups], expected, self.config.objective.updates_per_iteration,
-            self._states_per_micro_batch, self.world_size,
+            self._states_per_micro_batch, self.replicas,
         )  # fmt: skip
 
     @property
@@ -312,7 +318,7 @@ class Learner:
         """
         found: dict[tuple[int, int], Tensor] = {}
         for index, shares in enumerate(plan):
-            for position, batch in enumerate(shares[self.rank]):
+            for position, batch in enumerate(shares[self.replica]):
                 if any(self._old_log_probs(index, work.groups[share[position].group]) == "replay" for share in shares):
                     table = work.tables[batch.group]
                     found[index, position] = replayed_log_probs(table, self.velocity, self._rows(work, batch))
