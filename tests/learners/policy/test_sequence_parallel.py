@@ -38,6 +38,8 @@ WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "hunyuan 1.5, adapter": ("hunyuan 1.5", (LORA,)),
     "skyreels": ("skyreels", CHECKPOINTING),
 }
+# Ways that are trained in one start of four ranks.
+TOGETHER = 4
 QUICK = ["wan", "hunyuan with true CFG", "flux"]
 TOLERANCE = 1e-5
 
@@ -87,7 +89,7 @@ def check(results: dict[int, list[dict[str, Any]]], ranks: int) -> None:
         difference = float((shared[0]["moments"][name] - tensor).abs().max())
         assert difference < TOLERANCE * largest, f"gradient of {name}"
     moved = [float((alone[1]["weights"][n] - tensor).abs().max()) for n, tensor in alone[0]["weights"].items()]
-    assert max(moved) > 100 * TOLERANCE
+    assert max(moved) > 50 * TOLERANCE
 
 
 @pytest.mark.parametrize("way", QUICK)
@@ -98,4 +100,6 @@ def test_two_ranks_that_share_their_samples(trained: Callable[..., dict[str, Any
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_four_ranks_that_share_theirs_in_pairs(trained: Callable[..., dict[str, Any]], way: str) -> None:
-    check(trained(4, list(WAYS))[way], 2)
+    ways = list(WAYS)
+    begin = ways.index(way) // TOGETHER * TOGETHER
+    check(trained(4, ways[begin : begin + TOGETHER])[way], 2)
