@@ -277,7 +277,13 @@ class Run:
         )
 
     def _resize(self, role: str, size: int) -> None:
-        if role == "learner":
+        sharing = self.config.pools.learner.sequence_parallel
+        if role == "learner" and size % sharing:
+            self.journal.say(
+                f"the learner group keeps its size: {size} ranks are no multiple of "
+                f"pools.learner.sequence_parallel ({sharing})"
+            )
+        elif role == "learner":
             # Between two iterations, see resize_learners.
             self._wanted_ranks = size
         else:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +20,21 @@ def test_a_family_trains_in_bfloat16(
     way: str, folders: Callable[[str], Path], tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     folder = tmp_path / "family"
-    recipe = recipe_of(folder, way, folders, tiny_recipe_file)
+    name, overrides = WAYS[way]
+    train(recipe_of(folder, name, folders, tiny_recipe_file, *overrides))
+
+
+def test_ranks_share_the_samples_of_a_run(
+    folders: Callable[[str], Path], tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path / "family", "wan", folders, tiny_recipe_file, "pools.learner.sequence_parallel=2")
+    # Both ranks have computed all rows, and one counts them.
+    assert {record["policy/transitions"] for record in train(recipe)[1:]} == {2 * 3 * 3}
+
+
+def train(recipe: Path) -> list[dict[str, Any]]:
+    """Metrics of three iterations with a recipe of :func:`recipe_of`."""
+    folder = recipe.parent
     values = yaml.safe_load(recipe.read_text())
     values["rewards"]["outcome"] = [{"name": "brightness", "type": "tests.stubs.rewards:Brightness"}]
     values["prompts"]["evaluation"] = str(held_out(folder))
@@ -36,6 +51,7 @@ def test_a_family_trains_in_bfloat16(
         assert record["policy/ratio_mean"] == 1
         assert record["policy/clip_fraction"] == 0
     assert (folder / "runs" / "tiny" / "export" / "model_index.json").is_file()
+    return records
 
 
 def held_out(folder: Path) -> Path:

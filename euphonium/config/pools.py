@@ -185,6 +185,10 @@ class LearnerPoolConfig(TrainingGroupConfig):
     gather_blocks: bool = True
     """ZeRO-3 gathers a block of the policy as a whole, not layer by layer: less overhead, and the weights and gradients
     of one block at a time on every rank. Adapters and reward models go layer by layer in any case."""
+    sequence_parallel: PositiveInt = 1
+    """Ranks that share the tokens of every sample (Ulysses), and so its activations: for clips that are too long for
+    one GPU. It must divide ``num_workers``, the network's heads and the tokens of a sample; consecutive ranks share, so
+    take no more than a node has."""
     offload_references: bool = False
     """Keep frozen copies of the policy (KL anchor, previous policy) in host memory."""
     weight_bucket_mb: PositiveFloat = 256.0
@@ -195,6 +199,16 @@ class LearnerPoolConfig(TrainingGroupConfig):
     waits until every actor has ended its group; actors that join or fail get them through the object store."""
     weight_broadcast_timeout_s: PositiveFloat = 120.0
     """Longest wait of a broadcast for its members; then the weights go through the object store."""
+
+    @model_validator(mode="after")
+    def _every_rank_shares(self) -> Self:
+        if self.num_workers % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel: {self.sequence_parallel} ranks share a sample, and num_workers "
+                f"({self.num_workers}) is no multiple of it; set num_workers to "
+                f"{-(-self.num_workers // self.sequence_parallel) * self.sequence_parallel}"
+            )
+        return self
 
 
 class PoolsConfig(Node):

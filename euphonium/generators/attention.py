@@ -5,6 +5,9 @@ all true, and HunyuanVideo-1.5 even builds one of tokens times tokens in every b
 of prompts that share a pass with a longer one. The processor looks at a mask once a pass: samples with equally many
 tokens attend together, apart from the others, so that none needs a mask. Layers are called once all the same, because
 ranks of ZeRO-3, whose prompts differ, must call them equally often.
+
+Where ranks share a sample's tokens (sequence.py), each has a part of the latents' tokens, and all of the prompt's.
+Inside an attention it has a part of the heads, with all tokens; so prompts may have any number of tokens, and padding.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+import torch.distributed as dist
+from diffusers.models.attention_dispatch import SeqAllToAllDim, dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.nn import functional
 
 
@@ -83,6 +88,10 @@ class HunyuanAttention(HunyuanVideoAttnProcessor2_0):
         """The outputs for the latents' tokens and the text's; those of masked tokens mean nothing."""
         latents, texts = hidden_states.shape[1], encoder_hidden_states.shape[1]
         queries, keys, values = _projected(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        group = _sharing(self._parallel_config)
+        if group is not None:
+            queries, keys, values = (_by_heads(part, latents, group) for part in (queries, keys, values))
+            latents = queries.shape[1] - texts
         runs = self._runs(attention_mask, texts)
         if runs is None:
             seen = attention_mask.reshape(len(attention_mask), -1) != 0
@@ -99,6 +108,9 @@ class HunyuanAttention(HunyuanVideoAttnProcessor2_0):
                 )
                 for run, *parts in zip(runs, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True)
             ])  # fmt: skip
+        if group is not None:
+            attended = _by_tokens(attended, latents, group)
+            latents = hidden_states.shape[1]
         dtype = queries.dtype
         # In inference nothing else holds them.
         del queries, keys, values
@@ -111,9 +123,32 @@ class HunyuanAttention(HunyuanVideoAttnProcessor2_0):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         attended: Tensor = dispatch_attention_fn(
-            query, key, value, attn_mask=mask, backend=self._attention_backend, parallel_config=self._parallel_config
+            query, key, value, attn_mask=mask, backend=self._attention_backend, parallel_config=None
         )
         return attended
+
+
+def _sharing(config: Any) -> dist.ProcessGroup | None:
+    """The ranks that share a sample's tokens; None if a rank has them all."""
+    if config is None:
+        return None
+    group: dist.ProcessGroup = config.context_parallel_config._ulysses_mesh.get_group()
+    return group
+
+
+def _by_heads(tokens: Tensor, latents: int, group: dist.ProcessGroup) -> Tensor:
+    """A rank's heads of all tokens, made of all heads of its latents' tokens and of the text's."""
+    own, text = tokens[:, :latents], tokens[:, latents:]
+    heads = text.chunk(dist.get_world_size(group), dim=2)[dist.get_rank(group)]
+    return torch.cat([SeqAllToAllDim.apply(group, own, 2, 1), heads], dim=1)
+
+
+def _by_tokens(attended: Tensor, latents: int, group: dist.ProcessGroup) -> Tensor:
+    """The inverse of :func:`_by_heads`; ``latents`` counts those of all ranks."""
+    own = SeqAllToAllDim.apply(group, attended[:, :latents], 1, 2)
+    # The backward pass adds up the gradients of all ranks, in float32.
+    text = all_gather_single_autograd(attended[:, latents:].float().contiguous(), 2, group)
+    return torch.cat([own, text.to(attended.dtype)], dim=1)
 
 
 def _projected(

@@ -10,7 +10,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class Backbone(ABC):
     backbone: ClassVar[str] = "transformer"
     # Fields of its configuration that count its blocks, in the order in which a sample passes them.
     block_fields: ClassVar[tuple[str, ...]] = ("num_layers",)
+    # Whether its attention processors exchange the tokens that ranks share by themselves, with any backend.
+    exchanges_tokens: ClassVar[bool] = False
 
     def __init__(self, pipeline: PipelineFolder, config: ModelConfig) -> None:
         self.pipeline = pipeline
@@ -107,6 +109,11 @@ class Backbone(ABC):
     def prepare_attention(self, transformer: nn.Module) -> nn.Module:
         """Replaces attention processors that waste time, in place; most families need nothing."""
         return transformer
+
+    def context_parallel_plan(self) -> dict[str, Any] | None:
+        """How diffusers shares a sample's tokens among ranks, by module; None if they cannot be shared."""
+        plan: dict[str, Any] | None = getattr(self.transformer_class(), "_cp_plan", None)
+        return plan
 
     def build_trunk(self, blocks: int) -> nn.Module:
         """A trunk: the transformer with only its first ``blocks`` blocks, and newly initialised weights.

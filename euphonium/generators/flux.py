@@ -44,6 +44,10 @@ class Flux(ImageGenerator):
         return math.prod(self.latent_shape[2:]) // self.patch_size**2
 
     @override
+    def shared_tokens(self) -> dict[str, int]:
+        return super().shared_tokens() | {"of a prompt (model.max_prompt_tokens)": self.config.max_prompt_tokens}
+
+    @override
     def transformer_class(self) -> NetworkClass:
         from diffusers import FluxTransformer2DModel
 

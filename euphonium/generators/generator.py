@@ -90,6 +90,11 @@ class Generator(Backbone):
             self.config.width // spatial,
         )
 
+    def shared_tokens(self) -> dict[str, int]:
+        """Tokens of a sample that ranks share evenly in sequence parallelism, by what they are."""
+        _, frames, height, width = self.latent_shape
+        return {"tokens of a sample": frames * (height // self.patch_size) * (width // self.patch_size)}
+
     @abstractmethod
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         """Loads tokenizers and text encoders, as one function from prompts to a conditioning."""

@@ -25,6 +25,7 @@ class HunyuanVideo(Generator):
 
     pipeline_class = "HunyuanVideoPipeline"
     block_fields: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
+    exchanges_tokens = True
 
     @property
     @override
@@ -106,6 +107,18 @@ class HunyuanVideo(Generator):
 
         leave_out_masks(transformer)
         return transformer
+
+    @override
+    def context_parallel_plan(self) -> dict[str, Any] | None:
+        """The latents' tokens are shared; every rank has the prompt's, which are few and of any number."""
+        from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+
+        positions = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
+        return {
+            "x_embedder": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+            "rope": {0: positions, 1: positions},
+            "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+        }
 
     def network_input(self, x: Tensor, arguments: dict[str, Tensor]) -> Tensor:
         """The transformer's input made of the states; entries of ``arguments`` that become part of it are removed."""

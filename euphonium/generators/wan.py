@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -67,6 +67,12 @@ class Wan(Generator):
         from diffusers import WanTransformer3DModel
 
         return WanTransformer3DModel
+
+    @override
+    def context_parallel_plan(self) -> dict[str, Any] | None:
+        plan = super().context_parallel_plan()
+        # Times of single tokens are Wan 2.2's.
+        return None if plan is None else {name: part for name, part in plan.items() if name}
 
     @override
     def with_exact_buffers(self, transformer: nn.Module) -> nn.Module:

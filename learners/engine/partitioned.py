@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -21,9 +21,14 @@ from euphonium.config.base import chosen
 from euphonium.errors import TrainingError
 from euphonium.generators.generator import Generator
 from euphonium.generators.lora import ADAPTER, adapter_parameters, add_adapter, initial_adapter
+from euphonium.generators.sequence import share_tokens
 from learners.engine.engine import fill_piece, whole_shape
 from learners.engine.options import Options, frozen_options, prefetch_blocks, training_options
+from learners.engine.sequence import token_groups
 from learners.engine.zero3 import ZeroEngine, drop_second_copies, shard
+
+if TYPE_CHECKING:
+    from diffusers.models._modeling_parallel import ParallelConfig
 
 # More elements than any parameter has: DeepSpeed then keeps all of them whole.
 EVERY = 1 << 62
@@ -36,6 +41,7 @@ class ZeroPolicy(ZeroEngine):
 
     Attributes:
         module: the partitioned transformer; ``model`` is DeepSpeed's engine around it.
+        token_groups: the ranks that share samples, or None.
     """
 
     def __init__(
@@ -69,18 +75,32 @@ class ZeroPolicy(ZeroEngine):
         # See gather_by_block: with adapters no input of the first block needs a gradient.
         if pool.gather_blocks and lora is None:
             prefetch_blocks(options, gather_by_block(self.module))
+        self.token_groups = token_groups(pool.sequence_parallel)
+        self._sharing = pool.sequence_parallel
+        if self.token_groups is not None:
+            share_tokens(self.module, family, self.token_groups)
+            # Each rank has the gradient of its own tokens: what is reduced are parts of a sum, not samples of a mean.
+            options["communication_data_type"] = "fp32"
         super().__init__(self.module, optimizer, options, averages=optimizer.averages)
         self._ema_decay = optimizer.ema_decay
 
     @override
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        super().backward(loss, last=last)
+        # Gradients are averaged over all ranks, and those of ranks that share samples are parts of a sum.
+        super().backward(loss * self._sharing, last=last)
         if last:
             self.update_averages(self._ema_decay)
 
 
-def frozen_transformer(family: Generator, pool: LearnerPoolConfig) -> tuple[nn.Module, dict[str, Tensor]]:
+def frozen_transformer(
+    family: Generator, pool: LearnerPoolConfig, groups: ParallelConfig | None
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """A partitioned transformer that is not trained; its weights are arbitrary until they are filled in.
+
+    Args:
+        family: the generator.
+        pool: settings of the learner group.
+        groups: the ranks that share samples, or None.
 
     Returns:
         DeepSpeed's engine around it, and this rank's pieces by name, which may be overwritten.
@@ -94,6 +114,8 @@ def frozen_transformer(family: Generator, pool: LearnerPoolConfig) -> tuple[nn.M
     place_buffers(module, _own_device())
     if pool.gather_blocks:
         prefetch_blocks(options, gather_by_block(module))
+    if groups is not None:
+        share_tokens(module, family, groups)
     engine, *_ = deepspeed.initialize(model=module, config=options)
     engine.eval()
     return engine, {name: shard(p) for name, p in module.named_parameters()}

@@ -24,6 +24,7 @@ from euphonium.wire.records import GroupPayload, TrainingGroup
 from euphonium.wire.tracing import Tracer
 from learners.engine.collectives import gathered, reduced
 from learners.engine.partitioned import ZeroPolicy
+from learners.engine.sequence import replicas
 from learners.policy.batching import MicroBatch, Plan, Shares, load_rows, plan_beginning, plan_updates
 from learners.policy.begun import Begun, ordinals
 from learners.policy.objective import (
@@ -70,6 +71,8 @@ class Learner:
         controller: controller of the KL penalty's weight, or None.
         updates_done: number of optimiser steps so far.
         version: policy version, which is the number of iterations trained.
+        replicas: into how many parts the work is cut: as many as ranks, where no ranks share the tokens of samples.
+        replica: which of them this rank computes.
         progressed: called after every micro-batch.
         tracer: traces micro-batches.
     """
@@ -77,8 +80,11 @@ class Learner:
     def __init__(self, config: RunConfig, rank: int, world_size: int, device: torch.device) -> None:
         self.config = config
         self.rank = rank
-        self.world_size = world_size
         self.device = device
+        sharing = config.pools.learner.sequence_parallel
+        self.replicas, self.replica = replicas(world_size, sharing), rank // sharing
+        # Every row is counted by one of the ranks that compute it.
+        self._counts = rank % sharing == 0
         self.family = open_generator(config.model)
         objective, pool = config.objective, config.pools.learner
         kl = objective.kl
@@ -116,13 +122,13 @@ class Learner:
         """Positions of the groups from which this rank still has to train a row in an update."""
         plan = self._plan(groups)
         done = self._done(groups, plan)
-        first, *others = (shares[self.rank] for shares in plan)
+        first, *others = (shares[self.replica] for shares in plan)
         return {batch.group for share in (first[done:], *others) for batch in share}
 
     def groups_to_begin(self, groups: Sequence[TrainingGroup], expected: int) -> set[int]:
         """Positions of the groups that :meth:`begin` needs on this rank; its arguments are as there."""
         shares = self._beginning(groups, expected)
-        return {batch.group for batch in shares[self.rank][self._done(groups, [shares]) :]}
+        return {batch.group for batch in shares[self.replica][self._done(groups, [shares]) :]}
 
     def begin(self, groups: Sequence[TrainingGroup], expected: int, payloads: Mapping[int, GroupPayload]) -> None:
         """Adds up gradients of an iteration's first update while its last groups are still to come; all ranks must
@@ -139,7 +145,7 @@ class Learner:
         shares = self._beginning(groups, expected)
         begun = self._begun_with(groups, [shares])
         work = self._work(groups, payloads, self._references())
-        for batch in shares[self.rank][begun.done :]:
+        for batch in shares[self.replica][begun.done :]:
             with self.tracer.unit():
                 value = self._evaluated(work, batch, 0, None, begun.statistics)
                 self.policy.backward(value.loss, last=False)
@@ -171,7 +177,7 @@ class Learner:
                 statistics.begin_update()
                 work = dataclasses.replace(work, references=self._references())
             self.policy.set_learning_rate(learning_rate(self.config, self.updates_done))
-            own = shares[self.rank]
+            own = shares[self.replica]
             for position in range(done if index == 0 else 0, len(own)):
                 last = position == len(own) - 1
                 with self.tracer.unit():
@@ -207,9 +213,11 @@ class Learner:
             elif self.previous is not None:
                 self.previous.refresh(self.policy)
             self._begun = Begun(
-                UpdateStatistics(self.world_size, self.config.sampler.num_steps),
+                UpdateStatistics(
+                    self.replicas, self.config.sampler.num_steps, self.config.pools.learner.sequence_parallel
+                ),
                 (),
-                [[] for _ in range(self.world_size)],
+                [[] for _ in range(self.replicas)],
             )
         return self._begun
 
@@ -225,9 +233,10 @@ class Learner:
             assert replayed is not None
             rows = dataclasses.replace(rows, log_probs=replayed)
         value = evaluate_objective(
-            self.config.objective, work.tables[batch.group], self.velocity, rows, work.references, statistics.gradients
-        )
-        if batch.weight > 0:
+            self.config.objective, work.tables[batch.group], self.velocity, rows, work.references,
+            statistics.gradients if self._counts else None,
+        )  # fmt: skip
+        if batch.weight > 0 and self._counts:
             # Both must agree only on the first update, and only on groups that the present policy drew.
             statistics.add(value, on_policy=index == 0 and self._on_policy(work.groups[batch.group]))
         return value
@@ -249,10 +258,10 @@ class Learner:
         deviations: list[float] = []
         steps: list[float] = []
         for shares in self._plan(groups):
-            for batch in shares[self.rank]:
+            for batch in shares[self.replica]:
                 rows = self._rows(work, batch)
                 log_probs = replayed_log_probs(work.tables[batch.group], self.velocity, rows)
-                if batch.weight > 0:
+                if batch.weight > 0 and self._counts:
                     deviations += torch.expm1(log_probs - rows.log_probs).abs().tolist()
                     steps += rows.steps.tolist()
         found, at = np.array(gathered(deviations)), np.array(gathered(steps))
@@ -264,13 +273,13 @@ class Learner:
     def _plan(self, groups: Sequence[TrainingGroup]) -> Plan:
         return plan_updates(
             [(group.rows, group.states) for group in groups], self.config.objective.updates_per_iteration,
-            self._states_per_micro_batch, self.world_size,
+            self._states_per_micro_batch, self.replicas,
         )  # fmt: skip
 
     def _beginning(self, groups: Sequence[TrainingGroup], expected: int) -> Shares:
         return plan_beginning(
             [(group.rows, group.states) for group in groups], expected, self.config.objective.updates_per_iteration,
-            self._states_per_micro_batch, self.world_size,
+            self._states_per_micro_batch, self.replicas,
         )  # fmt: skip
 
     @property
@@ -351,7 +360,7 @@ class Learner:
         """
         found: dict[tuple[int, int], Tensor] = {}
         for index, shares in enumerate(plan):
-            for position, batch in enumerate(shares[self.rank]):
+            for position, batch in enumerate(shares[self.replica]):
                 if any(self._old_log_probs(index, work.groups[share[position].group]) == "replay" for share in shares):
                     table = work.tables[batch.group]
                     found[index, position] = replayed_log_probs(table, self.velocity, self._rows(work, batch))

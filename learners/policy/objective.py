@@ -72,14 +72,16 @@ class OutputGradients:
     """How long the gradient of the loss with respect to the network's output is, by step.
 
     Backward passes fill it in, so it costs none. Lengths are those of a row of weight 1; where rows share a state, of
-    their sum.
+    their sum. Where ranks share samples, a rank's loss and so this gradient is theirs times as much as a row's.
 
     Attributes:
         squares: float64 ``[num_steps]``, sum of the squared lengths.
         states: float64 ``[num_steps]``, number of the states behind them.
     """
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: int, sharing: int = 1) -> None:
+        """Creates it; ``sharing`` is the number of ranks that share a sample."""
+        self._sharing = sharing
         self.squares = torch.zeros(num_steps, dtype=torch.float64)
         self.states = torch.zeros(num_steps, dtype=torch.float64)
 
@@ -89,7 +91,8 @@ class OutputGradients:
             return
 
         def note(gradient: Tensor) -> None:
-            squares = gradient.detach().float().flatten(1).square().sum(dim=1).double().cpu() / weight**2
+            squares = gradient.detach().float().flatten(1).square().sum(dim=1).double().cpu()
+            squares /= (weight * self._sharing) ** 2
             self.squares.index_add_(0, steps.cpu(), squares)
             self.states.index_add_(0, steps.cpu(), torch.ones_like(squares))
 

@@ -76,7 +76,7 @@ class FrozenCopy(_Pieces):
 
     def __init__(self, family: Generator, pool: LearnerPoolConfig, policy: ZeroPolicy) -> None:
         self._family = family
-        self._engine, self._pieces = frozen_transformer(family, pool)
+        self._engine, self._pieces = frozen_transformer(family, pool, policy.token_groups)
         self.refresh(policy)
 
     @override

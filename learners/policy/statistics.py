@@ -19,10 +19,11 @@ class UpdateStatistics:
         gradients: gradients with respect to the network's output, by step.
     """
 
-    def __init__(self, world_size: int, num_steps: int) -> None:
+    # Work is cut into as many parts as there are replicas; ``sharing`` ranks compute each of them.
+    def __init__(self, replicas: int, num_steps: int, sharing: int = 1) -> None:
         self.norms: list[float] = []
-        self.gradients = OutputGradients(num_steps)
-        self._world_size = world_size
+        self.gradients = OutputGradients(num_steps, sharing)
+        self._replicas = replicas
         self._sums = dict.fromkeys(SUMMED, 0.0)
         self._before = dict(self._sums)
         self._deviations: list[float] = []
@@ -41,7 +42,7 @@ class UpdateStatistics:
         """
         sums = self._sums
         sums["rows"] += len(value.ratio)
-        sums["loss"] += value.loss.item() / self._world_size
+        sums["loss"] += value.loss.item() / self._replicas
         sums["clipped"] += value.clipped.sum().item()
         sums["ratio"] += value.ratio.sum().item()
         sums["log_ratio_squared"] += value.ratio.log().square().sum().item()

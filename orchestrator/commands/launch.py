@@ -49,6 +49,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     from euphonium.generators.components import check_generator
     from euphonium.generators.pictures import check_pictures
     from euphonium.generators.registry import open_generator
+    from euphonium.generators.sequence import check_sequence_parallel
     from euphonium.rewards.registry import build_rewards
     from learners.engine.options import check_options
     from orchestrator.evaluation import evaluation_set
@@ -66,6 +67,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     family = open_generator(config.model) if family is None else family
     if not described:
         check_generator(family)
+    check_sequence_parallel(family, config.pools.learner.sequence_parallel)
     shape = family.latent_shape
     check_pictures(family, config.prompts)
     prepared = check_prompts(config.prompts, family, weights=not described)
@@ -101,7 +103,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         "PRM servers": f"{pools.prm.num_actors} x {pools.prm.num_gpus:g} GPU" if process else "none",
         "PRM refresh": f"1 x {pools.refresh_pool.num_gpus:g} GPU" if refreshes else "none",
         "ORM servers": f"{pools.orm.num_actors} x {pools.orm.num_gpus:g} GPU",
-        "learner ranks": f"{pools.learner.num_workers} x {pools.learner.num_gpus:g} GPU",
+        "learner ranks": f"{pools.learner.num_workers} x {pools.learner.num_gpus:g} GPU{_sharing(config)}",
         **_adapter_plan(config, family),
         **_untrained_guidance(family.step_table(config.sampler)),
         **_warm_up_alone(config),
@@ -141,6 +143,12 @@ def _left_out(config: RunConfig) -> str:
     if config.objective.trains_zero_advantages:
         return "none: the KL penalty, or the imitation of guidance, has a gradient also where the advantage is 0"
     return "those of samples whose advantage is 0"
+
+
+def _sharing(config: RunConfig) -> str:
+    """How many ranks share a sample, in words; empty if each has its own."""
+    ranks = config.pools.learner.sequence_parallel
+    return f", of which {ranks} share every sample's tokens" if ranks > 1 else ""
 
 
 def _beginning(config: RunConfig) -> str:

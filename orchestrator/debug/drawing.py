@@ -28,7 +28,7 @@ from euphonium.wire.devices import local_device
 from euphonium.wire.later import Later
 from euphonium.wire.records import Array, GroupInfo, GroupPayload, GroupTask, OrmAnswer
 from orchestrator.groups.prompts import PromptStream, read_prompts
-from orchestrator.report.recorded import RESOLVED
+from orchestrator.state.checkpoints import RESOLVED
 
 if TYPE_CHECKING:
     from actors.sampler import ProcessRewardSource, SourceFactory

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from euphonium.config import RunConfig
 from orchestrator.debug.drawing import DrawnGroup, load_group, saved_iterations
-from orchestrator.groups.credit import advantages, training_group
+from orchestrator.groups.credit import advantages, training_groups
 from orchestrator.report.statistics import rollout_statistics
 from orchestrator.report.tracking import METRICS_FILE
 
@@ -62,7 +62,7 @@ def credited(config: RunConfig, groups: Sequence[DrawnGroup]) -> tuple[list[Trai
     """The groups of an iteration with their advantages, and statistics of their rewards."""
     infos, scores = [group.info for group in groups], [group.scores for group in groups]
     results = advantages(config, infos, scores)
-    trained = [training_group(config, info, result) for info, result in zip(infos, results, strict=True)]
+    trained = training_groups(config, infos, results)
     return trained, rollout_statistics(config, infos, scores, results)
 
 

@@ -202,7 +202,8 @@ class _Chooser:
             "refresh": self._passes.training_step(saving=bool(_value(self._config, CHECKPOINTS))),
         }  # fmt: skip
         kind = computes_in(self._passes, SIZED[role])
-        return smallest_that(lambda n: self._whole.seconds(costs[role](n), kind) >= LONG_ENOUGH_S[role], most)
+        enough = LONG_ENOUGH_S[role] * (self._sizes.sharing if role == "learner" else 1)
+        return smallest_that(lambda n: self._whole.seconds(costs[role](n), kind) >= enough, most)
 
     def _largest(self, role: str, size: int) -> int:
         while size > 1 and not self._fits(role, self._of(role, size)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from euphonium.generators.sequence import ranks_that_share
 from orchestrator.plan.hardware import Hardware
 from orchestrator.plan.memory import (
     COUNTED,
@@ -149,9 +150,19 @@ def _learner_advice(passes: Passes, sizes: PassSizes, hardware: Hardware) -> str
         return f"{SHARD_FIELD}: optimizer: {begin} with one row; full fits"
     if not passes.config.pools.learner.gradient_checkpointing:
         return f"pools.learner.gradient_checkpointing: {begin} with one row; set it to true"
+    shares = {s: replaced(sizes, learner=1, sharing=s) for s in ranks_that_share(passes.generator)}
     enough = smallest_learner(passes, replaced(sizes, learner=1), hardware)
     if enough is not None:
-        return f"pools.learner.num_workers: {ranks}: {begin} with one row; {enough} ranks fit"
+        able = [s for s, one in shares.items() if ranks % s == 0 and learner_memory(passes, one, ranks).fits(hardware)]
+        instead = f", or these with pools.learner.sequence_parallel: {able[0]}" if able else ""
+        return f"pools.learner.num_workers: {ranks}: {begin} with one row; {enough} ranks fit{instead}"
+    enough_of = {share: smallest_learner(passes, one, hardware) for share, one in shares.items()}
+    if fitting := [(enough, share) for share, enough in enough_of.items() if enough is not None]:
+        enough, share = min(fitting)
+        return (
+            f"pools.learner.sequence_parallel: {sizes.sharing}: {begin} with one row, and with any number of ranks; "
+            f"set it to {share}, and num_workers to {enough}"
+        )
     return (
         f"pools.learner: {begin} with one row, and with any number of ranks; set offload_optimizer: true, or train "
         "adapters (model.lora)"
@@ -160,7 +171,7 @@ def _learner_advice(passes: Passes, sizes: PassSizes, hardware: Hardware) -> str
 
 def smallest_learner(passes: Passes, sizes: PassSizes, hardware: Hardware) -> int | None:
     """Fewest ranks whose memory suffices; None if no number does."""
-    for ranks in range(1, 257):
+    for ranks in range(sizes.sharing, 257, sizes.sharing):
         if learner_memory(passes, sizes, ranks).gpu_gib(hardware) <= hardware.gpu_gib:
             return ranks
     return None

@@ -198,9 +198,9 @@ def reward_bytes(rewards: list[OutcomeRewardConfig]) -> float:
 def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
     """A rank of the learner group under ZeRO-3.
 
-    Weights, gradients and optimizer states are shared by the ranks. In the backward pass there are, besides the
-    activations, the weights that are gathered, gradients of one block, and the buffer in which they are reduced; in the
-    update, float32 gradients and temporary tensors of the part that is updated.
+    Weights, gradients and optimizer states are shared by all ranks, activations by those that share samples. In the
+    backward pass there are, besides the activations, the weights that are gathered, gradients of one block, and the
+    buffer in which they are reduced; in the update, float32 gradients and temporary tensors of what is updated.
     """
     size, pool, width = passes.network_size, passes.config.pools.learner, passes.generator.dtype.itemsize
     trained, whole = size.trained / ranks, size.kept_whole(whole_weights=sizes.whole_weights)
@@ -213,8 +213,9 @@ def learner_memory(passes: Passes, sizes: PassSizes, ranks: int) -> RoleMemory:
         Item("float32 weights and Adam's moments", 12 * trained, on_host=pool.offload_optimizer),
         Item("share of the gradients", accumulated * trained, on_host=pool.offload_optimizer),
         Item("buffer of reduced gradients", bucket * width),
+        Item("float32 copy of it", FLOAT32 * bucket if sizes.sharing > 1 and width < FLOAT32 else 0, "backward"),
         Item(
-            f"micro-batch of {sizes.learner}", passes.micro_step(sizes.learner).peak_bytes, "backward",
+            f"micro-batch of {sizes.learner}", passes.micro_step(sizes.learner).peak_bytes / sizes.sharing, "backward",
             activations=True,
         ),
         Item("gathered weights", min(size.parameters - whole, live + size.unit) * width, "backward"),

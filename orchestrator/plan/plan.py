@@ -181,7 +181,7 @@ def _timed(
 
     ranks = smallest_learner(passes, sizes, hardware)
     best = best_split(
-        split.total, with_prm=split.prm > 0, smallest_learner=ranks or split.learner,
+        split.total, with_prm=split.prm > 0, smallest_learner=ranks or split.learner, sharing=sizes.sharing,
         time_of=lambda candidate: time_of(candidate).total,
     )  # fmt: skip
     return time_of(split), best, time_of(best) if best is not None else None

@@ -52,6 +52,8 @@ class Speeds:
         iteration_bytes: trajectories of an iteration.
         publication_bytes: new weights.
         rows: transitions of a micro-batch.
+        sharing: ranks of the learner that share a micro-batch; its seconds are those of each.
+        exchanged_bytes: bytes of tokens that each of them receives for a micro-batch.
     """
 
     velocity: float
@@ -66,6 +68,8 @@ class Speeds:
     iteration_bytes: float
     publication_bytes: float
     rows: int
+    sharing: int
+    exchanged_bytes: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,7 @@ class IterationTime:
         scoring: what outcome rewards take after the last group is drawn.
         fetch: the learner's fetch of the trajectories.
         update: the updates.
-        exposed: of these, waits for ZeRO-3's collectives.
+        exposed: of these, waits for ZeRO-3's collectives, and for tokens of ranks that share samples.
         refresh: the process reward model's refresh, on average.
         publish: new weights, from the learner to the last rollout actor.
         total: the iteration.
@@ -103,8 +107,8 @@ def speeds(passes: Passes, sizes: PassSizes, work: Workload, hardware: Hardware)
 
     group, pool, size = work.group_size, passes.config.pools.learner, passes.network_size
     width = passes.generator.dtype.itemsize
-    micro = seconds("learner", passes.micro_step(sizes.learner), 1)
-    forward = seconds("learner", passes.velocity(sizes.learner), 1) if work.references else 0.0
+    micro = seconds("learner", passes.micro_step(sizes.learner), 1 / sizes.sharing)
+    forward = seconds("learner", passes.velocity(sizes.learner), 1 / sizes.sharing) if work.references else 0.0
     gathered = (size.parameters - size.kept_whole(whole_weights=sizes.whole_weights)) * width
     # Frozen copies are shared in any case; adapters and replay use the policy's own weights.
     reference = size.weight_bytes if frozen_copies(passes) else gathered
@@ -124,7 +128,21 @@ def speeds(passes: Passes, sizes: PassSizes, work: Workload, hardware: Hardware)
         iteration_bytes=work.iteration_bytes,
         publication_bytes=publication_bytes(passes),
         rows=sizes.learner,
+        sharing=sizes.sharing,
+        exchanged_bytes=exchanged_bytes(passes, sizes, work) if sizes.sharing > 1 else 0.0,
     )
+
+
+def exchanged_bytes(passes: Passes, sizes: PassSizes, work: Workload) -> float:
+    """Bytes of tokens that each of the ranks that share a micro-batch receives: a block's queries, keys, values and
+    outputs, in every pass.
+    """
+    generator, config = passes.generator, passes.config
+    tokens = sizes.learner * sum(generator.shared_tokens().values()) * (1 if config.model.cfg_scale is None else 2)
+    blocks = sum(int(generator.transformer_config()[field]) for field in generator.block_fields)
+    each = tokens * generator.token_width() * generator.dtype.itemsize / sizes.sharing
+    times = 2 + config.pools.learner.gradient_checkpointing + work.references
+    return 4 * blocks * times * each * (1 - 1 / sizes.sharing)
 
 
 def refresh_cost(passes: Passes, sizes: PassSizes) -> Cost:
@@ -160,9 +178,10 @@ def iteration_time(
     last = work.groups - (waves - 1) * split.rollout
     # Earlier waves are scored while the next one is drawn.
     scoring = max(decoding * last / work.groups, decoding - rollout * (waves - 1) / waves)
-    batches = work.micro_batches(speed.rows, split.learner)
+    batches = work.micro_batches(speed.rows, split.learner // speed.sharing)
     moved = speed.zero_bytes * (1 - 1 / split.learner)
     exposed = batches * (1 - hardware.zero_overlap) * hardware.collective_s(moved, split.learner)
+    exposed += batches * hardware.collective_s(speed.exchanged_bytes, speed.sharing)
     exposed += work.updates * hardware.collective_s(speed.whole_bytes * (1 - 1 / split.learner), split.learner)
     update = batches * speed.micro_step + exposed + work.updates * speed.update / split.learner
     # Every rank trains on a part of every group.
@@ -211,18 +230,21 @@ def turns_time(speed: Speeds, work: Workload, split: Split, hardware: Hardware) 
     return dataclasses.replace(apart, rollout=rollout, scoring=scoring, total=total)
 
 
-def best_split(total: int, *, with_prm: bool, smallest_learner: int, time_of: Callable[[Split], float]) -> Split | None:
+def best_split(
+    total: int, *, with_prm: bool, smallest_learner: int, sharing: int, time_of: Callable[[Split], float]
+) -> Split | None:
     """The split of ``total`` GPUs with the shortest iteration; None if they are too few for all roles.
 
     Args:
         total: GPUs.
         with_prm: whether there are PRM servers.
         smallest_learner: ranks that the learner needs for its memory.
+        sharing: ranks of the learner that share a sample.
         time_of: seconds of an iteration.
     """
 
     def splits() -> Iterator[Split]:
-        for learner in range(smallest_learner, total):
+        for learner in range(smallest_learner, total, sharing):
             for orm in range(1, total - learner):
                 for prm in range(1, total - learner - orm) if with_prm else (0,):
                     yield Split(rollout=total - learner - orm - prm, prm=prm, orm=orm, learner=learner)

@@ -38,6 +38,7 @@ class PassSizes:
         learner: transitions of a micro-batch.
         refresh: pairs in a micro-batch of the process reward model's refresh; 0 without one.
         whole_weights: whether every rank of the learner keeps the policy's weights whole.
+        sharing: ranks of the learner that share a sample's tokens.
     """
 
     rollout: int
@@ -47,6 +48,7 @@ class PassSizes:
     learner: int
     refresh: int
     whole_weights: bool
+    sharing: int
 
     @classmethod
     def of(cls, config: RunConfig) -> PassSizes:
@@ -78,6 +80,7 @@ class PassSizes:
             learner=rows,
             refresh=_refreshed_pairs(config),
             whole_weights=chosen(pools.learner.shard, SHARD_FIELD) == "optimizer",
+            sharing=pools.learner.sequence_parallel,
         )
 
 

@@ -271,3 +271,14 @@ def test_a_stopped_run_goes_on_where_it_was(expected: list, stub_config: Callabl
     assert checkpoint.state.next_group == 3 * checkpoint.state.iteration
     execute(StubRun(config, "stubs", checkpoint))
     assert chain(config) == expected
+
+
+def test_a_learner_group_that_shares_samples_keeps_to_multiples(
+    stub_config: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = StubRun(stub_config("pools.learner.num_workers=2", "pools.learner.sequence_parallel=2"), "tests", None)
+    run._resize("learner", 3)
+    assert run._wanted_ranks == 2
+    assert "keeps its size: 3 ranks are no multiple of pools.learner.sequence_parallel (2)" in capsys.readouterr().out
+    run._resize("learner", 4)
+    assert run._wanted_ranks == 4

@@ -3,38 +3,21 @@
 import gc
 import json
 import os
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from actors.rollout import RolloutWorker
 from euphonium.config import RunConfig, load_config
-from euphonium.wire.records import GroupPayload, GroupTask, TrainingGroup
 from learners.engine.zero3 import join_group
 from learners.policy.checkpoint import load_rank_state, save_rank_state
 from learners.policy.learner import Learner
+from tests.learners.groups import drawn
 
 ITERATIONS = 2
-
-
-def drawn(worker: RolloutWorker, config: RunConfig, iteration: int) -> tuple[list[TrainingGroup], list[GroupPayload]]:
-    """An iteration's groups, as they come out of the object store, with made-up advantages."""
-    prompts = Path(config.prompts.train).read_text().splitlines()
-    rng = np.random.default_rng(iteration)
-    groups, payloads = [], []
-    for i, line in enumerate(prompts):
-        task = GroupTask(group_id=i, prompt=json.loads(line)["prompt"], seed=10 * iteration + i)
-        info, _, payload = worker.generate(task, None)
-        payloads.append(pickle.loads(pickle.dumps(payload, protocol=5)))
-        size = config.rollout.group_size
-        advantages = rng.standard_normal((1, size, config.sampler.num_steps)).astype(np.float32)
-        groups.append(TrainingGroup(info=info, advantages=advantages, samples=np.arange(size), counted=size))
-    return groups, payloads
 
 
 def train(config: RunConfig, folder: Path, device: torch.device) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def trained(
     def train(ways: list[str]) -> dict[str, Any]:
         if missing := [way for way in ways if way not in done]:
             root = tmp_path_factory.mktemp("bf16")
-            done.update(seen_by_ranks([recipe_of(root / way, way, folders, tiny_recipe_file) for way in missing], root))
+            recipes = [recipe_of(root / way, WAYS[way][0], folders, tiny_recipe_file, *WAYS[way][1]) for way in missing]
+            done.update(seen_by_ranks(recipes, root))
         return done
 
     return train
@@ -57,9 +58,9 @@ def seen_by_ranks(recipes: list[Path], root: Path) -> dict[str, Any]:
 
 
 def recipe_of(
-    folder: Path, way: str, folders: Callable[[str], Path], tiny_recipe_file: Callable[..., RunConfig]
+    folder: Path, name: str, folders: Callable[[str], Path], tiny_recipe_file: Callable[..., RunConfig], *overrides: str
 ) -> Path:
-    name, overrides = WAYS[way]
+    """Writes the recipe of a case's tiny model, with its prompts and their pictures."""
     case = CASES[name]
     folder.mkdir()
     for i in range(len(PROMPTS)):

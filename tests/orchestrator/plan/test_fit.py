@@ -1,5 +1,6 @@
 """What does not fit is named with the field that changes it, and the change helps."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from orchestrator.plan.memory import COUNTED, Item, RoleMemory, learner_memory
 from orchestrator.plan.nodes import Objects, place
 from orchestrator.plan.passes import Passes
 from orchestrator.plan.plan import make_plan
+from orchestrator.plan.timing import Split, iteration_time, speeds
 from orchestrator.plan.workload import PassSizes, workload_of
-from tests.orchestrator.plan.models import medium
+from tests.orchestrator.plan.models import medium, recipe
 
 SMALL = Hardware(gpu_gib=1.0, reserved_gib=0.0)
 POOL = {"num_gpus": 1}
@@ -88,6 +90,46 @@ def test_zero_shares_states_and_offloading_moves_them(config: Callable[..., RunC
     before, after = (learner_memory(p, sizes, 1) for p in (passes, away))
     assert before.gpu_gib(SMALL) - after.gpu_gib(SMALL) > 12 * trained / GIB
     assert after.host_gib(SMALL) - before.host_gib(SMALL) > 12 * trained / GIB
+
+
+def test_ranks_that_share_samples_share_activations(config: Callable[..., RunConfig]) -> None:
+    settings = {"rows_per_micro_batch": 1, "num_workers": 4}
+    passes = Passes(config(settings))
+    alone, shared = PassSizes.of(passes.config), PassSizes.of(config(settings | {"sequence_parallel": 4}))
+    before, after = ({i.name: i.nbytes for i in learner_memory(passes, sizes, 4).items} for sizes in (alone, shared))
+    assert after.pop("micro-batch of 1") == before.pop("micro-batch of 1") / 4
+    assert after == before
+    work = workload_of(passes.config, passes.generator)
+    apart, together = (speeds(passes, sizes, work, SMALL) for sizes in (alone, shared))
+    assert together.micro_step == apart.micro_step / 4
+    assert together.exchanged_bytes > apart.exchanged_bytes == 0
+    split = Split(rollout=1, prm=0, orm=1, learner=4)
+    apart_s, together_s = (iteration_time(s, work, split, SMALL, overlapped=False) for s in (apart, together))
+    # Four times the micro-batches of a quarter of the time each, and the exchange.
+    assert together_s.busy["learner"] == pytest.approx(apart_s.busy["learner"])
+    assert together_s.exposed > apart_s.exposed
+
+
+def test_a_clip_that_is_too_long_for_a_gpu_is_shared() -> None:
+    wan = {"path": "Wan-AI/Wan2.1-T2V-14B-Diffusers", "frames": 81, "height": 720, "width": 1280, "dtype": "bfloat16"}
+    learner = POOL | {"num_workers": 8, "rows_per_micro_batch": 1, "gradient_checkpointing": True}
+
+    def planned(cfg_scale: float | None, **changes: Any) -> RoleFit:
+        pools = {"rollout": POOL, "orm": POOL, "learner": learner | changes}
+        return of("learner", recipe(wan | {"cfg_scale": cfg_scale}, pools=pools), 80)
+
+    assert planned(None).advice.endswith("28 ranks fit, or these with pools.learner.sequence_parallel: 2")
+    assert not planned(None, sequence_parallel=2).advice
+    # Twice the rows.
+    alone, shared = planned(5.0), planned(5.0, sequence_parallel=8)
+    assert alone.advice.startswith("pools.learner.sequence_parallel: 1: a rank of the learner needs")
+    found = re.search(r"set it to (\d+), and num_workers to (\d+)$", alone.advice)
+    assert found is not None
+    sharing, ranks = map(int, found.groups())
+    assert not planned(5.0, sequence_parallel=sharing, num_workers=ranks).advice
+    assert not shared.advice
+    # Gradients are reduced in float32.
+    assert next(item for item in shared.memory.items if item.name == "float32 copy of it").nbytes > 0
 
 
 def refreshed(folder: Path, refresh: dict[str, Any], share: float = 1) -> RunConfig:

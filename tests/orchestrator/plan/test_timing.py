@@ -16,7 +16,7 @@ WORK = Workload(
 )  # fmt: skip
 SPEED = Speeds(
     velocity=1.0, gradient=0.5, score=0.0, decode=0.1, micro_step=0.2, update=0.0, refresh=0.0, zero_bytes=0,
-    whole_bytes=0, iteration_bytes=0, publication_bytes=0, rows=1,
+    whole_bytes=0, iteration_bytes=0, publication_bytes=0, rows=1, sharing=1, exchanged_bytes=0,
 )  # fmt: skip
 NEAR = Hardware()
 
@@ -71,7 +71,7 @@ def test_a_refresh_takes_its_time_between_iterations() -> None:
 
 
 def test_the_best_split_is_the_best_of_all() -> None:
-    found = best_split(12, with_prm=True, smallest_learner=2, time_of=seconds)
+    found = best_split(12, with_prm=True, smallest_learner=2, sharing=1, time_of=seconds)
     every = [
         Split(rollout=r, prm=p, orm=o, learner=n)
         for r, p, o, n in itertools.product(range(1, 12), repeat=4)
@@ -79,8 +79,8 @@ def test_the_best_split_is_the_best_of_all() -> None:
     ]
     assert found is not None
     assert seconds(found) == min(map(seconds, every))
-    assert best_split(12, with_prm=False, smallest_learner=2, time_of=seconds).prm == 0
-    assert best_split(3, with_prm=True, smallest_learner=1, time_of=seconds) is None
+    assert best_split(12, with_prm=False, smallest_learner=2, sharing=1, time_of=seconds).prm == 0
+    assert best_split(3, with_prm=True, smallest_learner=1, sharing=1, time_of=seconds) is None
 
 
 def test_collectives_between_nodes_are_as_fast_as_the_network() -> None:
