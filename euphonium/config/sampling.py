@@ -33,6 +33,9 @@ class ModelConfig(Node):
     """Folder or hub id of a diffusers pipeline."""
     revision: str | None = None
     """Commit of the hub repository; leave unset for a folder."""
+    pipeline: str | None = None
+    """Class of the pipeline where it is not the one in ``model_index.json``: ``WanImageToVideoPipeline`` begins the
+    videos of Wan 2.2 TI2V with a picture."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the transformer's weights in rollout and learner."""
     frames: PositiveInt = 1

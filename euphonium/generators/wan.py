@@ -1,4 +1,4 @@
-"""Wan 2.1: text-to-video with a UMT5 text encoder, guided by classifier-free guidance."""
+"""Wan 2.1 and 2.2 TI2V: text-to-video with a UMT5 text encoder, guided by classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ TIMESTEPS = 1000.0
 
 
 class Wan(Generator):
-    """Adapter of ``WanPipeline``, for models with one transformer and one time for all tokens."""
+    """Adapter of ``WanPipeline``, for models with one transformer.
+
+    Wan 2.2 TI2V takes a time for every token. Without a picture all of them are the same, and the network computes as
+    much of one time for the sample, with a small part of the memory.
+    """
 
     pipeline_class = "WanPipeline"
 
@@ -31,18 +35,13 @@ class Wan(Generator):
         """Reads the pipeline's configurations.
 
         Raises:
-            ConfigError: unsupported settings, or a model of Wan 2.2.
+            ConfigError: unsupported settings, or a model that shares its steps between two transformers.
         """
         index = pipeline.index()
         if index.get("boundary_ratio") is not None:
             raise ConfigError(
                 f"model.path: {pipeline.path} shares its steps between two transformers (Wan 2.2 A14B), of which one "
-                "policy cannot be made; use Wan 2.1"
-            )
-        if index.get("expand_timesteps"):
-            raise ConfigError(
-                f"model.path: {pipeline.path} tells its transformer the time of each token (Wan 2.2 TI2V), which this "
-                "adapter does not; use Wan 2.1"
+                "policy cannot be made; use Wan 2.1, or 2.2 TI2V"
             )
         super().__init__(pipeline, config)
 
@@ -83,8 +82,12 @@ class Wan(Generator):
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         from diffusers import WanPipeline
 
-        pipeline = WanPipeline.from_pretrained(self.folder, transformer=None, vae=None, dtype=self.dtype)
-        pipeline = pipeline.to(device)
+        from euphonium.generators.components import quiet
+
+        # Of the other pipelines of Wan as well, which encode texts alike.
+        left_out = dict.fromkeys(("transformer", "transformer_2", "vae"))
+        with quiet():
+            pipeline = WanPipeline.from_pretrained(self.folder, **left_out, dtype=self.dtype).to(device)
         limit = self.config.max_prompt_tokens
 
         @torch.no_grad()
@@ -128,7 +131,8 @@ class WanVae(VideoVae):
         return latents * self._by_channel("latents_std") + self._by_channel("latents_mean")
 
     def _by_channel(self, name: str) -> Tensor:
-        return torch.tensor(getattr(self.network.config, name), device=self.device).view(1, -1, 1, 1, 1)
+        numbers = torch.tensor(getattr(self.network.config, name), device=self.device, dtype=self.dtype)
+        return numbers.view(1, -1, 1, 1, 1)
 
 
 def hold_buffers(module: nn.Module) -> None:

@@ -35,7 +35,7 @@ def test_an_exported_pipeline_has_the_new_weights_and_all_else(name: str, folder
     target = tmp_path / "transformer" / "exported"
     family.export(state, target)
     loaded = DiffusionPipeline.from_pretrained(target)
-    assert type(loaded).__name__ == family.pipeline_class
+    assert type(loaded).__name__ == family.pipeline.index()["_class_name"]
     got = getattr(loaded, family.backbone).state_dict()
     assert got.keys() == state.keys()
     assert all(torch.equal(got[key], state[key]) for key in state)

@@ -18,6 +18,9 @@ SIZES = {
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": (8.33, 0.03),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14.288, 0.01),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (1.419, 0.005),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": (16.395, 0.01),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (5.000, 0.005),
+    "Qwen/Qwen-Image": (20.430, 0.005),
     "black-forest-labs/FLUX.1-dev": (11.901, 0.001),
     "stabilityai/stable-diffusion-3.5-medium": (2.243, 0.005),
     "CompVis/stable-diffusion-v1-4": (0.8595, 0.0005),
@@ -27,7 +30,8 @@ SIZES = {
 def model(path: str) -> ModelConfig:
     index = json.loads((PUBLISHED / path / "model_index.json").read_text())["_class_name"]
     distilled = ("Hunyuan" in index and "15" not in index) or index == "FluxPipeline"
-    return ModelConfig(path=path, height=512, width=512, embedded_guidance=1.0 if distilled else None)
+    guidance = 1.0 if distilled else None
+    return ModelConfig(path=path, height=512, width=512, max_prompt_tokens=512, embedded_guidance=guidance)
 
 
 @pytest.fixture(autouse=True)

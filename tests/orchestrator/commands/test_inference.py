@@ -99,7 +99,7 @@ def test_a_damaged_size_is_refused(held: str, make_config: Callable[..., RunConf
 
 def test_images_have_no_frames_and_image_to_video_needs_an_image(tmp_path: Path) -> None:
     for name in ("sd1", "skyreels"):
-        build_pipeline(CASES[name].pipeline_class).save_pretrained(tmp_path / name)
+        build_pipeline(CASES[name].tiny).save_pretrained(tmp_path / name)
     with pytest.raises(ConfigError, match="makes images"):
         generate_clips(tmp_path / "sd1", [PROMPT], tmp_path / "c", Drawing(seed=0, steps=1, size={"frames": 5}))
     with pytest.raises(ConfigError, match="--height: must be above 0"):
