@@ -75,7 +75,8 @@ class RolloutWorker:
             add_adapter(self.transformer, config.model.lora)
             self.published = dict(adapter_parameters(self.transformer))
         else:
-            self.published = dict(self.transformer.named_parameters())
+            named = self.transformer.named_parameters()
+            self.published = {name: parameter for name, parameter in named if self.family.trains(name)}
         self.transformer.requires_grad_(False)
         if config.rollout.compile:
             self.family.compile_blocks(self.transformer)

@@ -50,6 +50,10 @@ class ModelConfig(Node):
     """Guidance scale that guidance-distilled models take as an input; None for models without."""
     cfg_scale: float | None = None
     """Classifier-free guidance, in rollout, training and evaluation alike: passes of twice the rows; None for none."""
+    cfg_scale_2: float | None = None
+    """Scale of the steps of low noise, for models with a second transformer for them; None for that of the others."""
+    trained: Literal["both", "high_noise", "low_noise"] = "both"
+    """Which transformers are trained of models that have one for high noise and one for low."""
     negative_prompt: str = ""
     """What classifier-free guidance steers away from."""
     vae_tiling: bool = False

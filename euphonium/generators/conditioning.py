@@ -40,7 +40,7 @@ def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in conditioning.items()}
 
 
-def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance: ``u + scale (c - u)`` of a network's two outputs, of any one shape."""
     return unconditional + scale * (conditional - unconditional)
 

@@ -167,9 +167,18 @@ class Generator(Backbone):
         both = stack_conditionings([positive(conditioning), negative(conditioning)])
         output = self.network(transformer, torch.cat([x, x]), torch.cat([time, time]), both)
         conditional, unconditional = output.chunk(2)
-        return self.guide(conditional, unconditional, self.config.cfg_scale)
+        return self.guide(conditional, unconditional, self.guidance_scale(time))
 
-    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    def guidance_scale(self, time: Tensor) -> float | Tensor:
+        """Scale of classifier-free guidance, one for all or one a sample ``[batch, 1, 1, 1, 1]``.
+
+        Args:
+            time: float32 ``[batch]``, as for :meth:`network`.
+        """
+        assert self.config.cfg_scale is not None
+        return self.config.cfg_scale
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
         """Classifier-free guidance of outputs like the states, as the pipeline computes it."""
         return guided(conditional, unconditional, scale)
 

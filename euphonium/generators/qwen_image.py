@@ -105,7 +105,7 @@ class QwenImage(Generator):
         return WanVae.load(self.vae_class(), self.folder, device, dtype)
 
     @override
-    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
         """Guidance, with every token brought to the length of the output for the prompt."""
         rows, columns = (side // PACK for side in conditional.shape[-2:])
         wanted = pack(conditional)

@@ -76,6 +76,10 @@ CASES: dict[str, Case] = {
     "sd3 without CFG": Case("StableDiffusion3Pipeline"),
     "wan": Case("WanPipeline", size=(5, 16, 32), cfg_scale=5.0),
     "wan 2.2": Case("WanPipeline", size=(5, 16, 32), cfg_scale=5.0, variant="2.2"),
+    "wan a14b": Case(
+        "WanPipeline", size=(5, 16, 32), cfg_scale=4.0, variant="A14B", more={"cfg_scale_2": 3.0}
+    ),
+    "wan a14b i2v": Case("WanImageToVideoPipeline", size=(5, 16, 32), cfg_scale=3.5, variant="A14B"),
     "wan i2v": Case(
         "WanImageToVideoPipeline", size=(5, 16, 32), cfg_scale=5.0, more={"max_prompt_tokens": 512}
     ),
@@ -89,7 +93,20 @@ CASES: dict[str, Case] = {
     "hunyuan 1.5": Case("HunyuanVideo15Pipeline", size=(5, 16, 24), cfg_scale=6.0),
     "skyreels": Case("HunyuanSkyreelsImageToVideoPipeline", size=(5, 32, 48), embedded_guidance=1.0, cfg_scale=6.0),
 }  # fmt: skip
-TRANSFORMERS = ["flux", "qwen", "sd3", "wan", "wan 2.2", "wan i2v", "wan 2.2 i2v", "hunyuan", "hunyuan 1.5", "skyreels"]
+TRANSFORMERS = [
+    "flux",
+    "qwen",
+    "sd3",
+    "wan",
+    "wan 2.2",
+    "wan i2v",
+    "wan 2.2 i2v",
+    "wan a14b",
+    "wan a14b i2v",
+    "hunyuan",
+    "hunyuan 1.5",
+    "skyreels",
+]
 one_a_family = pytest.mark.parametrize("name", [*TRANSFORMERS, "sd1"])
 one_a_transformer = pytest.mark.parametrize("name", TRANSFORMERS)
 

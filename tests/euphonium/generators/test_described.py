@@ -20,6 +20,8 @@ SIZES = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (1.419, 0.005),
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": (16.395, 0.01),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (5.000, 0.005),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (28.577, 0.01),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": (28.578, 0.01),
     "Qwen/Qwen-Image": (20.430, 0.005),
     "black-forest-labs/FLUX.1-dev": (11.901, 0.001),
     "stabilityai/stable-diffusion-3.5-medium": (2.243, 0.005),

@@ -101,6 +101,8 @@ def call_of(case: Case, family: Generator, pipeline: Any, output_type: str = "la
         call["guidance_scale"] = case.cfg_scale or 1.0
     if case.pipeline_class not in ("StableDiffusionPipeline", "HunyuanVideo15Pipeline"):
         call["max_sequence_length"] = case.limit
+    if "cfg_scale_2" in case.more:
+        call["guidance_scale_2"] = case.more["cfg_scale_2"]
     if case.pipeline_class in PACKED:
         call["latents"] = pipeline._pack_latents(start.squeeze(2), *start.shape[:2], *start.shape[3:])
     return call

@@ -23,7 +23,7 @@ SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "sd3": lambda z: (z - 0.0609) * 1.5305,
     "sd1": lambda z: z * 0.18215,
     **dict.fromkeys(
-        ("qwen", "wan", "wan 2.2", "wan i2v", "wan 2.2 i2v"),
+        ("qwen", "wan", "wan 2.2", "wan i2v", "wan 2.2 i2v", "wan a14b", "wan a14b i2v"),
         lambda z: (z - by_channel([-0.7, 0.1, 0.3, -0.2])) / by_channel([2.8, 1.4, 2.3, 0.9]),
     ),
     "hunyuan": lambda z: z * 0.476986,

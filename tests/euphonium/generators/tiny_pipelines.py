@@ -19,7 +19,13 @@ from tests.euphonium.generators.tiny_parts import (
     t5_tokenizer,
 )
 from tests.euphonium.generators.tiny_qwen import qwen_image
-from tests.euphonium.generators.tiny_wan import wan, wan_22, wan_image_to_video
+from tests.euphonium.generators.tiny_wan import (
+    wan,
+    wan_22,
+    wan_experts,
+    wan_image_to_video,
+    wan_image_to_video_experts,
+)
 
 # Folder of a saved pipeline, by its name in :data:`BUILDERS`: a fixture of tests/euphonium.
 Folders = Callable[[str], Path]
@@ -201,7 +207,9 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "QwenImagePipeline": qwen_image,
     "WanPipeline": wan,
     "WanPipeline 2.2": wan_22,
+    "WanPipeline A14B": wan_experts,
     "WanImageToVideoPipeline": wan_image_to_video,
+    "WanImageToVideoPipeline A14B": wan_image_to_video_experts,
     "WanImageToVideoPipeline 2.2": wan_22,
     "StableDiffusionPipeline": stable_diffusion,
     "HunyuanVideoPipeline": hunyuan_video,
@@ -217,6 +225,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "QwenImagePipeline": {"cfg_scale": 4.0},
     "WanPipeline": {"frames": 5, "cfg_scale": 5.0},
     "WanPipeline 2.2": {"frames": 5, "cfg_scale": 5.0},
+    "WanPipeline A14B": {"frames": 5, "cfg_scale": 4.0, "cfg_scale_2": 3.0},
+    "WanImageToVideoPipeline A14B": {"frames": 5, "cfg_scale": 3.5, "trained": "low_noise"},
     "WanImageToVideoPipeline": {"frames": 5, "cfg_scale": 5.0, "max_prompt_tokens": 512},
     "WanImageToVideoPipeline 2.2": {"frames": 5, "cfg_scale": 5.0, "pipeline": "WanImageToVideoPipeline"},
     "StableDiffusionPipeline": {"cfg_scale": 7.5},
@@ -241,9 +251,10 @@ def build_pipeline(name: str, seed: int = 0) -> Any:
     """A pipeline whose network answers to all of its inputs: as initialised, gates and outputs are close to zero."""
     torch.manual_seed(seed)
     pipeline = BUILDERS[name]()
-    backbone = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
-    for parameter in backbone.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.xavier_uniform_(parameter.data.flatten(1))
+    for name in ("unet", "transformer", "transformer_2"):
+        network = getattr(pipeline, name, None)
+        for parameter in network.parameters() if network is not None else ():
+            if parameter.dim() > 1:
+                torch.nn.init.xavier_uniform_(parameter.data.flatten(1))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

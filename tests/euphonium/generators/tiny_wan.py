@@ -62,6 +62,24 @@ def wan_22() -> Any:
     return WanPipeline(**text_parts(), vae=vae, transformer=wan_transformer(), expand_timesteps=True)
 
 
+def wan_experts() -> Any:
+    """Wan 2.2 A14B: one transformer for high noise, one for low."""
+    from diffusers import WanPipeline
+
+    return WanPipeline(
+        **text_parts(), vae=wan_vae(), transformer=wan_transformer(), transformer_2=wan_transformer(),
+        boundary_ratio=0.875,
+    )  # fmt: skip
+
+
+def wan_image_to_video_experts() -> Any:
+    """Wan 2.2 I2V A14B."""
+    from diffusers import WanImageToVideoPipeline
+
+    experts = {name: wan_transformer(in_channels=10) for name in ("transformer", "transformer_2")}
+    return WanImageToVideoPipeline(**text_parts(), **experts, vae=wan_vae(), boundary_ratio=0.9)
+
+
 def wan_image_to_video() -> Any:
     """Wan 2.1 I2V, with CLIP's view of pictures of 28 x 28 pixels."""
     from diffusers import WanImageToVideoPipeline
