@@ -155,8 +155,12 @@ class Backbone(ABC):
         return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
 
     def output_norm(self, transformer: nn.Module) -> nn.Module:
-        """The module whose input is the last block's output, for the sample's tokens only."""
+        """The module whose input is the last block's output."""
         return transformer.get_submodule("norm_out")
+
+    def sample_tokens(self, tokens: Tensor) -> Tensor:
+        """The tokens ``[batch, tokens, width]`` of the sample among the inputs of :meth:`output_norm`; mostly all."""
+        return tokens
 
     def _check_guidance(self) -> None:
         takes_guidance = bool(self.transformer_config().get("guidance_embeds", False))

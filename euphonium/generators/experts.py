@@ -52,7 +52,8 @@ class Experts(ModelMixin, PeftAdapterMixin):
         """Like the forward passes of the two, whose arguments all have the batch in front."""
         if timestep.is_meta:
             # What is planned is a pass in which all rows have one time.
-            return self.transformer_2(hidden_states, timestep, return_dict=False, **entries)
+            planned = getattr(self, self.trained[-1])
+            return planned(hidden_states, timestep, return_dict=False, **entries)
         high = timestep >= self.boundary
         places, outputs, idle = [], [], []
         for name, chosen in zip(NAMES, (high, ~high), strict=True):

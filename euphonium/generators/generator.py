@@ -190,6 +190,10 @@ class Generator(Backbone):
         """Tokens of a sample, where this pipeline can compute its shift of them."""
         return None
 
+    def told_shift(self, num_steps: int) -> float | None:
+        """The logarithm of the shift, where this pipeline has a formula of its own for it."""
+        return None
+
     def noise_grid(self, num_steps: int, settings: NoiseGridConfig) -> NoiseGrid:
         """The noise levels of a walk of ``num_steps`` steps: the one place that all step tables have them from.
 
@@ -200,8 +204,9 @@ class Generator(Backbone):
             assert settings.shift is not None  # checked with the settings
             return NoiseGrid(shifted_sigmas(num_steps, settings.shift))
         return pipeline_grid(
-            self.pipeline, num_steps, settings, told=self.told_sigmas(num_steps), tokens=self.shifting_tokens()
-        )
+            self.pipeline, num_steps, settings, told=self.told_sigmas(num_steps), tokens=self.shifting_tokens(),
+            mu=self.told_shift(num_steps),
+        )  # fmt: skip
 
     def step_table(self, sampler: SamplerConfig, iteration: int = 0) -> StepTable:
         """The step table of a stochastic sampler for this model.

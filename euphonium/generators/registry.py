@@ -7,6 +7,7 @@ import math
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.flux import Flux
+from euphonium.generators.flux2 import Flux2Klein
 from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.generator import Generator
 from euphonium.generators.hunyuan_video import HunyuanVideo
@@ -17,6 +18,7 @@ from euphonium.generators.stable_diffusion import StableDiffusion
 from euphonium.generators.stable_diffusion_3 import StableDiffusion3
 from euphonium.generators.wan import Wan
 from euphonium.generators.wan_image_to_video import WanImageToVideo
+from euphonium.generators.z_image import ZImage
 
 # Bytes of one sample, as pixels and as latents: more than this is a mistake, and no process has so much memory.
 MOST_SAMPLE_BYTES = 1 << 40
@@ -25,7 +27,7 @@ FAMILIES: dict[str, type[Generator]] = {
     family.pipeline_class: family
     for family in (
         HunyuanVideo, HunyuanVideo15, SkyReelsImageToVideo, Wan, WanImageToVideo, Flux, QwenImage, StableDiffusion3,
-        StableDiffusion,
+        StableDiffusion, ZImage, Flux2Klein,
     )
 }  # fmt: skip
 

@@ -78,6 +78,17 @@ def _qwen_image(generator: Generator) -> _Shapes:
     return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
 
 
+def _z_image(generator: Generator) -> _Shapes:
+    length = generator.config.max_prompt_tokens
+    width = int(generator.transformer_config()["cap_feat_dim"])
+    return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
+
+
+def _flux2(generator: Generator) -> _Shapes:
+    width = int(generator.transformer_config()["joint_attention_dim"])
+    return {"encoder_hidden_states": (generator.config.max_prompt_tokens, width)}
+
+
 def _flux(generator: Generator) -> _Shapes:
     config = generator.transformer_config()
     return {
@@ -105,6 +116,8 @@ PROMPTS: dict[str, Callable[[Generator], _Shapes]] = {
     "WanPipeline": _wan,
     "WanImageToVideoPipeline": _wan,
     "FluxPipeline": _flux,
+    "Flux2KleinPipeline": _flux2,
+    "ZImagePipeline": _z_image,
     "QwenImagePipeline": _qwen_image,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "StableDiffusionPipeline": _stable_diffusion,

@@ -72,6 +72,10 @@ CASES: dict[str, Case] = {
     "flux with true CFG": Case("FluxPipeline", embedded_guidance=3.5, cfg_scale=2.0),
     "qwen": Case("QwenImagePipeline", cfg_scale=4.0),
     "qwen without CFG": Case("QwenImagePipeline"),
+    "z-image": Case("ZImagePipeline", cfg_scale=3.0),
+    "z-image without CFG": Case("ZImagePipeline"),
+    "flux2 klein": Case("Flux2KleinPipeline", cfg_scale=4.0),
+    "flux2 klein without CFG": Case("Flux2KleinPipeline"),
     "sd3": Case("StableDiffusion3Pipeline", cfg_scale=4.5),
     "sd3 without CFG": Case("StableDiffusion3Pipeline"),
     "wan": Case("WanPipeline", size=(5, 16, 32), cfg_scale=5.0),
@@ -95,6 +99,8 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 TRANSFORMERS = [
     "flux",
+    "flux2 klein",
+    "z-image",
     "qwen",
     "sd3",
     "wan",

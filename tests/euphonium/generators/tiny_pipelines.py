@@ -18,7 +18,7 @@ from tests.euphonium.generators.tiny_parts import (
     t5_encoder,
     t5_tokenizer,
 )
-from tests.euphonium.generators.tiny_qwen import qwen_image
+from tests.euphonium.generators.tiny_qwen import flux2_klein, qwen_image, z_image
 from tests.euphonium.generators.tiny_wan import (
     wan,
     wan_22,
@@ -204,7 +204,9 @@ def hunyuan_video_15() -> Any:
 BUILDERS: dict[str, Callable[[], Any]] = {
     "FluxPipeline": flux,
     "StableDiffusion3Pipeline": stable_diffusion_3,
+    "Flux2KleinPipeline": flux2_klein,
     "QwenImagePipeline": qwen_image,
+    "ZImagePipeline": z_image,
     "WanPipeline": wan,
     "WanPipeline 2.2": wan_22,
     "WanPipeline A14B": wan_experts,
@@ -222,6 +224,8 @@ BUILDERS: dict[str, Callable[[], Any]] = {
 SHAPES: dict[str, dict[str, Any]] = {
     "FluxPipeline": {"embedded_guidance": 3.5},
     "StableDiffusion3Pipeline": {"cfg_scale": 4.5},
+    "ZImagePipeline": {"cfg_scale": 3.0},
+    "Flux2KleinPipeline": {"cfg_scale": 4.0},
     "QwenImagePipeline": {"cfg_scale": 4.0},
     "WanPipeline": {"frames": 5, "cfg_scale": 5.0},
     "WanPipeline 2.2": {"frames": 5, "cfg_scale": 5.0},
