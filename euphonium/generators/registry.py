@@ -11,7 +11,7 @@ from euphonium.generators.flux2 import Flux2Klein
 from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.generator import Generator
 from euphonium.generators.hunyuan_video import HunyuanVideo
-from euphonium.generators.hunyuan_video_15 import HunyuanVideo15
+from euphonium.generators.hunyuan_video_15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
 from euphonium.generators.qwen_image import QwenImage
 from euphonium.generators.skyreels import SkyReelsImageToVideo
 from euphonium.generators.stable_diffusion import StableDiffusion
@@ -26,8 +26,8 @@ MOST_SAMPLE_BYTES = 1 << 40
 FAMILIES: dict[str, type[Generator]] = {
     family.pipeline_class: family
     for family in (
-        HunyuanVideo, HunyuanVideo15, SkyReelsImageToVideo, Wan, WanImageToVideo, Flux, QwenImage, StableDiffusion3,
-        StableDiffusion, ZImage, Flux2Klein,
+        HunyuanVideo, HunyuanVideo15, HunyuanVideo15ImageToVideo, SkyReelsImageToVideo, Wan, WanImageToVideo, Flux,
+        QwenImage, StableDiffusion3, StableDiffusion, ZImage, Flux2Klein,
     )
 }  # fmt: skip
 

@@ -113,6 +113,7 @@ PROMPTS: dict[str, Callable[[Generator], _Shapes]] = {
     "HunyuanVideoPipeline": _hunyuan_video,
     "HunyuanSkyreelsImageToVideoPipeline": _hunyuan_video,
     "HunyuanVideo15Pipeline": _hunyuan_video_15,
+    "HunyuanVideo15ImageToVideoPipeline": _hunyuan_video_15,
     "WanPipeline": _wan,
     "WanImageToVideoPipeline": _wan,
     "FluxPipeline": _flux,

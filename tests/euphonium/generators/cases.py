@@ -95,6 +95,7 @@ CASES: dict[str, Case] = {
     "hunyuan": Case("HunyuanVideoPipeline", size=(5, 32, 48), embedded_guidance=6.0),
     "hunyuan with true CFG": Case("HunyuanVideoPipeline", size=(5, 32, 48), embedded_guidance=6.0, cfg_scale=2.0),
     "hunyuan 1.5": Case("HunyuanVideo15Pipeline", size=(5, 16, 24), cfg_scale=6.0),
+    "hunyuan 1.5 i2v": Case("HunyuanVideo15ImageToVideoPipeline", size=(5, 32, 32), cfg_scale=6.0),
     "skyreels": Case("HunyuanSkyreelsImageToVideoPipeline", size=(5, 32, 48), embedded_guidance=1.0, cfg_scale=6.0),
 }  # fmt: skip
 TRANSFORMERS = [
@@ -111,6 +112,7 @@ TRANSFORMERS = [
     "wan a14b i2v",
     "hunyuan",
     "hunyuan 1.5",
+    "hunyuan 1.5 i2v",
     "skyreels",
 ]
 one_a_family = pytest.mark.parametrize("name", [*TRANSFORMERS, "sd1"])

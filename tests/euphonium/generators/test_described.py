@@ -16,6 +16,7 @@ SIZES = {
     "hunyuanvideo-community/HunyuanVideo": (12.821, 0.001),
     "Skywork/SkyReels-V1-Hunyuan-I2V": (12.821, 0.001),
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": (8.33, 0.03),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v": (8.33, 0.03),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14.288, 0.01),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (1.419, 0.005),
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": (16.395, 0.01),

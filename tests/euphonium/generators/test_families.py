@@ -38,7 +38,8 @@ from tests.euphonium.generators.cases import (
 )
 from tests.euphonium.generators.tiny_pipelines import BUILDERS, Folders
 
-WAN_I2V = "WanImageToVideoPipeline"
+WAN_I2V, HUNYUAN_15_I2V = "WanImageToVideoPipeline", "HunyuanVideo15ImageToVideoPipeline"
+ONE_PICTURE = (WAN_I2V, HUNYUAN_15_I2V)
 # Their latents are packed to tokens.
 PACKED = ("FluxPipeline", "QwenImagePipeline")
 
@@ -69,7 +70,7 @@ def their_pipeline(case: Case, folder: Path) -> Any:
         pipeline.scheduler = UniPCMultistepScheduler.from_config(
             pipeline.scheduler.config, solver_order=1, disable_corrector=list(range(STEPS))
         )
-    if case.pipeline_class == "HunyuanVideo15Pipeline":
+    if case.pipeline_class.startswith("HunyuanVideo15"):
         pipeline.guider = ClassifierFreeGuidance(guidance_scale=case.cfg_scale)
         pipeline.tokenizer_max_length = LIMIT
         # Its attention mask does not fit a batch of more than one.
@@ -100,15 +101,18 @@ def call_of(case: Case, family: Generator, pipeline: Any, output_type: str = "la
         call["true_cfg_scale"] = case.cfg_scale or 1.0
     elif case.embedded_guidance is not None:
         call |= {"guidance_scale": case.embedded_guidance, "true_cfg_scale": case.cfg_scale or 1.0}
-    elif case.pipeline_class != "HunyuanVideo15Pipeline":
+    elif not case.pipeline_class.startswith("HunyuanVideo15"):
         call["guidance_scale"] = case.cfg_scale or 1.0
-    if case.pipeline_class not in ("StableDiffusionPipeline", "HunyuanVideo15Pipeline"):
+    if not case.pipeline_class.startswith(("StableDiffusionPipeline", "HunyuanVideo15")):
         call["max_sequence_length"] = case.limit
     if case.pipeline_class == "Flux2KleinPipeline" and "negative_prompt" in call:
         # It takes no other text than none.
         call["negative_prompt_embeds"], _ = pipeline.encode_prompt(
             call.pop("negative_prompt"), max_sequence_length=LIMIT
         )
+    if case.pipeline_class == HUNYUAN_15_I2V:
+        # It takes the size from the picture.
+        del call["height"], call["width"]
     if "cfg_scale_2" in case.more:
         call["guidance_scale_2"] = case.more["cfg_scale_2"]
     if case.pipeline_class in PACKED:
@@ -124,17 +128,22 @@ def normalised(pipeline: Any, latents: Tensor) -> Tensor:
     return (squares - mean) / torch.sqrt(variance + pipeline.vae.config.batch_norm_eps)
 
 
-def one_by_one(call: dict[str, Any], pipeline: Any) -> list[dict[str, Any]]:
-    """Calls of Wan's image-to-video, which takes one picture at a time.
+def encoded(call: dict[str, Any], pipeline: Any) -> dict[str, Any]:
+    """A call of Wan's image-to-video with encoded texts.
 
     It cleans texts with ftfy, which is no dependency of this project; the text pipeline encodes them alike without.
     """
     from diffusers import WanPipeline
 
     parts = {name: pipeline.components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
-    texts = [call.pop("prompt"), call.pop("negative_prompt")]
+    texts = [call["prompt"], call["negative_prompt"]]
     embeds = WanPipeline(**parts).encode_prompt(*texts, max_sequence_length=call["max_sequence_length"])
-    call |= dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True))
+    named = dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True))
+    return {name: value for name, value in call.items() if "prompt" not in name} | named
+
+
+def one_by_one(call: dict[str, Any]) -> list[dict[str, Any]]:
+    """The calls for one prompt each, of pipelines that take one picture at a time."""
     calls = []
     for i, image in enumerate(call["image"]):
         own = {name: value[i : i + 1] for name, value in call.items() if isinstance(value, list | Tensor)}
@@ -147,7 +156,9 @@ def their_samples(case: Case, family: Generator, output_type: str) -> Tensor:
     pipeline = their_pipeline(case, family.folder)
     frames, height, width = case.size
     call = call_of(case, family, pipeline, output_type)
-    calls = one_by_one(call, pipeline) if case.pipeline_class == WAN_I2V else [call]
+    if case.pipeline_class == WAN_I2V:
+        call = encoded(call, pipeline)
+    calls = one_by_one(call) if case.pipeline_class in ONE_PICTURE else [call]
     made = [pipeline(**arguments) for arguments in calls]
     result: Tensor = torch.cat([part.frames if frames > 1 else part.images for part in made])
     if output_type == "latent" and case.pipeline_class in PACKED:

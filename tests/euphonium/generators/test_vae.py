@@ -33,7 +33,7 @@ SCALES: dict[str, Callable[[Tensor], Tensor]] = {
         lambda z: (z - by_channel([-0.7, 0.1, 0.3, -0.2])) / by_channel([2.8, 1.4, 2.3, 0.9]),
     ),
     "hunyuan": lambda z: z * 0.476986,
-    "hunyuan 1.5": lambda z: z * 1.03682,
+    **dict.fromkeys(("hunyuan 1.5", "hunyuan 1.5 i2v"), lambda z: z * 1.03682),
     "skyreels": lambda z: z * 0.476986,
 }
 

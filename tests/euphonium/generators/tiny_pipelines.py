@@ -200,6 +200,21 @@ def hunyuan_video_15() -> Any:
     )  # fmt: skip
 
 
+def hunyuan_video_15_image_to_video() -> Any:
+    """HunyuanVideo-1.5, image to video, with SigLIP's view of pictures of 28 x 28 pixels."""
+    from diffusers import HunyuanVideo15ImageToVideoPipeline
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    siglip = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    return HunyuanVideo15ImageToVideoPipeline(
+        **hunyuan_video_15().components,
+        image_encoder=SiglipVisionModel(siglip),
+        feature_extractor=SiglipImageProcessor(size={"height": 28, "width": 28}),
+    )
+
+
 # By the class as which they are opened, and a word for further models of the same class.
 BUILDERS: dict[str, Callable[[], Any]] = {
     "FluxPipeline": flux,
@@ -216,6 +231,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "StableDiffusionPipeline": stable_diffusion,
     "HunyuanVideoPipeline": hunyuan_video,
     "HunyuanVideo15Pipeline": hunyuan_video_15,
+    "HunyuanVideo15ImageToVideoPipeline": hunyuan_video_15_image_to_video,
     "HunyuanSkyreelsImageToVideoPipeline": skyreels_image_to_video,
 }
 
@@ -236,6 +252,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"cfg_scale": 7.5},
     "HunyuanVideoPipeline": {"frames": 5, "height": 32, "width": 32, "embedded_guidance": 6.0},
     "HunyuanVideo15Pipeline": {"frames": 5, "cfg_scale": 6.0},
+    "HunyuanVideo15ImageToVideoPipeline": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 6.0},
     "HunyuanSkyreelsImageToVideoPipeline": {
         "frames": 5,
         "height": 32,
