@@ -81,7 +81,8 @@ class RolloutWorker:
             add_adapter(self.transformer, config.model.lora)
             self.published = dict(adapter_parameters(self.transformer))
         else:
-            self.published = dict(self.transformer.named_parameters())
+            named = self.transformer.named_parameters()
+            self.published = {name: parameter for name, parameter in named if self.family.trains(name)}
         self.transformer.requires_grad_(False)
         if config.rollout.compile:
             self.family.compile_blocks(self.transformer)
@@ -178,6 +179,7 @@ class RolloutWorker:
                 "diverged; lower optimizer.learning_rate or sampler.guidance, and resume from an earlier checkpoint"
             )
         payload = _payload(trajectory, conditioning)
+        final = self.family.finish(trajectory.final, conditioning)
         info = GroupInfo(
             task=task,
             policy_version=self.policy_version,
@@ -188,7 +190,7 @@ class RolloutWorker:
             seconds={**trajectory.seconds, "total": time.perf_counter() - began},
             payload_bytes=payload.nbytes,
         )
-        return info, trajectory.final.cpu().numpy(), payload
+        return info, final.cpu().numpy(), payload
 
     def evaluate(
         self,
@@ -220,7 +222,9 @@ class RolloutWorker:
                 # Samples of an evaluation are no members of a group.
                 alone = guidance.model_copy(update={"strengths": (1.0,)})
                 source = _guiding(make_source(conditioning, table, velocity), alone, table, strength=1.0)
-            return sample_deterministic(table, velocity, torch.cat(starts), source).cpu()
+            return self.family.finish(
+                sample_deterministic(table, velocity, torch.cat(starts), source), conditioning
+            ).cpu()
 
         # A source of gradients is for one prompt; without one, prompts share a pass.
         passes = self.passes if guidance is None else Passes(1, "rollout.samples_per_pass")

@@ -84,6 +84,11 @@ def adapter_pipeline(family: Generator) -> Any:
     import diffusers
 
     found = getattr(diffusers, family.pipeline_class)
+    if len(family.trained_components()) > 1:
+        raise ConfigError(
+            "--adapter: an adapter of two transformers cannot be written as one; leave --adapter out: the whole "
+            "pipeline is then written, with the adapters added into its weights"
+        )
     if not (hasattr(found, "save_lora_weights") and hasattr(found, "load_lora_weights")):
         raise ConfigError(
             f"--adapter: diffusers' {family.pipeline_class} cannot load adapters; leave --adapter out: the whole "

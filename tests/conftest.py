@@ -120,15 +120,15 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a saved pipeline of a family in a tiny configuration, by the pipeline's class."""
+    """Folder of a saved tiny pipeline, by its name in tests/euphonium/generators/tiny_pipelines.py."""
     made: dict[str, Path] = {}
 
-    def folder(pipeline_class: str) -> Path:
+    def folder(name: str) -> Path:
         from tests.euphonium.generators.tiny_pipelines import build_pipeline
 
-        if pipeline_class not in made:
-            made[pipeline_class] = tmp_path_factory.mktemp(pipeline_class)
-            build_pipeline(pipeline_class).save_pretrained(made[pipeline_class])
-        return made[pipeline_class]
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            build_pipeline(name).save_pretrained(made[name])
+        return made[name]
 
     return folder

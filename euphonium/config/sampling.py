@@ -33,6 +33,9 @@ class ModelConfig(Node):
     """Folder or hub id of a diffusers pipeline."""
     revision: str | None = None
     """Commit of the hub repository; leave unset for a folder."""
+    pipeline: str | None = None
+    """Class of the pipeline where it is not the one in ``model_index.json``: ``WanImageToVideoPipeline`` begins the
+    videos of Wan 2.2 TI2V with a picture."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the transformer's weights in rollout and learner."""
     frames: PositiveInt = 1
@@ -47,6 +50,10 @@ class ModelConfig(Node):
     """Guidance scale that guidance-distilled models take as an input; None for models without."""
     cfg_scale: float | None = None
     """Classifier-free guidance, in rollout, training and evaluation alike: passes of twice the rows; None for none."""
+    cfg_scale_2: float | None = None
+    """Scale of the steps of low noise, for models with a second transformer for them; None for that of the others."""
+    trained: Literal["both", "high_noise", "low_noise"] = "both"
+    """Which transformers are trained of models that have one for high noise and one for low."""
     negative_prompt: str = ""
     """What classifier-free guidance steers away from."""
     vae_tiling: bool = False

@@ -68,14 +68,31 @@ class Backbone(ABC):
         """The safetensors files that hold the transformer's weights."""
         return self.pipeline.weight_files(self.backbone)
 
+    def trained_components(self) -> dict[str, str]:
+        """The components that the network is made of, by what the names of their weights begin with in it."""
+        return {"": self.backbone}
+
+    def stored_weights(self) -> list[tuple[str, Path]]:
+        """The safetensors files of the whole network, each with what its names begin with in the network."""
+        parts = self.trained_components().items()
+        return [(prefix, file) for prefix, part in parts for file in self.pipeline.weight_files(part)]
+
+    def trains(self, name: str) -> bool:
+        """Whether a weight of the network is trained where there are no adapters."""
+        return True
+
     def export(self, state: Mapping[str, Tensor], target: Path) -> None:
         """Writes a complete diffusers pipeline with new weights of the transformer, and the size of its samples.
 
         Args:
-            state: full state of the transformer.
+            state: full state of the network, or of those of its components that were trained.
             target: new folder; see :meth:`PipelineFolder.export`.
         """
-        self.pipeline.export(self.backbone, state, target)
+        states = {
+            part: {n.removeprefix(prefix): tensor for n, tensor in state.items() if n.startswith(prefix)}
+            for prefix, part in self.trained_components().items()
+        }
+        self.pipeline.export({part: new for part, new in states.items() if new}, target)
         write_sample_size(self.config, target)
 
     def build_transformer(self, config: ComponentConfig | None = None) -> nn.Module:
@@ -91,9 +108,10 @@ class Backbone(ABC):
 
     def load_transformer(self, device: torch.device) -> nn.Module:
         """The transformer with the pipeline's weights, in evaluation mode."""
-        loaded = self.transformer_class().from_pretrained(
-            self.folder / self.backbone, dtype=self.dtype, use_safetensors=True
-        )
+        return self._load_component(self.backbone, device)
+
+    def _load_component(self, name: str, device: torch.device) -> nn.Module:
+        loaded = self.transformer_class().from_pretrained(self.folder / name, dtype=self.dtype, use_safetensors=True)
         self._choose_attention(self.prepare_attention(loaded))
         # diffusers keeps some weights in float32 (and its own method warns of rounding them), but ZeRO-3 has one type
         # for all: what rollout actors compute with must be what learners train.
@@ -144,8 +162,12 @@ class Backbone(ABC):
         return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
 
     def output_norm(self, transformer: nn.Module) -> nn.Module:
-        """The module whose input is the last block's output, for the sample's tokens only."""
+        """The module whose input is the last block's output."""
         return transformer.get_submodule("norm_out")
+
+    def sample_tokens(self, tokens: Tensor) -> Tensor:
+        """The tokens ``[batch, tokens, width]`` of the sample among the inputs of :meth:`output_norm`; mostly all."""
+        return tokens
 
     def _check_guidance(self) -> None:
         takes_guidance = bool(self.transformer_config().get("guidance_embeds", False))

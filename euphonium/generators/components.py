@@ -27,7 +27,7 @@ from euphonium.weight_files import check_index, one_line, shapes_of, some
 Loadable = Any
 
 LIBRARIES = ("diffusers", "transformers")
-# Components of published pipelines that no role opens.
+# Components of published pipelines that no role opens, unless a family reads pictures with them.
 UNOPENED = ("safety_checker", "feature_extractor", "image_encoder", "guider")
 
 
@@ -38,7 +38,8 @@ def check_generator(family: Generator) -> None:
         ConfigError: a component is missing, damaged or does not fit; names folder and component, and what to do.
     """
     own = {family.backbone: family.transformer_class(), "vae": family.vae_class()}
-    networks = check_components(family.pipeline, own)
+    unopened = tuple(name for name in UNOPENED if name not in family.image_components)
+    networks = check_components(family.pipeline, own, unopened)
     if family.config.lora is not None:
         check_targets(networks[family.backbone], family.config.lora)
 

@@ -16,10 +16,10 @@ from torch import Tensor
 # Batch-first tensors that a transformer takes besides state and time; the names are its keyword arguments.
 Conditioning = dict[str, Tensor]
 PromptEncoder = Callable[[Sequence[str]], Conditioning]
-# Latents of the pictures in some files, ``[batch, channels, 1, height, width]``.
-ImageEncoder = Callable[[Sequence[Path]], Tensor]
+# Entries that the pictures in some files add, such as their latents (:data:`IMAGE`).
+ImageEncoder = Callable[[Sequence[Path]], Conditioning]
 
-# Name of the entry with the latents of the first frame.
+# Name of the entry with the latents of the first frame, ``[batch, channels, frames, height, width]``.
 IMAGE = "image_latents"
 # Prefix of the negative prompt's entries.
 NEGATIVE = "negative."
@@ -40,7 +40,7 @@ def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in conditioning.items()}
 
 
-def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance: ``u + scale (c - u)`` of a network's two outputs, of any one shape."""
     return unconditional + scale * (conditional - unconditional)
 
@@ -59,7 +59,7 @@ def with_negative_prompt(encode: PromptEncoder, prompt: str) -> PromptEncoder:
 def with_first_frames(
     encode: PromptEncoder, encode_images: ImageEncoder, image_of: Callable[[str], Path]
 ) -> PromptEncoder:
-    """An encoder that adds the latents of first frames, the same ones to the negative prompt's entries.
+    """An encoder that adds the entries of first frames, the same ones to the negative prompt's.
 
     Args:
         encode: encodes texts, with the negative prompt if there is one.
@@ -70,10 +70,10 @@ def with_first_frames(
     def complete(prompts: Sequence[str]) -> Conditioning:
         whole = encode(prompts)
         guides = len(positive(whole)) < len(whole)
-        whole[IMAGE] = encode_images([image_of(prompt) for prompt in prompts])
+        images = encode_images([image_of(prompt) for prompt in prompts])
         if guides:
-            whole[NEGATIVE + IMAGE] = whole[IMAGE]
-        return whole
+            images = images | {NEGATIVE + name: tensor for name, tensor in images.items()}
+        return whole | images
 
     return complete
 

@@ -44,7 +44,7 @@ def settings_fingerprint(generator: Generator) -> dict[str, str]:
     """What a recipe says that encoded prompts depend on."""
     config = generator.config
     return {
-        "pipeline": generator.pipeline_class,
+        "pipeline": str(generator.pipeline.index()["_class_name"]),
         "dtype": config.dtype,
         "max_prompt_tokens": str(config.max_prompt_tokens),
     }

@@ -99,21 +99,21 @@ class PipelineFolder:
                 digest.update(stream.read(_FINGERPRINT_SPAN))
         return digest.hexdigest()[:16]
 
-    def export(self, component: str, state: Mapping[str, Tensor], target: Path) -> None:
-        """Writes a complete pipeline in which one component has new weights.
+    def export(self, states: Mapping[str, Mapping[str, Tensor]], target: Path) -> None:
+        """Writes a complete pipeline in which some components have new weights.
 
         Args:
-            component: component to replace.
-            state: its new full state.
+            states: new full states by component.
             target: new folder, to which everything else is copied. Weight files in the root, which some repositories
                 have besides the components, are left out: they would hold the old model.
         """
         from safetensors.torch import save_file
 
         components = {name for name in self.index() if not name.startswith("_")}
+        replaced = {self.path / component for component in states}
 
         def others(folder: str, names: list[str]) -> list[str]:
-            if Path(folder) == self.path / component:
+            if Path(folder) in replaced:
                 return [name for name in names if name != "config.json"]
             if Path(folder) == self.path:
                 # Repositories may hold the same weights once more, as one file beside the components.
@@ -121,8 +121,9 @@ class PipelineFolder:
             return []
 
         shutil.copytree(self.path, target, dirs_exist_ok=True, ignore=others)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(tensors, target / component / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        for component, state in states.items():
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+            save_file(tensors, target / component / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 class _Entries(ComponentConfig):

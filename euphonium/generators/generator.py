@@ -21,6 +21,7 @@ from euphonium.dynamics import StepTable, StepTableError, shifted_sigmas
 from euphonium.errors import ConfigError
 from euphonium.generators.backbone import Backbone
 from euphonium.generators.conditioning import (
+    IMAGE,
     Conditioning,
     ImageEncoder,
     PromptEncoder,
@@ -48,8 +49,12 @@ class Generator(Backbone):
     """
 
     pipeline_class: ClassVar[str]
+    # Classes of model_index.json whose folders are opened as well if ``model.pipeline`` says so.
+    also_opens: ClassVar[tuple[str, ...]] = ()
     # Whether every prompt comes with a picture (image-to-video).
     takes_image: ClassVar[bool] = False
+    # Components that read the picture, besides the VAE; those that the folder does not have are left out.
+    image_components: ClassVar[tuple[str, ...]] = ()
     # The tokenizer whose encoder reads the whole of a prompt; others may read its beginning.
     prompt_tokenizer: ClassVar[str] = "tokenizer"
 
@@ -167,7 +172,20 @@ class Generator(Backbone):
         both = stack_conditionings([positive(conditioning), negative(conditioning)])
         output = self.network(transformer, torch.cat([x, x]), torch.cat([time, time]), both)
         conditional, unconditional = output.chunk(2)
-        return guided(conditional, unconditional, self.config.cfg_scale)
+        return self.guide(conditional, unconditional, self.guidance_scale(time))
+
+    def guidance_scale(self, time: Tensor) -> float | Tensor:
+        """Scale of classifier-free guidance, one for all or one a sample ``[batch, 1, 1, 1, 1]``.
+
+        Args:
+            time: float32 ``[batch]``, as for :meth:`network`.
+        """
+        assert self.config.cfg_scale is not None
+        return self.config.cfg_scale
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+        """Classifier-free guidance of outputs like the states, as the pipeline computes it."""
+        return guided(conditional, unconditional, scale)
 
     def told_sigmas(self, num_steps: int) -> NDArray[np.float64] | None:
         """Noise levels ``[num_steps]`` before the shift that this pipeline tells its scheduler, or None."""
@@ -175,6 +193,10 @@ class Generator(Backbone):
 
     def shifting_tokens(self) -> int | None:
         """Tokens of a sample, where this pipeline can compute its shift of them."""
+        return None
+
+    def told_shift(self, num_steps: int) -> float | None:
+        """The logarithm of the shift, where this pipeline has a formula of its own for it."""
         return None
 
     def noise_grid(self, num_steps: int, settings: NoiseGridConfig) -> NoiseGrid:
@@ -187,8 +209,9 @@ class Generator(Backbone):
             assert settings.shift is not None  # checked with the settings
             return NoiseGrid(shifted_sigmas(num_steps, settings.shift))
         return pipeline_grid(
-            self.pipeline, num_steps, settings, told=self.told_sigmas(num_steps), tokens=self.shifting_tokens()
-        )
+            self.pipeline, num_steps, settings, told=self.told_sigmas(num_steps), tokens=self.shifting_tokens(),
+            mu=self.told_shift(num_steps),
+        )  # fmt: skip
 
     def step_table(self, sampler: SamplerConfig, iteration: int = 0) -> StepTable:
         """The step table of a stochastic sampler for this model.
@@ -247,15 +270,29 @@ class Generator(Backbone):
         return with_first_frames(encode, self.load_image_encoder(device), image_of)
 
     def load_image_encoder(self, device: torch.device) -> ImageEncoder:
-        """Loads the VAE as a function from picture files to latents, for image-to-video.
+        """Loads what reads pictures, as a function from files to entries of the conditioning, for image-to-video.
 
         Raises:
             ConfigError: this generator takes no image.
         """
         raise ConfigError(
             f"model.path: {self.folder} is a {self.pipeline_class}, which takes no image; for image-to-video give a "
-            "pipeline that does, such as a HunyuanSkyreelsImageToVideoPipeline"
+            "pipeline that does, such as a WanImageToVideoPipeline"
         )
+
+    def image_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes, without the batch, of the entries that :meth:`load_image_encoder` makes."""
+        channels, _, height, width = self.latent_shape
+        return {IMAGE: (channels, 1, height, width)} if self.takes_image else {}
+
+    def finish(self, samples: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the pipeline makes of the samples ``[batch, *latent_shape]`` at the end of a walk; most leave them.
+
+        Args:
+            samples: the final states.
+            conditioning: conditioning of one prompt, or of one a sample.
+        """
+        return samples
 
     def load_working_vae(self, device: torch.device) -> VideoVae:
         """Loads the VAE in ``model.dtype``, with the recipe's memory savers.
@@ -271,8 +308,9 @@ class Generator(Backbone):
         return self.load_working_vae(device).decode
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of VAE and text encoders: a process reward model fits only generators with the same ones."""
-        parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+        """Hashes of VAE and encoders: a process reward model fits only generators with the same ones."""
+        of_images = (name for name in self.image_components if name.endswith("encoder"))
+        parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", *of_images)
         return {part: self.pipeline.fingerprint(part) for part in parts if (self.folder / part).is_dir()}
 
     def _check_size(self) -> None:

@@ -1,20 +1,27 @@
-"""HunyuanVideo-1.5: text-to-video with Qwen2.5-VL and glyph (ByT5) encoders, guided by classifier-free guidance."""
+"""HunyuanVideo-1.5: text- and image-to-video with Qwen2.5-VL and glyph (ByT5) encoders, and guidance by CFG."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 from typing_extensions import override
 
 from euphonium.generators.backbone import NetworkClass
-from euphonium.generators.conditioning import Conditioning, PromptEncoder
+from euphonium.generators.conditioning import IMAGE, Conditioning, ImageEncoder, PromptEncoder, cast
 from euphonium.generators.hunyuan_video import TIMESTEPS, HunyuanVideo
+from euphonium.generators.pictures import open_picture
 from euphonium.generators.vae import VideoVae
+
+# Entry with SigLIP's states of the picture; the name is the transformer's argument.
+VIEW = "image_embeds"
 
 
 class HunyuanVideo15(HunyuanVideo):
@@ -91,19 +98,80 @@ class HunyuanVideo15(HunyuanVideo):
         vae.network.enable_slicing()
         return vae
 
+    def image_input(self, x: Tensor, arguments: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Channels of a conditioning frame and its mask, and the states of an encoded picture; here of none.
+
+        Args:
+            x: float32 states ``[batch, *latent_shape]``.
+            arguments: the conditioning; what becomes part of the answer is removed.
+        """
+        in_channels, embedding = self._input_widths
+        absent = x.new_zeros(x.shape[0], in_channels - x.shape[1], *x.shape[2:])
+        # Tokens of an absent picture would be masked; with none at all there is nothing to mask.
+        return absent, x.new_zeros(x.shape[0], 0, embedding, dtype=self.dtype)
+
     @override
     def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        in_channels, embedding = self._input_widths
-        # Places of a conditioning frame and its mask: all zero without an image. Tokens of an absent image would be
-        # masked; with none at all there is nothing to mask.
-        absent = x.new_zeros(x.shape[0], in_channels - x.shape[1], *x.shape[2:])
-        image = x.new_zeros(x.shape[0], 0, embedding, dtype=self.dtype)
+        arguments: dict[str, Tensor] = dict(conditioning)
+        frame, embeds = self.image_input(x, arguments)
         output: Tensor = transformer(
-            hidden_states=torch.cat([x, absent], dim=1).to(self.dtype),
+            hidden_states=torch.cat([x, frame], dim=1).to(self.dtype),
             # The embedding of time is computed in the type of the time.
             timestep=(time * TIMESTEPS).to(self.dtype),
-            image_embeds=image,
+            image_embeds=embeds,
             return_dict=False,
-            **conditioning,
+            **arguments,
         )[0]
         return output
+
+
+class HunyuanVideo15ImageToVideo(HunyuanVideo15):
+    """Adapter of ``HunyuanVideo15ImageToVideoPipeline``.
+
+    The transformer's input is the state, the latents of the picture as first frame, and a mask of that frame; its text
+    goes with SigLIP's states of the picture. The pipeline takes the size from the picture, here it is the recipe's:
+    pictures are cut to its proportions.
+    """
+
+    pipeline_class = "HunyuanVideo15ImageToVideoPipeline"
+    takes_image = True
+    image_components = ("image_encoder", "feature_extractor")
+
+    @override
+    def image_shapes(self) -> dict[str, tuple[int, ...]]:
+        vision = self.pipeline.component_config("image_encoder")
+        tokens = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2
+        return super().image_shapes() | {VIEW: (tokens, int(vision["hidden_size"]))}
+
+    @override
+    def load_image_encoder(self, device: torch.device) -> ImageEncoder:
+        from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+
+        from euphonium.generators.components import component_classes
+
+        classes = component_classes(self.pipeline)
+        network, extractor = (classes[name].from_pretrained(self.folder / name) for name in self.image_components)
+        network = network.to(device=device, dtype=self.dtype).eval()
+        vae = self.load_working_vae(device)
+        processor = HunyuanVideo15ImageProcessor(vae_scale_factor=self.compression[1], do_resize=False)
+        height, width = self.config.height, self.config.width
+
+        @torch.no_grad()
+        def view(picture: Image.Image) -> Tensor:
+            pixels = extractor.preprocess(images=picture, do_resize=True, return_tensors="pt", do_convert_rgb=True)
+            states: Tensor = network(**pixels.to(device=device, dtype=self.dtype)).last_hidden_state
+            return states
+
+        def encode(files: Sequence[Path]) -> Conditioning:
+            cut = [processor.resize(open_picture(f), height=height, width=width, resize_mode="crop") for f in files]
+            pixels = [processor.preprocess(picture, height=height, width=width) / 2 + 0.5 for picture in cut]
+            entries = {IMAGE: torch.cat([vae.encode(frame.unsqueeze(1)) for frame in pixels])}
+            return cast(entries | {VIEW: torch.cat([view(picture) for picture in cut])}, self.dtype)
+
+        return encode
+
+    @override
+    def image_input(self, x: Tensor, arguments: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        first = arguments.pop(IMAGE).to(x.dtype)
+        given = torch.cat([first, torch.ones_like(first[:, :1])], dim=1)
+        return functional.pad(given, (0, 0, 0, 0, 0, x.shape[2] - 1)), arguments.pop(VIEW)

@@ -27,7 +27,13 @@ def add_adapter(transformer: nn.Module, config: LoraConfig, name: str = ADAPTER)
     check_targets(transformer, config)
     transformer.requires_grad_(False)
     transformer.add_adapter(  # type: ignore[operator]
-        PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), init_lora_weights=True),
+        PeftConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            target_modules=list(config.targets),
+            init_lora_weights=True,
+            exclude_modules=getattr(transformer, "untrained_modules", None),
+        ),
         adapter_name=name,
     )
 

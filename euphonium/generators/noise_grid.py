@@ -50,6 +50,7 @@ def pipeline_grid(
     *,
     told: NDArray[np.float64] | None = None,
     tokens: int | None = None,
+    mu: float | None = None,
 ) -> NoiseGrid:
     """The noise levels of a flow-matching pipeline's scheduler.
 
@@ -59,6 +60,7 @@ def pipeline_grid(
         settings: whose shift, if it has one, replaces the scheduler's own.
         told: noise levels ``[num_steps]`` before the shift that the pipeline tells its scheduler, or None.
         tokens: tokens of a sample, of which pipelines compute a shift that depends on the size; None if they do not.
+        mu: the logarithm of such a shift where the pipeline computes it in another way.
 
     Raises:
         ConfigError: the scheduler is not one of flow matching, or cannot make this grid.
@@ -84,8 +86,8 @@ def pipeline_grid(
         arguments: dict[str, Any] = {"num_inference_steps": num_steps}
         if told is not None:
             arguments["sigmas"] = told
-        if dynamic and tokens is not None:
-            arguments["mu"] = _shift_of_size(scheduler, tokens)
+        if dynamic and (mu is not None or tokens is not None):
+            arguments["mu"] = _shift_of_size(scheduler, tokens or 0) if mu is None else mu
         scheduler.set_timesteps(**arguments)
         return _as_walked(scheduler, num_steps, None if dynamic else float(scheduler.config[field]))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

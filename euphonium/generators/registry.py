@@ -7,22 +7,29 @@ import math
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.flux import Flux
+from euphonium.generators.flux2 import Flux2Klein
 from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.generator import Generator
 from euphonium.generators.hunyuan_video import HunyuanVideo
-from euphonium.generators.hunyuan_video_15 import HunyuanVideo15
+from euphonium.generators.hunyuan_video_15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
+from euphonium.generators.qwen_image import QwenImage
 from euphonium.generators.skyreels import SkyReelsImageToVideo
 from euphonium.generators.stable_diffusion import StableDiffusion
 from euphonium.generators.stable_diffusion_3 import StableDiffusion3
 from euphonium.generators.wan import Wan
+from euphonium.generators.wan_image_to_video import WanImageToVideo
+from euphonium.generators.z_image import ZImage
 
 # Bytes of one sample, as pixels and as latents: more than this is a mistake, and no process has so much memory.
 MOST_SAMPLE_BYTES = 1 << 40
 
 FAMILIES: dict[str, type[Generator]] = {
     family.pipeline_class: family
-    for family in (HunyuanVideo, HunyuanVideo15, SkyReelsImageToVideo, Wan, Flux, StableDiffusion3, StableDiffusion)
-}
+    for family in (
+        HunyuanVideo, HunyuanVideo15, HunyuanVideo15ImageToVideo, SkyReelsImageToVideo, Wan, WanImageToVideo, Flux,
+        QwenImage, StableDiffusion3, StableDiffusion, ZImage, Flux2Klein,
+    )
+}  # fmt: skip
 
 
 def open_generator(config: ModelConfig) -> Generator:
@@ -42,6 +49,7 @@ def adapter_of(pipeline: PipelineFolder, config: ModelConfig) -> Generator:
             f"model.path: by its model_index.json {pipeline.path} is a {name}, for which there is no adapter; "
             f"supported: {', '.join(FAMILIES)}"
         )
+    name = _chosen(name, config, pipeline)
     try:
         family = FAMILIES[name](pipeline, config)
         # What the families compute of the components' configurations.
@@ -53,6 +61,19 @@ def adapter_of(pipeline: PipelineFolder, config: ModelConfig) -> Generator:
         ) from error
     _refuse_impossible_size(config, shape)
     return family
+
+
+def _chosen(name: str, config: ModelConfig, pipeline: PipelineFolder) -> str:
+    """The class that ``model.pipeline`` says, or else the one of the folder."""
+    if config.pipeline in (None, name):
+        return name
+    able = [kind for kind, family in FAMILIES.items() if name in family.also_opens]
+    if config.pipeline not in able:
+        raise ConfigError(
+            f"model.pipeline: {pipeline.path} is a {name}, which is not opened as a {config.pipeline}; leave it out"
+            + (f", or set it to {' or '.join(able)}" if able else "")
+        )
+    return config.pipeline
 
 
 def _refuse_impossible_size(config: ModelConfig, latent_shape: tuple[int, ...]) -> None:

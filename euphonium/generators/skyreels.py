@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from euphonium.generators.conditioning import IMAGE, ImageEncoder
+from euphonium.generators.conditioning import IMAGE, Conditioning, ImageEncoder
 from euphonium.generators.hunyuan_video import HunyuanVideo
 from euphonium.generators.pictures import open_picture
 
@@ -33,9 +33,9 @@ class SkyReelsImageToVideo(HunyuanVideo):
         processor = VideoProcessor(vae_scale_factor=self.compression[1], do_normalize=False)
         size = {"height": self.config.height, "width": self.config.width}
 
-        def encode(files: Sequence[Path]) -> Tensor:
+        def encode(files: Sequence[Path]) -> Conditioning:
             pictures = [processor.preprocess(open_picture(file), **size) for file in files]
-            return torch.cat([vae.encode(picture.unsqueeze(1)) for picture in pictures])
+            return {IMAGE: torch.cat([vae.encode(picture.unsqueeze(1)) for picture in pictures])}
 
         return encode
 

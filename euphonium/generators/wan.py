@@ -1,4 +1,4 @@
-"""Wan 2.1: text-to-video with a UMT5 text encoder, guided by classifier-free guidance."""
+"""Wan 2.1 and 2.2: text-to-video with a UMT5 text encoder, guided by classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -15,15 +15,27 @@ from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.backbone import NetworkClass
 from euphonium.generators.conditioning import Conditioning, PromptEncoder
-from euphonium.generators.folder import PipelineFolder
+from euphonium.generators.folder import ComponentConfig, PipelineFolder
 from euphonium.generators.generator import Generator
 from euphonium.generators.vae import Autoencoder, VideoVae
 
 TIMESTEPS = 1000.0
+# Components that are trained, by ``model.trained``, of models with two transformers.
+TRAINED = {
+    "both": ("transformer", "transformer_2"),
+    "high_noise": ("transformer",),
+    "low_noise": ("transformer_2",),
+}
 
 
 class Wan(Generator):
-    """Adapter of ``WanPipeline``, for models with one transformer and one time for all tokens."""
+    """Adapter of ``WanPipeline``.
+
+    Wan 2.2 A14B shares its steps between two transformers, which are one network here (experts.py).
+
+    Wan 2.2 TI2V takes a time for every token. Without a picture all of them are the same, and the network computes as
+    much of one time for the sample, with a small part of the memory.
+    """
 
     pipeline_class = "WanPipeline"
 
@@ -31,20 +43,18 @@ class Wan(Generator):
         """Reads the pipeline's configurations.
 
         Raises:
-            ConfigError: unsupported settings, or a model of Wan 2.2.
+            ConfigError: unsupported settings.
         """
-        index = pipeline.index()
-        if index.get("boundary_ratio") is not None:
-            raise ConfigError(
-                f"model.path: {pipeline.path} shares its steps between two transformers (Wan 2.2 A14B), of which one "
-                "policy cannot be made; use Wan 2.1"
-            )
-        if index.get("expand_timesteps"):
-            raise ConfigError(
-                f"model.path: {pipeline.path} tells its transformer the time of each token (Wan 2.2 TI2V), which this "
-                "adapter does not; use Wan 2.1"
-            )
+        ratio = pipeline.index().get("boundary_ratio")
+        # The time, as a fraction of the network's range, from which the first of two transformers computes.
+        self._boundary = None if ratio is None else float(ratio)
         super().__init__(pipeline, config)
+        asked = {"cfg_scale_2": config.cfg_scale_2 is not None, "trained": config.trained != "both"}
+        if self._boundary is None and any(asked.values()):
+            field = next(name for name, wanted in asked.items() if wanted)
+            raise ConfigError(f"model.{field}: {pipeline.path} has one transformer for all steps; leave it out")
+        if config.cfg_scale_2 is not None and config.cfg_scale is None:
+            raise ConfigError("model.cfg_scale_2: it needs model.cfg_scale; set that too, or leave it out")
 
     @property
     @override
@@ -86,11 +96,60 @@ class Wan(Generator):
         return transformer
 
     @override
+    def trained_components(self) -> dict[str, str]:
+        if self._boundary is None:
+            return super().trained_components()
+        return {"transformer.": "transformer", "transformer_2.": "transformer_2"}
+
+    @override
+    def trains(self, name: str) -> bool:
+        return self._boundary is None or name.partition(".")[0] in self._trained
+
+    @property
+    def _trained(self) -> tuple[str, ...]:
+        return TRAINED[self.config.trained]
+
+    @override
+    def build_transformer(self, config: ComponentConfig | None = None) -> nn.Module:
+        built = super().build_transformer(config)
+        # A process reward model's trunk is cut from the first transformer.
+        if self._boundary is None or config is not None:
+            return built
+        return self._experts(built, super().build_transformer(self.pipeline.component_config("transformer_2")))
+
+    @override
+    def load_transformer(self, device: torch.device) -> nn.Module:
+        loaded = super().load_transformer(device)
+        if self._boundary is None:
+            return loaded
+        return self._experts(loaded, self._load_component("transformer_2", device)).eval()
+
+    def _experts(self, high: nn.Module, low: nn.Module) -> nn.Module:
+        from euphonium.generators.experts import Experts
+
+        assert self._boundary is not None
+        # Times are rounded to float32 on their way.
+        return Experts(high, low, self._boundary * TIMESTEPS - 1e-3, self._trained)
+
+    @override
+    def guidance_scale(self, time: Tensor) -> float | Tensor:
+        scale, second = self.config.cfg_scale, self.config.cfg_scale_2
+        if self._boundary is None or second is None:
+            return super().guidance_scale(time)
+        assert scale is not None
+        high = time * TIMESTEPS >= self._boundary * TIMESTEPS - 1e-3
+        return torch.where(high, scale, second).view(-1, 1, 1, 1, 1)
+
+    @override
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         from diffusers import WanPipeline
 
-        pipeline = WanPipeline.from_pretrained(self.folder, transformer=None, vae=None, dtype=self.dtype)
-        pipeline = pipeline.to(device)
+        from euphonium.generators.components import quiet
+
+        # Of the other pipelines of Wan as well, which encode texts alike.
+        left_out = dict.fromkeys(("transformer", "transformer_2", "vae"))
+        with quiet():
+            pipeline = WanPipeline.from_pretrained(self.folder, **left_out, dtype=self.dtype).to(device)
         limit = self.config.max_prompt_tokens
 
         @torch.no_grad()
@@ -134,7 +193,8 @@ class WanVae(VideoVae):
         return latents * self._by_channel("latents_std") + self._by_channel("latents_mean")
 
     def _by_channel(self, name: str) -> Tensor:
-        return torch.tensor(getattr(self.network.config, name), device=self.device).view(1, -1, 1, 1, 1)
+        numbers = torch.tensor(getattr(self.network.config, name), device=self.device, dtype=self.dtype)
+        return numbers.view(1, -1, 1, 1, 1)
 
 
 def hold_buffers(module: nn.Module) -> None:

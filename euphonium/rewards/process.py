@@ -103,7 +103,7 @@ class ProcessRewardModel(nn.Module):
         """Rewards ``[batch]`` (float32) of states ``[batch, *latent]`` at noise fractions ``[batch]``."""
         with _captured_input(self.family.output_norm(self.trunk)) as tokens, self._computing(x.device):
             self.family.network(self.trunk, x, sigma, positive(conditioning))
-        scores: Tensor = self.head(tokens[0])
+        scores: Tensor = self.head(self.family.sample_tokens(tokens[0]))
         return scores
 
     def reward_and_gradient(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:

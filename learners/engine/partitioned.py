@@ -68,6 +68,9 @@ class ZeroPolicy(ZeroEngine):
         self.module = _loaded(family, lora, adapters, options)
         if lora is not None:
             _train_adapter(self.module, adapters)
+        else:
+            for name, parameter in self.module.named_parameters():
+                parameter.requires_grad_(family.trains(name))
         drop_second_copies(self.module)
         place_buffers(self.module, _own_device())
         if pool.gradient_checkpointing:
@@ -110,6 +113,9 @@ def frozen_transformer(
     options = frozen_options(pool, family.dtype)
     with deepspeed.zero.Init(config_dict_or_path=options):
         module = family.build_transformer()
+        if not all(family.trains(name) for name, _ in module.named_parameters()):
+            # What is not trained is not filled in either.
+            _load(module, family)
     module.requires_grad_(False)
     place_buffers(module, _own_device())
     if pool.gather_blocks:
@@ -192,11 +198,12 @@ def _load(module: nn.Module, family: Generator) -> None:
     """
     parameters = dict(module.named_parameters())
     missing = set(parameters)
-    for file in family.transformer_files():
+    for prefix, file in family.stored_weights():
         with safe_open(file, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
+            for stored in stream.keys():  # noqa: SIM118 - safe_open is no mapping
+                name = prefix + stored
                 if name in parameters:
-                    _fill(parameters[name], stream.get_tensor(name))
+                    _fill(parameters[name], stream.get_tensor(stored))
                     missing.discard(name)
     if missing:
         raise ValueError(f"{family.folder} lacks weights of {len(missing)} parameters, for example {min(missing)}")

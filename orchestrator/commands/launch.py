@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from euphonium.config import MovingWindowConfig, NoiseGridConfig, PromptsConfig, RunConfig, dump_config
+from euphonium.config import ModelConfig, MovingWindowConfig, NoiseGridConfig, PromptsConfig, RunConfig, dump_config
 from euphonium.config.foreign import ineffective_variables
 from euphonium.errors import CheckpointError, ConfigError
 from euphonium.files import written_aside
@@ -335,6 +335,9 @@ def check_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
     old = yaml.safe_load(checkpoint.recipe())
     config = as_recorded(config, checkpoint.recipe())
     new = config.model_dump(mode="json")
+    # A run from before a field came in has its default.
+    unset = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
+    old["model"] = unset | old["model"]
     for part in ("model", "seed"):
         if old.get(part) != new[part]:
             raise ConfigError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from euphonium.errors import ConfigError
-from euphonium.generators.conditioning import IMAGE, NEGATIVE, Conditioning
+from euphonium.generators.conditioning import NEGATIVE, Conditioning
 from euphonium.generators.generator import Generator
 
 META = torch.device("meta")
@@ -34,10 +34,7 @@ def conditioning(generator: Generator, batch: int, device: torch.device = META) 
     """
     if generator.pipeline_class not in PROMPTS:
         raise ConfigError(f"model.path: a {generator.pipeline_class} cannot be planned: its prompts are not described")
-    entries = PROMPTS[generator.pipeline_class](generator)
-    if generator.takes_image:
-        channels, _, height, width = generator.latent_shape
-        entries[IMAGE] = (channels, 1, height, width)
+    entries = PROMPTS[generator.pipeline_class](generator) | generator.image_shapes()
     made: Conditioning = {}
     for name, shape in entries.items():
         fill = torch.ones if "mask" in name else torch.zeros
@@ -75,6 +72,23 @@ def _wan(generator: Generator) -> _Shapes:
     }
 
 
+def _qwen_image(generator: Generator) -> _Shapes:
+    length = generator.config.max_prompt_tokens
+    width = int(generator.transformer_config()["joint_attention_dim"])
+    return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
+
+
+def _z_image(generator: Generator) -> _Shapes:
+    length = generator.config.max_prompt_tokens
+    width = int(generator.transformer_config()["cap_feat_dim"])
+    return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
+
+
+def _flux2(generator: Generator) -> _Shapes:
+    width = int(generator.transformer_config()["joint_attention_dim"])
+    return {"encoder_hidden_states": (generator.config.max_prompt_tokens, width)}
+
+
 def _flux(generator: Generator) -> _Shapes:
     config = generator.transformer_config()
     return {
@@ -99,8 +113,13 @@ PROMPTS: dict[str, Callable[[Generator], _Shapes]] = {
     "HunyuanVideoPipeline": _hunyuan_video,
     "HunyuanSkyreelsImageToVideoPipeline": _hunyuan_video,
     "HunyuanVideo15Pipeline": _hunyuan_video_15,
+    "HunyuanVideo15ImageToVideoPipeline": _hunyuan_video_15,
     "WanPipeline": _wan,
+    "WanImageToVideoPipeline": _wan,
     "FluxPipeline": _flux,
+    "Flux2KleinPipeline": _flux2,
+    "ZImagePipeline": _z_image,
+    "QwenImagePipeline": _qwen_image,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "StableDiffusionPipeline": _stable_diffusion,
 }

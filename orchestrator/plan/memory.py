@@ -127,6 +127,8 @@ def rollout_memory(passes: Passes, sizes: PassSizes) -> RoleMemory:
     ]  # fmt: skip
     if passes.generator.takes_image:
         items.append(Item("VAE", passes.vae_size.weight_bytes, on_host=pool.encode_on_cpu))
+    if passes.image_encoder_bytes:
+        items.append(Item("image encoder", passes.image_encoder_bytes, on_host=pool.encode_on_cpu))
     return RoleMemory(tuple(items), config.pools.rollout.num_gpus)
 
 

@@ -216,7 +216,16 @@ class NetworkPasses:
         """Bytes of the text encoders' weights."""
         return sum(
             _encoder_parameters(self.generator.folder / name, kind) * self.generator.dtype.itemsize
-            for name, kind in _text_encoders(self.generator)
+            for name, kind in _components(self.generator, "text_encoder")
+        )
+
+    @cached_property
+    def image_encoder_bytes(self) -> int:
+        """Bytes of the weights that read pictures besides the VAE, float32."""
+        return sum(
+            4 * _encoder_parameters(self.generator.folder / name, kind)
+            for name, kind in _components(self.generator, "image_encoder")
+            if name in self.generator.image_components
         )
 
 
@@ -254,13 +263,13 @@ def size_of(network: nn.Module) -> Size:
     return Size(sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters), 0)
 
 
-def _text_encoders(generator: Generator) -> list[tuple[str, str]]:
-    """Folder and class of every text encoder of a pipeline."""
+def _components(generator: Generator, prefix: str) -> list[tuple[str, str]]:
+    """Folder and class of every component of a pipeline whose name begins with a word."""
     index = generator.pipeline.index()
     return [
         (name, str(part[1]))
         for name, part in sorted(index.items())
-        if name.startswith("text_encoder") and isinstance(part, list) and part[1] is not None
+        if name.startswith(prefix) and isinstance(part, list) and part[1] is not None
     ]
 
 

@@ -67,7 +67,7 @@ class Passes(NetworkPasses):
     def _trained(self) -> dict[str, nn.Parameter]:
         if self.config.model.lora is not None:
             return adapter_parameters(self.network)
-        return dict(self.network.named_parameters())
+        return {name: p for name, p in self.network.named_parameters() if self.generator.trains(name)}
 
     def _micro_step(self, rows: int) -> Cost:
         """Forward and backward pass of ``rows`` transitions; gradients are freed as ZeRO-3 reduces them."""

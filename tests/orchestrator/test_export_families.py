@@ -43,7 +43,9 @@ def trained(name: str, folders: Folders, checkpoint: Path) -> nn.Module:
     return transformer.requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "wan", "sd1", "hunyuan", "skyreels"])
+@pytest.mark.parametrize(
+    "name", ["flux", "qwen", "z-image", "sd3", "wan", "wan i2v", "wan 2.2 i2v", "sd1", "hunyuan", "skyreels"]
+)
 def test_an_exported_adapter_changes_the_familys_own_pipeline_as_it_changed_the_policy(
     name: str, folders: Folders, tmp_path: Path
 ) -> None:
@@ -64,7 +66,7 @@ def test_an_exported_adapter_changes_the_familys_own_pipeline_as_it_changed_the_
 
 def test_a_pipeline_without_adapters_is_refused_before_anything_is_written(folders: Folders, tmp_path: Path) -> None:
     trained("hunyuan 1.5", folders, tmp_path / "checkpoint")
-    config = run_of("hunyuan 1.5", folders(CASES["hunyuan 1.5"].pipeline_class))
+    config = run_of("hunyuan 1.5", folders(CASES["hunyuan 1.5"].tiny))
     with pytest.raises(ConfigError, match=r"HunyuanVideo15Pipeline cannot load adapters; leave --adapter out"):
         export_adapter(tmp_path / "checkpoint", config, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
@@ -75,6 +77,6 @@ def test_validate_says_how_an_adapter_can_be_exported(
     name: str, can: bool, folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(RECIPE.parents[2])
-    plan = preflight(run_of(name, folders(CASES[name].pipeline_class)))
+    plan = preflight(run_of(name, folders(CASES[name].tiny)))
     assert ("export --adapter" in plan["adapter"]) == can
     assert ("leave --adapter out" in plan["adapter"]) != can

@@ -34,7 +34,7 @@ def load(path: Path) -> RunConfig:
 def extended(path: Path) -> list[Path]:
     """A recipe and those that it extends."""
     parent = yaml.safe_load(path.read_text()).get("extends")
-    return [path, *([] if parent is None else extended(path.with_name(parent)))]
+    return [path, *([] if parent is None else extended(path.parent / parent))]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=str)

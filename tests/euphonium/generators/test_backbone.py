@@ -35,8 +35,9 @@ def test_an_exported_pipeline_has_the_new_weights_and_all_else(name: str, folder
     target = tmp_path / "transformer" / "exported"
     family.export(state, target)
     loaded = DiffusionPipeline.from_pretrained(target)
-    assert type(loaded).__name__ == family.pipeline_class
-    got = getattr(loaded, family.backbone).state_dict()
+    assert type(loaded).__name__ == family.pipeline.index()["_class_name"]
+    parts = family.trained_components().items()
+    got = {prefix + key: t for prefix, part in parts for key, t in getattr(loaded, part).state_dict().items()}
     assert got.keys() == state.keys()
     assert all(torch.equal(got[key], state[key]) for key in state)
     assert open_generator(family.config.model_copy(update={"path": str(target)})).fingerprint() == family.fingerprint()
@@ -112,7 +113,7 @@ def test_learner_and_rollout_compute_the_same(name: str, dtype: str, folders: Fo
     """A learner builds, fills in the parameters and casts all at once; a rollout actor loads."""
     family = family_of(name, folders, dtype=dtype)
     built = family.build_transformer()
-    stored = {k: t for file in family.transformer_files() for k, t in load_file(file).items()}
+    stored = {prefix + k: t for prefix, file in family.stored_weights() for k, t in load_file(file).items()}
     with torch.no_grad():
         for key, parameter in built.named_parameters():
             parameter.copy_(stored[key])

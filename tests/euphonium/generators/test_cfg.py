@@ -11,20 +11,20 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 from torch import Tensor, nn
 
 from euphonium.generators.attention import HunyuanAttention, Run, Runs
-from euphonium.generators.conditioning import Conditioning, expand, guided, negative, positive
+from euphonium.generators.conditioning import Conditioning, expand, negative, positive
 from euphonium.generators.generator import Generator
 from tests.euphonium.generators.cases import CASES, CPU, PROMPTS, conditioning_of, family_of, noise
 from tests.euphonium.generators.tiny_pipelines import Folders
 
 GUIDED = [name for name, case in CASES.items() if case.cfg_scale is not None]
-TIME = torch.tensor([0.3, 0.8])
+TIME = torch.tensor([0.3, 0.95])
 
 
 def two_passes(family: Generator, network: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
     """Guidance as its definition says it."""
     outputs = [family.network(network, x, time, side(conditioning)) for side in (positive, negative)]
     assert family.config.cfg_scale is not None
-    return guided(*outputs, family.config.cfg_scale)
+    return family.guide(*outputs, family.guidance_scale(time))
 
 
 def gradients(output: Tensor, x: Tensor, network: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from actors.rollout import encode_one
 from euphonium.generators import conditioning as module
@@ -64,9 +63,9 @@ def lengths(prompts: Sequence[str]) -> Conditioning:
     return {"hidden": torch.tensor([[float(len(prompt))] for prompt in prompts])}
 
 
-def pixels(files: Sequence[Path]) -> Tensor:
+def pixels(files: Sequence[Path]) -> Conditioning:
     """Pictures as the numbers in their names."""
-    return torch.tensor([[float(file.stem)] for file in files])
+    return {IMAGE: torch.tensor([[float(file.stem)] for file in files])}
 
 
 def test_the_negative_prompt_is_encoded_once_and_repeated() -> None:

@@ -16,8 +16,17 @@ SIZES = {
     "hunyuanvideo-community/HunyuanVideo": (12.821, 0.001),
     "Skywork/SkyReels-V1-Hunyuan-I2V": (12.821, 0.001),
     "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": (8.33, 0.03),
+    "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v": (8.33, 0.03),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14.288, 0.01),
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (1.419, 0.005),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": (16.395, 0.01),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (5.000, 0.005),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (28.577, 0.01),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": (28.578, 0.01),
+    "Qwen/Qwen-Image": (20.430, 0.005),
+    "Tongyi-MAI/Z-Image-Turbo": (6.155, 0.01),
+    "black-forest-labs/FLUX.2-klein-4B": (3.876, 0.01),
+    "black-forest-labs/FLUX.2-klein-9B": (9.079, 0.01),
     "black-forest-labs/FLUX.1-dev": (11.901, 0.001),
     "stabilityai/stable-diffusion-3.5-medium": (2.243, 0.005),
     "CompVis/stable-diffusion-v1-4": (0.8595, 0.0005),
@@ -27,7 +36,8 @@ SIZES = {
 def model(path: str) -> ModelConfig:
     index = json.loads((PUBLISHED / path / "model_index.json").read_text())["_class_name"]
     distilled = ("Hunyuan" in index and "15" not in index) or index == "FluxPipeline"
-    return ModelConfig(path=path, height=512, width=512, embedded_guidance=1.0 if distilled else None)
+    guidance = 1.0 if distilled else None
+    return ModelConfig(path=path, height=512, width=512, max_prompt_tokens=512, embedded_guidance=guidance)
 
 
 @pytest.fixture(autouse=True)

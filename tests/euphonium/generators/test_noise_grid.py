@@ -35,7 +35,7 @@ def published(path: str, **changes: Any) -> Generator:
 
 def with_scheduler(name: str, folders: Folders, target: Path, **changes: Any) -> Generator:
     """A tiny pipeline whose scheduler's file has other entries; None removes one."""
-    shutil.copytree(folders(CASES[name].pipeline_class), target)
+    shutil.copytree(folders(CASES[name].tiny), target)
     file = target / "scheduler" / "scheduler_config.json"
     entries = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in entries.items() if value is not None}))

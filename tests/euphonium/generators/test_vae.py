@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from diffusers import Flux2KleinPipeline
 from torch import Tensor
 
 from euphonium.generators.encoding import load_encoder
@@ -20,11 +21,19 @@ def by_channel(values: list[float]) -> Tensor:
 # The sampler's latents of the network's, by the numbers of each tiny pipeline.
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "flux": lambda z: (z - 0.1159) * 0.3611,
+    "z-image": lambda z: (z - 0.1159) * 0.3611,
+    "flux2 klein": lambda z: (
+        (z - by_channel(torch.linspace(-0.5, 0.5, 16).tolist()))
+        / (by_channel(torch.linspace(0.5, 2, 16).tolist()) + 1e-4).sqrt()
+    ),
     "sd3": lambda z: (z - 0.0609) * 1.5305,
     "sd1": lambda z: z * 0.18215,
-    "wan": lambda z: (z - by_channel([-0.7, 0.1, 0.3, -0.2])) / by_channel([2.8, 1.4, 2.3, 0.9]),
+    **dict.fromkeys(
+        ("qwen", "wan", "wan 2.2", "wan i2v", "wan 2.2 i2v", "wan a14b", "wan a14b i2v"),
+        lambda z: (z - by_channel([-0.7, 0.1, 0.3, -0.2])) / by_channel([2.8, 1.4, 2.3, 0.9]),
+    ),
     "hunyuan": lambda z: z * 0.476986,
-    "hunyuan 1.5": lambda z: z * 1.03682,
+    **dict.fromkeys(("hunyuan 1.5", "hunyuan 1.5 i2v"), lambda z: z * 1.03682),
     "skyreels": lambda z: z * 0.476986,
 }
 
@@ -47,16 +56,18 @@ def test_encoded_videos_are_the_networks_mode_scaled(name: str, folders: Folders
     family, videos = family_of(name, folders), clips(name, 1)
     vae = family.load_vae(CPU, torch.float32)
     pixels = videos.transpose(1, 2) * 2 - 1
-    if family.config.frames == 1:
+    if family.config.frames == 1 and name != "qwen":
         pixels = pixels.squeeze(2)
     with torch.no_grad():
         mode = vae.network.encode(pixels).latent_dist.mode()
+    if name == "flux2 klein":
+        mode = Flux2KleinPipeline._patchify_latents(mode)
     latents = vae.encode(videos)
     assert latents.shape[1:] == family.latent_shape
     torch.testing.assert_close(latents, SCALES[name](mode.view(latents.shape)))
 
 
-@pytest.mark.parametrize("name", ["sd3", "wan", "hunyuan", "hunyuan 1.5"])
+@pytest.mark.parametrize("name", ["sd3", "wan", "wan 2.2", "hunyuan", "hunyuan 1.5"])
 def test_videos_in_a_batch_are_encoded_as_alone(name: str, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     # Random weights decode to nothing like what they encoded.
     monkeypatch.setattr("euphonium.generators.encoding._check_decodes", lambda *_: None)

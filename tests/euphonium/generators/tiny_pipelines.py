@@ -9,68 +9,26 @@ from typing import Any
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
-# Folder of a saved pipeline, by its class: a fixture of tests/euphonium.
+from tests.euphonium.generators.tiny_parts import (
+    TEXT,
+    clip_encoder,
+    clip_tokenizer,
+    flow_scheduler,
+    image_vae,
+    t5_encoder,
+    t5_tokenizer,
+)
+from tests.euphonium.generators.tiny_qwen import flux2_klein, qwen_image, z_image
+from tests.euphonium.generators.tiny_wan import (
+    wan,
+    wan_22,
+    wan_experts,
+    wan_image_to_video,
+    wan_image_to_video_experts,
+)
+
+# Folder of a saved pipeline, by its name in :data:`BUILDERS`: a fixture of tests/euphonium.
 Folders = Callable[[str], Path]
-
-TEXT = 32
-CLIP_TOKENS = 48
-
-
-def clip_tokenizer() -> Any:
-    """CLIP's tokenizer, of single bytes."""
-    from transformers import CLIPTokenizer
-
-    letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=CLIP_TOKENS)
-
-
-def t5_tokenizer() -> Any:
-    """T5's tokenizer, of single letters."""
-    from transformers import T5Tokenizer
-
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    return T5Tokenizer(vocab=[*special, *((chr(code), -3.0) for code in range(33, 127))], extra_ids=0)
-
-
-def clip_encoder(tokenizer: Any, *, projects: bool = False) -> Any:
-    """CLIP's text encoder."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=TEXT, projection_dim=TEXT, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=CLIP_TOKENS, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return CLIPTextModelWithProjection(config) if projects else CLIPTextModel(config)
-
-
-def t5_encoder(vocabulary: int, width: int = TEXT) -> Any:
-    """T5's encoder."""
-    from transformers import T5Config, T5EncoderModel
-
-    return T5EncoderModel(
-        T5Config(vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2,
-                 feed_forward_proj="gated-gelu")
-    )  # fmt: skip
-
-
-def image_vae(**changes: Any) -> Any:
-    """The VAE of image models: pixels to latents of half the size, 4 channels."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        **changes,
-    )  # fmt: skip
-
-
-def flow_scheduler(**options: Any) -> Any:
-    """Euler's scheduler of flow-matching models."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler(**options)
 
 
 def flux() -> Any:
@@ -111,30 +69,6 @@ def stable_diffusion_3() -> Any:
         tokenizer_2=second,
         text_encoder_3=t5_encoder(len(t5), 2 * TEXT),
         tokenizer_3=t5,
-    )  # fmt: skip
-
-
-def wan() -> Any:
-    """Wan 2.1."""
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    t5 = t5_tokenizer()
-    return WanPipeline(
-        tokenizer=t5,
-        text_encoder=UMT5EncoderModel(
-            UMT5Config(vocab_size=len(t5), d_model=TEXT, d_kv=8, d_ff=TEXT, num_layers=1, num_heads=2)
-        ),
-        vae=AutoencoderKLWan(
-            base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],
-            latents_mean=[-0.7, 0.1, 0.3, -0.2], latents_std=[2.8, 1.4, 2.3, 0.9], scale_factor_temporal=2,
-            scale_factor_spatial=2,
-        ),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        transformer=WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
-            text_dim=TEXT, freq_dim=16, ffn_dim=32, num_layers=3, rope_max_seq_len=32,
-        ),
     )  # fmt: skip
 
 
@@ -266,13 +200,38 @@ def hunyuan_video_15() -> Any:
     )  # fmt: skip
 
 
+def hunyuan_video_15_image_to_video() -> Any:
+    """HunyuanVideo-1.5, image to video, with SigLIP's view of pictures of 28 x 28 pixels."""
+    from diffusers import HunyuanVideo15ImageToVideoPipeline
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    siglip = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    return HunyuanVideo15ImageToVideoPipeline(
+        **hunyuan_video_15().components,
+        image_encoder=SiglipVisionModel(siglip),
+        feature_extractor=SiglipImageProcessor(size={"height": 28, "width": 28}),
+    )
+
+
+# By the class as which they are opened, and a word for further models of the same class.
 BUILDERS: dict[str, Callable[[], Any]] = {
     "FluxPipeline": flux,
     "StableDiffusion3Pipeline": stable_diffusion_3,
+    "Flux2KleinPipeline": flux2_klein,
+    "QwenImagePipeline": qwen_image,
+    "ZImagePipeline": z_image,
     "WanPipeline": wan,
+    "WanPipeline 2.2": wan_22,
+    "WanPipeline A14B": wan_experts,
+    "WanImageToVideoPipeline": wan_image_to_video,
+    "WanImageToVideoPipeline A14B": wan_image_to_video_experts,
+    "WanImageToVideoPipeline 2.2": wan_22,
     "StableDiffusionPipeline": stable_diffusion,
     "HunyuanVideoPipeline": hunyuan_video,
     "HunyuanVideo15Pipeline": hunyuan_video_15,
+    "HunyuanVideo15ImageToVideoPipeline": hunyuan_video_15_image_to_video,
     "HunyuanSkyreelsImageToVideoPipeline": skyreels_image_to_video,
 }
 
@@ -281,10 +240,19 @@ BUILDERS: dict[str, Callable[[], Any]] = {
 SHAPES: dict[str, dict[str, Any]] = {
     "FluxPipeline": {"embedded_guidance": 3.5},
     "StableDiffusion3Pipeline": {"cfg_scale": 4.5},
+    "ZImagePipeline": {"cfg_scale": 3.0},
+    "Flux2KleinPipeline": {"cfg_scale": 4.0},
+    "QwenImagePipeline": {"cfg_scale": 4.0},
     "WanPipeline": {"frames": 5, "cfg_scale": 5.0},
+    "WanPipeline 2.2": {"frames": 5, "cfg_scale": 5.0},
+    "WanPipeline A14B": {"frames": 5, "cfg_scale": 4.0, "cfg_scale_2": 3.0},
+    "WanImageToVideoPipeline A14B": {"frames": 5, "cfg_scale": 3.5, "trained": "low_noise"},
+    "WanImageToVideoPipeline": {"frames": 5, "cfg_scale": 5.0, "max_prompt_tokens": 512},
+    "WanImageToVideoPipeline 2.2": {"frames": 5, "cfg_scale": 5.0, "pipeline": "WanImageToVideoPipeline"},
     "StableDiffusionPipeline": {"cfg_scale": 7.5},
     "HunyuanVideoPipeline": {"frames": 5, "height": 32, "width": 32, "embedded_guidance": 6.0},
     "HunyuanVideo15Pipeline": {"frames": 5, "cfg_scale": 6.0},
+    "HunyuanVideo15ImageToVideoPipeline": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 6.0},
     "HunyuanSkyreelsImageToVideoPipeline": {
         "frames": 5,
         "height": 32,
@@ -295,18 +263,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def model_fields(pipeline_class: str, folder: Path) -> dict[str, Any]:
+def model_fields(name: str, folder: Path) -> dict[str, Any]:
     """Fields of a recipe's ``model`` for a pipeline that was saved to a folder."""
-    return {"path": str(folder), "height": 16, "width": 16, "max_prompt_tokens": 16} | SHAPES[pipeline_class]
+    return {"path": str(folder), "height": 16, "width": 16, "max_prompt_tokens": 16} | SHAPES[name]
 
 
-def build_pipeline(pipeline_class: str, seed: int = 0) -> Any:
+def build_pipeline(name: str, seed: int = 0) -> Any:
     """A pipeline whose network answers to all of its inputs: as initialised, gates and outputs are close to zero."""
     torch.manual_seed(seed)
-    pipeline = BUILDERS[pipeline_class]()
-    backbone = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
-    for parameter in backbone.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.xavier_uniform_(parameter.data.flatten(1))
+    pipeline = BUILDERS[name]()
+    for name in ("unet", "transformer", "transformer_2"):
+        network = getattr(pipeline, name, None)
+        for parameter in network.parameters() if network is not None else ():
+            if parameter.dim() > 1:
+                torch.nn.init.xavier_uniform_(parameter.data.flatten(1))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -171,11 +171,11 @@ def test_a_model_is_refused_by_every_other_family(
     name: str, trained: Callable[[str], Trained], folders: Folders
 ) -> None:
     run = trained(name)
-    for other in BUILDERS:
-        if other == name:
-            continue
+    own, others = name.split()[0], [other for other in BUILDERS if other.split()[0] != name.split()[0]]
+    for other in others:
         config = ModelConfig(**model_fields(other, folders(other)))
-        with pytest.raises(ConfigError, match=rf"was trained for a {name}, and .* is a {other}.*euphonium train-prm"):
+        kind = other.split()[0]
+        with pytest.raises(ConfigError, match=rf"was trained for a {own}, and .* is a {kind}.*euphonium train-prm"):
             ProcessRewardModel.load(run.config.target, config)
 
 

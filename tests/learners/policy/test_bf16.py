@@ -71,8 +71,9 @@ def recipe_of(
     guidance = {"model.embedded_guidance": case.embedded_guidance, "model.cfg_scale": case.cfg_scale}
     law = ["sampler.law=ddim", "sampler.shift=1"] if name == "sd1" else ["sampler.law=flow_grpo", "sampler.shift=3"]
     config = tiny_recipe_file(
-        folder, f"model.path={folders(case.pipeline_class)}", f"model.frames={frames}", f"model.height={height}",
+        folder, f"model.path={folders(case.tiny)}", f"model.frames={frames}", f"model.height={height}",
         f"model.width={width}", *(f"{field}={value}" for field, value in guidance.items() if value), *law,
+        *(f"model.{field}={value}" for field, value in case.more.items()),
         "model.dtype=bfloat16", "rewards.process=null", "sampler.guidance=null", "sampler.num_steps=3",
         f"prompts.train={folder}/prompts.jsonl", f"prompts.evaluation={folder}/prompts.jsonl",
         "objective.clip_range=1e-4", "optimizer.learning_rate=1e-3", "pools.learner.rows_per_micro_batch=2",

@@ -119,6 +119,17 @@ def test_a_resumed_run_keeps_what_was_chosen_for_it_and_says_nothing_of_a_change
     assert settle_run(recorded, None) == recorded
 
 
+def test_a_run_from_before_a_field_of_the_model_came_in_goes_on(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config()
+    written = yaml.safe_load(dump_config(config))
+    for field in ("pipeline", "cfg_scale_2", "trained"):
+        del written["model"][field]
+    committed(config, yaml.safe_dump(written))
+    assert plan_start(config).checkpoint is not None
+    with pytest.raises(ConfigError, match=r"^resume: .*step_000002 is of a run with model: "):
+        plan_start(config.model_copy(update={"model": config.model.model_copy(update={"height": 64})}))
+
+
 def test_what_a_run_had_may_stay_change_or_go(make_config: Callable[..., RunConfig]) -> None:
     committed(make_config("optimizer.ema_decay=0.9", "objective.kl={anchor: fixed}"))
     for after in (["optimizer.ema_decay=0.5", "objective.kl={anchor: moving}"], ["optimizer.ema_decay=0"]):

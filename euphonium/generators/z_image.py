@@ -1,0 +1,110 @@
+"""Z-Image: text-to-image with a Qwen3 text encoder, in one stream of picture and text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import override
+
+from euphonium.generators.backbone import NetworkClass
+from euphonium.generators.conditioning import Conditioning, PromptEncoder
+from euphonium.generators.flux2 import conversations
+from euphonium.generators.images import ImageGenerator
+from euphonium.generators.noise_grid import scheduler_config
+
+
+class ZImage(ImageGenerator):
+    """Adapter of ``ZImagePipeline``.
+
+    Its network looks from data to noise: it takes ``1 - time``, and its output is the negative velocity.
+    """
+
+    pipeline_class = "ZImagePipeline"
+    block_fields: ClassVar[tuple[str, ...]] = ("n_layers",)
+
+    @property
+    @override
+    def patch_size(self) -> int:
+        return int(self.transformer_config()["all_patch_size"][0])
+
+    @override
+    def told_sigmas(self, num_steps: int) -> NDArray[np.float64] | None:
+        if scheduler_config(self.pipeline).get("use_flow_sigmas"):
+            return None
+        return np.linspace(1.0, 1 / num_steps, num_steps)
+
+    @override
+    def shifting_tokens(self) -> int:
+        return self._tokens
+
+    @property
+    def _tokens(self) -> int:
+        """Tokens of a picture."""
+        return math.prod(self.latent_shape[2:]) // self.patch_size**2
+
+    @override
+    def transformer_class(self) -> NetworkClass:
+        from diffusers import ZImageTransformer2DModel
+
+        return ZImageTransformer2DModel
+
+    @override
+    def token_width(self) -> int:
+        return int(self.transformer_config()["dim"])
+
+    @override
+    def output_norm(self, transformer: nn.Module) -> nn.Module:
+        return transformer.get_submodule(f"all_final_layer.{self.patch_size}-1.norm_final")
+
+    @override
+    def sample_tokens(self, tokens: Tensor) -> Tensor:
+        return tokens[:, : self._tokens]
+
+    @override
+    def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
+        from diffusers import ZImagePipeline
+
+        pipeline = ZImagePipeline.from_pretrained(self.folder, transformer=None, vae=None, dtype=self.dtype)
+        pipeline = pipeline.to(device)
+        limit = self.config.max_prompt_tokens
+
+        @torch.no_grad()
+        def encode(prompts: Sequence[str]) -> Conditioning:
+            texts, _ = pipeline.encode_prompt(
+                list(prompts), device=device, do_classifier_free_guidance=False, max_sequence_length=limit
+            )
+            seen = [torch.ones(len(text), device=device) for text in texts]
+            return {
+                "encoder_hidden_states": pad_sequence(texts, batch_first=True).to(self.dtype),
+                "encoder_attention_mask": pad_sequence(seen, batch_first=True).to(self.dtype),
+            }
+
+        return encode
+
+    @override
+    def token_counts(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        return super().token_counts(tokenizer, conversations(tokenizer, prompts, enable_thinking=True))
+
+    @override
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+        """Guidance whose scale counts from the output for the prompt: 0 is none, not 1."""
+        return conditional + scale * (conditional - unconditional)
+
+    @override
+    def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        texts, mask = conditioning["encoder_hidden_states"], conditioning["encoder_attention_mask"]
+        lengths = [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(dim=1).long().tolist()
+        output: list[Tensor] = transformer(
+            list(x.to(self.dtype).unbind()),
+            1 - time,
+            [text[:length] for text, length in zip(texts, lengths, strict=True)],
+            return_dict=False,
+        )[0]
+        return -torch.stack(output)

@@ -1,0 +1,125 @@
+"""Tiny pipelines of the Qwen-Image models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+
+from tests.euphonium.generators.tiny_parts import TEXT, flow_scheduler, image_vae
+
+CONVERSATION = "<|im_start|>user\n{{ messages[-1].content }}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def qwen_tokenizer(words: list[str], **options: Any) -> Any:
+    """Qwen's tokenizer, of single bytes and some whole words."""
+    from transformers import Qwen2Tokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    vocabulary = {word: i for i, word in enumerate([*letters, "<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], **options)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *words]})
+    return tokenizer
+
+
+def qwen_config(tokenizer: Any, layers: int) -> Any:
+    """Configuration of Qwen3."""
+    from transformers import Qwen3Config
+
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    return Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=TEXT, intermediate_size=TEXT, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
+        bos_token_id=None, eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+
+
+def qwen_vision_text(tokenizer: Any) -> Any:
+    """Qwen2.5-VL."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": TEXT, "intermediate_size": TEXT, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 2048, "bos_token_id": None,
+        "eos_token_id": end, "pad_token_id": end,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT,
+        "patch_size": 2, "window_size": 8, "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def flux2_klein() -> Any:
+    """FLUX.2 klein before it was distilled; its text encoder has the layers whose states are read."""
+    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+    from transformers import Qwen3ForCausalLM
+
+    tokenizer = qwen_tokenizer(["user", "assistant"])
+    tokenizer.chat_template = CONVERSATION
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+    )  # fmt: skip
+    vae.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 16))
+    vae.bn.running_var.copy_(torch.linspace(0.5, 2, 16))
+    return Flux2KleinPipeline(
+        scheduler=flow_scheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(qwen_config(tokenizer, layers=28)),
+        tokenizer=tokenizer,
+        transformer=Flux2Transformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=3 * TEXT, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+    )  # fmt: skip
+
+
+def z_image() -> Any:
+    """Z-Image."""
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Model
+
+    tokenizer = qwen_tokenizer(["user", "assistant"])
+    tokenizer.chat_template = CONVERSATION
+    return ZImagePipeline(
+        scheduler=flow_scheduler(shift=3.0),
+        vae=image_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=Qwen3Model(qwen_config(tokenizer, layers=3)),
+        tokenizer=tokenizer,
+        transformer=ZImageTransformer2DModel(
+            in_channels=4, dim=32, n_layers=3, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=TEXT,
+            axes_dims=[4, 6, 6], axes_lens=[128, 32, 32],
+        ),
+    )  # fmt: skip
+
+
+def qwen_image() -> Any:
+    """Qwen-Image, with the entries of the published scheduler."""
+    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+
+    # The pipeline drops the first 34 tokens, which are its instruction's in the published tokenizer.
+    instruction = (
+        "the image by detailing color, shape, size, texture, quantity, text, spatial relationships of objects and"
+    )
+    words = ["Describe the", *(f" {word}" for word in instruction.split()), " background:"]
+    tokenizer = qwen_tokenizer(words)
+    return QwenImagePipeline(
+        scheduler=flow_scheduler(
+            use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64, max_shift=0.9, shift_terminal=0.02
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],
+            latents_mean=[-0.7, 0.1, 0.3, -0.2], latents_std=[2.8, 1.4, 2.3, 0.9],
+        ),
+        text_encoder=qwen_vision_text(tokenizer),
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=TEXT, axes_dims_rope=(4, 6, 6),
+        ),
+    )  # fmt: skip
