@@ -19,7 +19,7 @@ def advice(busy: Mapping[str, float], sizes: Mapping[str, int], max_staleness: i
     Args:
         busy: busy fraction of each pool, by role.
         sizes: number of members of each pool, by role.
-        max_staleness: ``rollout.max_staleness``; with 0, rollout and learner take turns.
+        max_staleness: ``rollout.max_staleness``; with 0, rollout and learner wait for each other.
     """
     if "learner" not in busy or "rollout" not in busy:
         return None
@@ -32,7 +32,10 @@ def advice(busy: Mapping[str, float], sizes: Mapping[str, int], max_staleness: i
         roles = {"learner": "learner ranks", "rollout": "rollout actors", "prm": "PRM servers", "orm": "ORM servers"}
         return f"idle: {idle}; the {sizes[limiting]} {roles[limiting]} hold up the rest: {REMEDY[limiting]}"
     if max_staleness == 0 and "learner" in waiting and "rollout" in waiting:
-        return f"idle: {idle}; rollout and learner take turns: rollout.max_staleness=1 lets them overlap"
+        return (
+            f"idle: {idle}; rollout and learner wait for each other: rollout.max_staleness=1 lets them overlap, or more "
+            "groups an iteration for each rollout actor (rollout.prompts_per_iteration)"
+        )
     if "learner" in waiting:
         return f"idle: {idle}; the learner waits for groups: {REMEDY['rollout']}"
     return f"idle: {idle}; these pools can be smaller"
