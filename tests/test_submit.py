@@ -91,6 +91,7 @@ def test_the_status_of_a_driver_that_gives_up_is_the_commands(
     assert done.stderr.splitlines()[-1].startswith("error: job tiny-")
 
 
+@pytest.mark.slow
 def test_a_stopped_job_leaves_a_checkpoint_and_goes_on_when_submitted_again(
     dashboard: str, make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

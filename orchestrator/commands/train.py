@@ -30,6 +30,7 @@ def train_policy(config: RunConfig, say: Callable[[str], None], *, verbose: bool
         from orchestrator.commands.launch import is_complete, plan_start, preflight, prepare_run_dir
         from orchestrator.commands.planning import settle_run
         from orchestrator.pools.ray_session import connect_ray, reach_cluster
+        from orchestrator.report.discovery import sign_off
 
         reach_cluster(os.environ.get("RAY_ADDRESS", ""))
         preflight(config)
@@ -40,6 +41,7 @@ def train_policy(config: RunConfig, say: Callable[[str], None], *, verbose: bool
             say(f"resuming from {checkpoint.folder} (iteration {checkpoint.state.iteration})")
             if is_complete(config, checkpoint):
                 say(f"nothing to do: {config.iterations} iterations are done")
+                sign_off(config)
                 return
         config = settle_run(config, checkpoint)
         for field, note in config.planned.items():

@@ -57,9 +57,9 @@ def _metadata(name: str) -> dict[str, Any]:
 
 
 def _cluster(groups: Sequence[NodeGroup], machine: Machine) -> dict[str, Any]:
-    ports = {"gcs": 6379, "dashboard": 8265, "metrics": 8080, "run-metrics": METRICS_PORT}
+    ports = {"gcs": 6379, "dashboard": 8265, "run-metrics": METRICS_PORT}
     head = _container("head", machine.image, {"cpu": HEAD_CPUS, "memory": f"{HEAD_GIB}Gi"})
-    head["ports"] = [{"name": name, "containerPort": port} for name, port in ports.items()]
+    head["ports"] += [{"name": name, "containerPort": port} for name, port in ports.items()]
     return {
         "rayVersion": version("ray"),
         "authOptions": {"mode": "token"},
@@ -100,6 +100,7 @@ def _container(name: str, image: str, amounts: dict[str, Any]) -> dict[str, Any]
         "name": f"ray-{name}",
         "image": image,
         "resources": {"requests": dict(amounts), "limits": dict(amounts)},
+        "ports": [{"name": "metrics", "containerPort": 8080}],
         "envFrom": [{"secretRef": {"name": SECRET, "optional": True}}],
         "securityContext": {
             "allowPrivilegeEscalation": False,

@@ -116,6 +116,20 @@ def test_kuberays_schema_takes_its_manifests(recipe: str, to: Any) -> None:
         assert environment["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
 
 
+def test_prometheus_operator_finds_the_pods_and_their_ports() -> None:
+    monitor = yaml.safe_load((ROOT / "deploy" / "monitoring" / "pod-monitor.yaml").read_text())["spec"]
+    spec = yaml.safe_load(written(RECIPES[0], "kuberay-cluster"))["spec"]
+    found: dict[str, set[str]] = {}
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        pod = group["template"]
+        assert monitor["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        ports = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
+        found[group.get("groupName", "head")] = ports
+    wanted = {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]}
+    assert wanted <= found["head"]
+    assert all("metrics" in ports for ports in found.values())
+
+
 @pytest.mark.parametrize(
     ("path", "wrong"),
     [
