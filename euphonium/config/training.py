@@ -194,5 +194,5 @@ class MetricsConfig(Node):
     """Address that the endpoint binds to."""
     tensorboard: bool = True
     """Write TensorBoard event files to ``events/``."""
-    trackers: tuple[TrackerConfig, ...] = ()
+    trackers: list[TrackerConfig] = Field(default_factory=list)
     """Services that metrics and clips are sent to. One that fails is warned of, and never stops a run."""

@@ -10,6 +10,7 @@ from orchestrator.report.clips import TINY, Clip, gallery
 from orchestrator.report.curves import SECTIONS, charts, meaning_of
 from orchestrator.report.figures import figure, number
 from orchestrator.report.findings import findings
+from orchestrator.report.group_detail import group_charts, group_picture
 from orchestrator.report.recorded import RecordedRun, differences
 from orchestrator.report.settings import masked
 
@@ -32,6 +33,8 @@ def report_page(runs: Sequence[RecordedRun], made: str, most_clip_bytes: int) ->
             sections[title] = f"<div class=charts>{figures}</div>"
         if title == "Held-out rewards":
             sections["Clips before and after"] = clips
+    if group := _group(runs, most_clip_bytes):
+        sections["One group in detail"] = group
     sections |= {"Configuration": _configuration(runs), "All metrics": _metrics(runs)}
     title = "euphonium report: " + (" and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs")
     links = "".join(f'<li><a href="#{_anchor(name)}">{name}</a></li>' for name in sections)
@@ -136,6 +139,22 @@ def _clip(caption: str, clip: Clip, first: Clip) -> str:
     wide = "" if look else " wide"
     said = f"<figcaption>{escape(caption)}</figcaption><table>{rows}</table>"
     return f'<figure class="clip{wide}">{picture}{said}</figure>'
+
+
+def _group(runs: Sequence[RecordedRun], most_bytes: int) -> str:
+    parts = []
+    for run in runs:
+        figures = "".join(figure(chart) for chart in group_charts(run))
+        if not figures:
+            continue
+        head = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
+        parts.append(f"{head}<div class=charts>{figures}</div>")
+        if picture := group_picture(run, most_bytes):
+            alt = f"Decoded states of one group of {escape(run.name)}, a row a sample, a column a step, the result last"
+            parts.append(
+                f'<div class=scroll tabindex=0 role=region aria-label="States"><img src="{picture}" alt="{alt}"></div>'
+            )
+    return "".join(parts)
 
 
 def _configuration(runs: Sequence[RecordedRun]) -> str:

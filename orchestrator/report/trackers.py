@@ -89,14 +89,14 @@ class Background:
         ...         raise OSError("no network")
         ...     def close(self):
         ...         pass
-        >>> tracker = Background("example", Broken)
+        >>> tracker = Background("example", Broken, clips=True)
         >>> tracker.scalars({"iteration": 1}, 1)
         >>> tracker.close()
         >>> tracker.failures
         1
     """
 
-    def __init__(self, name: str, connect: Callable[[], RunTracker], *, clips: bool = True) -> None:
+    def __init__(self, name: str, connect: Callable[[], RunTracker], *, clips: bool) -> None:
         """Starts the thread, which connects first.
 
         Args:
@@ -175,7 +175,7 @@ def open_trackers(config: RunConfig, iterations_done: int) -> list[Background]:
     opened = []
     if config.metrics.tensorboard:
         folder = config.run_dir / "events"
-        opened.append(Background("TensorBoard", partial(backends.TensorBoard, folder, iterations_done)))
+        opened.append(Background("TensorBoard", partial(backends.TensorBoard, folder, iterations_done), clips=False))
     for place, tracker in enumerate(config.metrics.trackers):
         run = ids.run(f"{place}:{tracker.kind}", config, settings, iterations_done)
         connect = partial(backends.BACKENDS[tracker.kind], tracker, run)

@@ -88,6 +88,21 @@ def test_clips_before_and_after_are_in_the_page_with_their_scores(folder: Path) 
     assert "+4.00" in page.text
 
 
+def test_a_group_that_was_looked_at_is_in_the_page_step_by_step(folder: Path) -> None:
+    assert "One group in detail" not in page_of(folder).text
+    (folder / "debug").mkdir()
+    rows = ["sample,step,process_reward,advantage,ratio,step_grad_norm"]
+    rows += [f"{sample},{step},0.0,{0.5 - sample},1.0,{0.25 * (step + 1)}" for sample in (0, 1) for step in (0, 1)]
+    (folder / "debug" / "group.csv").write_text("\n".join(rows) + "\n")
+    Image.new("RGB", (8, 8)).save(folder / "debug" / "group.png")
+    html = report_page(read_runs([folder]), "made now", 10**7)
+    assert "Gradient norm of every step over step: group from 0.25 at 0 to 0.5 at 1" in html
+    assert "|advantage| of every step over step: group from 0.5 at 0 to 0.5 at 1" in html
+    assert "Process reward of every step" not in html, "there was none"
+    assert "data:image/png;base64," in html
+    Page(html)
+
+
 def test_clips_that_do_not_fit_are_counted(folder: Path) -> None:
     page = page_of(folder, clip_bytes=10)
     assert page.images == []

@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_left_out_there_with_one_warning(
         hang.wait()
         return noting
 
-    tracker = Background("slow", connect)
+    tracker = Background("slow", connect, clips=True)
     for i in range(10):
         tracker.scalars({}, i)
     hang.set()
