@@ -31,6 +31,7 @@ BUILT_IN: dict[str, str] = {
     "pickscore": "euphonium.rewards.clip:PickScore",
     "hps_v21": "euphonium.rewards.clip:HpsV21",
     "aesthetic": "euphonium.rewards.clip:AestheticReward",
+    "geneval": "euphonium.rewards.geneval:GenEvalReward",
     "ocr": "euphonium.rewards.ocr:OcrReward",
     "optical_flow": "euphonium.rewards.optical_flow:OpticalFlowReward",
     "trained": "euphonium.rewards.outcome_model:TrainedOutcomeReward",

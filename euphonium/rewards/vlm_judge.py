@@ -142,7 +142,7 @@ class VlmJudge:
             raise ValueError(f"the answer ended by {choice.get('finish_reason')!r}, not by itself; raise max_tokens")
         found = json.loads(_unfenced(message["content"]))
         value = found.get(self.options.key) if isinstance(found, dict) else None
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"no number {self.options.key!r} in {shown(message['content'])}")
         if not self.options.low <= value <= self.options.high:
             raise ValueError(f"{value:g} is not from {self.options.low:g} to {self.options.high:g}")
