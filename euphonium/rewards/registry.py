@@ -31,6 +31,7 @@ BUILT_IN: dict[str, str] = {
     "pickscore": "euphonium.rewards.clip:PickScore",
     "hps_v21": "euphonium.rewards.clip:HpsV21",
     "aesthetic": "euphonium.rewards.clip:AestheticReward",
+    "hpsv3": "euphonium.rewards.hpsv3:HpsV3",
     "image_reward": "euphonium.rewards.image_reward:ImageReward",
     "geneval": "euphonium.rewards.geneval:GenEvalReward",
     "ocr": "euphonium.rewards.ocr:OcrReward",
