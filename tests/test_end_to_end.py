@@ -188,7 +188,7 @@ def check_export_in_clean_process(run: Path, tmp_path: Path) -> None:
 def check_generate_and_evaluate(run: Path, tmp_path: Path) -> None:
     generate = Process("generate", str(run), "-p", PROMPT, "-o", str(tmp_path / "clips"), "--steps", "3")
     assert generate.finish() == 0, generate.output
-    assert (tmp_path / "clips" / "00.gif").stat().st_size > 500
+    assert (tmp_path / "clips" / "0000-0.gif").stat().st_size > 500
     evaluate = Process("evaluate", str(run), "--samples-per-prompt", "2")
     assert evaluate.finish() == 0, evaluate.output
     report = json.loads(evaluate.output[evaluate.output.index("{") :])

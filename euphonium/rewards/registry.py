@@ -31,11 +31,14 @@ BUILT_IN: dict[str, str] = {
     "pickscore": "euphonium.rewards.clip:PickScore",
     "hps_v21": "euphonium.rewards.clip:HpsV21",
     "aesthetic": "euphonium.rewards.clip:AestheticReward",
+    "hpsv3": "euphonium.rewards.hpsv3:HpsV3",
+    "image_reward": "euphonium.rewards.image_reward:ImageReward",
+    "geneval": "euphonium.rewards.geneval:GenEvalReward",
     "ocr": "euphonium.rewards.ocr:OcrReward",
     "optical_flow": "euphonium.rewards.optical_flow:OpticalFlowReward",
     "trained": "euphonium.rewards.outcome_model:TrainedOutcomeReward",
-    "http": "euphonium.rewards.http:HttpReward",
     "vlm_judge": "euphonium.rewards.vlm_judge:VlmJudge",
+    "http": "euphonium.rewards.http:HttpReward",
 }
 
 

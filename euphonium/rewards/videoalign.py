@@ -88,14 +88,16 @@ def sampled_frames(frames: int, video_fps: float, sample_fps: float) -> list[int
     return torch.linspace(0, frames - 1, count).round().long().tolist()
 
 
-def frame_size(height: int, width: int, factor: int, most_pixels: int) -> tuple[int, int]:
+def frame_size(
+    height: int, width: int, factor: int, most_pixels: int, least_pixels: int = LEAST_PIXELS
+) -> tuple[int, int]:
     """Size that keeps the aspect ratio, in multiples of ``factor``, within the bounds on a frame's pixels."""
     tall, wide = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
     if tall * wide > most_pixels:
         shrink = math.sqrt(height * width / most_pixels) * factor
         return math.floor(height / shrink) * factor, math.floor(width / shrink) * factor
-    if tall * wide < LEAST_PIXELS:
-        grow = math.sqrt(LEAST_PIXELS / (height * width)) / factor
+    if tall * wide < least_pixels:
+        grow = math.sqrt(least_pixels / (height * width)) / factor
         return math.ceil(height * grow) * factor, math.ceil(width * grow) * factor
     return tall, wide
 
