@@ -33,8 +33,8 @@ def advice(busy: Mapping[str, float], sizes: Mapping[str, int], max_staleness: i
         return f"idle: {idle}; the {sizes[limiting]} {roles[limiting]} hold up the rest: {REMEDY[limiting]}"
     if max_staleness == 0 and "learner" in waiting and "rollout" in waiting:
         return (
-            f"idle: {idle}; rollout and learner wait for each other: rollout.max_staleness=1 lets them overlap, or more "
-            "groups an iteration for each rollout actor (rollout.prompts_per_iteration)"
+            f"idle: {idle}; rollout and learner wait for each other: rollout.max_staleness=1 lets them overlap, or "
+            "more groups an iteration for each rollout actor (rollout.prompts_per_iteration)"
         )
     if "learner" in waiting:
         return f"idle: {idle}; the learner waits for groups: {REMEDY['rollout']}"
