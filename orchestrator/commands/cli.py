@@ -249,11 +249,8 @@ def _given(**options: int | None) -> dict[str, int]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-app.command()(preprocess)
-app.command()(submit)
-app.command()(doctor)
-app.command()(render)
-app.command()(recipes)
+for _command in (preprocess, submit, doctor, render, recipes):
+    app.command()(_command)
 
 
 @app.command("train-prm")
