@@ -20,7 +20,7 @@ from euphonium.errors import PreflightError
 from orchestrator.deployment.findings import Finding, judged, passed
 from orchestrator.deployment.links import measure_links
 from orchestrator.deployment.node_checks import Expected, Node, judge_node
-from orchestrator.deployment.node_facts import NodeFacts, collect
+from orchestrator.deployment.node_facts import collect
 from orchestrator.deployment.pool_table import PoolRow, pool_table
 from orchestrator.pools.ray_session import join_ray, one_line
 
@@ -156,7 +156,7 @@ def _node_findings(config: RunConfig | None, rows: Sequence[PoolRow], nodes: Seq
     needed = {row.role: [path for path in row.reads if os.path.isabs(path)] for row in rows}
     own = collect(SESSION, None, [])
     with _canary(config) as (canary, word):
-        task = ray.remote(num_cpus=0, max_retries=0)(_facts)
+        task = ray.remote(num_cpus=0, max_retries=0)(collect)
         began = time.time()
         calls = [
             task.options(scheduling_strategy=_on(node.id)).remote(
@@ -174,10 +174,6 @@ def _node_findings(config: RunConfig | None, rows: Sequence[PoolRow], nodes: Seq
                 )  # fmt: skip
                 continue
             yield from judge_node(node, facts, Expected(own=own, word=word, config=config, since=began))
-
-
-def _facts(session: str, canary: str | None, needed: Sequence[str]) -> NodeFacts:
-    return collect(session, canary, needed)
 
 
 @contextmanager
