@@ -152,7 +152,7 @@ def _group(runs: Sequence[RecordedRun], most_bytes: int) -> str:
         if picture := group_picture(run, most_bytes):
             alt = f"Decoded states of one group of {escape(run.name)}, a row a sample, a column a step, the result last"
             parts.append(
-                f'<div class=scroll tabindex=0 role=region aria-label="States"><img src="{picture}" alt="{alt}"></div>'
+                f'<div class=picture tabindex=0 role=region aria-label="States"><img src="{picture}" alt="{alt}"></div>'
             )
     return "".join(parts)
 

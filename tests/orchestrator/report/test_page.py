@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -196,3 +197,18 @@ def test_watch_shows_a_run_once_where_there_is_no_terminal(folder: Path, capfd: 
     assert "+0.0400" in shown
     assert "rollout        2  ██████████████████·· 90%" in shown
     assert "the last line of the log" in shown
+
+
+def test_watch_follows_a_run_to_its_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:3]))
+    later = threading.Timer(1.0, lambda: metrics.write_text("".join(lines)))
+    later.start()
+    assert run_command(["watch", str(folder), "--every", "0.2"]) == 0
+    later.join()
+    shown = capfd.readouterr().out
+    assert 0 <= shown.index("tiny: iteration 2 of 4") < shown.index("tiny: iteration 4 of 4")
