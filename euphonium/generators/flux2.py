@@ -41,7 +41,8 @@ class Flux2Klein(ImageGenerator):
         super().__init__(pipeline, config)
         if pipeline.index().get("is_distilled") and config.cfg_scale is not None:
             raise ConfigError(
-                f"model.cfg_scale: {pipeline.path} is distilled, and its pipeline takes no guidance; leave it out"
+                f"model.cfg_scale: by its model_index.json {pipeline.path} is distilled, and its pipeline takes no "
+                "guidance; leave it out"
             )
 
     @property
