@@ -136,7 +136,8 @@ class Flux2Vae(ImageVae):
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         norm = self.network.bn
         deviation = (norm.running_var + self.network.config.batch_norm_eps).sqrt()
-        return tuple(part.to(latents).view(1, -1, 1, 1, 1) for part in (norm.running_mean, deviation))  # type: ignore[return-value]
+        shape = (1, -1, 1, 1, 1)
+        return norm.running_mean.to(latents).view(shape), deviation.to(latents).view(shape)
 
     @override
     def _encode(self, pixels: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def frozen_transformer(family: Generator, pool: LearnerPoolConfig) -> tuple[nn.M
         prefetch_blocks(options, gather_by_block(module))
     engine, *_ = deepspeed.initialize(model=module, config=options)
     engine.eval()
-    return engine, {name: shard(p) for name, p in module.named_parameters()}
+    return engine, {name: shard(p) for name, p in module.named_parameters() if family.trains(name)}
 
 
 def place_buffers(module: nn.Module, device: torch.device) -> None:
