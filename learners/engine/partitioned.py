@@ -45,6 +45,7 @@ class ZeroPolicy(ZeroEngine):
         optimizer: OptimizerConfig,
         lora: LoraConfig | None = None,
         frozen_adapters: Sequence[str] = (),
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Builds, loads and partitions the transformer.
 
@@ -54,6 +55,7 @@ class ZeroPolicy(ZeroEngine):
             optimizer: settings of the optimiser.
             lora: settings of the low-rank adapter that is trained; None trains all weights.
             frozen_adapters: names of further adapters, for frozen references.
+            start: whole weights of the trained parameters by name, in place of the generator's own.
         """
         whole = chosen(pool.shard, "pools.learner.shard") == "optimizer"
         whole_below = EVERY if whole else pool.persistence_threshold
@@ -65,6 +67,10 @@ class ZeroPolicy(ZeroEngine):
         else:
             for name, parameter in self.module.named_parameters():
                 parameter.requires_grad_(family.trains(name))
+        if start is not None:
+            for name, parameter in self.module.named_parameters():
+                if parameter.requires_grad:
+                    _fill(parameter, start[name])
         drop_second_copies(self.module)
         place_buffers(self.module, _own_device())
         if pool.gradient_checkpointing:

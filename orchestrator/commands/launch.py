@@ -65,6 +65,11 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     family = open_generator(config.model) if family is None else family
     if not described:
         check_generator(family)
+    starts = {}
+    if config.start_from is not None:
+        from learners.policy.start import check_start
+
+        starts["starts from"] = check_start(config.start_from, family)
     shape = family.latent_shape
     check_pictures(family, config.prompts)
     prepared = check_prompts(config.prompts, family, weights=not described)
@@ -85,6 +90,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         values *= size
     return {
         "generator": f"{family.pipeline_class} at {family.folder}",
+        **starts,
         "latents": "x".join(map(str, shape)),
         "training prompts": len(prompts),
         **prepared,

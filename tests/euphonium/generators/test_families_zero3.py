@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from learners.policy.checkpoint import POLICY_FILE
 from tests.checkout import environment
 from tests.euphonium.generators.tiny_pipelines import BUILDERS, SHAPES, build_pipeline, model_fields
 
@@ -34,6 +36,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]
         for way, (changes, checkpointing, *_) in WAYS.items():
             model = model_fields(name, folder / name) | changes
             orders[f"{name}, {way}"] = {"model": model, "checkpointing": checkpointing}
+    name = "WanPipeline"
+    orders["another start"] = {
+        "model": model_fields(name, folder / name), "checkpointing": False, "start": str(other_weights(folder, name)),
+    }  # fmt: skip
     (folder / "orders.json").write_text(json.dumps(orders))
     worker = str(Path(__file__).with_name("families_zero3_worker.py"))
     command = [
@@ -43,6 +49,19 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=570, env=environment())
     assert result.returncode == 0, result.stderr[-8000:]
     return dict(json.loads((folder / "seen.json").read_text()))
+
+
+def other_weights(folder: Path, name: str) -> Path:
+    """A checkpoint with other weights than the saved pipeline."""
+    (folder / "checkpoint").mkdir()
+    state = load_file(folder / name / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file({key: 1.1 * tensor for key, tensor in state.items()}, folder / "checkpoint" / POLICY_FILE)
+    return folder / "checkpoint"
+
+
+def test_a_policy_starts_from_the_weights_of_another_run(seen: dict[str, dict[str, float]]) -> None:
+    assert seen["another start"]["before"] <= 1e-4
+    assert seen["another start"]["after"] > 2e-4
 
 
 def test_every_family_is_trained() -> None:
