@@ -38,6 +38,9 @@ class RunConfig(Node):
     resume: Literal["auto", "never"] | UserPath = "auto"
     """``auto`` goes on from the run's newest good checkpoint, ``never`` refuses to touch an old run's folder
     (it is moved aside), a path starts from that checkpoint."""
+    start_from: UserPath | None = None
+    """Weights that a new run's policy starts from in place of the model's own: the folder of another run's checkpoint,
+    without its optimizer, or with ``model.lora`` also a LoRA that diffusers wrote."""
 
     model: ModelConfig
     prompts: PromptsConfig

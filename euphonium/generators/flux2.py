@@ -41,7 +41,8 @@ class Flux2Klein(ImageGenerator):
         super().__init__(pipeline, config)
         if pipeline.index().get("is_distilled") and config.cfg_scale is not None:
             raise ConfigError(
-                f"model.cfg_scale: {pipeline.path} is distilled, and its pipeline takes no guidance; leave it out"
+                f"model.cfg_scale: by its model_index.json {pipeline.path} is distilled, and its pipeline takes no "
+                "guidance; leave it out"
             )
 
     @property
@@ -135,7 +136,8 @@ class Flux2Vae(ImageVae):
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         norm = self.network.bn
         deviation = (norm.running_var + self.network.config.batch_norm_eps).sqrt()
-        return tuple(part.to(latents).view(1, -1, 1, 1, 1) for part in (norm.running_mean, deviation))
+        shape = (1, -1, 1, 1, 1)
+        return norm.running_mean.to(latents).view(shape), deviation.to(latents).view(shape)
 
     @override
     def _encode(self, pixels: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ class WanImageToVideo(Wan):
             )
         if self._views and config.max_prompt_tokens != TEXT_TOKENS:
             raise ConfigError(
-                f"model.max_prompt_tokens: set it to {TEXT_TOKENS}; of other lengths the attention of "
-                f"{self.pipeline_class} would take words for parts of the picture"
+                f"model.max_prompt_tokens: set it to {TEXT_TOKENS}; of texts of another length the transformer of "
+                f"{self.folder} would take words for parts of the picture"
             )
 
     @property

@@ -51,6 +51,7 @@ class ZeroPolicy(ZeroEngine):
         optimizer: OptimizerConfig,
         lora: LoraConfig | None = None,
         frozen_adapters: Sequence[str] = (),
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Builds, loads and partitions the transformer.
 
@@ -60,6 +61,7 @@ class ZeroPolicy(ZeroEngine):
             optimizer: settings of the optimiser.
             lora: settings of the low-rank adapter that is trained; None trains all weights.
             frozen_adapters: names of further adapters, for frozen references.
+            start: whole weights of the trained parameters by name, in place of the generator's own.
         """
         whole = chosen(pool.shard, "pools.learner.shard") == "optimizer"
         whole_below = EVERY if whole else pool.persistence_threshold
@@ -71,6 +73,10 @@ class ZeroPolicy(ZeroEngine):
         else:
             for name, parameter in self.module.named_parameters():
                 parameter.requires_grad_(family.trains(name))
+        if start is not None:
+            for name, parameter in self.module.named_parameters():
+                if parameter.requires_grad:
+                    _fill(parameter, start[name])
         drop_second_copies(self.module)
         place_buffers(self.module, _own_device())
         if pool.gradient_checkpointing:
@@ -124,7 +130,7 @@ def frozen_transformer(
         share_tokens(module, family, groups)
     engine, *_ = deepspeed.initialize(model=module, config=options)
     engine.eval()
-    return engine, {name: shard(p) for name, p in module.named_parameters()}
+    return engine, {name: shard(p) for name, p in module.named_parameters() if family.trains(name)}
 
 
 def place_buffers(module: nn.Module, device: torch.device) -> None:

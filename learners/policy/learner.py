@@ -39,6 +39,7 @@ from learners.policy.objective import (
 from learners.policy.publication import Publisher
 from learners.policy.references import AdapterReference, FrozenCopy, Reference
 from learners.policy.schedules import kl_controller, kl_weight, learning_rate
+from learners.policy.start import start_weights
 from learners.policy.statistics import UpdateStatistics
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,8 @@ class Learner:
             )
             if wanted
         ]
-        self.policy = ZeroPolicy(self.family, pool, config.optimizer, config.model.lora, adapters)
+        start = None if config.start_from is None else start_weights(config.start_from, self.family)
+        self.policy = ZeroPolicy(self.family, pool, config.optimizer, config.model.lora, adapters, start)
         self.anchor: Reference | None = None
         if kl is not None and kl.anchor != "none":
             self.anchor = self._reference("anchor" if kl.anchor == "moving" else None)

@@ -68,6 +68,11 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     if not described:
         check_generator(family)
     check_sequence_parallel(family, config.pools.learner.sequence_parallel)
+    starts = {}
+    if config.start_from is not None:
+        from learners.policy.start import check_start
+
+        starts["starts from"] = check_start(config.start_from, family)
     shape = family.latent_shape
     check_pictures(family, config.prompts)
     prepared = check_prompts(config.prompts, family, weights=not described)
@@ -89,6 +94,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         values *= size
     return {
         "generator": f"{family.pipeline_class} at {family.folder}",
+        **starts,
         "latents": "x".join(map(str, shape)),
         "training prompts": len(prompts),
         **prepared,

@@ -11,6 +11,7 @@ from euphonium.config.base import Node
 # Prompt files of a reward training are not among them: only the driver reads them.
 OF_A_RUN = (
     "output_dir",
+    "start_from",
     "model.path",
     "rewards.process.path",
     "prompts.train",

@@ -260,14 +260,15 @@ def _samples(
         seed = int(np.random.SeedSequence([config.seed, len(prompts), begin]).generate_state(1, np.uint64)[0] >> 1)
         start, _ = initial_noise(family.latent_shape, len(chosen), seed, shared=False, device=device)
         velocity = velocity_in_passes(family, transformer, batch, passes)
-        latent = sample_deterministic(table, velocity, start).cpu().numpy()
+        latent = family.finish(sample_deterministic(table, velocity, start), batch).cpu().numpy()
         values = scorer.score(latent, [prompts[i] for i in chosen], optional_rewards(config.outcome))
         drawing.write(begin, latent, weighted_total(values, config.outcome, len(chosen)) / total_weight(config.outcome))
 
 
 def _fingerprint(config: PrmConfig, family: Generator, what: list[object]) -> str:
     """Hash of everything that prepared samples depend on: the generator, its settings, and what is prepared."""
-    generator = [family.fingerprint(), family.pipeline.fingerprint(family.backbone)]
+    parts = family.trained_components().values()
+    generator = [family.fingerprint(), *(family.pipeline.fingerprint(part) for part in parts)]
     prepared = _embeddings(config)
     values = [
         config.model.model_dump(mode="json"),

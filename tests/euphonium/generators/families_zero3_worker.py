@@ -17,6 +17,7 @@ from euphonium.generators.lora import adapter_parameters, add_adapter, initial_a
 from euphonium.generators.registry import open_generator
 from learners.engine.partitioned import ZeroPolicy
 from learners.engine.zero3 import quiet_deepspeed
+from learners.policy.start import start_weights
 
 PROMPT = "a red car"
 CPU = torch.device("cpu")
@@ -38,17 +39,26 @@ def plain_grad_norm(
     return float(torch.stack([g.float().norm() for g in gradients if g is not None]).norm())
 
 
-def step(model: dict[str, Any], *, checkpointing: bool) -> dict[str, float]:
-    """How far the partitioned policy is from a rollout actor's, before and after a step on a toy loss."""
+def step(model: dict[str, Any], *, checkpointing: bool, start: str | None = None) -> dict[str, float]:
+    """How far the partitioned policy is from a rollout actor's, before and after a step on a toy loss.
+
+    Args:
+        model: the recipe's section.
+        checkpointing: whether activations are recomputed.
+        start: checkpoint of all weights that both start from.
+    """
     family = open_generator(ModelConfig.model_validate(model))
     pool = LearnerPoolConfig(gradient_checkpointing=checkpointing, persistence_threshold=0)
     conditioning = encode_one(family.prompt_encoder(CPU, {PROMPT: family.folder.parent / "first_frame.png"}), PROMPT)
     x, time = torch.randn(1, *family.latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
     rollout = family.load_transformer(CPU)
+    weights = None if start is None else start_weights(Path(start), family)
+    if weights is not None:
+        rollout.load_state_dict(weights)
     with torch.no_grad():
         expected = family.velocity(rollout, x, time, conditioning)
     plain = plain_grad_norm(family, rollout, x, time, conditioning)
-    policy = ZeroPolicy(family, pool, OptimizerConfig(learning_rate=1e-2), family.config.lora)
+    policy = ZeroPolicy(family, pool, OptimizerConfig(learning_rate=1e-2), family.config.lora, start=weights)
     velocity = family.velocity(policy.model, x, time, conditioning)
     policy.backward((velocity - x).square().mean(), last=True)
     with torch.no_grad():
@@ -71,7 +81,7 @@ def main() -> None:
     # DeepSpeed collects garbage for every engine, among all that the libraries have made.
     gc.freeze()
     orders = json.loads(Path(sys.argv[1]).read_text())
-    seen = {name: step(order["model"], checkpointing=order["checkpointing"]) for name, order in orders.items()}
+    seen = {name: step(**order) for name, order in orders.items()}
     Path(sys.argv[2]).write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from learners.policy.checkpoint import POLICY_FILE
 from tests.checkout import environment
 from tests.euphonium.generators.tiny_pipelines import BUILDERS, SHAPES, build_pipeline, model_fields
 
+# The family of which another start is tested.
+STARTED = "WanPipeline"
 # Changes of the model's configuration, whether activations are recomputed, the largest difference between what
 # learner and rollout actor compute (the last bit of a convolution may depend on where its weights lie in memory), and
 # how far the gradient's norm may be from that of plain autograd.
@@ -24,16 +29,37 @@ WAYS: dict[str, tuple[dict[str, Any], bool, float, float]] = {
 }
 
 
+# Families that one start of the worker trains: all of them would take longer than a test may.
+AT_ONCE = 5
+# What a rank saw of a family, by the family's name.
+Seen = Callable[[str], dict[str, dict[str, float]]]
+
+
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    folder = tmp_path_factory.mktemp("zero3")
-    orders = {}
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    names, done = list(SHAPES), dict[str, dict[str, dict[str, float]]]()
+
+    def of(name: str) -> dict[str, dict[str, float]]:
+        begin = names.index(name) // AT_ONCE * AT_ONCE
+        if name not in done:
+            done.update(trained(names[begin : begin + AT_ONCE], tmp_path_factory.mktemp("zero3")))
+        return done[name]
+
+    return of
+
+
+def trained(names: list[str], folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Trains some families in one start of the worker."""
+    orders: dict[str, dict[str, Any]] = {}
     Image.new("RGB", (32, 32), "red").save(folder / "first_frame.png")
-    for name in SHAPES:
+    for name in names:
         build_pipeline(name).save_pretrained(folder / name)
+        model = model_fields(name, folder / name)
         for way, (changes, checkpointing, *_) in WAYS.items():
-            model = model_fields(name, folder / name) | changes
-            orders[f"{name}, {way}"] = {"model": model, "checkpointing": checkpointing}
+            orders[f"{name}, {way}"] = {"model": model | changes, "checkpointing": checkpointing}
+        if name == STARTED:
+            start = str(other_weights(folder, name))
+            orders[f"{name}, another start"] = {"model": model, "checkpointing": False, "start": start}
     (folder / "orders.json").write_text(json.dumps(orders))
     worker = str(Path(__file__).with_name("families_zero3_worker.py"))
     command = [
@@ -42,7 +68,25 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=570, env=environment())
     assert result.returncode == 0, result.stderr[-8000:]
-    return dict(json.loads((folder / "seen.json").read_text()))
+    reports = json.loads((folder / "seen.json").read_text())
+    return {
+        name: {order.removeprefix(f"{name}, "): r for order, r in reports.items() if order.startswith(f"{name}, ")}
+        for name in names
+    }
+
+
+def other_weights(folder: Path, name: str) -> Path:
+    """A checkpoint with other weights than the saved pipeline."""
+    (folder / "checkpoint").mkdir()
+    state = load_file(folder / name / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file({key: 1.1 * tensor for key, tensor in state.items()}, folder / "checkpoint" / POLICY_FILE)
+    return folder / "checkpoint"
+
+
+def test_a_policy_starts_from_the_weights_of_another_run(seen: Seen) -> None:
+    report = seen(STARTED)["another start"]
+    assert report["before"] <= 1e-4
+    assert report["after"] > 2e-4
 
 
 def test_every_family_is_trained() -> None:
@@ -51,10 +95,8 @@ def test_every_family_is_trained() -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("way", WAYS)
-def test_the_learner_starts_with_the_rollout_policy_and_trains_it(
-    name: str, way: str, seen: dict[str, dict[str, float]]
-) -> None:
-    report = seen[f"{name}, {way}"]
+def test_the_learner_starts_with_the_rollout_policy_and_trains_it(name: str, way: str, seen: Seen) -> None:
+    report = seen(name)[way]
     assert report["before"] <= WAYS[way][2]
     assert report["after"] > 2 * WAYS[way][2]
     # No weight's gradient is lost on its way through partitions, recomputation and blocks gathered whole.
