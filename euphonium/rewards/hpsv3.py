@@ -98,6 +98,7 @@ class _Network(nn.Module):
         ).last_hidden_state  # fmt: skip
         x = hidden[torch.arange(len(tokens), device=tokens.device), (tokens == special).int().argmax(dim=1)].float()
         for number, layer in enumerate(self.rm_head.values()):
+            assert isinstance(layer, nn.Linear)
             x = nn.functional.linear(x.relu() if number else x, layer.weight.float(), layer.bias.float())
         return x[:, 0]
 
@@ -148,7 +149,8 @@ class HpsV3:
         # "auto" would pick flash attention's own numbers where it is installed.
         config._attn_implementation = "sdpa"
         numbers = sorted(int(name.split(".")[1]) for name in state if name.startswith("rm_head.") and "weight" in name)
-        head = [(n, *reversed(state[f"rm_head.{n}.weight"].shape)) for n in numbers]
+        shapes = {n: state[f"rm_head.{n}.weight"].shape for n in numbers}
+        head = [(n, inputs, outputs) for n, (outputs, inputs) in shapes.items()]
         named = {
             n if n.startswith("rm_head.") else f"backbone.{n}": t.to(dtype_of(options.dtype)) for n, t in state.items()
         }
