@@ -7,7 +7,7 @@ DOCS := .venv-docs
 # Tests without a Ray cluster run side by side, a file at a time; a cluster wants the machine for itself.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: help setup demo demo-gpu test test-all lint format measure picture docs clean
+.PHONY: help setup demo demo-gpu test test-all lint audit format measure picture docs clean
 
 help: ## Show this help.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,13 @@ lint: setup ## Check style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# In an environment of its own: nothing of it is needed to run or to test.
+AUDIT := .venv-audit
+audit: ## Look for known weaknesses in the sources.
+	test -x $(AUDIT)/bin/bandit || ($(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet bandit==1.9.4)
+	$(AUDIT)/bin/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive \
+		euphonium actors reward_servers learners orchestrator
+
 format: setup ## Rewrite the sources in the project's format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -64,4 +71,4 @@ $(DOCS)/.installed: requirements-docs.lock
 	touch $@
 
 clean: ## Remove the environment and all caches (runs/ stays).
-	rm -rf $(VENV) $(DOCS) site *.egg-info build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(AUDIT) $(DOCS) site *.egg-info build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

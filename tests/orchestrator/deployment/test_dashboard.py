@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonschema import Draft7Validator
 
 from orchestrator.commands.deployment import FILES, ROOT
 from orchestrator.deployment.alerts import ALERTS, JOB
@@ -114,6 +115,14 @@ def test_prometheus_looks_where_runs_announce_themselves() -> None:
 
     assert jobs["ray"] == [f"/tmp/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]
     assert config["rule_files"] == ["alerts.yml"]
+
+
+def test_the_stack_is_what_compose_takes() -> None:
+    validator = Draft7Validator(json.loads((ROOT / "tests" / "data" / "compose_schema.json").read_text()))
+    compose = yaml.safe_load((MONITORING / "compose.yaml").read_text())
+    validator.validate(compose)
+    compose["services"]["grafana"]["volume"] = compose["services"]["grafana"].pop("volumes")
+    assert not validator.is_valid(compose)
 
 
 def test_the_stack_mounts_what_its_configurations_name_and_listens_on_this_machine_only() -> None:
