@@ -30,7 +30,6 @@ from orchestrator.lifecycle import execute
 from tests.stubs import roles
 
 ROOT = Path(__file__).parent.parent
-RATIOS = ((1.0, 1.0), (1.0, 2.0), (2.0, 1.0))
 
 
 def seconds_of(run_dir: Path) -> float:
@@ -73,8 +72,9 @@ def stubs(options: argparse.Namespace) -> None:
     ray.init(namespace="streaming", log_to_driver=False, logging_level="ERROR")
     with tempfile.TemporaryDirectory() as folder:
         for actors in options.actors:
-            for rollout, update in RATIOS:
-                times = (rollout * options.seconds, update * options.seconds)
+            for ratio in options.ratios:
+                rollout, _, update = ratio.partition(":")
+                times = (float(rollout) * options.seconds, float(update) * options.seconds)
                 waiting, streamed = (
                     stubbed(Path(folder), options, actors, times, stream=stream) for stream in (False, True)
                 )
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--recipe", help="measure this one with its real roles")
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--waves", type=int, default=8, help="groups that an actor draws in an iteration")
+    parser.add_argument("--ratios", nargs="+", default=["1:1", "1:2", "2:1"], help="of drawing to update")
     parser.add_argument("--seconds", type=float, default=4.0, help="of the shorter part, drawing or update")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2, help="of a recipe")
