@@ -16,7 +16,7 @@ from orchestrator.report.pictures import FRAME_MS, Video
 from orchestrator.report.recorded import SAMPLES, RecordedRun
 
 # Larger clips are shrunk, longer ones lose frames; tiny ones are stored without loss and enlarged by the browser.
-LARGEST, MOST_FRAMES, TINY = 320, 48, 96
+LARGEST, MOST_FRAMES, TINY = 320, 32, 96
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _webp(frames: Sequence[Image.Image], duration_ms: int) -> str:
     stream = io.BytesIO()
     tiny = max(frames[0].size) <= TINY
     motion = {"save_all": True, "append_images": list(frames[1:]), "duration": duration_ms, "loop": 0}
-    frames[0].save(stream, "WEBP", lossless=tiny, quality=80, method=4, **(motion if len(frames) > 1 else {}))
+    frames[0].save(stream, "WEBP", lossless=tiny, quality=80, method=2, **(motion if len(frames) > 1 else {}))
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from euphonium.config import RunConfig, dump_config
+from euphonium.wire.records import Videos
 from orchestrator.evaluation import SampleFolder
 from orchestrator.report.recorded import SAMPLES
 from orchestrator.report.tracking import METRICS_FILE
@@ -37,8 +38,11 @@ def write_run(place: Path, iterations: int, **more: float) -> Path:
     return folder
 
 
-def write_clips(folder: Path, iteration: int, seed: int, side: int = 16, frames: int = 3) -> None:
+def write_clips(folder: Path, iteration: int, seed: int) -> None:
     """Writes clips of an evaluation as a run does."""
-    videos = np.random.default_rng(seed).integers(0, 255, (2, frames, side, side, 3), dtype=np.uint8)
-    scores = {"icon": np.array([0.25, 0.5]) + iteration}
-    SampleFolder(folder / SAMPLES).save(iteration, PROMPTS, videos, scores)
+    save_clips(folder, iteration, np.random.default_rng(seed).integers(0, 255, (2, 3, 16, 16, 3), dtype=np.uint8))
+
+
+def save_clips(folder: Path, iteration: int, videos: Videos) -> None:
+    """Saves clips ``[2, frames, height, width, 3]`` of an evaluation as a run does."""
+    SampleFolder(folder / SAMPLES).save(iteration, PROMPTS, videos, {"icon": np.array([0.25, 0.5]) + iteration})
