@@ -178,7 +178,7 @@ class GuidanceConfig(Node):
 
         return Guidance(
             scale=self.scale, beta=self.beta, window=self.window, time_window=self.time_window, every=self.every,
-            scale_per=self.scale_per,
+            per_step=self.scale_per == "step",
         )  # fmt: skip
 
     def at(self, iteration: int) -> Guidance | None:

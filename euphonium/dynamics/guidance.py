@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,9 +24,9 @@ class Guidance:
         window: half-open range of steps ``(start, stop)`` in which guidance acts; None means every step.
         time_window: the same as a half-open range of ``t = 1 - sigma``, the papers' time from noise (0) to data (1):
             guidance acts in the steps that begin in it.
-        every: guidance acts at every so many steps of the window, the first of them included.
-        scale_per: ``time`` for Eq. 20; ``step`` leaves the step's length out, so that ``g_k = lambda`` (Euphonium's
-            released trainer without ``use_delta_t_for_gradient_scaling``). Only with ``scale``.
+        every: guidance acts at every so many steps of the window, the first of them included; None for all of them.
+        per_step: leave the step's length out, so that ``g_k = lambda`` (Euphonium's released trainer without
+            ``use_delta_t_for_gradient_scaling``); only with ``scale``.
 
     Example:
         >>> sigmas = torch.tensor([1.0, 0.75, 0.5, 0.0], dtype=torch.float64)
@@ -39,8 +38,8 @@ class Guidance:
     beta: float | None = None
     window: tuple[int, int] | None = None
     time_window: tuple[float, float] | None = None
-    every: int = 1
-    scale_per: Literal["time", "step"] = "time"
+    every: int | None = None
+    per_step: bool = False
 
     def __post_init__(self) -> None:
         if self.window is not None and self.time_window is not None:
@@ -51,9 +50,9 @@ class Guidance:
             raise StepTableError(f"guidance scale must be finite, got {self.scale}")
         if self.beta is not None and not (self.beta > 0 and math.isfinite(self.beta)):
             raise StepTableError(f"guidance beta must be positive and finite, got {self.beta}")
-        if self.every < 1:
+        if self.every is not None and self.every < 1:
             raise StepTableError(f"guidance acts at every step or at every n-th, n at least 1, got {self.every}")
-        if self.beta is not None and self.scale_per == "step":
+        if self.beta is not None and self.per_step:
             raise StepTableError("scale_per: step is for guidance by scale; beta pushes as far as the step's variance")
 
     def coefficients(self, sigmas: Tensor, variance: Tensor) -> Tensor:
@@ -75,7 +74,7 @@ class Guidance:
         if self.beta is not None and bool((variance[start:stop] == 0).all()):
             raise StepTableError("guidance by beta needs a stochastic law: V_k is 0 in the whole window; give scale")
         if self.scale is not None:
-            strength = self.scale * (delta if self.scale_per == "time" else torch.ones_like(delta))
+            strength = self.scale * (torch.ones_like(delta) if self.per_step else delta)
         else:
             strength = variance / (2 * (self.beta or 1.0))
         inside = torch.zeros_like(delta)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,13 +81,13 @@ def read_instruction(file: Path) -> str:
 class _Network(nn.Module):
     """Qwen2-VL without its word head, and linear layers with ReLU between them."""
 
-    def __init__(self, config: Qwen2VLConfig, head: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(self, config: Qwen2VLConfig, head: Mapping[int, torch.Size]) -> None:
         from transformers import Qwen2VLModel
 
         super().__init__()
         self.backbone = Qwen2VLModel(config)
         # Numbered as in the published file, where ReLU and dropout have numbers, too.
-        self.rm_head = nn.ModuleDict({str(number): nn.Linear(inner, outer) for number, inner, outer in head})
+        self.rm_head = nn.ModuleDict({str(number): nn.Linear(shape[1], shape[0]) for number, shape in head.items()})
 
     def forward(self, tokens: Tensor, mask: Tensor, pixels: Tensor, grids: Tensor, special: int) -> Tensor:
         """Mean scores, float32 ``[batch]``; arguments as those of VideoAlign's network, for one token."""
@@ -97,9 +97,9 @@ class _Network(nn.Module):
             use_cache=False,
         ).last_hidden_state  # fmt: skip
         x = hidden[torch.arange(len(tokens), device=tokens.device), (tokens == special).int().argmax(dim=1)].float()
-        for number, layer in enumerate(self.rm_head.values()):
-            assert isinstance(layer, nn.Linear)
-            x = nn.functional.linear(x.relu() if number else x, layer.weight.float(), layer.bias.float())
+        for place, number in enumerate(self.rm_head):
+            weight, bias = (self.rm_head.get_parameter(f"{number}.{part}").float() for part in ("weight", "bias"))
+            x = nn.functional.linear(x.relu() if place else x, weight, bias)
         return x[:, 0]
 
 
@@ -149,8 +149,7 @@ class HpsV3:
         # "auto" would pick flash attention's own numbers where it is installed.
         config._attn_implementation = "sdpa"
         numbers = sorted(int(name.split(".")[1]) for name in state if name.startswith("rm_head.") and "weight" in name)
-        shapes = {n: state[f"rm_head.{n}.weight"].shape for n in numbers}
-        head = [(n, inputs, outputs) for n, (outputs, inputs) in shapes.items()]
+        head = {n: state[f"rm_head.{n}.weight"].shape for n in numbers}
         named = {
             n if n.startswith("rm_head.") else f"backbone.{n}": t.to(dtype_of(options.dtype)) for n, t in state.items()
         }

@@ -110,9 +110,9 @@ def test_guidance_at_every_nth_step_and_per_step() -> None:
     every = StepTable.build("dance", sigmas, eta=0.4, guidance=Guidance(scale=0.5, window=(1, 7), every=2))
     assert every.guided_steps == [1, 3, 5]
     assert torch.allclose(every.coef_grad[[1, 3, 5]], 0.5 * delta[[1, 3, 5]])
-    per_step = StepTable.build("dance", sigmas, eta=0.4, guidance=Guidance(scale=0.5, scale_per="step"))
+    per_step = StepTable.build("dance", sigmas, eta=0.4, guidance=Guidance(scale=0.5, per_step=True))
     assert per_step.coef_grad.tolist() == [0.5] * 8
     with pytest.raises(ValueError, match="scale_per: step is for guidance by scale"):
-        Guidance(beta=1.0, scale_per="step")
+        Guidance(beta=1.0, per_step=True)
     with pytest.raises(ValueError, match="n at least 1"):
         Guidance(scale=1.0, every=0)
