@@ -102,8 +102,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         "sampler": f"{config.sampler.law}, {table.num_steps} steps, stochastic {_stochastic(config, table)}, "
         f"guided {_ranges(table.guided_steps) or 'none'}",
         "trained transitions per iteration": rollout.prompts_per_iteration * trained * steps,
-        "without a pass of the network": _left_out(config),
-        "the learner begins": _beginning(config),
+        **_learning(config),
         "trajectory bytes per iteration": rollout.prompts_per_iteration * states * values * 4,
         "rollout actors": f"{pools.rollout.num_actors} x {pools.rollout.num_gpus:g} GPU",
         "PRM servers": f"{pools.prm.num_actors} x {pools.prm.num_gpus:g} GPU" if process else "none",
@@ -144,24 +143,20 @@ def check_prompts(prompts: PromptsConfig, family: Generator, *, weights: bool) -
     return found | warn_of_cut_prompts(family, texts)
 
 
-def _left_out(config: RunConfig) -> str:
-    """Which of the trained transitions the learner does not compute, in words."""
-    if config.objective.trains_zero_advantages:
-        return "none: the KL penalty, or the imitation of guidance, has a gradient also where the advantage is 0"
-    return "those of samples whose advantage is 0"
-
-
 def _sharing(config: RunConfig) -> str:
     """How many ranks share a sample, in words; empty if each has its own."""
     ranks = config.pools.learner.sequence_parallel
     return f", of which {ranks} share every sample's tokens" if ranks > 1 else ""
 
 
-def _beginning(config: RunConfig) -> str:
-    """When the learner begins with an iteration, in words."""
+def _learning(config: RunConfig) -> dict[str, str]:
+    """Which of the trained transitions the learner does not compute, and when it begins, in words."""
+    skipped, begins = "those of samples whose advantage is 0", "with the first groups, while the others are drawn"
+    if config.objective.trains_zero_advantages:
+        skipped = "none: the KL penalty, or the imitation of guidance, has a gradient also where the advantage is 0"
     if reason := config.waits_for_all_groups:
-        return f"when all groups of an iteration are there ({reason})"
-    return "with the first groups of an iteration, while the others are drawn"
+        begins = f"when all groups of an iteration are there ({reason})"
+    return {"without a pass of the network": skipped, "the learner begins": begins}
 
 
 def _untrained_guidance(table: StepTable) -> dict[str, str]:

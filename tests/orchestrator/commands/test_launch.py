@@ -13,7 +13,7 @@ import yaml
 
 from euphonium.config import RunConfig, dump_config, load_config
 from euphonium.errors import CheckpointError, ConfigError, PreflightError
-from orchestrator.commands.launch import _beginning, _left_out, plan_start, preflight, prepare_run_dir
+from orchestrator.commands.launch import _learning, plan_start, preflight, prepare_run_dir
 from orchestrator.commands.planning import settle_run
 from orchestrator.commands.train import train_policy
 from orchestrator.pools.ray_session import connect_ray, join_ray
@@ -200,9 +200,12 @@ def test_why_the_learner_waits_for_all_groups_is_said(
 ) -> None:
     config = make_config(override)
     assert reason in config.waits_for_all_groups
-    assert _beginning(config) == f"when all groups of an iteration are there ({config.waits_for_all_groups})"
+    assert (
+        _learning(config)["the learner begins"]
+        == f"when all groups of an iteration are there ({config.waits_for_all_groups})"
+    )
     penalised = make_config("objective.kl={anchor: fixed}")
-    assert _left_out(penalised).startswith("none")
+    assert _learning(penalised)["without a pass of the network"].startswith("none")
 
 
 @pytest.mark.parametrize(
