@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +42,12 @@ class Flux(ImageGenerator):
     @override
     def shifting_tokens(self) -> int:
         return math.prod(self.latent_shape[2:]) // self.patch_size**2
+
+    @override
+    def context_parallel_plan(self) -> dict[str, Any] | None:
+        from diffusers import FluxTransformer2DModel
+
+        return dict(FluxTransformer2DModel._cp_plan)
 
     @override
     def shared_tokens(self) -> dict[str, int]:

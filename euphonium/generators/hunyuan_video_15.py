@@ -138,6 +138,10 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
     image_components = ("image_encoder", "feature_extractor")
 
     @override
+    def context_parallel_plan(self) -> dict[str, Any] | None:
+        return None
+
+    @override
     def image_shapes(self) -> dict[str, tuple[int, ...]]:
         vision = self.pipeline.component_config("image_encoder")
         tokens = (int(vision["image_size"]) // int(vision["patch_size"])) ** 2

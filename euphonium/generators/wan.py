@@ -80,9 +80,12 @@ class Wan(Generator):
 
     @override
     def context_parallel_plan(self) -> dict[str, Any] | None:
-        plan = super().context_parallel_plan()
+        if self._boundary is not None:
+            return None
+        from diffusers import WanTransformer3DModel
+
         # Times of single tokens are Wan 2.2's.
-        return None if plan is None else {name: part for name, part in plan.items() if name}
+        return {name: part for name, part in WanTransformer3DModel._cp_plan.items() if name}
 
     @override
     def with_exact_buffers(self, transformer: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -67,6 +68,10 @@ class WanImageToVideo(Wan):
     def _views(self) -> bool:
         """Whether the transformer reads CLIP's states of the picture."""
         return self.transformer_config().get("image_dim") is not None
+
+    @override
+    def context_parallel_plan(self) -> dict[str, Any] | None:
+        return None
 
     @override
     def image_shapes(self) -> dict[str, tuple[int, ...]]:
