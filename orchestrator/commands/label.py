@@ -21,7 +21,7 @@ def label(
     1 is good and 0 is bad, or any numbers, the higher the better. Labels that are in it already stay.
     """
     from orchestrator.commands.cli import say
-    from orchestrator.generation.labels import write_sheet
+    from orchestrator.comparison.labels import write_sheet
 
     sheet, rows, labelled = write_sheet(folder)
     say(f"{sheet}: {labelled} of {rows} clips are labelled")
@@ -44,8 +44,8 @@ def preferences(
     """Turn people's labels, or their judgements of pairs, into a preference file for train-prm and train-orm."""
     from orchestrator.commands.cli import say
     from orchestrator.comparison.judgements import read_comparison, read_judgements
+    from orchestrator.comparison.labels import judged_preferences, labelled_preferences, write_preferences
     from orchestrator.comparison.models import RESULT
-    from orchestrator.generation.labels import judged_preferences, labelled_preferences, write_preferences
 
     if (folder / RESULT).is_file():
         comparison = read_comparison(folder)
