@@ -168,7 +168,7 @@ class Background:
 
 def open_trackers(config: RunConfig, iterations_done: int) -> list[Background]:
     """Starts the trackers of a run; a resumed run goes on in the runs that it was tracked in before."""
-    from orchestrator.report import tracker_backends as backends
+    from orchestrator.report import tracker_kinds as backends
 
     ids = TrackedIds(config.run_dir / TRACKED)
     settings = masked(flattened(config.model_dump(mode="json")))

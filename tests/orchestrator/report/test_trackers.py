@@ -65,10 +65,10 @@ def with_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]
     """Puts something in the place of the W&B backend, behind the configuration and the thread."""
 
     def put(make: Callable[[], Any]) -> None:
-        from orchestrator.report import tracker_backends
+        from orchestrator.report import tracker_kinds
 
-        backends = dict(tracker_backends.BACKENDS) | {"wandb": lambda _config, _run: make()}
-        monkeypatch.setattr(tracker_backends, "BACKENDS", backends)
+        backends = dict(tracker_kinds.BACKENDS) | {"wandb": lambda _config, _run: make()}
+        monkeypatch.setattr(tracker_kinds, "BACKENDS", backends)
 
     return put
 
