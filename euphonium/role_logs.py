@@ -20,7 +20,7 @@ SAID = "euphonium.said"
 # Seconds for which a noted iteration is taken as it was read.
 READ_EVERY_S = 0.2
 _NOTE = ".iteration"
-_CHATTY = ("ray", "diffusers", "transformers", "httpx", "DeepSpeed", "matplotlib", "PIL")
+_CHATTY = ("compilers", "ray", "diffusers", "transformers", "httpx", "DeepSpeed", "matplotlib", "PIL")
 
 log = logging.getLogger(__name__)
 logging.getLogger(SAID).propagate = False
