@@ -15,12 +15,12 @@ from pathlib import Path
 from typing_extensions import override
 
 FOLDER = "logs"
-# What a run prints goes to the driver's file through this logger, and nowhere else.
+# What goes to the file and nowhere else, such as what a run prints already.
 SAID = "euphonium.said"
 # Seconds for which a noted iteration is taken as it was read.
 READ_EVERY_S = 0.2
 _NOTE = ".iteration"
-_CHATTY = ("ray", "diffusers", "transformers", "httpx", "DeepSpeed", "matplotlib", "PIL")
+_CHATTY = ("compilers", "ray", "diffusers", "transformers", "httpx", "DeepSpeed", "matplotlib", "PIL")
 
 log = logging.getLogger(__name__)
 logging.getLogger(SAID).propagate = False
@@ -94,7 +94,7 @@ def keep_role_log(run_dir: Path, role: str) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     root.addHandler(handler)
     logging.getLogger(SAID).addHandler(handler)
-    log.info("the log of %s begins: process %d", role, os.getpid())
+    logging.getLogger(SAID).info("the log of %s begins: process %d", role, os.getpid())
 
 
 def end_role_log() -> None:

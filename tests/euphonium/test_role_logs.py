@@ -41,7 +41,7 @@ def test_a_line_names_role_node_and_the_iteration_that_the_run_is_at(tmp_path: P
     node = re.escape(platform.node())
     stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}"
     expected = [
-        rf"{stamp} INFO orm-1 {node} iteration=- euphonium.role_logs: the log of orm-1 begins: process \d+",
+        rf"{stamp} INFO orm-1 {node} iteration=- euphonium.said: the log of orm-1 begins: process \d+",
         rf"{stamp} INFO orm-1 {node} iteration=- somewhere.deep: before",
         rf"{stamp} WARNING orm-1 {node} iteration=7 somewhere.deep: left out\\udc80",
         rf"{stamp} INFO orm-1 {node} iteration=8 somewhere.deep: later",
