@@ -35,7 +35,7 @@ COLOURS = {
 }
 AGAINST = "#d0021b"
 
-WIDTH, MARGIN, PAD, GUTTER, LANE = 980, 14, 14, 30, 9
+WIDTH, MARGIN, PAD, GUTTER, LANE = 1400, 14, 14, 30, 9
 BETWEEN_ROWS, BETWEEN_PANELS, BETWEEN_BOXES = 44, 14, 12
 TITLE, LINE = 50, 15
 # Of the monospaced fonts below, the widest has letters of 0.602 em.

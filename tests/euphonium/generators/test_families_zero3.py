@@ -101,4 +101,5 @@ def test_the_learner_starts_with_the_rollout_policy_and_trains_it(name: str, way
     assert report["after"] > 2 * WAYS[way][2]
     # No weight's gradient is lost on its way through partitions, recomputation and blocks gathered whole.
     assert report["grad_norm"] == pytest.approx(report["plain_grad_norm"], rel=WAYS[way][3])
-    assert report["trained"] > 10
+    # FLUX.2 has one block with layers of their own for queries, keys and values: four adapters of two matrices.
+    assert report["trained"] >= 8
