@@ -56,7 +56,7 @@ def test_every_group_is_stochastic_at_a_step_of_its_own(make_config: MakeConfig)
         assert len({tuple(sample.flatten().tolist()) for sample in latents}) == 3
         # The learner scores by the table of all groups, and finds the same probabilities.
         assert info.fingerprint == worker.family.step_table(config.sampler).fingerprint()
-        group = TrainingGroup(info=info, advantages=np.ones((1, 3, 4), np.float32), samples=np.arange(3))
+        group = TrainingGroup(info=info, advantages=np.ones((1, 3, 4), np.float32), samples=np.arange(3), counted=3)
         rows = load_rows(MicroBatch(group=0, begin=0, end=group.states, weight=1.0), group, payload, CPU)
         value = evaluate_objective(
             config.objective, worker.table(), partial(worker.family.velocity, worker.transformer), rows
