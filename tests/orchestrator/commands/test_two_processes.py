@@ -47,7 +47,7 @@ def test_a_run_that_runs_is_not_started_again(tiny_recipe_file: Callable[..., Ru
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["iteration"] for record in records] == list(range(5))
     assert (run / "export" / "model_index.json").is_file()
-    assert sorted(path.name for path in run.parent.iterdir()) == ["tiny"]
+    assert sorted(path.name for path in run.parent.iterdir()) == [".prometheus", "tiny"]
 
 
 def test_a_reward_models_training_has_its_folder_and_its_target_to_itself(
