@@ -15,7 +15,7 @@ from typing_extensions import override
 from euphonium.generators.backbone import NetworkClass
 from euphonium.generators.conditioning import Conditioning, PromptEncoder
 from euphonium.generators.images import ImageGenerator
-from euphonium.generators.noise_grid import scheduler_config
+from euphonium.generators.noise_grid import evenly_told
 
 # The transformer reads squares of this many latents a side as one token.
 PACK = 2
@@ -35,9 +35,7 @@ class Flux(ImageGenerator):
 
     @override
     def told_sigmas(self, num_steps: int) -> NDArray[np.float64] | None:
-        if scheduler_config(self.pipeline).get("use_flow_sigmas"):
-            return None
-        return np.linspace(1.0, 1 / num_steps, num_steps)
+        return evenly_told(self.pipeline, num_steps)
 
     @override
     def shifting_tokens(self) -> int:

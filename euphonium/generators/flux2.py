@@ -19,7 +19,7 @@ from euphonium.generators.conditioning import Conditioning, PromptEncoder
 from euphonium.generators.flux import PACK
 from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.images import ImageGenerator
-from euphonium.generators.noise_grid import scheduler_config
+from euphonium.generators.noise_grid import evenly_told
 from euphonium.generators.vae import Autoencoder, ImageVae, VideoVae
 
 
@@ -58,9 +58,7 @@ class Flux2Klein(ImageGenerator):
 
     @override
     def told_sigmas(self, num_steps: int) -> NDArray[np.float64] | None:
-        if scheduler_config(self.pipeline).get("use_flow_sigmas"):
-            return None
-        return np.linspace(1.0, 1 / num_steps, num_steps)
+        return evenly_told(self.pipeline, num_steps)
 
     @override
     def told_shift(self, num_steps: int) -> float:

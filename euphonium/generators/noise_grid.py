@@ -43,6 +43,13 @@ def scheduler_config(pipeline: PipelineFolder) -> ComponentConfig:
     return pipeline.component_config(SCHEDULER, SCHEDULER_FILE)
 
 
+def evenly_told(pipeline: PipelineFolder, num_steps: int) -> NDArray[np.float64] | None:
+    """Levels from 1 to 1 / T, which pipelines of images tell their schedulers; None where the scheduler has its own."""
+    if scheduler_config(pipeline).get("use_flow_sigmas"):
+        return None
+    return np.linspace(1.0, 1 / num_steps, num_steps)
+
+
 def pipeline_grid(
     pipeline: PipelineFolder,
     num_steps: int,

@@ -16,7 +16,7 @@ from euphonium.generators.backbone import NetworkClass
 from euphonium.generators.conditioning import Conditioning, PromptEncoder, guided
 from euphonium.generators.flux import PACK, pack, unpack
 from euphonium.generators.generator import Generator
-from euphonium.generators.noise_grid import scheduler_config
+from euphonium.generators.noise_grid import evenly_told
 from euphonium.generators.vae import Autoencoder, VideoVae
 from euphonium.generators.wan import WanVae
 
@@ -46,9 +46,7 @@ class QwenImage(Generator):
 
     @override
     def told_sigmas(self, num_steps: int) -> NDArray[np.float64] | None:
-        if scheduler_config(self.pipeline).get("use_flow_sigmas"):
-            return None
-        return np.linspace(1.0, 1 / num_steps, num_steps)
+        return evenly_told(self.pipeline, num_steps)
 
     @override
     def shifting_tokens(self) -> int:
