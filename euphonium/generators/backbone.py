@@ -103,7 +103,7 @@ class Backbone(ABC):
         """
         built = self.transformer_class().from_config(self.transformer_config() if config is None else config)
         self._fill_buffers(built)
-        self._choose_attention(self.prepare_attention(built))
+        self._choose_attention(self.prepare(built))
         return nn.Module.to(self.with_exact_buffers(built), dtype=self.dtype)
 
     def load_transformer(self, device: torch.device) -> nn.Module:
@@ -112,7 +112,7 @@ class Backbone(ABC):
 
     def _load_component(self, name: str, device: torch.device) -> nn.Module:
         loaded = self.transformer_class().from_pretrained(self.folder / name, dtype=self.dtype, use_safetensors=True)
-        self._choose_attention(self.prepare_attention(loaded))
+        self._choose_attention(self.prepare(loaded))
         # diffusers keeps some weights in float32 (and its own method warns of rounding them), but ZeRO-3 has one type
         # for all: what rollout actors compute with must be what learners train.
         return nn.Module.to(self.with_exact_buffers(loaded), device=device, dtype=self.dtype).eval()
@@ -124,8 +124,8 @@ class Backbone(ABC):
         """
         return transformer
 
-    def prepare_attention(self, transformer: nn.Module) -> nn.Module:
-        """Replaces attention processors that waste time, in place; most families need nothing."""
+    def prepare(self, transformer: nn.Module) -> nn.Module:
+        """Changes a new transformer in place where its own ways do not suit ours; most families need nothing."""
         return transformer
 
     def context_parallel_plan(self) -> dict[str, Any] | None:

@@ -102,7 +102,7 @@ class HunyuanVideo(Generator):
         return VideoVae.load(self.vae_class(), self.folder, device, dtype)
 
     @override
-    def prepare_attention(self, transformer: nn.Module) -> nn.Module:
+    def prepare(self, transformer: nn.Module) -> nn.Module:
         from euphonium.generators.attention import leave_out_masks
 
         leave_out_masks(transformer)

@@ -54,6 +54,11 @@ class ZImage(ImageGenerator):
         return ZImageTransformer2DModel
 
     @override
+    def prepare(self, transformer: nn.Module) -> nn.Module:
+        transformer.register_forward_hook(_as_one_tensor)
+        return transformer
+
+    @override
     def token_width(self) -> int:
         return int(self.transformer_config()["dim"])
 
@@ -99,10 +104,19 @@ class ZImage(ImageGenerator):
     def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         texts, mask = conditioning["encoder_hidden_states"], conditioning["encoder_attention_mask"]
         lengths = [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(dim=1).long().tolist()
-        output: list[Tensor] = transformer(
+        output: Tensor = transformer(
             list(x.to(self.dtype).unbind()),
             1 - time,
             [text[:length] for text, length in zip(texts, lengths, strict=True)],
             return_dict=False,
         )[0]
-        return -torch.stack(output)
+        return -output
+
+
+def _as_one_tensor(transformer: nn.Module, arguments: Any, output: tuple[list[Tensor]]) -> tuple[Tensor]:
+    """Makes one tensor of the samples that the network returns one by one.
+
+    ZeRO-3 follows every tensor that a module returns through the backward pass, and remembers their order: ranks whose
+    micro-batches differ in size would no longer agree on when weights are gathered, and wait for each other forever.
+    """
+    return (torch.stack(output[0]),)

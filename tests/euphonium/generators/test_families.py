@@ -240,6 +240,20 @@ def test_a_group_of_one_prompt_attends_without_a_mask(
 
 
 @one_a_family
+def test_a_network_returns_one_tensor_whatever_the_number_of_samples(name: str, folders: Folders) -> None:
+    """ZeRO-3 remembers how many tensors a module returns, and ranks whose batches differ must remember the same."""
+    family = family_of(name, folders)
+    transformer = family.load_transformer(CPU)
+    outputs: list[Any] = []
+    transformer.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    x, conditioning = noise(family), conditioning_of(family)
+    with torch.no_grad():
+        family.velocity(transformer, x, torch.full((len(x),), 0.5), conditioning)
+    assert all(torch.is_tensor(output if torch.is_tensor(output) else output[0]) for output in outputs)
+    assert outputs
+
+
+@one_a_family
 def test_decoded_samples_are_the_pipelines_own(name: str, folders: Folders) -> None:
     family, case = family_of(name, folders), CASES[name]
     latents = their_samples(case, family, "latent")
