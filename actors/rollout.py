@@ -12,12 +12,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors.guidance import ScaledGradients
 from actors.sampler import (
@@ -35,12 +35,14 @@ from actors.sampler import (
 )
 from actors.sleeper import Sleeper
 from actors.sources import RewardSources
+from actors.velocity import Reuse, velocity_in_passes
 from euphonium.config import GuidanceConfig, RunConfig, SamplerConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import TrainingError
-from euphonium.generators.conditioning import Conditioning, ConditioningCache, expand, stack_conditionings
+from euphonium.generators.conditioning import Conditioning, ConditioningCache, stack_conditionings
 from euphonium.generators.embeddings import stored_encoder
-from euphonium.generators.generator import Generator, images_for
+from euphonium.generators.feature_cache import FeatureCache
+from euphonium.generators.generator import images_for
 from euphonium.generators.lora import adapter_parameters, add_adapter
 from euphonium.generators.registry import open_generator
 from euphonium.role_logs import keep_role_log
@@ -86,6 +88,8 @@ class RolloutWorker:
         self.transformer.requires_grad_(False)
         if config.rollout.compile:
             self.family.compile_blocks(self.transformer)
+        reuses = config.rollout.reuse_below is not None or config.evaluation.reuse_below is not None
+        self.cache = FeatureCache(self.transformer) if reuses else None
         self._sleeper = Sleeper(self.transformer, device)
         if asleep:
             self._sleeper.sleep()
@@ -153,12 +157,13 @@ class RolloutWorker:
             self.family.latent_shape, group_size, task.seed, shared=config.sampler.shared_noise, device=self.device
         )
         velocity = self.velocity(conditioning)
+        reuse = self._reuse(config.rollout.reuse_below, [float(table.times[k]) for k in table.stochastic_steps])
         scored = scored_states(self.config, table)
         guidance = config.sampler.guidance
         needs_source = bool(scored) or bool(table.guided_steps)
         trajectory = sample_group(
             table,
-            velocity,
+            velocity if reuse is None else self.velocity(conditioning, reuse),
             start,
             noise,
             Recording(
@@ -189,6 +194,7 @@ class RolloutWorker:
             final_rewards=self._final(trajectory.process_rewards),
             seconds={**trajectory.seconds, "total": time.perf_counter() - began},
             payload_bytes=payload.nbytes,
+            reused=0.0 if reuse is None else reuse.share,
         )
         return info, final.cpu().numpy(), payload
 
@@ -222,17 +228,33 @@ class RolloutWorker:
                 # Samples of an evaluation are no members of a group.
                 alone = guidance.model_copy(update={"strengths": (1.0,)})
                 source = _guiding(make_source(conditioning, table, velocity), alone, table, strength=1.0)
+            reuse = self._reuse(settings.reuse_below)
+            walked = velocity if reuse is None else self.velocity(conditioning, reuse)
             return self.family.finish(
-                sample_deterministic(table, velocity, torch.cat(starts), source), conditioning
+                sample_deterministic(table, walked, torch.cat(starts), source), conditioning
             ).cpu()
 
         # A source of gradients is for one prompt; without one, prompts share a pass.
         passes = self.passes if guidance is None else Passes(1, "rollout.samples_per_pass")
         return torch.cat(passes.run(len(prompts), samples)).numpy()
 
-    def velocity(self, conditioning: Conditioning) -> Velocity:
-        """The policy's output as a function of state and time, for a conditioning of one prompt or of one a sample."""
-        return velocity_in_passes(self.family, self.transformer, conditioning, self.passes)
+    def velocity(self, conditioning: Conditioning, reuse: Reuse | None = None) -> Velocity:
+        """The policy's output as a function of state and time, for a conditioning of one prompt or of one a sample.
+
+        Args:
+            conditioning: the conditioning.
+            reuse: which passes may reuse what the last one computed; None for exact ones.
+        """
+        if reuse is None and self.cache is not None:
+            reuse = Reuse(self.cache)
+        return velocity_in_passes(self.family, self.transformer, conditioning, self.passes, reuse)
+
+    def _reuse(self, threshold: float | None, exact: Collection[float] = ()) -> Reuse | None:
+        """What passes over new samples may reuse; None if nothing."""
+        if self.cache is None or threshold is None:
+            return None
+        self.cache.forget()
+        return Reuse(self.cache, threshold, frozenset(exact))
 
     def _final(self, rewards: Tensor | None) -> Array | None:
         """Process rewards of the finished samples, ``[group]``, where they count as an outcome reward."""
@@ -252,32 +274,6 @@ class RolloutWorker:
             steps = credited_steps(process, table)
             credited[:, steps] = after[:, steps] - before[:, steps]
         return np.ascontiguousarray(credited.numpy())
-
-
-def velocity_in_passes(
-    family: Generator, transformer: nn.Module, conditioning: Conditioning, passes: Passes
-) -> Velocity:
-    """A transformer's output as a function of state and time, without gradients, in passes that fit.
-
-    Args:
-        family: the generator.
-        transformer: its transformer.
-        conditioning: conditioning of one prompt, or of one a sample.
-        passes: passes over the samples.
-    """
-
-    @torch.no_grad()
-    def velocity(x: Tensor, time: float) -> Tensor:
-        times = torch.full((len(x),), time, dtype=torch.float32, device=x.device)
-        prompt = expand(conditioning, len(x))
-
-        def one_pass(part: slice) -> Tensor:
-            read = {name: tensor[part] for name, tensor in prompt.items()}
-            return family.velocity(transformer, x[part], times[part], read)
-
-        return torch.cat(passes.run(len(x), one_pass))
-
-    return velocity
 
 
 def _payload(trajectory: Trajectory, conditioning: Conditioning) -> GroupPayload:

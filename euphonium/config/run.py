@@ -65,6 +65,7 @@ class RunConfig(Node):
         _some_reward_is_trained(self.advantage, self.rewards)
         _learner_still_has_the_old_policy(self.objective, self.rollout)
         _sleep_comes_in_turn(self.pools, self.rollout)
+        _reuse_has_steps_and_blocks(self.sampler, self.rollout, self.evaluation)
         _best_of_fits_the_group(self.advantage, self.rollout)
         _members_of_each_strength_compare(self.sampler, self.advantage, self.rollout)
         _outcome_rewards_rank(self)
@@ -164,6 +165,16 @@ def _sleep_comes_in_turn(pools: PoolsConfig, rollout: RolloutConfig) -> None:
             f"pools.rollout.sleep leaves the GPUs to the learner while it works, and rollout.max_staleness "
             f"({rollout.max_staleness}) has rollouts go on meanwhile: set it to 0, or sleep to false"
         )
+
+
+def _reuse_has_steps_and_blocks(sampler: SamplerConfig, rollout: RolloutConfig, evaluation: EvaluationConfig) -> None:
+    if rollout.reuse_below is not None and sampler.sde_window is None:
+        raise ValueError(
+            "rollout.reuse_below is for steps without noise, and there are none: set sampler.sde_window, or leave it "
+            "out"
+        )
+    if rollout.compile and (rollout.reuse_below is not None or evaluation.reuse_below is not None):
+        raise ValueError("reuse_below decides at every pass which blocks are computed: it goes without rollout.compile")
 
 
 def _best_of_fits_the_group(advantage: AdvantageConfig, rollout: RolloutConfig) -> None:

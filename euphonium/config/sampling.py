@@ -346,6 +346,11 @@ class RolloutConfig(Node):
     compile: bool = False
     """Compile the transformer's blocks in rollout actors: about 1.5 times as fast on an H100, after tens of seconds
     for the first pass of each shape."""
+    reuse_below: PositiveFloat | None = None
+    """Let steps without noise, which have no likelihood, go without the blocks behind the first one and add what these
+    added at the step before, where the first block's own contribution has changed by less than this share (the
+    first-block cache of diffusers; 0.05 to 0.2 are usual). Steps with noise are always computed in full. Samples change
+    a little: docs/performance.md has how much. null computes every step."""
     deadline_s: PositiveFloat = 600.0
     """Longest time that one group may take before its actor counts as hung."""
     max_staleness: NonNegativeInt = 0
@@ -375,5 +380,7 @@ class EvaluationConfig(Node):
     """Samples a prompt, each from noise of its own."""
     seed: Seed = 1_000_003
     """Seed of the noise; apart from the run's seed, so that runs compare on the same noise."""
+    reuse_below: PositiveFloat | None = None
+    """As ``rollout.reuse_below``, at the evaluation's steps. Scores of runs compare at equal values only."""
     clips: NonNegativeInt = 8
     """Clips saved as pictures in ``samples/``."""

@@ -72,6 +72,7 @@ class GroupInfo:
             reward; else None.
         seconds: wall time by part of the work.
         payload_bytes: size of the arrays that the learner group fetches.
+        reused: share of the passes that reused what the last one computed (``rollout.reuse_below``).
     """
 
     task: GroupTask
@@ -82,6 +83,7 @@ class GroupInfo:
     seconds: dict[str, float]
     payload_bytes: int
     final_rewards: Array | None = None
+    reused: float = 0.0
 
     @property
     def transitions(self) -> int:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.rollout import encode_one, velocity_in_passes
+from actors.rollout import encode_one
 from actors.sampler import initial_noise, sample_deterministic
+from actors.velocity import velocity_in_passes
 from euphonium.config import OrmPoolConfig, PrmConfig
 from euphonium.config.rewards import optional_rewards
 from euphonium.errors import ConfigError

@@ -111,6 +111,8 @@ METRICS = (
     Metric("rollout/samples", "samples", "Samples drawn in the iteration."),
     Metric("rollout/prm_wait_fraction", "prm_wait_fraction",
            "Share of rollout time spent waiting for the PRM after the velocity was ready; 0 is full overlap."),
+    Metric("rollout/reused_fraction", "reused_fraction",
+           "Share of the rollout actors' passes that went without the blocks behind the first (rollout.reuse_below)."),
     Metric("buffer/bytes", "buffer_bytes", "Bytes of the groups that were drawn and not yet trained on."),
     Metric("buffer/groups", "buffer_groups", "Groups that were begun and not yet trained on."),
     Metric("staleness/mean", "staleness_mean",

@@ -42,6 +42,8 @@ def rollout_statistics(
     seconds = [info.seconds for info in infos]
     total = sum(part["total"] for part in seconds)
     record["rollout/prm_wait_fraction"] = sum(part["process_reward"] for part in seconds) / total
+    if config.rollout.reuse_below is not None:
+        record["rollout/reused_fraction"] = float(np.mean([info.reused for info in infos]))
     record["rollout/groups"] = float(len(infos))
     record["rollout/samples"] = float(len(infos) * config.rollout.group_size)
     return record

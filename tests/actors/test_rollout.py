@@ -12,6 +12,7 @@ from actors.rollout import RolloutWorker
 from actors.sampler import Recording, Rewarded, Velocity, initial_noise, sample_group, select_steps
 from euphonium.config import RunConfig
 from euphonium.dynamics import Guidance, StepTable, shifted_sigmas
+from euphonium.errors import ConfigError
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.wire.later import Later
 from euphonium.wire.records import GroupTask, TrainingGroup
@@ -140,6 +141,38 @@ def test_rollout_and_learner_agree_on_the_ratio(make_config: MakeConfig, kind: s
         config.objective, worker.table(), lambda x, s, c: worker.family.velocity(worker.transformer, x, s, c), rows
     )
     assert float((value.ratio - 1).abs().max()) < 1e-5
+
+
+def test_steps_that_reuse_passes_leave_trained_ones_exact(make_config: MakeConfig) -> None:
+    plain = ("sampler.guidance=null", "rewards.process=null", "advantage.mode=outcome", "sampler.sde_window=[1,3]")
+    exact = RolloutWorker(make_config(*plain), CPU)
+    cheap = RolloutWorker(make_config(*plain, "rollout.reuse_below=1e9", "evaluation.reuse_below=1e-9"), CPU)
+    cheap.load_weights(0, exact.transformer.named_parameters())
+    info, latents, payload = cheap.generate(TASK, None)
+    assert info.reused == pytest.approx(1 / 4), "the last of four steps; the first has nothing to reuse"
+    assert not np.allclose(latents, exact.generate(TASK, None)[1])
+    group = TrainingGroup(info=info, advantages=np.ones((1, 3, 4), dtype=np.float32), samples=np.arange(3), counted=3)
+    rows = load_rows(MicroBatch(group=0, begin=0, end=group.states, weight=1.0), group, payload, CPU)
+    value = evaluate_objective(
+        exact.config.objective, exact.table(), lambda x, s, c: exact.family.velocity(exact.transformer, x, s, c), rows
+    )
+    assert float((value.ratio - 1).abs().max()) < 1e-5
+    again = cheap.generate(TASK, None)[1]
+    np.testing.assert_array_equal(again, latents, err_msg="groups depend on the ones before")
+    np.testing.assert_array_equal(cheap.evaluate([TASK.prompt], [1]), exact.evaluate([TASK.prompt], [1]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("rollout.reuse_below=0.1",), "set sampler.sde_window"),
+        (("evaluation.reuse_below=0.1", "rollout.compile=true"), "goes without rollout.compile"),
+        (("rollout.reuse_below=0",), "greater than 0"),
+    ],
+)
+def test_reuse_that_cannot_be_is_refused(make_config: MakeConfig, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(*overrides)
 
 
 def test_a_seed_means_the_same_group_and_guidance_changes_it(make_config: MakeConfig) -> None:

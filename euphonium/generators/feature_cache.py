@@ -1,0 +1,97 @@
+"""Passes that reuse what the last one computed behind its first block, where no likelihood depends on the result.
+
+Between two steps of a sampler the blocks of a transformer often add nearly the same to what the first of them added.
+The first-block cache of diffusers notices that by the first block alone, and adds what they added before. A step that
+may be trained must never do so: the learner computes it in full, and both would disagree on its probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+
+from euphonium.errors import ConfigError
+
+# Below every difference: all blocks are computed.
+NEVER = -1.0
+
+
+class FeatureCache:
+    """The first-block cache of a transformer, or of each of them where a policy has several.
+
+    From its construction on, every pass through the transformer must be one of :meth:`compute`.
+
+    Attributes:
+        passes: passes so far.
+        reused: how many of them reused what the blocks had added.
+    """
+
+    def __init__(self, transformer: nn.Module) -> None:
+        """Hooks the cache into the transformer's blocks.
+
+        Raises:
+            ConfigError: diffusers has no such cache for this network.
+        """
+        from diffusers import FirstBlockCacheConfig, Flux2Transformer2DModel
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+        from diffusers.hooks.first_block_cache import FBCHeadBlockHook
+        from diffusers.models.cache_utils import CacheMixin
+        from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformerBlock
+        from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15TransformerBlock
+
+        self.passes = self.reused = 0
+        self._networks: list[Any] = [part for part in transformer.modules() if isinstance(part, CacheMixin)]
+        self._heads: list[Any] = []
+        if not self._networks:
+            raise ConfigError(_unsupported(f"{type(transformer).__name__} has none"))
+        if isinstance(transformer, Flux2Transformer2DModel):
+            raise ConfigError(_unsupported("it fails between the two kinds of blocks of FLUX.2"))
+        # diffusers 0.42 lacks what these blocks return, which is what those of HunyuanVideo do.
+        TransformerBlockRegistry.register(
+            HunyuanVideo15TransformerBlock, TransformerBlockRegistry.get(HunyuanVideoTransformerBlock)
+        )
+        for network in self._networks:
+            try:
+                network.enable_cache(FirstBlockCacheConfig(threshold=NEVER))
+            except ValueError as error:
+                raise ConfigError(_unsupported(str(error))) from error
+        registries: list[Any] = [getattr(part, "_diffusers_hook", None) for part in transformer.modules()]
+        hooks = [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
+        self._heads = [hook for hook in hooks if isinstance(hook, FBCHeadBlockHook)]
+
+    def forget(self) -> None:
+        """Forgets all passes, before samples that have nothing to do with the last ones."""
+        for network in self._networks:
+            network._reset_stateful_cache()
+
+    def compute(self, name: str, size: int, threshold: float, one_pass: Callable[[], Tensor]) -> Tensor:
+        """A pass over the samples called ``name``, which may reuse what their last pass computed.
+
+        Args:
+            name: of the samples that pass together.
+            size: their number; where it has changed, all is computed.
+            threshold: relative change of what the first block adds, up to which the others are not computed;
+                :data:`NEVER` for a pass that must be exact.
+            one_pass: the pass.
+        """
+        with ExitStack() as stack:
+            for network in self._networks:
+                stack.enter_context(network.cache_context(f"{name}, {size} of them"))
+            for head in self._heads:
+                head.threshold = threshold
+                # Where a pass goes through one of two transformers, the other one reuses nothing.
+                head.state_manager.get_state().should_compute = True
+            output = one_pass()
+            self.passes += 1
+            self.reused += any(not head.state_manager.get_state().should_compute for head in self._heads)
+        return output
+
+
+def _unsupported(reason: str) -> str:
+    return (
+        f"rollout.reuse_below, evaluation.reuse_below: diffusers has no first-block cache for this network ({reason}); "
+        "leave them out"
+    )
