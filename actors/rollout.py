@@ -31,10 +31,10 @@ from actors.sampler import (
     sample_deterministic,
     sample_group,
     scored_states,
-    select_steps,
 )
 from actors.sleeper import Sleeper
 from actors.sources import RewardSources
+from actors.training_rows import noised_again, trained_steps
 from euphonium.config import GuidanceConfig, RunConfig, SamplerConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import TrainingError
@@ -156,15 +156,14 @@ class RolloutWorker:
         scored = scored_states(self.config, table)
         guidance = config.sampler.guidance
         needs_source = bool(scored) or bool(table.guided_steps)
+        steps, noises = trained_steps(config, table, task.seed), config.objective.noises_samples
         trajectory = sample_group(
             table,
             velocity,
             start,
             noise,
             Recording(
-                steps=select_steps(
-                    table, group_size, config.objective.timestep_fraction, task.seed, config.objective.trained_steps
-                ),
+                steps=steps[:, :0] if noises else steps,
                 scored_states=scored,
                 guided_mean=config.objective.kind == "standard",
                 keep_gradients=config.objective.keeps_gradients,
@@ -178,6 +177,9 @@ class RolloutWorker:
                 f"rollout of {task.prompt!r} with policy version {self.policy_version} is not finite: the policy has "
                 "diverged; lower optimizer.learning_rate or sampler.guidance, and resume from an earlier checkpoint"
             )
+        if noises:
+            alike = config.objective.kind == "dpo"
+            trajectory = noised_again(trajectory, table, steps, task.seed, alike=alike)
         payload = _payload(trajectory, conditioning)
         final = self.family.finish(trajectory.final, conditioning)
         info = GroupInfo(
