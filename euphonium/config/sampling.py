@@ -324,8 +324,8 @@ class SamplerConfig(NoiseGridConfig):
             raise ValueError("law: ode has no noise: leave out eta and sde_window")
         elif self.shared_noise:
             raise ValueError(
-                "law: ode makes all samples of a group the same where they start from the same noise; set shared_noise: "
-                "false"
+                "law: ode makes all samples of a group the same if they start from the same noise; set "
+                "shared_noise: false"
             )
         return self
 
