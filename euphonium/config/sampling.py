@@ -319,7 +319,7 @@ class SamplerConfig(NoiseGridConfig):
     def _noise_fits_the_law(self) -> Self:
         if self.law != "ode":
             if self.eta is None:
-                raise ValueError(f"law: {self.law} needs eta, its noise level (docs/methods.md)")
+                raise ValueError(f"eta is missing: it is the noise level of law: {self.law} (docs/methods.md)")
         elif self.eta is not None or self.sde_window is not None:
             raise ValueError("law: ode has no noise: leave out eta and sde_window")
         elif self.shared_noise:

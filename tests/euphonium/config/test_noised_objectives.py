@@ -28,7 +28,7 @@ def test_any_sampler_may_draw_the_samples(recipe: Path, kind: tuple[str, ...], l
         ((*NFT, "sampler.eta=0.3"), "leave out eta and sde_window"),
         ((*NFT, "sampler.sde_window=[0,4]"), "leave out eta and sde_window"),
         ((*NFT, "sampler.shared_noise=true"), "set shared_noise: false"),
-        (("sampler.eta=null",), "law: dance needs eta"),
+        (("sampler.eta=null",), "eta is missing: it is the noise level of law: dance"),
         (("objective.nft.mixture=0.5",), "the fields of nft are for kind: nft"),
         ((*NFT, "objective.clip_range=0.1"), "leave out clip_range"),
         ((*NFT, "objective.step_weights=equaliser", "objective.ratio_normalisation=true"),
