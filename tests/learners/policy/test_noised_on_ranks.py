@@ -21,9 +21,10 @@ from tests.checkout import environment
 
 COMMON = (
     "sampler.law=ode", "sampler.eta=null", "sampler.shared_noise=false", "sampler.guidance=null",
-    "rewards.process=null", "rollout.prompts_per_iteration=3", "rollout.group_size=4", "objective.timestep_fraction=0.75", "iterations=4",
+    "rewards.process=null", "rollout.prompts_per_iteration=3", "rollout.group_size=4",
+    "objective.timestep_fraction=0.75", "objective.updates_per_iteration=2", "iterations=4",
     "pools.learner.rows_per_micro_batch=4", "optimizer.learning_rate=1e-3", "optimizer.eps=1e-4",
-    "optimizer.weight_decay=0.01", "optimizer.ema_decay=0.5", "objective.updates_per_iteration=2",
+    "optimizer.weight_decay=0.01", "optimizer.ema_decay=0.5",
 )  # fmt: skip
 KINDS = {
     "nft": (*COMMON, "objective.kind=nft", "objective.nft.mixture=0.5"),
