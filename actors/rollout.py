@@ -31,10 +31,10 @@ from actors.sampler import (
     sample_deterministic,
     sample_group,
     scored_states,
-    select_steps,
 )
 from actors.sleeper import Sleeper
 from actors.sources import RewardSources
+from actors.training_rows import noised_again, trained_steps
 from actors.velocity import Reuse, velocity_in_passes
 from euphonium.config import GuidanceConfig, RunConfig, SamplerConfig
 from euphonium.dynamics import StepTable
@@ -161,15 +161,14 @@ class RolloutWorker:
         scored = scored_states(self.config, table)
         guidance = config.sampler.guidance
         needs_source = bool(scored) or bool(table.guided_steps)
+        steps, noises = trained_steps(config, table, task.seed), config.objective.noises_samples
         trajectory = sample_group(
             table,
             velocity if reuse is None else self.velocity(conditioning, reuse),
             start,
             noise,
             Recording(
-                steps=select_steps(
-                    table, group_size, config.objective.timestep_fraction, task.seed, config.objective.trained_steps
-                ),
+                steps=steps[:, :0] if noises else steps,
                 scored_states=scored,
                 guided_mean=config.objective.kind == "standard",
                 keep_gradients=config.objective.keeps_gradients,
@@ -183,6 +182,9 @@ class RolloutWorker:
                 f"rollout of {task.prompt!r} with policy version {self.policy_version} is not finite: the policy has "
                 "diverged; lower optimizer.learning_rate or sampler.guidance, and resume from an earlier checkpoint"
             )
+        if noises:
+            alike = config.objective.kind == "dpo"
+            trajectory = noised_again(trajectory, table, steps, task.seed, alike=alike)
         payload = _payload(trajectory, conditioning)
         final = self.family.finish(trajectory.final, conditioning)
         info = GroupInfo(

@@ -8,7 +8,7 @@ has been computed: with PRM servers on other GPUs, guidance costs next to nothin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -47,7 +47,7 @@ class Recording:
     """What is recorded of a group's trajectories.
 
     Attributes:
-        steps: int64 ``[group, K]``, steps whose transitions are kept, for every sample.
+        steps: int64 ``[group, K]``, steps whose transitions are kept, for every sample; K = 0 keeps none.
         scored_states: numbers, 0 to ``num_steps``, of the states whose process rewards are needed besides those of
             guided steps.
         guided_mean: whether log-probabilities are taken under the mean with guidance (``objective.kind: standard``) or
@@ -121,15 +121,20 @@ def select_steps(
     Raises:
         ConfigError: no step with noise is in the range.
     """
-    candidates = np.array([k for k in table.stochastic_steps if within is None or within[0] <= k < within[1]])
-    if not len(candidates):
+    candidates = [k for k in table.stochastic_steps if within is None or within[0] <= k < within[1]]
+    if not candidates:
         raise ConfigError(
             f"objective.trained_steps: none of the steps {within} has noise, and only such steps can be trained; those "
             f"with noise are {table.stochastic_steps}"
         )
+    return drawn_steps(candidates, group_size, fraction, seed)
+
+
+def drawn_steps(candidates: Sequence[int], samples: int, fraction: float, seed: int) -> Tensor:
+    """A random share of some steps for every sample, int64 ``[samples, K]``, each row sorted."""
     count = max(1, int(np.ceil(fraction * len(candidates) - 1e-9)))
     draws = np.random.default_rng([seed, 1])
-    rows = [np.sort(draws.permutation(candidates)[:count]) for _ in range(group_size)]
+    rows = [np.sort(draws.permutation(np.array(candidates))[:count]) for _ in range(samples)]
     return torch.from_numpy(np.stack(rows)).long()
 
 
@@ -153,6 +158,8 @@ def state_rows(steps: Tensor, shared: int | None = None) -> tuple[Tensor, Tensor
                 [0, 4]]), tensor([[1, 2],
                 [3, 5]]), 6)
     """
+    if not steps.numel():
+        return steps, steps, 0
     needed = torch.zeros(len(steps), int(steps.max()) + 2, dtype=torch.bool)
     needed.scatter_(1, steps, True).scatter_(1, steps + 1, True)
     first = 0
@@ -354,6 +361,8 @@ class _Transitions:
     def add(self, step: Step) -> None:
         """Keeps a step's transitions, for the samples that have this step among theirs."""
         k, x, v, gradient, mean, x_next, alike, *_ = step
+        if not self._recording.steps.numel():
+            return
         if alike and k == self._table.stochastic_steps[0]:
             # The last state that they can share, and the first that is kept.
             self._lay_out(x, k)

@@ -70,6 +70,7 @@ class RunConfig(Node):
         _members_of_each_strength_compare(self.sampler, self.advantage, self.rollout)
         _outcome_rewards_rank(self)
         _trained_steps_exist(self.objective, self.sampler)
+        _objective_fits_the_samples(self)
         return self
 
     def advantage_rule(self) -> AdvantageRule:
@@ -155,7 +156,8 @@ def _learner_still_has_the_old_policy(objective: ObjectiveConfig, rollout: Rollo
     if rollout.max_staleness > 0 and objective.needs_previous_policy:
         raise ValueError(
             "rollout.max_staleness above 0 trains on groups of earlier policies, which the learner no longer has: "
-            "it goes without objective.ratio_normalisation, and without objective.kl.previous: gaussian"
+            "it goes without objective.ratio_normalisation, without objective.kl.previous: gaussian, and with "
+            "objective.kind: nft only with one update an iteration"
         )
 
 
@@ -168,7 +170,7 @@ def _sleep_comes_in_turn(pools: PoolsConfig, rollout: RolloutConfig) -> None:
 
 
 def _reuse_has_steps_and_blocks(sampler: SamplerConfig, rollout: RolloutConfig, evaluation: EvaluationConfig) -> None:
-    if rollout.reuse_below is not None and sampler.sde_window is None:
+    if rollout.reuse_below is not None and sampler.law != "ode" and sampler.sde_window is None:
         raise ValueError(
             "rollout.reuse_below is for steps without noise, and there are none: set sampler.sde_window, or leave it "
             "out"
@@ -213,6 +215,28 @@ def _trained_steps_exist(objective: ObjectiveConfig, sampler: SamplerConfig) -> 
     if isinstance(sampler.sde_window, MovingWindowConfig):
         raise ValueError(
             "objective.trained_steps is a fixed range, and sampler.sde_window moves: let the window say what is trained"
+        )
+
+
+def _objective_fits_the_samples(config: RunConfig) -> None:
+    objective, process, rows = config.objective, config.rewards.process, config.pools.learner.rows_per_micro_batch
+    if not objective.noises_samples:
+        if config.sampler.law == "ode":
+            raise ValueError(
+                f"sampler.law: ode has steps without a likelihood, which objective.kind: {objective.kind} trains on; "
+                "take another law, or kind: nft or dpo"
+            )
+        return
+    if process is not None and process.weight != 0 and config.advantage.mode != "outcome":
+        raise ValueError(
+            f"objective.kind: {objective.kind} trains on finished samples, and process rewards belong to states on the "
+            "way there: set advantage.mode: outcome, or rewards.process.weight: 0"
+        )
+    if objective.kind == "dpo" and config.advantage.best_of != 1:
+        raise ValueError("objective.kind: dpo compares the best sample of a group with the worst: advantage.best_of: 1")
+    if objective.kind == "dpo" and isinstance(rows, int) and rows % 2:
+        raise ValueError(
+            f"pools.learner.rows_per_micro_batch ({rows}) would part a pair of objective.kind: dpo: take an even number"
         )
 
 

@@ -241,11 +241,12 @@ class NoiseGridConfig(Node):
 class SamplerConfig(NoiseGridConfig):
     """The stochastic sampler of the rollouts, from noise to data."""
 
-    law: Literal["dance", "flow_grpo", "flow_grpo_wan", "sage", "cps", "ddim"] = "dance"
+    law: Literal["dance", "flow_grpo", "flow_grpo_wan", "sage", "cps", "ddim", "ode"] = "dance"
     """Transition law of the stochastic sampler; ``flow_grpo_wan`` is that of Flow-GRPO's code for Wan, with ``eta: 1``;
-    ``ddim`` is for models that predict the noise."""
-    eta: PositiveFloat
-    """Noise level; its meaning depends on the law (docs/methods.md)."""
+    ``ddim`` is for models that predict the noise. ``ode`` has no noise, for objectives without transitions
+    (``objective.kind: nft`` or ``dpo``)."""
+    eta: PositiveFloat | None = None
+    """Noise level; its meaning depends on the law (docs/methods.md). Every law but ``ode`` needs one."""
     num_steps: Steps
     """Sampling steps T."""
     shared_noise: bool = True
@@ -313,6 +314,20 @@ class SamplerConfig(NoiseGridConfig):
             sde_window=self.window(iteration),
             times=times,
         )
+
+    @model_validator(mode="after")
+    def _noise_fits_the_law(self) -> Self:
+        if self.law != "ode":
+            if self.eta is None:
+                raise ValueError(f"eta is missing: it is the noise level of law: {self.law} (docs/methods.md)")
+        elif self.eta is not None or self.sde_window is not None:
+            raise ValueError("law: ode has no noise: leave out eta and sde_window")
+        elif self.shared_noise:
+            raise ValueError(
+                "law: ode makes all samples of a group the same if they start from the same noise; set "
+                "shared_noise: false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:

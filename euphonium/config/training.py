@@ -8,6 +8,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from euphonium.config.base import Decay, Fraction, Node, NonNegativeFloat, NonNegativeInt
 
+# Fields of the objective that say something of transitions or their likelihood.
+OF_TRANSITIONS = (
+    "imitate_guidance", "clip_range", "step_weights", "ratio_normalisation", "old_log_probs", "ratio_alarm",
+    "ratio_tolerance", "ratio_tolerance_p99",
+)  # fmt: skip
+
 
 class KlControllerConfig(Node):
     """Adaptive weight of the KL penalty: linear warm-up, then feedback (SAGE-GRPO, A.6)."""
@@ -52,11 +58,27 @@ class KlConfig(Node):
         return self
 
 
-class ObjectiveConfig(Node):
-    """The objective of the policy: a clipped surrogate, optionally with a KL penalty."""
+class NftConfig(Node):
+    """DiffusionNFT: one loss draws the policy to good samples and away from bad ones."""
 
-    kind: Literal["distill", "standard"] = "distill"
-    """``distill`` scores guided samples under the unguided mean (Eq. 18-19), ``standard`` keeps the guidance."""
+    mixture: PositiveFloat = 1.0
+    """beta: share of the policy in the positive policy, against the old one; the negative is as far on the other side.
+    Smaller values let the policy go further from the old one."""
+    advantage_range: PositiveFloat = 5.0
+    """Advantage from which on a sample is wholly good, and its negative wholly bad; between them it is both, in
+    proportion. The loss is multiplied by it, so that small advantages count the same whatever the range."""
+
+
+class ObjectiveConfig(Node):
+    """The objective of the policy: a clipped surrogate, or a loss on noised samples; optionally with a KL penalty."""
+
+    kind: Literal["distill", "standard", "nft", "dpo"] = "distill"
+    """``distill`` scores guided samples under the unguided mean (Eq. 18-19), ``standard`` keeps the guidance. ``nft``
+    (DiffusionNFT) and ``dpo`` (Diffusion-DPO on the best and the worst sample of each group) score no transitions: they
+    noise the finished samples again, at noise levels of the sampler's grid (docs/methods.md). ``dpo`` takes its
+    reference from ``kl.anchor`` and its beta from ``kl.weight``."""
+    nft: NftConfig = NftConfig()
+    """Settings of ``nft``."""
     imitate_guidance: NonNegativeFloat = 0.0
     """Weight of a regression of the policy's mean on the guided one, ``|mean - (mean + g grad)|^2 / (2 V)``, at the
     guided steps of guided members; only with ``distill``. The distilled surrogate follows a push as far as its sample's
@@ -64,7 +86,8 @@ class ObjectiveConfig(Node):
     clip_range: PositiveFloat = 1e-4
     """Clip range of the importance ratio (Eq. 17)."""
     timestep_fraction: Fraction = 1.0
-    """Share of the stochastic steps that is trained, drawn at random for every sample (DanceGRPO's tau)."""
+    """Share of the stochastic steps that is trained, drawn at random for every sample (DanceGRPO's tau); with ``nft``
+    and ``dpo`` share of all noise levels."""
     trained_steps: tuple[NonNegativeInt, PositiveInt] | None = None
     """Half-open range of the steps that are trained, of those with noise; the others keep theirs (DanceGRPO's ablation
     of first and last steps). Null trains at all; ``timestep_fraction`` is of this range."""
@@ -105,11 +128,45 @@ class ObjectiveConfig(Node):
             raise ValueError("imitate_guidance needs kind: distill; with standard the guidance is in the mean already")
         return self
 
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        if self.kind != "nft" and self.nft != NftConfig():
+            raise ValueError("the fields of nft are for kind: nft")
+        if not self.noises_samples:
+            return self
+        foreign = [name for name in OF_TRANSITIONS if getattr(self, name) != type(self).model_fields[name].default]
+        if foreign:
+            raise ValueError(
+                f"kind: {self.kind} trains on noised samples, which have no importance ratio and no guidance: leave "
+                f"out {', '.join(foreign)}"
+            )
+        if self.kl is not None and self.kl.previous != "none":
+            raise ValueError(f"kind: {self.kind} has no transitions to estimate kl.previous from; take kl.anchor")
+        if self.kind == "dpo" and (self.kl is None or self.kl.anchor == "none" or not self.has_penalty):
+            raise ValueError(
+                "dpo measures from a reference: give kl.anchor, fixed or moving, and its beta, a kl.weight above 0"
+            )
+        return self
+
+    @property
+    def noises_samples(self) -> bool:
+        """Whether the policy is trained on finished samples that are noised again, instead of on transitions."""
+        return self.kind in ("nft", "dpo")
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the divergence from other policies has a weight."""
+        return self.kl is not None and (self.kl.weight > 0 or self.kl.controller is not None)
+
     @property
     def trains_zero_advantages(self) -> bool:
-        """Whether a transition has a gradient even where its advantage is 0: by a KL penalty, or by imitation."""
-        kl = self.kl
-        return self.imitate_guidance > 0 or (kl is not None and (kl.weight > 0 or kl.controller is not None))
+        """Whether rows are computed even where their advantage is 0.
+
+        They have a gradient by a KL penalty, by imitation, or where NFT's policy has left the old one; and DPO's pairs
+        stay whole.
+        """
+        left = self.kind == "nft" and self.needs_previous_policy
+        return self.imitate_guidance > 0 or self.has_penalty or left
 
     @property
     def keeps_gradients(self) -> bool:
@@ -118,8 +175,12 @@ class ObjectiveConfig(Node):
 
     @property
     def needs_previous_policy(self) -> bool:
-        """Whether the policy that drew the groups must be kept: its means are needed, not only log-probabilities."""
-        return self.ratio_normalisation or (self.kl is not None and self.kl.previous == "gaussian")
+        """Whether the policy that drew the groups must be kept: its outputs are needed, not only log-probabilities.
+
+        NFT's old policy is that; with one update an iteration it is the policy itself, whose outputs are at hand.
+        """
+        gaussian = self.kl is not None and self.kl.previous == "gaussian"
+        return self.ratio_normalisation or gaussian or (self.kind == "nft" and self.updates_per_iteration > 1)
 
 
 class OptimizerConfig(Node):

@@ -188,12 +188,36 @@ class StepTable:
         """Next state ``mean + std_k noise``; float32, like ``mean``."""
         return mean + _pick(self.std, k, mean) * noise.float()
 
-    def predicted_data(self, k: int, x: Tensor, v: Tensor) -> Tensor:
-        """The network's estimate of the clean sample: one deterministic step to noise level 0; float32."""
-        sigma = float(self.sigmas[k])
-        if self.predicts_noise:
-            return (x.float() - sigma * v.float()) / math.sqrt(1 - sigma**2)
-        return x.float() - sigma * v.float()
+    def predicted_data(self, k: int | Tensor, x: Tensor, v: Tensor) -> Tensor:
+        """The network's estimate of the clean sample: one deterministic step to noise level 0.
+
+        Args:
+            k: step, or steps ``[batch]``, one a sample.
+            x: states ``[batch, ...]``.
+            v: the network's outputs, like ``x``.
+
+        Returns:
+            float32, like ``x``.
+        """
+        x, v = x.float(), v.float()
+        noise = _pick(self.sigmas, k, x) * v
+        return (x - noise) / _pick(self._signal, k, x) if self.predicts_noise else x - noise
+
+    def noised(self, k: int | Tensor, data: Tensor, noise: Tensor) -> Tensor:
+        """Clean samples at the noise level of step k, by the forward process; float32, like ``data``."""
+        data = data.float()
+        return _pick(self._signal, k, data) * data + _pick(self.sigmas, k, data) * noise.float()
+
+    def output_for(self, k: int | Tensor, x: Tensor, data: Tensor) -> Tensor:
+        """The output of a network whose :meth:`predicted_data` is ``data``: what it is trained on; float32."""
+        x, data = x.float(), data.float()
+        signal = _pick(self._signal, k, x) if self.predicts_noise else 1.0
+        return (x - signal * data) / _pick(self.sigmas, k, x)
+
+    @property
+    def _signal(self) -> Tensor:
+        """Share of the clean sample at every noise level, float64 ``[num_steps + 1]``."""
+        return (1 - self.sigmas**2).sqrt() if self.predicts_noise else 1 - self.sigmas
 
     def log_prob(self, k: int | Tensor, x_next: Tensor, mean: Tensor) -> Tensor:
         """Gaussian log-density of the transition, averaged over all non-batch dimensions.

@@ -40,7 +40,7 @@ from learners.policy.publication import Publisher
 from learners.policy.references import AdapterReference, FrozenCopy, Reference
 from learners.policy.schedules import kl_controller, kl_weight, learning_rate
 from learners.policy.start import start_weights
-from learners.policy.statistics import UpdateStatistics
+from learners.policy.statistics import UpdateStatistics, reported
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ class Learner:
                 last = position == len(own) - 1
                 with self.tracer.unit():
                     value = self._evaluated(work, own[position], index, replayed.get((index, position)), statistics)
-                    if last and index == 0:
+                    if last and index == 0 and not self.config.objective.noises_samples:
                         # The last backward pass moves the weights.
                         deviations = self._agreement(statistics.deviations())
                     self.policy.backward(value.loss, last=last)
@@ -197,10 +197,9 @@ class Learner:
         metrics |= {
             "policy/learning_rate": learning_rate(self.config, self.updates_done - 1),
             "policy/updates": float(self.updates_done),
+            "kl/weight": work.references.kl_weight,
         }
-        if self.config.objective.kl is not None:
-            return metrics | {"kl/weight": work.references.kl_weight}
-        return {name: number for name, number in metrics.items() if not name.startswith("kl/")}
+        return reported(metrics, self.config.objective)
 
     def _done(self, groups: Sequence[TrainingGroup], plan: Plan) -> int:
         """Number of this rank's micro-batches of the first update that have been computed already."""

@@ -1,7 +1,7 @@
-"""The clipped GRPO objective on micro-batches of transitions, with all its options.
+"""The objective on micro-batches: clipped GRPO of transitions with all its options, or a loss of noised samples.
 
-Euphonium's Eq. 17-19 and 53-58, SAGE-GRPO's equaliser and dual KL, GRPO-Guard's ratio normalisation. Everything here
-is a function of one micro-batch; what it knows of samplers it reads from the step table.
+Euphonium's Eq. 17-19 and 53-58, SAGE-GRPO's equaliser and dual KL, GRPO-Guard's ratio normalisation; DiffusionNFT and
+Diffusion-DPO. Everything here is a function of one micro-batch; what it knows of samplers it reads from the step table.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from euphonium.config import KlConfig, ObjectiveConfig, RunConfig
 from euphonium.dynamics import StepTable
+from euphonium.dynamics.forward_process import dpo_loss, dpo_margin, nft_loss, optimality
 from euphonium.dynamics.kl import k3_estimate, log_ratio_estimate
 from euphonium.generators.conditioning import Conditioning
 
@@ -23,12 +24,12 @@ Velocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Transitions:
-    """Rows of one micro-batch, each a transition of one sample.
+    """Rows of one micro-batch, each a transition of one sample, or a sample that was noised again.
 
     Attributes:
         states: float32 ``[states, *latent]``, the states that the rows leave, each once.
         of: int64 ``[rows]``, which of the states is x_k of a row; None if row i leaves state i.
-        next_states: float32 ``[rows, *latent]``, x_{k+1}.
+        next_states: float32 ``[rows, *latent]``, x_{k+1}; of a noised sample, the sample itself.
         steps: int64 ``[rows]``, k.
         log_probs: float32 ``[rows]``, log-probabilities under the behaviour policy.
         advantages: float32 ``[components, rows]``; each component has a clipped loss of its own.
@@ -110,6 +111,10 @@ class ObjectiveValue:
         clipped: ``[rows]`` in [0, 1], share of the components whose gradient the clip removes.
         kl_anchor: ``[rows]`` divergence from the anchor, detached; zeros without one.
         kl_previous: ``[rows]`` estimate of the divergence from the behaviour policy, detached; zeros without one.
+        error: ``[rows]``, of noised samples the mean squared error of the network's output, detached; else zeros. The
+            ratios of noised samples are 1.
+        preferred: ``[rows]``, 1 where the better sample of a row's pair is the one that the policy prefers, relative to
+            the reference; zeros without pairs.
     """
 
     loss: Tensor
@@ -118,6 +123,8 @@ class ObjectiveValue:
     clipped: Tensor
     kl_anchor: Tensor
     kl_previous: Tensor
+    error: Tensor
+    preferred: Tensor
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
@@ -173,13 +180,15 @@ def evaluate_objective(
         table: the sampler that drew the rows.
         velocity: the current policy's velocity, differentiable in its parameters.
         rows: the micro-batch.
-        references: frozen policies; needed for a KL penalty and for ratio normalisation.
+        references: frozen policies; needed for a KL penalty, for ratio normalisation, and for the pairs of ``dpo``.
         gradients: takes note of the gradient with respect to the network's output.
 
     Raises:
-        ValueError: the options need the previous policy, and ``references`` does not have it.
+        ValueError: the options need a reference that ``references`` does not have.
     """
     references = references or References()
+    if config.noises_samples:
+        return _evaluate_noised(config, table, velocity, rows, references, gradients)
     mean, log_prob = _score(table, velocity, rows, gradients)
     deviation = torch.expm1(log_prob.detach() - rows.log_probs).abs()
     old_log_prob = log_prob.detach() if rows.own_old else rows.log_probs
@@ -221,7 +230,55 @@ def evaluate_objective(
         clipped=clipped.float().mean(dim=0),
         kl_anchor=kl_anchor.detach(),
         kl_previous=kl_previous.detach(),
+        error=torch.zeros_like(deviation),
+        preferred=torch.zeros_like(deviation),
     )
+
+
+def _evaluate_noised(
+    config: ObjectiveConfig,
+    table: StepTable,
+    velocity: Velocity,
+    rows: Transitions,
+    references: References,
+    gradients: OutputGradients | None,
+) -> ObjectiveValue:
+    """The objective of noised samples; the divergence of two policies is the mean square between their outputs."""
+    states, output = _output(table, velocity, rows, gradients)
+    with torch.no_grad():
+        old, anchor = (
+            None if policy is None else _output(table, policy, rows)[1]
+            for policy in (references.previous, references.anchor)
+        )
+    old = output.detach() if old is None else old
+    none = torch.zeros(len(output), device=output.device)
+    target = table.output_for(rows.steps, states, rows.next_states)
+    error, preferred = _mean_square(output, target), none
+    kl_anchor = none if anchor is None else _mean_square(output, anchor)
+    if config.kind == "dpo":
+        if anchor is None:
+            raise ValueError("dpo needs its reference, the anchor")
+        advantages = rows.advantages.sum(dim=0)
+        beta = references.kl_weight * (config.kl.anchor_weight if config.kl is not None else 1.0)
+        margins = dpo_margin(error, _mean_square(anchor, target), advantages, beta)
+        total = dpo_loss(margins).repeat_interleave(2)
+        preferred = (margins.detach() > 0).float().repeat_interleave(2)
+    else:
+        predicted, before = (table.predicted_data(rows.steps, states, v) for v in (output, old))
+        span = config.nft.advantage_range
+        good = optimality(rows.advantages, span)
+        total = span * nft_loss(rows.next_states.float(), predicted, before, good, config.nft.mixture).sum(dim=0)
+        if config.kl is not None:
+            total = total + references.kl_weight * config.kl.anchor_weight * kl_anchor
+    return ObjectiveValue(
+        loss=rows.weight * total.sum(), ratio=torch.ones_like(none), deviation=none, clipped=none,
+        kl_anchor=kl_anchor.detach(), kl_previous=_mean_square(output, old).detach(), error=error.detach(),
+        preferred=preferred,
+    )  # fmt: skip
+
+
+def _mean_square(one: Tensor, other: Tensor) -> Tensor:
+    return (one - other).square().flatten(1).mean(dim=1)
 
 
 def _anchor_divergence(table: StepTable, anchor: Velocity, rows: Transitions, mean: Tensor) -> Tensor:
@@ -258,6 +315,15 @@ def _score(
     table: StepTable, velocity: Velocity, rows: Transitions, gradients: OutputGradients | None = None
 ) -> tuple[Tensor, Tensor]:
     """Means and log-probabilities of the rows under a policy."""
+    states, v = _output(table, velocity, rows, gradients)
+    mean = table.mean(rows.steps, states, v, rows.gradients if rows.guided_mean else None)
+    return mean, table.log_prob(rows.steps, rows.next_states, mean)
+
+
+def _output(
+    table: StepTable, velocity: Velocity, rows: Transitions, gradients: OutputGradients | None = None
+) -> tuple[Tensor, Tensor]:
+    """The states that the rows leave, and the network's outputs there under a policy, in float32."""
     states, steps = rows.states, rows.steps
     if rows.of is not None:
         # All rows of a state are of the same step.
@@ -267,8 +333,7 @@ def _score(
         gradients.watch(v, steps, rows.weight)
     if rows.of is not None and len(rows.of) > len(states):
         states, v = states[rows.of], v[rows.of]
-    mean = table.mean(rows.steps, states, v, rows.gradients if rows.guided_mean else None)
-    return mean, table.log_prob(rows.steps, rows.next_states, mean)
+    return states.float(), v.float()
 
 
 @torch.no_grad()
@@ -293,7 +358,8 @@ def old_log_probs(config: RunConfig, update: int, *, on_policy: bool) -> OldLogP
         update, in a pass of their own; ``rollout``: those that the rows came with.
     """
     wanted = config.objective.old_log_probs
-    if not on_policy or wanted == "rollout":
+    # Noised samples have none, and so nothing to compute.
+    if not on_policy or wanted == "rollout" or config.objective.noises_samples:
         return "rollout"
     if update == 0:
         return "own"

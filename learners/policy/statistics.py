@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
+from euphonium.config import ObjectiveConfig
 from learners.engine.collectives import gathered, reduced
 from learners.policy.objective import ObjectiveValue, OutputGradients
 
-SUMMED = ("rows", "loss", "clipped", "ratio", "log_ratio_squared", "kl_anchor", "kl_previous")
+SUMMED = ("rows", "loss", "clipped", "ratio", "log_ratio_squared", "kl_anchor", "kl_previous", "error", "preferred")
 
 
 class UpdateStatistics:
@@ -48,6 +51,8 @@ class UpdateStatistics:
         sums["log_ratio_squared"] += value.ratio.log().square().sum().item()
         sums["kl_anchor"] += value.kl_anchor.sum().item()
         sums["kl_previous"] += value.kl_previous.sum().item()
+        sums["error"] += value.error.sum().item()
+        sums["preferred"] += value.preferred.sum().item()
         if on_policy:
             self._deviations += value.deviation.tolist()
 
@@ -91,4 +96,18 @@ class UpdateStatistics:
             "policy/transitions": count,
             "kl/anchor": totals["kl_anchor"] / count,
             "kl/previous": totals["kl_previous"] / count,
+            "policy/denoising_error": totals["error"] / count,
+            "policy/preference_accuracy": totals["preferred"] / count,
         }
+
+
+def reported(metrics: Mapping[str, float], objective: ObjectiveConfig) -> dict[str, float]:
+    """Those of the metrics that mean something under an objective."""
+    without: tuple[str, ...] = () if objective.kl is not None else ("kl/",)
+    if objective.noises_samples:
+        without += ("policy/ratio", "policy/clip_fraction", "policy/approx_kl")
+    else:
+        without += ("policy/denoising_error",)
+    if objective.kind != "dpo":
+        without += ("policy/preference_accuracy",)
+    return {name: number for name, number in metrics.items() if not name.startswith(without)}

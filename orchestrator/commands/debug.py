@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from euphonium.errors import ConfigError
 from euphonium.locks import writing_alone
 from orchestrator.commands.arguments import file_argument
 
@@ -73,7 +74,7 @@ def probe(recipe: Recipe, groups: Groups, overrides: Overrides = None) -> None:
     from orchestrator.commands.cli import say
     from orchestrator.debug.training import probe_saved
 
-    probe_saved(_config(recipe, overrides), groups, say)
+    probe_saved(_of_transitions(_config(recipe, overrides)), groups, say)
 
 
 @app.command()
@@ -93,7 +94,7 @@ def group(
     from orchestrator.debug.detail import by_step, inspect_group, write_picture, write_table
     from orchestrator.debug.drawing import Drawer, write_recipe
 
-    config = _config(recipe, overrides)
+    config = _of_transitions(_config(recipe, overrides))
     with writing_alone([(output, "--output")]):
         drawer = Drawer(config)
         drawn = drawer.draw(ordinal, iteration, prompt)
@@ -105,6 +106,16 @@ def group(
     for line in by_step(transitions):
         say(line)
     say(f"{output / 'group.csv'}\n{output / 'group.png'}")
+
+
+def _of_transitions(config: RunConfig) -> RunConfig:
+    """The recipe, refused where there are no probabilities to look at."""
+    if config.objective.noises_samples:
+        raise ConfigError(
+            f"objective.kind: {config.objective.kind} trains on noised samples, without probabilities to compare; "
+            "take debug rollout or debug train"
+        )
+    return config
 
 
 def _config(recipe: Path, overrides: list[str] | None) -> RunConfig:

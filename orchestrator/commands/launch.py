@@ -45,7 +45,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     Raises:
         ConfigError: the run cannot work; names the field, and what to do.
     """
-    from actors.sampler import last_shared_state, select_steps, state_rows
+    from actors.training_rows import stored_states, trained_steps
     from euphonium.generators.components import check_generator
     from euphonium.generators.pictures import check_pictures
     from euphonium.generators.registry import open_generator
@@ -80,10 +80,9 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         from euphonium.rewards.process import ProcessRewardModel
 
         ProcessRewardModel.check(Path(config.rewards.process.path), config.model)
-    objective, walked = config.objective, config.sampler.of_group()
-    table = family.step_table(walked)
-    kept = select_steps(table, config.rollout.group_size, objective.timestep_fraction, 0, objective.trained_steps)
-    steps, states = kept.shape[1], state_rows(kept, last_shared_state(config, table))[2]
+    table = family.step_table(config.sampler.of_group())
+    kept = trained_steps(config, table, 0)
+    steps, states = kept.shape[1], stored_states(config, table, kept)[1]
     best_of, size = config.advantage.best_of, config.rollout.group_size
     trained = size if best_of is None else min(size, 2 * best_of)
     rollout, pools, process = config.rollout, config.pools, config.rewards.process
@@ -110,7 +109,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         "ORM servers": f"{pools.orm.num_actors} x {pools.orm.num_gpus:g} GPU",
         "learner ranks": f"{pools.learner.num_workers} x {pools.learner.num_gpus:g} GPU{_sharing(config)}",
         **_adapter_plan(config, family),
-        **_untrained_guidance(family.step_table(config.sampler)),
+        **({} if config.objective.noises_samples else _untrained_guidance(family.step_table(config.sampler))),
         **_warm_up_alone(config),
         **prompts_of_reward_models(config),
     }
@@ -153,7 +152,7 @@ def _learning(config: RunConfig) -> dict[str, str]:
     """Which of the trained transitions the learner does not compute, and when it begins, in words."""
     skipped, begins = "those of samples whose advantage is 0", "with the first groups, while the others are drawn"
     if config.objective.trains_zero_advantages:
-        skipped = "none: the KL penalty, or the imitation of guidance, has a gradient also where the advantage is 0"
+        skipped = "none: the objective has another term, which has a gradient also where the advantage is 0"
     if reason := config.waits_for_all_groups:
         begins = f"when all groups of an iteration are there ({reason})"
     return {"without a pass of the network": skipped, "the learner begins": begins}
@@ -203,7 +202,7 @@ def _stochastic(config: RunConfig, table: StepTable) -> str:
     window, moving = config.sampler.window(0), config.sampler.sde_window
     if isinstance(moving, MovingWindowConfig) and moving.kind == "group" and window is not None:
         return f"{moving.size} of {_ranges(list(range(*window)))}, drawn for every group"
-    return _ranges(table.stochastic_steps)
+    return _ranges(table.stochastic_steps) or "none"
 
 
 def _warm_up_alone(config: RunConfig) -> dict[str, str]:

@@ -131,5 +131,5 @@ def describe_alignment(config: RunConfig, found: Mapping[str, float]) -> list[st
 
 
 def _line(metrics: Mapping[str, float]) -> str:
-    shown = ("loss", "grad_norm", "clip_fraction", "ratio_mean", "ratio_deviation")
-    return "  ".join(f"{name} {metrics[f'policy/{name}']:.4g}" for name in shown)
+    shown = ("loss", "grad_norm", "clip_fraction", "ratio_mean", "ratio_deviation", "denoising_error")
+    return "  ".join(f"{name} {metrics[f'policy/{name}']:.4g}" for name in shown if f"policy/{name}" in metrics)

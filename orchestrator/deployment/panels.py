@@ -76,6 +76,8 @@ SECTIONS = (
         Panel(title="Importance ratio", metrics=("ratio_mean",)),
         Panel(title="Clipped transitions", metrics=("clip_fraction",), unit="percentunit"),
         Panel(title="Divergence", metrics=("approx_kl", "kl_anchor", "kl_previous"), logarithmic=True),
+        Panel(title="Error on noised samples", metrics=("denoising_error",)),
+        Panel(title="Pairs whose better sample is preferred", metrics=("preference_accuracy",), unit="percentunit"),
         Panel(title="Gradient norm", metrics=("grad_norm",), logarithmic=True),
         Panel(title="Gradient by step", metrics=("step_gradient",), logarithmic=True),
         Panel(title="Loss", metrics=("policy_loss",)),

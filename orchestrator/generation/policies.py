@@ -91,7 +91,7 @@ def open_policy(
     from euphonium.generators.registry import open_generator
     from learners.policy.checkpoint import weights_file
 
-    trained_for = "distilled" if config.objective.kind == "distill" else "implicit"
+    trained_for = "implicit" if config.objective.kind == "standard" else "distilled"
     if protocol in ("implicit", "distilled") and protocol != trained_for and not base:
         raise ConfigError(
             f"--protocol {protocol}: this policy was trained with objective.kind: {config.objective.kind}; sampling it "

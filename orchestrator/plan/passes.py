@@ -84,11 +84,14 @@ class Passes(NetworkPasses):
         x, _ = states(self.generator, rows, self.device)
         batch = Transitions(
             states=x, next_states=torch.zeros_like(x),
-            steps=torch.full((rows,), table.stochastic_steps[0]),
+            steps=torch.full((rows,), 0 if self.config.objective.noises_samples else table.stochastic_steps[0]),
             log_probs=torch.zeros(rows, device=self.device), advantages=torch.ones(1, rows, device=self.device),
             gradients=None, conditioning=conditioning(self.generator, rows, self.device), weight=1.0,
         )  # fmt: skip
         settings = self.config.objective.model_copy(update={"kl": None, "ratio_normalisation": False})
+        if settings.kind == "dpo":
+            # References are counted apart, and a pair takes what two rows of the other take.
+            settings = settings.model_copy(update={"kind": "nft"})
 
         def step() -> None:
             value = evaluate_objective(

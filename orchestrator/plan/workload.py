@@ -157,13 +157,14 @@ class Workload:
 
 def workload_of(config: RunConfig, generator: Generator) -> Workload:
     """The workload of a recipe; a moving window counts as at first, one that is drawn for every group as the middle."""
-    from actors.sampler import last_shared_state, scored_states, select_steps, state_rows
+    from actors.sampler import last_shared_state, scored_states
+    from actors.training_rows import stored_states, trained_steps
 
     rollout, objective, guidance = config.rollout, config.objective, config.sampler.guidance
     table = generator.step_table(config.sampler.of_group())
-    steps = select_steps(table, rollout.group_size, objective.timestep_fraction, 0, objective.trained_steps)
+    steps = trained_steps(config, table, 0)
     shared = last_shared_state(config, table)
-    places, _, stored = state_rows(steps, shared)
+    places, stored = stored_states(config, table, steps)
     best = config.advantage.best_of
     trained = rollout.group_size if best is None else 2 * best
     spsa = guidance is not None and guidance.source == "spsa"

@@ -67,6 +67,8 @@ SECTIONS: Mapping[str, tuple[Curves, ...]] = {
                guides={"objective.ratio_alarm": "alarm", "objective.ratio_tolerance": "stops the run"}),
         Curves("Mean importance ratio", ("policy/ratio_mean",)),
         Curves("Clip fraction", ("policy/clip_fraction",)),
+        Curves("Error on noised samples", ("policy/denoising_error",)),
+        Curves("Pairs whose better sample the policy prefers", ("policy/preference_accuracy",)),
         Curves("Divergence from the behaviour policy", ("policy/approx_kl",), log=True),
         Curves("Spread of the advantages", ("advantage/std",)),
     ),

@@ -96,6 +96,11 @@ METRICS = (
     Metric("policy/ratio_mean", "ratio_mean", "Mean importance ratio."),
     Metric("policy/clip_fraction", "clip_fraction", "Share of transitions whose gradient the clip removed."),
     Metric("policy/approx_kl", "approx_kl", "Half the mean squared log-ratio to the behaviour policy."),
+    Metric("policy/denoising_error", "denoising_error",
+           "Mean squared error of the network's output on noised samples, with objective.kind: nft or dpo; a steady "
+           "rise says that the policy forgets how to denoise what it draws."),
+    Metric("policy/preference_accuracy", "preference_accuracy",
+           "Share of the pairs of objective.kind: dpo whose better sample the policy prefers, against the reference."),
     Metric("policy/grad_norm", "grad_norm", "Mean gradient norm before clipping."),
     Metric("policy/step_gradient/*", "step_gradient",
            "Length of the loss's gradient with respect to the network's output, root of its mean square over the "

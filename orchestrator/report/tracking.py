@@ -149,7 +149,8 @@ class Progress:
         rewards = [k for k in record if k.startswith("reward/") and k.endswith("/mean")]
         if rewards:
             parts.append("reward " + "  ".join(f"{k.split('/')[1]} {record[k]:.3f}" for k in rewards))
-            parts.append(f"ratio-1 {record['policy/ratio_deviation']:.0e}")
+            if "policy/ratio_deviation" in record:
+                parts.append(f"ratio-1 {record['policy/ratio_deviation']:.0e}")
             parts.append(f"grad {record['policy/grad_norm']:.2g}")
         if "eval/total/mean" in record:
             parts.append(f"held-out {record['eval/total/mean']:.4f}")

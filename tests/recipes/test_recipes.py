@@ -23,7 +23,7 @@ PRM = [path for path in RECIPES if path.name == "prm.yaml"]
 RUNS = [path for path in RECIPES if path.name != "prm.yaml"]
 METHODS = {
     "euphonium-script", "dancegrpo", "flow-grpo", "flow-grpo-fast", "cps", "mixgrpo", "sage-grpo-a", "sage-grpo-b",
-    "euphonium-sage",
+    "euphonium-sage", "nft", "dpo",
 }  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def test_the_step_table_is_finite(path: Path) -> None:
         table = family.step_table(config.sampler, iteration)
         for column in (table.coef_x, table.coef_v, table.std, table.coef_grad, table.equaliser()):
             assert torch.isfinite(column).all()
-        assert table.stochastic_steps
+        assert bool(table.stochastic_steps) == (config.sampler.law != "ode")
         guidance = config.sampler.guidance
         assert bool(table.guided_steps) == (guidance is not None and guidance.at(iteration) is not None)
 

@@ -18,6 +18,7 @@ from orchestrator.commands.cli import run_command
 from orchestrator.debug.drawing import Drawer, load_group, save_group, saved_iterations
 from orchestrator.debug.training import describe_alignment
 from orchestrator.groups.prompts import PromptStream, read_prompts
+from orchestrator.report.tracking import Progress
 from tests.checkout import environment
 
 
@@ -155,3 +156,23 @@ def test_folders_without_groups_and_files_that_are_none_are_named(
 )
 def test_the_verdict_is_that_of_a_run(config: RunConfig, mean: float, p99: float, verdict: str) -> None:
     assert verdict in describe_alignment(config, {"mean": mean, "p99": p99})[-1]
+
+
+def test_noised_samples_are_trained_on_and_have_no_probabilities(
+    tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_recipe_file(
+        tmp_path, "objective.kind=nft", "sampler.law=ode", "sampler.eta=null", "sampler.shared_noise=false",
+        "sampler.guidance=null", "rewards.process=null",
+    )  # fmt: skip
+    recipe, groups = tmp_path / "resolved.yaml", tmp_path / "groups"
+    recipe.write_text(dump_config(config))
+    assert run_command(["debug", "rollout", str(recipe), "-o", str(groups)]) == 0
+    for arguments in (["probe", str(recipe), "--groups", str(groups)], ["group", str(recipe)]):
+        assert run_command(["debug", *arguments]) == 2
+        assert "objective.kind: nft trains on noised samples" in capfd.readouterr().err
+    assert "denoising_error" in command("train", recipe, "--groups", groups, "-o", tmp_path / "out")
+    (record,) = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert record["policy/grad_norm"] > 0
+    assert "policy/ratio_deviation" not in record
+    assert "ratio-1" not in Progress(1, 0).iteration(record)
