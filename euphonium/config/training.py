@@ -10,7 +10,7 @@ from euphonium.config.base import Decay, Fraction, Node, NonNegativeFloat, NonNe
 
 
 class KlControllerConfig(Node):
-    """Adaptive weight of the KL penalty: linear warm-up, then feedback (SAGE-GRPO, A.6)."""
+    """Weight of the KL penalty that changes: a linear warm-up, then feedback if there is a target (SAGE-GRPO, A.6)."""
 
     minimum: NonNegativeFloat = 1e-7
     """Weight at the start, and lower bound."""
@@ -18,8 +18,9 @@ class KlControllerConfig(Node):
     """Weight at the end of the warm-up, and upper bound."""
     warmup_updates: NonNegativeInt = 100
     """K, updates of the linear warm-up."""
-    target: PositiveFloat
-    """Desired KL; feedback acts when the mean of the last ``history`` values is half as much off."""
+    target: PositiveFloat | None = None
+    """Desired KL; feedback acts when the mean of the last ``history`` values is half as much off. Null has none: after
+    the warm-up the weight stays at ``maximum``."""
     history: PositiveInt = 10
     """H, values averaged."""
     direction: Literal["published", "usual"] = "published"
@@ -32,7 +33,7 @@ class KlConfig(Node):
     weight: NonNegativeFloat = 1.0
     """lambda_KL; without a controller it stays."""
     controller: KlControllerConfig | None = None
-    """Adapts the weight; None keeps it."""
+    """Changes the weight from update to update; None keeps it."""
     anchor: Literal["none", "fixed", "moving"] = "none"
     """Reference of the position term: the policy before training, or one that follows it."""
     anchor_weight: NonNegativeFloat = 1.0

@@ -138,3 +138,6 @@ def test_a_controller_that_never_leaves_its_warm_up_is_told(make_config: MakeCon
     kl = "objective.kl={anchor: fixed, controller: {target: 0.01, warmup_updates: %d}}"
     assert "its feedback never acts" in preflight(make_config(kl % 2))["KL controller"]
     assert "KL controller" not in preflight(make_config(kl % 1))
+    # Without feedback there is nothing that could not act: the weight rises, and that is all.
+    alone = make_config("objective.kl={anchor: fixed, controller: {maximum: 1.0e-6, warmup_updates: 2}}")
+    assert "KL controller" not in preflight(alone)
