@@ -28,10 +28,10 @@ from actors.sampler import (
     Velocity,
     credited_steps,
     initial_noise,
+    recipe_steps,
     sample_deterministic,
     sample_group,
     scored_states,
-    select_steps,
 )
 from actors.sleeper import Sleeper
 from actors.sources import RewardSources
@@ -167,9 +167,7 @@ class RolloutWorker:
             start,
             noise,
             Recording(
-                steps=select_steps(
-                    table, group_size, config.objective.timestep_fraction, task.seed, config.objective.trained_steps
-                ),
+                steps=recipe_steps(config, table, task.seed),
                 scored_states=scored,
                 guided_mean=config.objective.kind == "standard",
                 keep_gradients=config.objective.keeps_gradients,

@@ -104,7 +104,12 @@ def initial_noise(
 
 
 def select_steps(
-    table: StepTable, group_size: int, fraction: float, seed: int, within: tuple[int, int] | None = None
+    table: StepTable,
+    group_size: int,
+    fraction: float,
+    seed: int,
+    within: tuple[int, int] | None = None,
+    every: int = 1,
 ) -> Tensor:
     """Chooses the trained steps of every sample: a random share of the stochastic ones (DanceGRPO's tau).
 
@@ -114,14 +119,15 @@ def select_steps(
         fraction: the share.
         seed: of the draw.
         within: half-open range of the steps that may be trained (``objective.trained_steps``); None for all.
+        every: every n-th of these alone may be trained (``objective.trained_every``), from the first on.
 
     Returns:
-        int64 ``[group_size, K]``, each row sorted, K = ceil(fraction * stochastic steps in the range).
+        int64 ``[group_size, K]``, each row sorted, K = ceil(fraction * stochastic steps that may be trained).
 
     Raises:
         ConfigError: no step with noise is in the range.
     """
-    candidates = np.array([k for k in table.stochastic_steps if within is None or within[0] <= k < within[1]])
+    candidates = np.array([k for k in table.stochastic_steps if within is None or within[0] <= k < within[1]])[::every]
     if not len(candidates):
         raise ConfigError(
             f"objective.trained_steps: none of the steps {within} has noise, and only such steps can be trained; those "
@@ -131,6 +137,19 @@ def select_steps(
     draws = np.random.default_rng([seed, 1])
     rows = [np.sort(draws.permutation(candidates)[:count]) for _ in range(group_size)]
     return torch.from_numpy(np.stack(rows)).long()
+
+
+def recipe_steps(config: RunConfig, table: StepTable, seed: int = 0) -> Tensor:
+    """:func:`select_steps` with the settings of a recipe."""
+    objective = config.objective
+    return select_steps(
+        table,
+        config.rollout.group_size,
+        objective.timestep_fraction,
+        seed,
+        objective.trained_steps,
+        objective.trained_every,
+    )
 
 
 def state_rows(steps: Tensor, shared: int | None = None) -> tuple[Tensor, Tensor, int]:

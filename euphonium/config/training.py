@@ -69,6 +69,8 @@ class ObjectiveConfig(Node):
     trained_steps: tuple[NonNegativeInt, PositiveInt] | None = None
     """Half-open range of the steps that are trained, of those with noise; the others keep theirs (DanceGRPO's ablation
     of first and last steps). Null trains at all; ``timestep_fraction`` is of this range."""
+    trained_every: PositiveInt = 1
+    """Trains every n-th of these steps, from the first on; the others keep their noise."""
     step_weights: Literal["uniform", "equaliser", "rectified", "inverse_delta"] = "uniform"
     """Weights of the steps in the loss: equal, SAGE-GRPO's temporal equaliser, Flash-GRPO's rectified ones (the same up
     to a factor: mean 1 instead of median 1), or one over the step's length."""

@@ -45,7 +45,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     Raises:
         ConfigError: the run cannot work; names the field, and what to do.
     """
-    from actors.sampler import last_shared_state, select_steps, state_rows
+    from actors.sampler import last_shared_state, recipe_steps, state_rows
     from euphonium.generators.components import check_generator
     from euphonium.generators.pictures import check_pictures
     from euphonium.generators.registry import open_generator
@@ -80,9 +80,9 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         from euphonium.rewards.process import ProcessRewardModel
 
         ProcessRewardModel.check(Path(config.rewards.process.path), config.model)
-    objective, walked = config.objective, config.sampler.of_group()
+    walked = config.sampler.of_group()
     table = family.step_table(walked)
-    kept = select_steps(table, config.rollout.group_size, objective.timestep_fraction, 0, objective.trained_steps)
+    kept = recipe_steps(config, table)
     steps, states = kept.shape[1], state_rows(kept, last_shared_state(config, table))[2]
     best_of, size = config.advantage.best_of, config.rollout.group_size
     trained = size if best_of is None else min(size, 2 * best_of)

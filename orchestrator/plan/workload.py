@@ -157,11 +157,11 @@ class Workload:
 
 def workload_of(config: RunConfig, generator: Generator) -> Workload:
     """The workload of a recipe; a moving window counts as at first, one that is drawn for every group as the middle."""
-    from actors.sampler import last_shared_state, scored_states, select_steps, state_rows
+    from actors.sampler import last_shared_state, recipe_steps, scored_states, state_rows
 
     rollout, objective, guidance = config.rollout, config.objective, config.sampler.guidance
     table = generator.step_table(config.sampler.of_group())
-    steps = select_steps(table, rollout.group_size, objective.timestep_fraction, 0, objective.trained_steps)
+    steps = recipe_steps(config, table)
     shared = last_shared_state(config, table)
     places, _, stored = state_rows(steps, shared)
     best = config.advantage.best_of
