@@ -34,8 +34,10 @@ def trained_steps(config: RunConfig, table: StepTable, seed: int) -> Tensor:
     """
     objective, size = config.objective, config.rollout.group_size
     if not objective.noises_samples:
-        return select_steps(table, size, objective.timestep_fraction, seed, objective.trained_steps)
-    levels = range(*(objective.trained_steps or (0, table.num_steps)))
+        return select_steps(
+            table, size, objective.timestep_fraction, seed, objective.trained_steps, objective.trained_every
+        )
+    levels = range(*(objective.trained_steps or (0, table.num_steps)))[:: objective.trained_every]
     if objective.kind == "dpo":
         return drawn_steps(levels, 1, objective.timestep_fraction, seed).expand(size, -1)
     return drawn_steps(levels, size, objective.timestep_fraction, seed)

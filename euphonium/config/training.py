@@ -16,7 +16,7 @@ OF_TRANSITIONS = (
 
 
 class KlControllerConfig(Node):
-    """Adaptive weight of the KL penalty: linear warm-up, then feedback (SAGE-GRPO, A.6)."""
+    """Weight of the KL penalty that changes: a linear warm-up, then feedback if there is a target (SAGE-GRPO, A.6)."""
 
     minimum: NonNegativeFloat = 1e-7
     """Weight at the start, and lower bound."""
@@ -24,8 +24,9 @@ class KlControllerConfig(Node):
     """Weight at the end of the warm-up, and upper bound."""
     warmup_updates: NonNegativeInt = 100
     """K, updates of the linear warm-up."""
-    target: PositiveFloat
-    """Desired KL; feedback acts when the mean of the last ``history`` values is half as much off."""
+    target: PositiveFloat | None = None
+    """Desired KL; feedback acts when the mean of the last ``history`` values is half as much off. Null has none: after
+    the warm-up the weight stays at ``maximum``."""
     history: PositiveInt = 10
     """H, values averaged."""
     direction: Literal["published", "usual"] = "published"
@@ -38,7 +39,7 @@ class KlConfig(Node):
     weight: NonNegativeFloat = 1.0
     """lambda_KL; without a controller it stays."""
     controller: KlControllerConfig | None = None
-    """Adapts the weight; None keeps it."""
+    """Changes the weight from update to update; None keeps it."""
     anchor: Literal["none", "fixed", "moving"] = "none"
     """Reference of the position term: the policy before training, or one that follows it."""
     anchor_weight: NonNegativeFloat = 1.0
@@ -91,6 +92,8 @@ class ObjectiveConfig(Node):
     trained_steps: tuple[NonNegativeInt, PositiveInt] | None = None
     """Half-open range of the steps that are trained, of those with noise; the others keep theirs (DanceGRPO's ablation
     of first and last steps). Null trains at all; ``timestep_fraction`` is of this range."""
+    trained_every: PositiveInt = 1
+    """Trains every n-th of these steps, from the first on; the others keep their noise."""
     step_weights: Literal["uniform", "equaliser", "rectified", "inverse_delta"] = "uniform"
     """Weights of the steps in the loss: equal, SAGE-GRPO's temporal equaliser, Flash-GRPO's rectified ones (the same up
     to a factor: mean 1 instead of median 1), or one over the step's length."""

@@ -26,13 +26,13 @@ def k3_estimate(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
 
 @dataclass
 class KlController:
-    """Weight of the KL penalty: a linear warm-up, then proportional feedback.
+    """Weight of the KL penalty: a linear warm-up, then proportional feedback if there is a target.
 
     Attributes:
         minimum: weight at the start of the warm-up, and lower bound.
         maximum: weight at the end of the warm-up, and upper bound.
         warmup_updates: K, updates of the warm-up.
-        target: desired KL; a mean within half of it leaves the weight as it is.
+        target: desired KL; a mean within half of it leaves the weight as it is. None has no feedback.
         history: H, the number of KL values that are averaged.
         direction: ``published`` (Eq. 42) lowers the weight when the KL is above the target; ``usual`` raises it.
         updates: updates observed so far.
@@ -54,7 +54,7 @@ class KlController:
     minimum: float
     maximum: float
     warmup_updates: int
-    target: float
+    target: float | None
     history: int
     direction: Literal["published", "usual"]
     updates: int = 0
@@ -76,6 +76,8 @@ class KlController:
             self.observed.popleft()
         if self.updates <= self.warmup_updates:
             self.weight = self.minimum + (self.maximum - self.minimum) * self.updates / self.warmup_updates
+            return
+        if self.target is None:
             return
         mean = sum(self.observed) / len(self.observed)
         sign = -1 if self.direction == "published" else 1

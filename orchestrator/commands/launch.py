@@ -206,10 +206,12 @@ def _stochastic(config: RunConfig, table: StepTable) -> str:
 
 
 def _warm_up_alone(config: RunConfig) -> dict[str, str]:
-    """A KL controller that never leaves its warm-up, so that its feedback never acts; nothing if it does."""
+    """A KL controller with feedback that never leaves its warm-up, so that it never acts; nothing if it does."""
     kl = config.objective.kl
     updates = config.iterations * config.objective.updates_per_iteration
-    if kl is None or kl.controller is None or kl.controller.warmup_updates < updates:
+    if kl is None or kl.controller is None or kl.controller.target is None:
+        return {}
+    if kl.controller.warmup_updates < updates:
         return {}
     text = (
         f"all {updates} updates of the run are warm-up (objective.kl.controller.warmup_updates: "

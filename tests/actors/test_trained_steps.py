@@ -88,6 +88,18 @@ def test_a_trained_range_changes_nothing_of_the_sampler(make_config: MakeConfig)
     assert preflight(config)["trained transitions per iteration"] == 2 * 3 * 2
 
 
+def test_every_nth_step_may_be_trained_and_the_others_keep_their_noise(make_config: MakeConfig) -> None:
+    plain = ("sampler.guidance=null", "rewards.process=null", "objective.trained_every=2")
+    whole = drawn(make_config(*plain[:2]))
+    for overrides, steps in ((plain, [0, 2]), ([*plain, "objective.trained_steps=[1, 4]"], [1, 3])):
+        config = make_config(*overrides)
+        part = drawn(config)
+        assert np.array_equal(whole[2], part[2])
+        assert part[3].steps.tolist() == [steps] * 3
+        assert np.array_equal(part[3].log_probs, whole[3].log_probs[:, steps])
+        assert preflight(config)["trained transitions per iteration"] == 2 * 3 * 2
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -138,3 +150,6 @@ def test_a_controller_that_never_leaves_its_warm_up_is_told(make_config: MakeCon
     kl = "objective.kl={anchor: fixed, controller: {target: 0.01, warmup_updates: %d}}"
     assert "its feedback never acts" in preflight(make_config(kl % 2))["KL controller"]
     assert "KL controller" not in preflight(make_config(kl % 1))
+    # Without feedback there is nothing that could not act: the weight rises, and that is all.
+    alone = make_config("objective.kl={anchor: fixed, controller: {maximum: 1.0e-6, warmup_updates: 2}}")
+    assert "KL controller" not in preflight(alone)

@@ -41,6 +41,19 @@ def test_weight_rises_linearly_to_its_maximum() -> None:
     assert weights == pytest.approx(expected)
 
 
+def test_without_a_target_the_weight_stays_at_the_end_of_the_warm_up() -> None:
+    c = controller(target=None)
+    weights = []
+    for kl in (9.0, 9.0, 0.0, 9.0, 9.0, 9.0, 0.0, 0.0):
+        c.observe(kl)
+        weights.append(c.weight)
+    assert weights[3:] == [1e-5] * 5
+    b = controller(target=None)
+    b.restore(c.state())
+    b.observe(9.0)
+    assert b.weight == 1e-5
+
+
 @pytest.mark.parametrize(("direction", "kl", "factor"), [
     ("published", 2.0, 0.9), ("published", 0.2, 1.1), ("published", 1.2, 1.0),
     ("usual", 2.0, 1.1), ("usual", 0.2, 0.9), ("usual", 0.8, 1.0),

@@ -263,7 +263,7 @@ def test_ddim_equals_the_diffusers_scheduler(eta: float | None) -> None:
         torch.testing.assert_close(table.sample(k, table.mean(k, x, eps), z), expected, atol=2e-5, rtol=1e-5)
 
 
-def test_ddim_without_noise_is_dancegrpos_equation_7() -> None:
+def test_ddim_without_noise_is_dancegrpos_equations_2_and_5() -> None:
     """``z_s / alpha_s = z_t / alpha_t + eps (sigma_s / alpha_s - sigma_t / alpha_t)``."""
     alphas, times = ddim_schedule(10)
     table = StepTable.build_ddim(alphas, times)
