@@ -44,7 +44,7 @@ def library_parts(path: Path) -> set[str]:
 LIBRARY = {
     "dynamics": set(),
     "config": {"dynamics", "errors", "text_files"},
-    "wire": {"config", "errors", "files"},
+    "wire": {"config", "errors", "files", "role_logs"},
     "generators": {
         "config",
         "dynamics",
