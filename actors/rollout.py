@@ -39,10 +39,11 @@ from actors.velocity import Reuse, velocity_in_passes
 from euphonium.config import GuidanceConfig, RunConfig, SamplerConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import TrainingError
-from euphonium.generators.conditioning import Conditioning, ConditioningCache, stack_conditionings
+from euphonium.generators.conditioning import CACHE_BYTES, Conditioning, ConditioningCache, stack_conditionings
 from euphonium.generators.embeddings import stored_encoder
 from euphonium.generators.feature_cache import FeatureCache
 from euphonium.generators.generator import images_for
+from euphonium.generators.libraries import import_networks
 from euphonium.generators.lora import adapter_parameters, add_adapter
 from euphonium.generators.registry import open_generator
 from euphonium.role_logs import keep_role_log
@@ -56,8 +57,6 @@ from euphonium.wire.tracing import Tracer
 from euphonium.wire.weights.follower import WeightFollower
 from euphonium.wire.weights.manifest import load_tensors
 
-# Host memory for encoded prompts: a thousand of the largest (HunyuanVideo-1.5, 7 MB).
-CACHE_BYTES = 8 << 30
 # Step tables that are kept: windows that are drawn for every group have as many places as there are steps.
 TABLES = 64
 
@@ -327,6 +326,7 @@ class RolloutActor:
         if make_worker is not None:
             self.worker = make_worker(config, device)
         else:
+            import_networks()
             # One that Ray restarts may come back while the learner works on the same GPU.
             self.worker = RolloutWorker(config, device, asleep=config.pools.rollout.sleep)
         directory = named_actor(WeightDirectory, store)

@@ -62,15 +62,17 @@ def begin_logs(run_dir: Path) -> None:
     (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
 
 
-def keep_role_log(run_dir: Path, role: str) -> None:
+def keep_role_log(run_dir: Path | None, role: str) -> None:
     """Has everything that this process logs from level INFO on written to the role's file, too.
 
     Nothing happens where the driver has not made the folder; one that cannot be written to is warned of.
 
     Args:
-        run_dir: folder of the run.
+        run_dir: folder of the run; None keeps no log, of a role outside of a run.
         role: name of the role's process, such as ``rollout-0``; it becomes the file's name.
     """
+    if run_dir is None:
+        return
     folder = run_dir / FOLDER
     root = logging.getLogger()
     for old in [handler for handler in root.handlers if handler.get_name() == FOLDER]:

@@ -11,9 +11,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from euphonium.errors import ConfigError, EuphoniumError
+from euphonium.role_logs import keep_role_log
 from euphonium.wire.deadlines import awaited
 from euphonium.wire.records import RunSnapshot
 from euphonium.wire.roles import Desk, start_actor
@@ -31,7 +33,13 @@ ANSWER_TIMEOUT_S = 30.0
 class ControlDesk:
     """Holds the latest snapshot for the command line, and its requests for the run loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path | None = None) -> None:
+        """Has no snapshot yet.
+
+        Args:
+            run_dir: folder of the run, for the log.
+        """
+        keep_role_log(run_dir, repr(self))
         self._snapshot: RunSnapshot | None = None
         self._taken = time.time()
         self._requests: list[dict[str, int]] = []
@@ -70,26 +78,30 @@ class ControlDesk:
             if pools and role not in pools:
                 raise ConfigError(f"this run has no {role} pool; it has {', '.join(pools)}")
         self._requests.append(sizes)
+        log.info("asked for: %s", ", ".join(f"{role} {size}" for role, size in sizes.items()))
         return self._snapshot
 
 
 class DeskLine:
     """Exchanges snapshots for requests with the control desk."""
 
-    def __init__(self, snapshot: Callable[[], RunSnapshot], resize: Callable[[str, int], None]) -> None:
+    def __init__(self, run_dir: Path, snapshot: Callable[[], RunSnapshot], resize: Callable[[str, int], None]) -> None:
         """Creates the connection; nothing is started.
 
         Args:
+            run_dir: folder of the run, for the desk's log.
             snapshot: returns a snapshot of the run.
             resize: changes the size of a role's pool.
         """
+        self._run_dir = run_dir
         self._snapshot = snapshot
         self._resize = resize
         self._task: asyncio.Task[None] | None = None
 
     def open(self) -> None:
         """Starts the desk's actor."""
-        self._desk: ActorProxy[Desk] = start_actor(Desk, ControlDesk, {"name": CONTROL, **beside_the_driver()})
+        options = {"name": CONTROL, **beside_the_driver()}
+        self._desk: ActorProxy[Desk] = start_actor(Desk, ControlDesk, options, self._run_dir)
 
     def poll(self) -> None:
         """Starts to exchange snapshots for requests, once a second."""

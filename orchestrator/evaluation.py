@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,12 @@ from euphonium.errors import RewardError
 from euphonium.rewards.total import total_weight
 from euphonium.wire.records import Array, OrmAnswer, Videos, WeightKind
 from orchestrator.groups.prompts import read_prompts, refuse_shared_prompts, spread
-from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.report.pictures import contact_sheet, save_gif, save_samples, side_by_side
 from orchestrator.report.trackers import SavedClip
 from orchestrator.report.tracking import Tracker
+
+if TYPE_CHECKING:
+    from orchestrator.pools.rollout_service import RolloutService
 
 log = logging.getLogger(__name__)
 

@@ -84,7 +84,7 @@ class Run:
         store = CheckpointStore(config.run_dir / "checkpoints", keep.keep_last, keep.keep_every)
         self.checkpoints = BackgroundCommits(store, self.position.state, resume, self._tell_learners)
         self._operations = Operations(config)
-        self.desk = DeskLine(self._snapshot, self._resize)
+        self.desk = DeskLine(config.run_dir, self._snapshot, self._resize)
         self.process_reward = ProcessRewardRefresh(
             config, self.pools, self.interruption, self.checkpoints.newest_folder, self.journal.say
         )
@@ -105,7 +105,9 @@ class Run:
             prm_refresh=(lambda _i, options: start_actor(PrmRefresher, PrmRefreshActor, options, config))
             if process and process.refresh
             else None,
-            balancer=lambda: start_actor(Balancer, LoadBalancer, {"name": BALANCER, **beside_the_driver()}),
+            balancer=lambda: start_actor(
+                Balancer, LoadBalancer, {"name": BALANCER, **beside_the_driver()}, run_dir=config.run_dir
+            ),
         )
 
     def learner_group(self) -> LearnerGroup:

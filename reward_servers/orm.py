@@ -13,6 +13,7 @@ import torch
 from euphonium.config import OrmPoolConfig, OutcomeRewardConfig, RunConfig
 from euphonium.errors import NonFiniteRewardError, RewardError
 from euphonium.generators.generator import Generator
+from euphonium.generators.libraries import import_networks
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.registry import build_rewards
 from euphonium.rewards.shared import Batch
@@ -201,6 +202,7 @@ class OrmActor:
         torch.set_num_threads(pool.threads)
         self.index = index
         self.device = reserved_device(pool.num_gpus)
+        import_networks()
         self.scorer = OrmScorer(config.rewards.outcome, open_generator(config.model), self.device, pool)
         self.batcher: MicroBatcher[OrmRequest, OrmAnswer] = MicroBatcher(
             Tracer(config, f"orm-{index}").around(self.scorer.score_requests), WHAT, pool

@@ -15,6 +15,7 @@ from torch import Tensor
 from euphonium.config import RunConfig
 from euphonium.errors import NonFiniteRewardError, RewardError
 from euphonium.generators.conditioning import Conditioning, expand, positive, stack_conditionings
+from euphonium.generators.libraries import import_networks
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.role_logs import keep_role_log
 from euphonium.wire.arrays import as_tensor
@@ -157,6 +158,7 @@ class PrmActor:
         pool = config.pools.prm
         torch.set_num_threads(pool.threads)
         self.index = index
+        import_networks()
         self.scorer = PrmScorer(config, reserved_device(pool.num_gpus))
         self.batcher: MicroBatcher[PrmRequest, PrmAnswer] = MicroBatcher(
             Tracer(config, f"prm-{index}").around(self.scorer.score), WHAT, pool

@@ -67,6 +67,21 @@ def test_every_recipe_is_listed_with_its_evidence() -> None:
     assert set(re.findall(r"`(recipes/[^`]+\.yaml)`", text)) == recipes
 
 
+def test_what_users_expect_is_answered_with_evidence() -> None:
+    """Every answer is yes, partly or no; what is not a plain no leads to something of ours, and commands exist."""
+    command: Any = typer.main.get_command(app)
+    lines = (ROOT / "docs" / "comparison.md").read_text().splitlines()
+    rows = [line.split("|")[1:-1] for line in lines if line.startswith("| ") and not line.startswith("| expected")]
+    assert len(rows) > 30
+    for expected, others, answer, where in rows:
+        assert others.strip(), expected
+        verdict = re.match(r" \*\*(yes|partly|no)\*\*", answer)
+        assert verdict, expected
+        assert "](" in where or verdict[1] == "no", expected
+        for name in re.findall(r"`euphonium ([a-z-]+)", answer):
+            assert name in command.commands, expected
+
+
 def command_lines(page: Path) -> Iterator[str]:
     """Lines of a page's blocks of commands; lines that a backslash joins are one."""
     for language, block in re.findall(r"^ *```([a-z]*)[^\n]*\n(.*?)^ *```", page.read_text(), re.M | re.S):

@@ -136,7 +136,8 @@ def test_a_run_is_stopped_resumed_exported_and_used(recipe: Callable[..., Path],
 def check_role_logs(run: Path) -> None:
     """Every process of a role has a log, and says in every line who it is and which iteration the run is at."""
     logs = {file.stem: file.read_text().splitlines() for file in (run / "logs").glob("*.log")}
-    assert set(logs) == {"driver", "rollout-0", "rollout-1", "prm-0", "orm-0", "learner-0", "learner-1"}
+    pools = {"rollout-0", "rollout-1", "prm-0", "orm-0", "learner-0", "learner-1"}
+    assert set(logs) == pools | {"driver", "learner-mailbox", "weight-store", "control", "load-balancer"}
     for role, lines in logs.items():
         begun = [line.split() for line in lines if re.match(r"\d{4}-", line)]
         assert begun
@@ -145,6 +146,9 @@ def check_role_logs(run: Path) -> None:
     done = re.compile(r" iteration=[23] .*carried out: Update of version 2$")
     assert any(done.search(line) for line in logs["learner-0"])
     assert any("euphonium.said: iteration   1/500" in line for line in logs["driver"])
+    # So does that of an actor which everybody calls and which computes nothing.
+    assert any(re.search(r" iteration=2 .*order: Update of version 2$", line) for line in logs["learner-mailbox"])
+    assert any("version 2 (policy): " in line for line in logs["weight-store"])
 
 
 def scrape(address: str) -> str:

@@ -44,7 +44,7 @@ def library_parts(path: Path) -> set[str]:
 LIBRARY = {
     "dynamics": set(),
     "config": {"dynamics", "errors", "text_files"},
-    "wire": {"config", "errors", "files"},
+    "wire": {"config", "errors", "files", "role_logs"},
     "generators": {
         "config",
         "dynamics",
@@ -111,11 +111,26 @@ def test_only_learners_know_deepspeed() -> None:
                 assert "deepspeed" not in imported(path), path
 
 
-def test_help_needs_no_heavy_library() -> None:
+def heavy_after(arguments: list[str], heavy: set[str]) -> set[str]:
+    """Which of some libraries a command has imported when it is done."""
     code = (
-        "import sys; from orchestrator.commands.cli import app; "
-        "heavy = {'torch', 'ray', 'diffusers', 'transformers', 'deepspeed'} & set(sys.modules); "
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
+        "import contextlib, io, sys; from orchestrator.commands.cli import run_command\n"
+        f"with contextlib.redirect_stdout(io.StringIO()): status = run_command({arguments!r})\n"
+        f"print(*({heavy!r} & set(sys.modules))); sys.exit(status)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+RUNNING = {"ray", "deepspeed", "tensorboardX", "prometheus_client", "grpc", "wandb", "mlflow", "swanlab"}
+
+
+def test_help_needs_no_heavy_library() -> None:
+    heavy = RUNNING | {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pydantic", "yaml", "PIL"}
+    assert heavy_after(["--help"], heavy) == set()
+
+
+def test_what_checks_a_recipe_needs_nothing_that_only_runs_need() -> None:
+    recipe = "recipes/embedded/euphonium-sage.yaml"
+    assert heavy_after(["validate", recipe], RUNNING | {"torch", "diffusers"}) == {"torch", "diffusers"}

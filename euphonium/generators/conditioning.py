@@ -21,6 +21,8 @@ ImageEncoder = Callable[[Sequence[Path]], Conditioning]
 
 # Name of the entry with the latents of the first frame, ``[batch, channels, frames, height, width]``.
 IMAGE = "image_latents"
+# Host memory of a rollout actor for encoded prompts: a thousand of the largest (HunyuanVideo-1.5, 7 MB).
+CACHE_BYTES = 8 << 30
 # Prefix of the negative prompt's entries.
 NEGATIVE = "negative."
 

@@ -13,8 +13,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from euphonium.role_logs import keep_role_log
 from euphonium.wire.deadlines import describe
 from euphonium.wire.roles import Balancer, ServerRef
 
@@ -46,12 +48,14 @@ class LoadBalancer:
         'prm-0'
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, run_dir: Path | None = None) -> None:
         """Starts without requests.
 
         Args:
             clock: returns seconds.
+            run_dir: folder of the run, for the log.
         """
+        keep_role_log(run_dir, repr(self))
         self._clock = clock
         self._requests: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
@@ -74,7 +78,10 @@ class LoadBalancer:
         with self._lock:
             now = self._clock()
             self._requests.pop(ticket, None)
+            known = len(self._requests)
             self._requests = {one: entry for one, entry in self._requests.items() if entry[1] > now}
+            if expired := known - len(self._requests):
+                log.warning("%d requests were never reported as over; they count no longer", expired)
             counts = Counter(server for server, _ in self._requests.values())
             server = min(servers, key=lambda name: (counts[name], name not in near))
             self._requests[ticket] = server, now + lifetime_s

@@ -22,6 +22,7 @@ from ray.actor import ActorProxy
 
 from euphonium.config import RunConfig
 from euphonium.errors import EuphoniumError, LostActorError, TrainingError
+from euphonium.generators.libraries import import_networks
 from euphonium.role_logs import keep_role_log
 from euphonium.wire.deadlines import get
 from euphonium.wire.devices import release_unused
@@ -57,6 +58,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     timeout = config.pools.learner.update_timeout_s
     attempt = ""
     try:
+        import_networks()
         learner = Learner(config, rank, world_size, join_group(config.pools.learner.num_gpus))
         attempt = _common_name()
         joined = get(mailbox.join.remote(attempt, world_size), timeout, "the mailbox's answer to a joining learner")

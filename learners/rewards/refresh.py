@@ -29,6 +29,7 @@ from euphonium.config import PrmRefreshConfig, RewardOptimizerConfig, RunConfig
 from euphonium.config.base import chosen
 from euphonium.errors import LostActorError, TrainingError
 from euphonium.generators.conditioning import Conditioning, stack_conditionings
+from euphonium.generators.libraries import import_networks
 from euphonium.rewards.process import ProcessRewardModel
 from euphonium.role_logs import keep_role_log
 from euphonium.wire.arrays import as_tensor
@@ -243,6 +244,7 @@ class PrmRefreshActor:
         keep_role_log(config.run_dir, "prm-refresh")
         torch.set_num_threads(config.pools.refresh_pool.threads)
         self.config = config
+        import_networks()
         self.refresh = self._fresh()
         self._restored = False
         self._training: Generator[None, None, dict[str, float]] | None = None

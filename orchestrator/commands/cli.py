@@ -143,10 +143,14 @@ def validate(recipe: Recipe, overrides: Overrides = None) -> None:
     Takes recipes of train, train-prm and train-orm. A published model that is not here is checked by its configuration
     files. Memory that does not fit is a warning, or an error where pools.gpu_memory_gib says what the GPUs have.
     """
-    from euphonium.config import dump_config, load_any_config
-    from orchestrator.commands.validation import validated
+    from euphonium.generators.libraries import uncollected
 
-    config, found = validated(load_any_config(recipe, overrides or []), recipe)
+    # All of it, for the process ends with it.
+    with uncollected():
+        from euphonium.config import dump_config, load_any_config
+        from orchestrator.commands.validation import validated
+
+        config, found = validated(load_any_config(recipe, overrides or []), recipe)
     say(dump_config(config))
     width = max(map(len, found))
     for name, value in found.items():

@@ -78,7 +78,7 @@ def generate(
     if not prompt and not prompt_file:
         raise ConfigError("there is nothing to draw: give --prompt or --prompt-file")
     with writing_alone([(output, "--output")]):
-        from orchestrator.generation.clips import ClipFormat
+        from orchestrator.generation.clips import ClipFormat, format_for
         from orchestrator.generation.draw import PROMPTS, Job, draw_clips
         from orchestrator.generation.models import Drawing, find_model
         from orchestrator.generation.samples import Seeds, plan_samples, read_suite, texts
@@ -89,9 +89,9 @@ def generate(
             guidance_scale=guidance_scale,
         )  # fmt: skip
         source = find_model(model, drawing, output.resolve() / PROMPTS)
-        kind = clip_format or {"vbench": "mp4", "vbench2": "mp4", "geneval": "png", "plain": None}[layout]
+        asked = clip_format or {"vbench": "mp4", "vbench2": "mp4", "geneval": "png", "plain": None}[layout]
         job = Job(
-            source=source, form=ClipFormat(kind or ("png" if source.stills else "gif"), fps), layout=layout,
+            source=source, form=ClipFormat(format_for(asked, source.stills), fps), layout=layout,
             folder=output.resolve(), batch=batch, threads=threads, gpus=gpus_per_worker,
         )  # fmt: skip
         suite = texts(prompt or []) + read_suite(prompt_file or [])

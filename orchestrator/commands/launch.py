@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from euphonium.dynamics import StepTable
     from euphonium.generators.generator import Generator
 
-if TYPE_CHECKING:
-    from euphonium.generators.generator import Generator
-
 log = logging.getLogger(__name__)
 
 
@@ -47,6 +44,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     """
     from actors.training_rows import stored_states, trained_steps
     from euphonium.generators.components import check_generator
+    from euphonium.generators.libraries import import_networks
     from euphonium.generators.pictures import check_pictures
     from euphonium.generators.registry import open_generator
     from euphonium.generators.sequence import check_sequence_parallel
@@ -66,6 +64,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     described = family is not None and not Path(config.model.path).exists()
     family = open_generator(config.model) if family is None else family
     if not described:
+        import_networks()
         check_generator(family)
     check_sequence_parallel(family, config.pools.learner.sequence_parallel)
     starts = {}

@@ -1,4 +1,4 @@
-"""Clips as files: mp4, GIF or PNG, each written whole or not at all, and read back."""
+"""Clips as files: mp4, GIF, PNG or a folder of frames, each written whole or not at all, and read back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from euphonium.files import written_aside
 from orchestrator.report.pictures import enlarge
 
 Frames = NDArray[np.uint8]
-Format = Literal["mp4", "gif", "png"]
+Format = Literal["mp4", "gif", "png", "frames"]
 # libx264's constant quality; 18 is visually lossless, so that rewards and metrics see what was drawn.
 QUALITY = "18"
 
@@ -27,8 +27,8 @@ class ClipFormat:
     """How clips are written.
 
     Attributes:
-        kind: ``mp4``; ``gif``, in which small clips are enlarged; or ``png``, a file for a still and a folder of
-            frames for a clip.
+        kind: ``mp4``; ``gif``, in which small clips are enlarged; ``png``, of a still; or ``frames``, a folder with a
+            PNG a frame.
         fps: frames a second.
     """
 
@@ -44,21 +44,35 @@ class ClipFormat:
                 raise ConfigError("--format mp4 needs PyAV: pip install 'euphonium[video]'") from error
 
 
+def ending(kind: Format) -> str:
+    """What names of clips end in; those of folders in nothing."""
+    return "" if kind == "frames" else f".{kind}"
+
+
+def format_for(asked: Format | None, stills: bool) -> Format:
+    """What is written where ``png`` was asked for, which is a folder for a clip, or nothing."""
+    if stills and asked in (None, "png"):
+        return "png"
+    return "frames" if asked == "png" else asked or "gif"
+
+
 def save_clip(video: Frames, path: Path, form: ClipFormat) -> None:
     """Writes a clip, at once as a whole.
 
     Args:
         video: ``[frames, height, width, 3]``.
-        path: the file; its ending is the format's. For PNG of several frames it becomes a folder.
+        path: the file, or the folder of ``frames``; its ending is the format's.
         form: format and speed.
 
     Raises:
         ConfigError: the format cannot hold such a clip.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if form.kind == "png" and len(video) > 1:
+    if form.kind == "frames":
         _save_frames(video, path)
         return
+    if form.kind == "png" and len(video) > 1:
+        raise ConfigError(f"{path}: a PNG holds one frame, not {len(video)}; take --format gif or mp4")
     with written_aside(path) as aside:
         if form.kind == "mp4":
             _save_mp4(video, aside, form.fps)

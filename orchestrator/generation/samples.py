@@ -15,7 +15,7 @@ from euphonium.config.base import LONGEST_NAME
 from euphonium.errors import ConfigError
 from euphonium.prompt_files import ENDINGS, Prompt, read_prompt_file
 from euphonium.text_files import quoted
-from orchestrator.generation.clips import Format
+from orchestrator.generation.clips import Format, ending
 
 Layout = Literal["plain", "vbench", "vbench2", "geneval"]
 FIELD = "--prompt-file"
@@ -118,13 +118,13 @@ class Seeds:
         return self.samples or len(self.each) or MORE_SAMPLES.get((layout, part or ""), SAMPLES[layout])
 
 
-def plan_samples(suite: Sequence[SuitePrompt], layout: Layout, ending: Format, seeds: Seeds) -> Plan:
+def plan_samples(suite: Sequence[SuitePrompt], layout: Layout, form: Format, seeds: Seeds) -> Plan:
     """The clips of a suite.
 
     Args:
         suite: its prompts; one that a layout calls alike is drawn once.
         layout: which evaluation the files are for.
-        ending: of the files.
+        form: of the files.
         seeds: seeds, and number of clips a prompt.
 
     Raises:
@@ -136,7 +136,7 @@ def plan_samples(suite: Sequence[SuitePrompt], layout: Layout, ending: Format, s
     for number, entry in enumerate(suite):
         if layout == "geneval":
             beside[f"images/{number:05d}/metadata.jsonl"] = _geneval_entry(entry.prompt)
-        for j, file in enumerate(_files(entry, number, layout, ending, seeds.count(layout, entry.part))):
+        for j, file in enumerate(_files(entry, number, layout, form, seeds.count(layout, entry.part))):
             if file not in samples:
                 seed = seeds.each[j] if seeds.each else seeds.first + drawn
                 samples[file] = Sample(file, entry.prompt.described, seed, entry.prompt.image)
@@ -144,17 +144,18 @@ def plan_samples(suite: Sequence[SuitePrompt], layout: Layout, ending: Format, s
     return Plan(list(samples.values()), beside)
 
 
-def _files(entry: SuitePrompt, number: int, layout: Layout, ending: Format, count: int) -> Iterator[str]:
+def _files(entry: SuitePrompt, number: int, layout: Layout, form: Format, count: int) -> Iterator[str]:
+    end = ending(form)
     if layout == "geneval":
-        yield from (f"images/{number:05d}/samples/{j:05d}.{ending}" for j in range(count))
+        yield from (f"images/{number:05d}/samples/{j:05d}{end}" for j in range(count))
     elif layout == "plain":
-        yield from (f"{number:04d}-{j}.{ending}" for j in range(count))
+        yield from (f"{number:04d}-{j}{end}" for j in range(count))
     else:
         # VBench-2.0 keeps its dimensions apart, whose prompts overlap; VBench has all of them in one folder.
         folder = f"videos/{entry.part}" if layout == "vbench2" and entry.part else "videos"
         cut = VBENCH2_CHARACTERS if layout == "vbench2" else None
         for j in range(count):
-            yield f"{folder}/{_checked(f'{_name(entry.prompt)[:cut]}-{j}.{ending}')}"
+            yield f"{folder}/{_checked(f'{_name(entry.prompt)[:cut]}-{j}{end}')}"
 
 
 def _name(prompt: Prompt) -> str:

@@ -64,8 +64,9 @@ class LearnerLink:
         """Starts the actors of the mailbox and the weight store."""
         # Ray may restart both; the run loop then repeats what the mailbox forgot, and weights are published again.
         options = beside_the_driver()
-        self._store = start_actor(WeightDirectory, WeightStore, {"name": STORE, **options})
-        self._mailbox = start_actor(Mailbox, LearnerMailbox, {"name": MAILBOX, **options})
+        place = self._config.run_dir
+        self._store = start_actor(WeightDirectory, WeightStore, {"name": STORE, **options}, place)
+        self._mailbox = start_actor(Mailbox, LearnerMailbox, {"name": MAILBOX, **options}, place)
 
     def start(self, group: LearnerGroup) -> None:
         """Starts a learner group; returns at once."""

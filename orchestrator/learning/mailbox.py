@@ -21,11 +21,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
+from pathlib import Path
 
 from euphonium.errors import LostActorError
+from euphonium.role_logs import keep_role_log
 from euphonium.wire.records import LearnerState, UpdateOrder, UpdateReport
+
+log = logging.getLogger(__name__)
 
 
 class LearnerMailbox:
@@ -56,7 +61,13 @@ class LearnerMailbox:
         accepted False
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path | None = None) -> None:
+        """Waits for a checkpoint to be set.
+
+        Args:
+            run_dir: folder of the run, for the log.
+        """
+        keep_role_log(run_dir, repr(self))
         self._changed = asyncio.Condition()
         self._order: UpdateOrder | None = None
         self._leased: set[int] = set()
@@ -98,6 +109,7 @@ class LearnerMailbox:
             self._acknowledged.clear()
             self._report = None
             self._changed.notify_all()
+            log.info("order: %s of version %d", type(order).__name__, order.version)
             return True
 
     async def state(self, number: int, generation: int, timeout_s: float) -> LearnerState:
@@ -133,6 +145,7 @@ class LearnerMailbox:
                 self._order, self._report = None, None
                 self._generation, self._ready, self._ranks_joined = 1 + secrets.randbits(60), False, 0
                 self._changed.notify_all()
+                log.info("a learner group of %d ranks joins, at version %d", world_size, self._resumed[1])
             self._ranks_joined += 1
             return self._resumed
 
@@ -148,6 +161,7 @@ class LearnerMailbox:
                 raise LostActorError("the learner mailbox was restarted while this learner group joined it")
             self._ready = True
             self._changed.notify_all()
+            log.info("the learner group takes orders")
 
     async def lease(self, rank: int, attempt: str) -> UpdateOrder:
         """Waits for the next order, and returns it to one rank, once.
@@ -184,6 +198,7 @@ class LearnerMailbox:
                 self._report = self._acknowledged[0]
                 self._order = None
                 self._changed.notify_all()
+                log.info("version %d: all ranks have carried the order out", report.version)
 
     async def fail(self, attempt: str, reason: str) -> None:
         """Called by a rank that cannot go on, if a restart would not help."""
@@ -191,6 +206,7 @@ class LearnerMailbox:
             if attempt == self._attempt:
                 self._failure = self._failure or reason
                 self._changed.notify_all()
+                log.error("the learner group cannot go on: %s", reason)
 
     def _must_be_current(self, attempt: str) -> None:
         if attempt != self._attempt:

@@ -106,7 +106,7 @@ class RoleMemory:
 
 def rollout_memory(passes: Passes, sizes: PassSizes) -> RoleMemory:
     """A rollout actor: the policy, text encoders, encoded prompts, and a pass."""
-    from actors.rollout import CACHE_BYTES
+    from euphonium.generators.conditioning import CACHE_BYTES
 
     config = passes.config
     drawn = config.iterations * config.rollout.prompts_per_iteration + config.evaluation.prompts

@@ -7,14 +7,19 @@ are copied.
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from euphonium.errors import WeightsMissingError
+from euphonium.role_logs import keep_role_log
 from euphonium.wire.records import WeightKind
 from euphonium.wire.weights.manifest import Bucket, WeightManifest
 
 if TYPE_CHECKING:
     from ray import ObjectRef
+
+log = logging.getLogger(__name__)
 
 KEPT_VERSIONS = 2
 
@@ -22,7 +27,13 @@ KEPT_VERSIONS = 2
 class WeightStore:
     """References to published weights by kind and version; the newest ``KEPT_VERSIONS`` of each kind are kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path | None = None) -> None:
+        """Holds nothing.
+
+        Args:
+            run_dir: folder of the run, for the log.
+        """
+        keep_role_log(run_dir, repr(self))
         self._arriving: dict[tuple[int, WeightKind], dict[int, ObjectRef[Bucket]]] = {}
         self._published: dict[WeightKind, dict[int, tuple[WeightManifest, list[ObjectRef[Bucket]]]]] = {}
 
@@ -64,6 +75,7 @@ class WeightStore:
             del versions[version]
         for version in sorted(versions)[:-KEPT_VERSIONS]:
             del versions[version]
+        log.info("version %d (%s): %d buckets, published", manifest.version, manifest.kind, len(manifest.buckets))
 
     def fetch(self, version: int, kind: WeightKind) -> tuple[WeightManifest, list[ObjectRef[Bucket]]]:
         """Manifest and bucket references of the newest weights of a kind.
@@ -79,7 +91,8 @@ class WeightStore:
 
     def lost(self, version: int, kind: WeightKind) -> None:
         """Removes a version whose buckets are lost, because the learner that owned them has died."""
-        self._published.get(kind, {}).pop(version, None)
+        if self._published.get(kind, {}).pop(version, None) is not None:
+            log.warning("version %d (%s) is lost: its buckets' owner has died", version, kind)
 
     def newest(self, kind: WeightKind) -> int:
         """Newest version of a kind; -1 if there is none."""

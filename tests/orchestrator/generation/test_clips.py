@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from euphonium.errors import ConfigError
-from orchestrator.generation.clips import ClipFormat, Format, read_clip, save_clip
+from orchestrator.generation.clips import ClipFormat, Format, ending, read_clip, save_clip
 
 
 def moving(frames: int = 5, height: int = 48, width: int = 32) -> np.ndarray:
@@ -20,20 +20,28 @@ def moving(frames: int = 5, height: int = 48, width: int = 32) -> np.ndarray:
     ).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("png", 0), ("mp4", 12)])
+@pytest.mark.parametrize(("kind", "most"), [("frames", 0), ("mp4", 12)])
 def test_what_is_written_is_read_back(kind: Format, most: float, tmp_path: Path) -> None:
     video = moving()
-    save_clip(video, tmp_path / "deep" / f"clip.{kind}", ClipFormat(kind, 8.0))
-    read = read_clip(tmp_path / "deep" / f"clip.{kind}")
+    clip = tmp_path / "deep" / f"clip{ending(kind)}"
+    save_clip(video, clip, ClipFormat(kind, 8.0))
+    read = read_clip(clip)
     assert read.shape == video.shape
     assert np.abs(read.astype(int) - video).mean() <= most
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == [f"clip.{kind}"], "nothing is left beside it"
+    assert list((tmp_path / "deep").iterdir()) == [clip], "nothing is left beside it"
+    assert clip.is_dir() == (clip.suffix == ""), "a folder has no ending"
 
 
 def test_a_still_is_one_file(tmp_path: Path) -> None:
     video = moving(1)
     save_clip(video, tmp_path / "a.png", ClipFormat("png", 8.0))
     assert np.array_equal(read_clip(tmp_path / "a.png"), video)
+
+
+def test_a_clip_is_no_file_of_a_still(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds one frame, not 5"):
+        save_clip(moving(), tmp_path / "a.png", ClipFormat("png", 8.0))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_frames_a_second_are_kept(tmp_path: Path) -> None:

@@ -57,11 +57,11 @@ def test_an_export_is_drawn_from_in_its_runs_size_wherever_it_lies(
     folder = exported(make_config(), tmp_path / "far" / "away")
     assert json.loads((folder / SIZE_FILE).read_text()) == {"height": 32, "width": 32, "frames": 9}
     assert generate(folder, tmp_path / "clips", "-p", PROMPT, "--format", "png") == 0
-    assert read_clip(tmp_path / "clips" / "0000-0.png").shape == (9, 32, 32, 3)
+    assert read_clip(tmp_path / "clips" / "0000-0").shape == (9, 32, 32, 3)
     options = ("--height", "48", "--width", "64", "--frames", "5", "--format", "png")
     shutil.copytree(folder, tmp_path / "copy")
     assert generate(tmp_path / "copy", tmp_path / "other", "-p", PROMPT, *options) == 0
-    assert read_clip(tmp_path / "other" / "0000-0.png").shape == (5, 48, 64, 3)
+    assert read_clip(tmp_path / "other" / "0000-0").shape == (5, 48, 64, 3)
 
 
 @pytest.mark.parametrize("held", ["", '{"height": 32, "width": -1, "frames": 9}'])
@@ -104,19 +104,20 @@ def test_a_run_is_drawn_in_other_sizes_and_goes_on(
     clips = tmp_path / "clips"
     assert generate(a_run, clips, *options) == 0
     files = sorted(path.name for path in clips.iterdir())
-    drawn = ["0000-0.png", "0000-1.png", "0001-0.png", "0001-1.png"]
+    drawn = ["0000-0", "0000-1", "0001-0", "0001-1"]
     assert files == [*drawn, "contact_sheet.png", "index.json"]
     first = {name: read_clip(clips / name) for name in drawn}
-    assert first["0000-0.png"].shape == (5, 48, 32, 3)
-    assert not np.array_equal(first["0000-0.png"], first["0000-1.png"])
+    assert first["0000-0"].shape == (5, 48, 32, 3)
+    assert not np.array_equal(first["0000-0"], first["0000-1"])
+    assert sorted(path.name for path in (clips / "0000-0").iterdir()) == [f"{i:04d}.png" for i in range(5)]
     # A killed command leaves whole clips: the others are drawn, the same as before.
-    shutil.rmtree(clips / "0001-0.png")
-    kept = (clips / "0000-1.png").stat().st_mtime_ns
+    shutil.rmtree(clips / "0001-0")
+    kept = (clips / "0000-1").stat().st_mtime_ns
     capfd.readouterr()
     assert generate(a_run, clips, *options) == 0
     assert "3 of 4 clips are there" in capfd.readouterr().out
-    assert np.array_equal(read_clip(clips / "0001-0.png"), first["0001-0.png"])
-    assert (clips / "0000-1.png").stat().st_mtime_ns == kept
+    assert np.array_equal(read_clip(clips / "0001-0"), first["0001-0"])
+    assert (clips / "0000-1").stat().st_mtime_ns == kept
 
 
 def test_a_folder_keeps_its_settings(a_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +127,7 @@ def test_a_folder_keeps_its_settings(a_run: Path, tmp_path: Path, capfd: pytest.
         (["-p", PROMPT, "--seed", "4"], "is of another prompt or seed"),
         (["-p", PROMPT, "--frames", "5"], "drawn with size: None, not {'frames': 5}"),
         (["-p", PROMPT, "--base"], "were drawn with model: "),
+        (["-p", PROMPT, "--format", "png"], "were drawn with format: gif, not frames"),
     ):
         assert generate(a_run, tmp_path / "c", *options) == 2
         assert message in capfd.readouterr().err
@@ -201,7 +203,7 @@ def test_image_to_video_takes_pictures_from_its_prompt_file(folders: Callable[[s
         Image.fromarray(picture).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": PROMPT, "image": f"{name}.png"}))
         assert generate(folder, tmp_path / name / "c", "-f", str(tmp_path / f"{name}.jsonl"), *size) == 0
-    one, other = (read_clip(tmp_path / name / "c" / "0000-0.png") for name in "ab")
+    one, other = (read_clip(tmp_path / name / "c" / "0000-0") for name in "ab")
     assert one.shape[1:] == (32, 32, 3)
     assert not np.array_equal(one, other)
 
@@ -212,5 +214,5 @@ def test_tasks_draw_the_same_clips(ray_cluster: None, make_config: Callable[...,
     options = ("-p", PROMPT, "-p", OTHER, "--samples-per-prompt", "2", "--format", "png")
     assert generate(folder, tmp_path / "here", *options) == 0
     assert generate(folder, tmp_path / "tasks", *options, "--workers", "2", "--threads", "1") == 0
-    for name in ("0000-0.png", "0000-1.png", "0001-0.png", "0001-1.png"):
+    for name in ("0000-0", "0000-1", "0001-0", "0001-1"):
         assert np.array_equal(read_clip(tmp_path / "here" / name), read_clip(tmp_path / "tasks" / name))

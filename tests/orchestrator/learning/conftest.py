@@ -19,7 +19,7 @@ def make_setting(make_config: Callable[..., RunConfig], monkeypatch: pytest.Monk
     def go(*overrides: str, mailbox: type[LearnerMailbox] = LearnerMailbox) -> Setting:
         setting = Setting(make_config(*overrides), mailbox)
         monkeypatch.setattr(module, "beside_the_driver", dict)
-        monkeypatch.setattr(module, "start_actor", lambda role, actor, options: setting.handles[options["name"]])
+        monkeypatch.setattr(module, "start_actor", lambda role, cls, options, place: setting.handles[options["name"]])
         monkeypatch.setattr(module, "asyncio", SimpleNamespace(sleep=setting.pause, Lock=asyncio.Lock))
         setting.link.open()
         setting.link.start(setting.group)
