@@ -37,9 +37,8 @@ def check_generator(family: Generator) -> None:
     Raises:
         ConfigError: a component is missing, damaged or does not fit; names folder and component, and what to do.
     """
-    own = {family.backbone: family.transformer_class(), "vae": family.vae_class()}
     unopened = tuple(name for name in UNOPENED if name not in family.image_components)
-    networks = check_components(family.pipeline, own, unopened)
+    networks = check_components(family.pipeline, family.own_classes(), unopened)
     if family.config.lora is not None:
         check_targets(networks[family.backbone], family.config.lora)
 

@@ -104,11 +104,15 @@ class Generator(Backbone):
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         """Loads tokenizers and text encoders, as one function from prompts to a conditioning."""
 
+    def own_classes(self) -> dict[str, Any]:
+        """Classes that open components here, by component, whatever ``model_index.json`` names."""
+        return {self.backbone: self.transformer_class(), "vae": self.vae_class()}
+
     def load_tokenizer(self) -> Any:
-        """The tokenizer whose encoder reads the whole of a prompt, of the class that the pipeline names."""
+        """The tokenizer whose encoder reads the whole of a prompt."""
         from euphonium.generators.components import component_classes
 
-        kind = component_classes(self.pipeline)[self.prompt_tokenizer]
+        kind = (component_classes(self.pipeline) | self.own_classes())[self.prompt_tokenizer]
         return kind.from_pretrained(self.folder / self.prompt_tokenizer)
 
     def token_counts(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:

@@ -44,7 +44,8 @@ def trained(name: str, folders: Folders, checkpoint: Path) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "name", ["flux", "qwen", "z-image", "sd3", "wan", "wan i2v", "wan 2.2 i2v", "sd1", "hunyuan", "skyreels"]
+    "name",
+    ["flux", "flux2 dev", "qwen", "z-image", "sd3", "wan", "wan i2v", "wan 2.2 i2v", "sd1", "hunyuan", "skyreels"],
 )
 def test_an_exported_adapter_changes_the_familys_own_pipeline_as_it_changed_the_policy(
     name: str, folders: Folders, tmp_path: Path

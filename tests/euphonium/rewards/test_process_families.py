@@ -35,7 +35,7 @@ TRANSFORMERS = [name for name in BUILDERS if name != UNET]
 PROMPTS = {"train": ["a red car", "a cat", "two fish"], "held_out": ["a green frog", "a sign"]}
 SAMPLES = 16
 # More channels that do not matter take more samples to be told from the one that does.
-MORE_SAMPLES = {"Flux2KleinPipeline": 48}
+MORE_SAMPLES = {"Flux2Pipeline": 48, "Flux2KleinPipeline": 48}
 PAIRS = 24
 
 
