@@ -113,13 +113,6 @@ class Flux2Dev(Flux2):
         return False
 
     @override
-    def own_classes(self) -> dict[str, Any]:
-        from transformers import PreTrainedTokenizerFast
-
-        # The index names the processor of pictures and texts; of texts alone it makes what its tokenizer makes.
-        return super().own_classes() | {"tokenizer": PreTrainedTokenizerFast}
-
-    @override
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         from diffusers import Flux2Pipeline
         from transformers import Mistral3ForConditionalGeneration

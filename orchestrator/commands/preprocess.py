@@ -158,9 +158,7 @@ def open_encoders(model: ModelConfig) -> tuple[Generator, ModelConfig]:
     if family is not None and pipeline.component_config(family.backbone).get("guidance_embeds"):
         model = model.model_copy(update={"embedded_guidance": 1.0})
     generator = adapter_of(pipeline, model)
-    texts = text_components(generator)
-    own = {name: kind for name, kind in generator.own_classes().items() if name in texts}
-    check_components(pipeline, own, unopened=tuple(set(pipeline.index()) - set(texts)))
+    check_components(pipeline, unopened=tuple(set(pipeline.index()) - set(text_components(generator))))
     return generator, model
 
 

@@ -17,6 +17,7 @@ from actors.rollout import RolloutWorker
 from actors.sampler import sample_deterministic
 from euphonium.config import NoiseGridConfig, RunConfig
 from euphonium.errors import ConfigError
+from euphonium.generators.components import open_pipeline
 from euphonium.generators.conditioning import expand
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import FAMILIES
@@ -61,7 +62,7 @@ def their_pipeline(case: Case, folder: Path) -> Any:
     import diffusers
     from diffusers import ClassifierFreeGuidance, DDIMScheduler, UniPCMultistepScheduler
 
-    pipeline = getattr(diffusers, case.pipeline_class).from_pretrained(folder)
+    pipeline = open_pipeline(getattr(diffusers, case.pipeline_class), folder)
     pipeline.set_progress_bar_config(disable=True)
     if case.pipeline_class == "StableDiffusionPipeline":
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)

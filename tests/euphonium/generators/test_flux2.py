@@ -7,12 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from euphonium.errors import ConfigError
-from euphonium.generators.components import check_generator
-from orchestrator.commands.preprocess import open_encoders
-from tests.euphonium.generators.cases import CPU, PROMPTS, family_of
+from tests.euphonium.generators.cases import family_of
 from tests.euphonium.generators.tiny_pipelines import Folders
 
 
@@ -37,16 +34,3 @@ def test_its_shift_depends_on_size_and_number_of_steps(folders: Folders) -> None
     }
     assert levels[50, "large"] > levels[50, "small"]
     assert len(set(levels.values())) == 4
-
-
-def test_the_tokenizer_of_dev_is_opened_where_the_index_names_its_processor(folders: Folders, tmp_path: Path) -> None:
-    """As in the published folder: the processor reads pictures as well, for which it needs torchvision."""
-    shutil.copytree(folders("Flux2Pipeline"), tmp_path / "published")
-    index = tmp_path / "published" / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"tokenizer": ["transformers", "PixtralProcessor"]}))
-    family = family_of("flux2 dev", lambda _: tmp_path / "published")
-    check_generator(family)
-    generator, _ = open_encoders(family.config)
-    for prompt in PROMPTS:
-        own, other = (f.load_prompt_encoder(CPU)([prompt]) for f in (generator, family_of("flux2 dev", folders)))
-        assert torch.equal(own["encoder_hidden_states"], other["encoder_hidden_states"])

@@ -80,13 +80,16 @@ def flux2_dev() -> Any:
     from diffusers import Flux2Pipeline
 
     tokenizer = mistral_tokenizer()
-    return Flux2Pipeline(
+    pipeline = Flux2Pipeline(
         scheduler=flow_scheduler(use_dynamic_shifting=True, shift=3.0),
         vae=flux2_vae(),
         text_encoder=mistral(tokenizer),
         tokenizer=tokenizer,
         transformer=flux2_transformer(guidance_embeds=True),
     )
+    # Of the published folder's processor texts need the tokenizer alone.
+    pipeline.register_to_config(tokenizer=("transformers", "PixtralProcessor"))
+    return pipeline
 
 
 def flux2_klein() -> Any:
