@@ -21,6 +21,7 @@ from euphonium.errors import ConfigError
 from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.generator import Generator
 from euphonium.generators.lora import check_targets
+from euphonium.generators.processors import without_torchvision
 from euphonium.weight_files import check_index, one_line, shapes_of, some
 
 # A class of diffusers or transformers: they share ``from_pretrained``, but no type.
@@ -92,11 +93,31 @@ def load_pipeline(folder: Path, dtype: Literal["float32", "bfloat16"] | None = N
             raise ValueError(f"it names the class {name!r}, which is no pipeline of diffusers")
     check_components(pipeline, unopened=())
     with quiet(), _blaming(folder, "model_index.json"):
-        return diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype and getattr(torch, dtype))
+        return open_pipeline(diffusers.DiffusionPipeline, folder, torch_dtype=dtype and getattr(torch, dtype))
+
+
+def open_pipeline(kind: Loadable, folder: Path, **options: Any) -> Any:
+    """Opens a folder as a pipeline of diffusers.
+
+    Args:
+        kind: the pipeline's class, or ``DiffusionPipeline`` for the one that the folder names.
+        folder: the folder.
+        options: further arguments of ``from_pretrained``.
+    """
+    pipeline = PipelineFolder(folder)
+    stand_ins = {
+        name: of.from_pretrained(folder / name)
+        for name, of in component_classes(pipeline).items()
+        if of is without_torchvision(pipeline.index()[name][1])
+    }
+    # diffusers refuses objects of other classes here, but not afterwards.
+    loaded = kind.from_pretrained(folder, **options, **dict.fromkeys(stand_ins))
+    loaded.register_modules(**stand_ins)
+    return loaded
 
 
 def component_classes(pipeline: PipelineFolder) -> dict[str, Loadable]:
-    """The class of each component that the index names."""
+    """The class of each component that the index names, or what stands in for it (:mod:`.processors`)."""
     found: dict[str, Loadable] = {}
     for name, entry in pipeline.index().items():
         if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
@@ -104,7 +125,8 @@ def component_classes(pipeline: PipelineFolder) -> dict[str, Loadable]:
         with _blaming(pipeline.path, name):
             if len(entry) != 2 or entry[0] not in LIBRARIES:
                 raise ValueError(f"model_index.json names {entry}, not a class of {' or '.join(LIBRARIES)}")
-            found[name] = getattr(importlib.import_module(entry[0]), str(entry[1]))
+            stand_in = without_torchvision(str(entry[1]))
+            found[name] = stand_in or getattr(importlib.import_module(entry[0]), str(entry[1]))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a network reads besides state and time: encoded prompts and, for image-to-video, encoded first frames.
+"""What a network reads besides state and time: encoded prompts and, where prompts come with pictures, encoded pictures.
 
 A conditioning is a dictionary of tensors whose first dimension is the batch. Prompt encoders make it; the functions
 here add to it, split it and batch it; only a generator's ``network`` knows what its entries mean.
@@ -19,7 +19,7 @@ PromptEncoder = Callable[[Sequence[str]], Conditioning]
 # Entries that the pictures in some files add, such as their latents (:data:`IMAGE`).
 ImageEncoder = Callable[[Sequence[Path]], Conditioning]
 
-# Name of the entry with the latents of the first frame, ``[batch, channels, frames, height, width]``.
+# Name of the entry with the latents of the picture, ``[batch, channels, frames, height, width]``.
 IMAGE = "image_latents"
 # Host memory of a rollout actor for encoded prompts: a thousand of the largest (HunyuanVideo-1.5, 7 MB).
 CACHE_BYTES = 8 << 30
@@ -58,10 +58,8 @@ def with_negative_prompt(encode: PromptEncoder, prompt: str) -> PromptEncoder:
     return complete
 
 
-def with_first_frames(
-    encode: PromptEncoder, encode_images: ImageEncoder, image_of: Callable[[str], Path]
-) -> PromptEncoder:
-    """An encoder that adds the entries of first frames, the same ones to the negative prompt's.
+def with_pictures(encode: PromptEncoder, encode_images: ImageEncoder, image_of: Callable[[str], Path]) -> PromptEncoder:
+    """An encoder that adds the entries of pictures, the same ones to the negative prompt's.
 
     Args:
         encode: encodes texts, with the negative prompt if there is one.

@@ -78,14 +78,11 @@ class Flux(ImageGenerator):
     def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = x.shape[-2:]
         rows, columns = height // PACK, width // PACK
-        guidance = None
-        if self.config.embedded_guidance is not None:
-            guidance = torch.full((x.shape[0],), self.config.embedded_guidance, dtype=torch.float32, device=x.device)
         output: Tensor = transformer(
             hidden_states=pack(x).to(self.dtype),
             # Multiplied by the number of timesteps inside.
             timestep=time,
-            guidance=guidance,
+            guidance=self.guidance_input(x),
             img_ids=image_positions(rows, columns, x.device),
             txt_ids=torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=x.device),
             return_dict=False,

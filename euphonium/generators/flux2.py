@@ -1,8 +1,9 @@
-"""FLUX.2 klein: text-to-image with states of three layers of Qwen3, distilled or with classifier-free guidance."""
+"""FLUX.2: text-to-image with states of three layers of a language model, Mistral's for dev and Qwen3 for klein."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -23,27 +24,30 @@ from euphonium.generators.noise_grid import evenly_told
 from euphonium.generators.vae import Autoencoder, ImageVae, VideoVae
 
 
-class Flux2Klein(ImageGenerator):
-    """Adapter of ``Flux2KleinPipeline``.
+class Flux2(ImageGenerator):
+    """What the pipelines of FLUX.2 share.
 
-    Its states are squares of the VAE's latents as channels, normalised by the VAE's own statistics.
+    Their states are squares of the VAE's latents as channels, normalised by the VAE's own statistics.
     """
 
-    pipeline_class = "Flux2KleinPipeline"
     block_fields: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
 
     def __init__(self, pipeline: PipelineFolder, config: ModelConfig) -> None:
         """Reads the pipeline's configurations.
 
         Raises:
-            ConfigError: unsupported settings, or guidance for a distilled model.
+            ConfigError: unsupported settings, or a negative prompt for a pipeline that takes none.
         """
         super().__init__(pipeline, config)
-        if pipeline.index().get("is_distilled") and config.cfg_scale is not None:
+        if config.cfg_scale is not None and not self._takes_negative_prompt():
             raise ConfigError(
                 f"model.cfg_scale: by its model_index.json {pipeline.path} is distilled, and its pipeline takes no "
-                "guidance; leave it out"
+                "negative prompt; leave it out"
             )
+
+    @abstractmethod
+    def _takes_negative_prompt(self) -> bool:
+        """Whether classifier-free guidance fits the model."""
 
     @property
     @override
@@ -74,6 +78,84 @@ class Flux2Klein(ImageGenerator):
         return Flux2Transformer2DModel
 
     @override
+    def vae_class(self) -> Autoencoder:
+        from diffusers import AutoencoderKLFlux2
+
+        return AutoencoderKLFlux2
+
+    @override
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
+        return Flux2Vae.load(self.vae_class(), self.folder, device, dtype)
+
+    @override
+    def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        text = conditioning["encoder_hidden_states"]
+        output: Tensor = transformer(
+            hidden_states=x.flatten(2).transpose(1, 2).to(self.dtype),
+            encoder_hidden_states=text,
+            # Multiplied by the number of timesteps inside.
+            timestep=time,
+            guidance=self.guidance_input(x),
+            img_ids=positions(1, *x.shape[3:], 1, device=x.device),
+            txt_ids=positions(1, 1, 1, text.shape[1], device=x.device),
+            return_dict=False,
+        )[0]
+        return output.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Flux2Dev(Flux2):
+    """Adapter of ``Flux2Pipeline``: FLUX.2 dev, whose network takes the scale of guidance as an input."""
+
+    pipeline_class = "Flux2Pipeline"
+
+    @override
+    def _takes_negative_prompt(self) -> bool:
+        return False
+
+    @override
+    def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
+        from diffusers import Flux2Pipeline
+        from transformers import Mistral3ForConditionalGeneration
+
+        tokenizer = self.load_tokenizer()
+        encoder: nn.Module = Mistral3ForConditionalGeneration.from_pretrained(
+            self.folder / "text_encoder", dtype=self.dtype
+        )
+        encoder = encoder.to(device).eval()
+        limit = self.config.max_prompt_tokens
+
+        @torch.no_grad()
+        def encode(prompts: Sequence[str]) -> Conditioning:
+            # The padding stays: attention reads it.
+            hidden = Flux2Pipeline._get_mistral_3_small_prompt_embeds(
+                encoder, tokenizer, list(prompts), max_sequence_length=limit
+            )
+            return {"encoder_hidden_states": hidden.to(self.dtype)}
+
+        return encode
+
+    @override
+    def token_counts(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        texts = []
+        for conversation in format_input(list(prompts)):
+            prompt = conversation[-1]["content"][0]["text"]
+            texts.append(up_to(prompt, tokenizer.apply_chat_template(conversation, tokenize=False)))
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        return [len(tokens) for tokens in encoded]
+
+
+class Flux2Klein(Flux2):
+    """Adapter of ``Flux2KleinPipeline``: FLUX.2 klein, distilled or with classifier-free guidance."""
+
+    pipeline_class = "Flux2KleinPipeline"
+
+    @override
+    def _takes_negative_prompt(self) -> bool:
+        return not self.pipeline.index().get("is_distilled")
+
+    @override
     def load_prompt_encoder(self, device: torch.device) -> PromptEncoder:
         from diffusers import Flux2KleinPipeline
 
@@ -92,30 +174,6 @@ class Flux2Klein(ImageGenerator):
     @override
     def token_counts(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
         return super().token_counts(tokenizer, conversations(tokenizer, prompts, enable_thinking=False))
-
-    @override
-    def vae_class(self) -> Autoencoder:
-        from diffusers import AutoencoderKLFlux2
-
-        return AutoencoderKLFlux2
-
-    @override
-    def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
-        return Flux2Vae.load(self.vae_class(), self.folder, device, dtype)
-
-    @override
-    def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        text = conditioning["encoder_hidden_states"]
-        output: Tensor = transformer(
-            hidden_states=x.flatten(2).transpose(1, 2).to(self.dtype),
-            encoder_hidden_states=text,
-            # Multiplied by the number of timesteps inside.
-            timestep=time,
-            img_ids=positions(1, *x.shape[3:], 1, device=x.device),
-            txt_ids=positions(1, 1, 1, text.shape[1], device=x.device),
-            return_dict=False,
-        )[0]
-        return output.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Flux2Vae(ImageVae):
@@ -161,5 +219,10 @@ def conversations(tokenizer: Any, prompts: Sequence[str], *, enable_thinking: bo
         whole = tokenizer.apply_chat_template(
             message, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
         )
-        texts.append(whole[: whole.rindex(prompt) + len(prompt)])
+        texts.append(up_to(prompt, whole))
     return texts
+
+
+def up_to(prompt: str, conversation: str) -> str:
+    """A conversation up to the end of the prompt in it."""
+    return conversation[: conversation.rindex(prompt) + len(prompt)]

@@ -30,7 +30,7 @@ from euphonium.generators.conditioning import (
     negative,
     positive,
     stack_conditionings,
-    with_first_frames,
+    with_pictures,
     with_negative_prompt,
 )
 from euphonium.generators.folder import PipelineFolder
@@ -51,8 +51,10 @@ class Generator(Backbone):
     pipeline_class: ClassVar[str]
     # Classes of model_index.json whose folders are opened as well if ``model.pipeline`` says so.
     also_opens: ClassVar[tuple[str, ...]] = ()
-    # Whether every prompt comes with a picture (image-to-video).
+    # Whether every prompt comes with a picture.
     takes_image: ClassVar[bool] = False
+    # Whether the text encoder reads a prompt together with its picture, so that no text is encoded before a run.
+    reads_text_with_image: ClassVar[bool] = False
     # Components that read the picture, besides the VAE; those that the folder does not have are left out.
     image_components: ClassVar[tuple[str, ...]] = ()
     # The tokenizer whose encoder reads the whole of a prompt; others may read its beginning.
@@ -242,11 +244,11 @@ class Generator(Backbone):
         images: Mapping[str, Path] | None = None,
         encode: PromptEncoder | None = None,
     ) -> PromptEncoder:
-        """Loads the prompt encoder, with negative prompt and first frames where this generator needs them.
+        """Loads the prompt encoder, with negative prompt and pictures where this generator needs them.
 
         Args:
             device: device to encode on.
-            images: picture files by prompt, for image-to-video (:func:`images_for`).
+            images: picture files by prompt, if it takes pictures (:func:`images_for`).
             encode: encodes texts in place of the text encoders, which are then not loaded.
 
         Returns:
@@ -257,20 +259,19 @@ class Generator(Backbone):
             encode = with_negative_prompt(encode, self.config.negative_prompt)
         if not self.takes_image:
             return encode
-        pictures = images or {}
+        return with_pictures(encode, self.load_image_encoder(device), lambda prompt: self.picture_of(prompt, images))
 
-        def image_of(prompt: str) -> Path:
-            if prompt not in pictures:
-                raise ConfigError(
-                    f"prompts: {prompt!r} has no image, which {self.pipeline_class} begins its video with; give "
-                    'prompts in .jsonl files, one {"prompt": ..., "image": ...} a line'
-                )
-            return pictures[prompt]
-
-        return with_first_frames(encode, self.load_image_encoder(device), image_of)
+    def picture_of(self, prompt: str, images: Mapping[str, Path] | None) -> Path:
+        """The picture file of a prompt; raises ConfigError if it has none."""
+        if images is None or prompt not in images:
+            raise ConfigError(
+                f"prompts: {prompt!r} has no image, and a {self.pipeline_class} starts from one; give prompts in .jsonl "
+                'files, one {"prompt": ..., "image": ...} a line'
+            )
+        return images[prompt]
 
     def load_image_encoder(self, device: torch.device) -> ImageEncoder:
-        """Loads what reads pictures, as a function from files to entries of the conditioning, for image-to-video.
+        """Loads what reads pictures, as a function from files to entries of the conditioning.
 
         Raises:
             ConfigError: this generator takes no image.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from euphonium.generators.generator import Generator
@@ -31,3 +32,13 @@ class ImageGenerator(Generator):
     @override
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
         return ImageVae.load(self.vae_class(), self.folder, device, dtype)
+
+    def guidance_input(self, x: Tensor) -> Tensor | None:
+        """Scale of guidance ``[batch]``, float32, for networks that take it as an input; None for others.
+
+        Args:
+            x: states ``[batch, *latent_shape]``.
+        """
+        if self.config.embedded_guidance is None:
+            return None
+        return torch.full((x.shape[0],), self.config.embedded_guidance, dtype=torch.float32, device=x.device)

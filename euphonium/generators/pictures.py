@@ -1,4 +1,4 @@
-"""Picture files of image-to-video prompts: read upright, and checked before anything is started."""
+"""Picture files of prompts: read upright, and checked before anything is started."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def open_picture(file: Path) -> Image.Image:
 
 
 def check_pictures(generator: Generator, prompts: PromptsConfig) -> None:
-    """Checks that each of a run's prompts has a picture that can be read, if the generator begins its videos with one.
+    """Checks that each of a run's prompts has a picture that can be read, if the generator takes one.
 
     Raises:
         ConfigError: a prompt has no picture, or the picture cannot be read; names file and remedy.
@@ -51,7 +51,7 @@ def require_pictures(generator: Generator, prompts: Iterable[str], images: Mappi
     if without:
         raise ConfigError(
             f"{where}: {len(without)} prompts have no image, for example {without[0]!r}, and a "
-            f"{generator.pipeline_class} begins its videos with one; give prompts in .jsonl files, one "
+            f"{generator.pipeline_class} starts from one; give prompts in .jsonl files, one "
             '{"prompt": ..., "image": ...} a line'
         )
     pictures = sorted({images[prompt] for prompt in prompts})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from euphonium.generators.backbone import NetworkClass
-from euphonium.generators.conditioning import Conditioning, PromptEncoder, guided
+from euphonium.generators.conditioning import IMAGE, Conditioning, PromptEncoder, guided
 from euphonium.generators.flux import PACK, pack, unpack
 from euphonium.generators.generator import Generator
 from euphonium.generators.noise_grid import evenly_told
@@ -85,12 +85,20 @@ class QwenImage(Generator):
     @override
     def token_counts(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
         """Prompts stand in an instruction, whose beginning is dropped; what is behind the prompt is cut first."""
+        beginning, dropped = self.instruction(tokenizer)
+        whole = super().token_counts(tokenizer, [beginning + prompt for prompt in prompts])
+        return [count - dropped for count in whole]
+
+    def instruction(self, tokenizer: Any) -> tuple[str, int]:
+        """What is in front of a prompt, and how many tokens of it do not count."""
         from diffusers import QwenImagePipeline
 
-        instruction = QwenImagePipeline(*(None,) * 5)
-        beginning = instruction.prompt_template_encode.partition("{}")[0]
-        whole = super().token_counts(tokenizer, [beginning + prompt for prompt in prompts])
-        return [count - int(instruction.prompt_template_encode_start_idx) for count in whole]
+        whole = QwenImagePipeline(*(None,) * 5)
+        return whole.prompt_template_encode.partition("{}")[0], int(whole.prompt_template_encode_start_idx)
+
+    def most_tokens(self) -> int:
+        """The most tokens that the states of a prompt have."""
+        return self.config.max_prompt_tokens
 
     @override
     def vae_class(self) -> Autoencoder:
@@ -112,19 +120,21 @@ class QwenImage(Generator):
 
     @override
     def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        rows, columns = (side // PACK for side in x.shape[-2:])
+        given = [conditioning[IMAGE].to(x.dtype)] if IMAGE in conditioning else []
+        sides = [(1, part.shape[-2] // PACK, part.shape[-1] // PACK) for part in (x, *given)]
         mask = conditioning["encoder_attention_mask"].bool()
         output: Tensor = transformer(
-            hidden_states=pack(x).to(self.dtype),
+            # A picture that is given is behind the sample.
+            hidden_states=torch.cat([pack(part) for part in (x, *given)], dim=1).to(self.dtype),
             # Multiplied by the number of timesteps inside.
             timestep=time,
             encoder_hidden_states=conditioning["encoder_hidden_states"],
             # Without a mask kernels are faster.
             encoder_hidden_states_mask=None if mask.is_meta or bool(mask.all()) else mask,
-            img_shapes=[[(1, rows, columns)]] * len(x),
+            img_shapes=[sides] * len(x),
             return_dict=False,
         )[0]
-        return unpack(output, rows, columns)
+        return unpack(output[:, : self.shifting_tokens()], *sides[0][1:])
 
 
 def turns(widths: Sequence[int], positions: NDArray[np.int64], theta: float) -> Tensor:

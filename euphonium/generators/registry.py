@@ -7,7 +7,7 @@ import math
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.flux import Flux
-from euphonium.generators.flux2 import Flux2Klein
+from euphonium.generators.flux2 import Flux2Dev, Flux2Klein
 from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.generator import Generator
 from euphonium.generators.hunyuan_video import HunyuanVideo
@@ -27,7 +27,7 @@ FAMILIES: dict[str, type[Generator]] = {
     family.pipeline_class: family
     for family in (
         HunyuanVideo, HunyuanVideo15, HunyuanVideo15ImageToVideo, SkyReelsImageToVideo, Wan, WanImageToVideo, Flux,
-        QwenImage, StableDiffusion3, StableDiffusion, ZImage, Flux2Klein,
+        QwenImage, StableDiffusion3, StableDiffusion, ZImage, Flux2Dev, Flux2Klein,
     )
 }  # fmt: skip
 

@@ -117,6 +117,7 @@ PROMPTS: dict[str, Callable[[Generator], _Shapes]] = {
     "WanPipeline": _wan,
     "WanImageToVideoPipeline": _wan,
     "FluxPipeline": _flux,
+    "Flux2Pipeline": _flux2,
     "Flux2KleinPipeline": _flux2,
     "ZImagePipeline": _z_image,
     "QwenImagePipeline": _qwen_image,

@@ -12,6 +12,7 @@ from torch import nn
 
 from euphonium.config import LoraConfig, RunConfig, load_config
 from euphonium.errors import ConfigError
+from euphonium.generators.components import open_pipeline
 from euphonium.generators.lora import adapter_parameters, add_adapter
 from learners.policy.checkpoint import POLICY_FILE
 from orchestrator.commands.launch import preflight
@@ -44,7 +45,8 @@ def trained(name: str, folders: Folders, checkpoint: Path) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "name", ["flux", "qwen", "z-image", "sd3", "wan", "wan i2v", "wan 2.2 i2v", "sd1", "hunyuan", "skyreels"]
+    "name",
+    ["flux", "flux2 dev", "qwen", "z-image", "sd3", "wan", "wan i2v", "wan 2.2 i2v", "sd1", "hunyuan", "skyreels"],
 )
 def test_an_exported_adapter_changes_the_familys_own_pipeline_as_it_changed_the_policy(
     name: str, folders: Folders, tmp_path: Path
@@ -52,7 +54,7 @@ def test_an_exported_adapter_changes_the_familys_own_pipeline_as_it_changed_the_
     family, case = family_of(name, folders), CASES[name]
     transformer = trained(name, folders, tmp_path / "checkpoint")
     export_adapter(tmp_path / "checkpoint", run_of(name, family.folder), tmp_path / "adapter")
-    pipeline = getattr(diffusers, case.pipeline_class).from_pretrained(family.folder)
+    pipeline = open_pipeline(getattr(diffusers, case.pipeline_class), family.folder)
     conditioning, x, time = conditioning_of(family), noise(family), torch.tensor([0.3, 0.8])
     loaded = getattr(pipeline, family.backbone)
     with torch.no_grad():

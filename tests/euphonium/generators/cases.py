@@ -74,6 +74,7 @@ CASES: dict[str, Case] = {
     "qwen without CFG": Case("QwenImagePipeline"),
     "z-image": Case("ZImagePipeline", cfg_scale=3.0),
     "z-image without CFG": Case("ZImagePipeline"),
+    "flux2 dev": Case("Flux2Pipeline", embedded_guidance=4.0),
     "flux2 klein": Case("Flux2KleinPipeline", cfg_scale=4.0),
     "flux2 klein without CFG": Case("Flux2KleinPipeline"),
     "sd3": Case("StableDiffusion3Pipeline", cfg_scale=4.5),
@@ -100,6 +101,7 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 TRANSFORMERS = [
     "flux",
+    "flux2 dev",
     "flux2 klein",
     "z-image",
     "qwen",

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from euphonium.errors import ConfigError
+from euphonium.generators.components import open_pipeline
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from tests.euphonium.generators.cases import (
@@ -34,7 +35,7 @@ def test_an_exported_pipeline_has_the_new_weights_and_all_else(name: str, folder
     # The name of the path must not matter.
     target = tmp_path / "transformer" / "exported"
     family.export(state, target)
-    loaded = DiffusionPipeline.from_pretrained(target)
+    loaded = open_pipeline(DiffusionPipeline, target)
     assert type(loaded).__name__ == family.pipeline.index()["_class_name"]
     parts = family.trained_components().items()
     got = {prefix + key: t for prefix, part in parts for key, t in getattr(loaded, part).state_dict().items()}

@@ -23,7 +23,7 @@ from euphonium.generators.conditioning import (
     negative,
     positive,
     stack_conditionings,
-    with_first_frames,
+    with_pictures,
     with_negative_prompt,
 )
 from tests.euphonium.generators.cases import CPU, PROMPTS, family_of, noise
@@ -83,10 +83,10 @@ def test_the_negative_prompt_is_encoded_once_and_repeated() -> None:
 
 def test_first_frames_go_to_the_negative_prompt_too_if_there_is_one() -> None:
     images = {"a": Path("7.png"), "bb": Path("9.png")}
-    plain = with_first_frames(lengths, pixels, images.__getitem__)(["a", "bb"])
+    plain = with_pictures(lengths, pixels, images.__getitem__)(["a", "bb"])
     assert plain.keys() == {"hidden", IMAGE}
     assert plain[IMAGE].tolist() == [[7.0], [9.0]]
-    encode = with_first_frames(with_negative_prompt(lengths, "bad"), pixels, images.__getitem__)
+    encode = with_pictures(with_negative_prompt(lengths, "bad"), pixels, images.__getitem__)
     whole = encode(["bb"])
     assert whole.keys() == {"hidden", IMAGE, NEGATIVE + "hidden", NEGATIVE + IMAGE}
     assert negative(whole)[IMAGE].tolist() == positive(whole)[IMAGE].tolist() == [[9.0]]

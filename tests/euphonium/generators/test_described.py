@@ -27,6 +27,7 @@ SIZES = {
     "Tongyi-MAI/Z-Image-Turbo": (6.155, 0.01),
     "black-forest-labs/FLUX.2-klein-4B": (3.876, 0.01),
     "black-forest-labs/FLUX.2-klein-9B": (9.079, 0.01),
+    "black-forest-labs/FLUX.2-dev": (32.223, 0.001),
     "black-forest-labs/FLUX.1-dev": (11.901, 0.001),
     "stabilityai/stable-diffusion-3.5-medium": (2.243, 0.005),
     "CompVis/stable-diffusion-v1-4": (0.8595, 0.0005),
@@ -35,7 +36,7 @@ SIZES = {
 
 def model(path: str) -> ModelConfig:
     index = json.loads((PUBLISHED / path / "model_index.json").read_text())["_class_name"]
-    distilled = ("Hunyuan" in index and "15" not in index) or index == "FluxPipeline"
+    distilled = ("Hunyuan" in index and "15" not in index) or index in ("FluxPipeline", "Flux2Pipeline")
     guidance = 1.0 if distilled else None
     return ModelConfig(path=path, height=512, width=512, max_prompt_tokens=512, embedded_guidance=guidance)
 

@@ -17,6 +17,7 @@ from actors.rollout import RolloutWorker
 from actors.sampler import sample_deterministic
 from euphonium.config import NoiseGridConfig, RunConfig
 from euphonium.errors import ConfigError
+from euphonium.generators.components import open_pipeline
 from euphonium.generators.conditioning import expand
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import FAMILIES
@@ -61,7 +62,7 @@ def their_pipeline(case: Case, folder: Path) -> Any:
     import diffusers
     from diffusers import ClassifierFreeGuidance, DDIMScheduler, UniPCMultistepScheduler
 
-    pipeline = getattr(diffusers, case.pipeline_class).from_pretrained(folder)
+    pipeline = open_pipeline(getattr(diffusers, case.pipeline_class), folder)
     pipeline.set_progress_bar_config(disable=True)
     if case.pipeline_class == "StableDiffusionPipeline":
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
@@ -99,6 +100,8 @@ def call_of(case: Case, family: Generator, pipeline: Any, output_type: str = "la
         call["guidance_scale"] = case.cfg_scale or 0.0
     elif case.pipeline_class == "QwenImagePipeline":
         call["true_cfg_scale"] = case.cfg_scale or 1.0
+    elif case.pipeline_class == "Flux2Pipeline":
+        call["guidance_scale"] = case.embedded_guidance
     elif case.embedded_guidance is not None:
         call |= {"guidance_scale": case.embedded_guidance, "true_cfg_scale": case.cfg_scale or 1.0}
     elif not case.pipeline_class.startswith("HunyuanVideo15"):
@@ -163,6 +166,8 @@ def their_samples(case: Case, family: Generator, output_type: str) -> Tensor:
     result: Tensor = torch.cat([part.frames if frames > 1 else part.images for part in made])
     if output_type == "latent" and case.pipeline_class in PACKED:
         result = pipeline._unpack_latents(result, height, width, pipeline.vae_scale_factor)
+    if output_type == "latent" and case.pipeline_class == "Flux2Pipeline":
+        result = result.transpose(1, 2).unflatten(2, family.latent_shape[2:])
     if output_type == "latent" and case.pipeline_class == "Flux2KleinPipeline":
         result = normalised(pipeline, result)
     if frames == 1 and result.dim() == 4:
@@ -196,6 +201,7 @@ def test_samples_are_the_pipelines_own(name: str, folders: Folders) -> None:
     ("name", "changes"),
     [
         ("flux", {"embedded_guidance": 8.0}),
+        ("flux2 dev", {"embedded_guidance": 8.0}),
         ("hunyuan", {"embedded_guidance": 1.0}),
         ("sd3", {"cfg_scale": 9.0}),
         ("sd3", {"negative_prompt": "a car"}),
@@ -270,6 +276,7 @@ def test_decoded_samples_are_the_pipelines_own(name: str, folders: Folders) -> N
         ("flux", {"frames": 5}, r"model\.frames: FluxPipeline makes images"),
         ("flux", {"height": 18}, r"model\.height: .* multiple of 4"),
         ("flux", {"embedded_guidance": None}, r"model\.embedded_guidance: .* needs the scale"),
+        ("flux2 dev", {"cfg_scale": 2.0}, r"model\.cfg_scale: .* takes no negative prompt; leave it out"),
         ("sd3", {"embedded_guidance": 3.5}, r"model\.embedded_guidance: .* takes no guidance scale"),
         ("wan", {"frames": 4}, r"model\.frames: .* 2 at a time; 4 is not among those numbers, 3 is"),
         ("hunyuan", {"width": 40}, r"model\.width: .* multiple of 16"),

@@ -22,9 +22,12 @@ def by_channel(values: list[float]) -> Tensor:
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "flux": lambda z: (z - 0.1159) * 0.3611,
     "z-image": lambda z: (z - 0.1159) * 0.3611,
-    "flux2 klein": lambda z: (
-        (z - by_channel(torch.linspace(-0.5, 0.5, 16).tolist()))
-        / (by_channel(torch.linspace(0.5, 2, 16).tolist()) + 1e-4).sqrt()
+    **dict.fromkeys(
+        ("flux2 dev", "flux2 klein"),
+        lambda z: (
+            (z - by_channel(torch.linspace(-0.5, 0.5, 16).tolist()))
+            / (by_channel(torch.linspace(0.5, 2, 16).tolist()) + 1e-4).sqrt()
+        ),
     ),
     "sd3": lambda z: (z - 0.0609) * 1.5305,
     "sd1": lambda z: z * 0.18215,
@@ -60,7 +63,7 @@ def test_encoded_videos_are_the_networks_mode_scaled(name: str, folders: Folders
         pixels = pixels.squeeze(2)
     with torch.no_grad():
         mode = vae.network.encode(pixels).latent_dist.mode()
-    if name == "flux2 klein":
+    if name.startswith("flux2"):
         mode = Flux2KleinPipeline._patchify_latents(mode)
     latents = vae.encode(videos)
     assert latents.shape[1:] == family.latent_shape

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
+from tests.euphonium.generators.tiny_flux2 import flux2_dev, flux2_klein
 from tests.euphonium.generators.tiny_parts import (
     TEXT,
     clip_encoder,
@@ -18,7 +19,7 @@ from tests.euphonium.generators.tiny_parts import (
     t5_encoder,
     t5_tokenizer,
 )
-from tests.euphonium.generators.tiny_qwen import flux2_klein, qwen_image, z_image
+from tests.euphonium.generators.tiny_qwen import qwen_image, z_image
 from tests.euphonium.generators.tiny_wan import (
     wan,
     wan_22,
@@ -219,6 +220,7 @@ def hunyuan_video_15_image_to_video() -> Any:
 BUILDERS: dict[str, Callable[[], Any]] = {
     "FluxPipeline": flux,
     "StableDiffusion3Pipeline": stable_diffusion_3,
+    "Flux2Pipeline": flux2_dev,
     "Flux2KleinPipeline": flux2_klein,
     "QwenImagePipeline": qwen_image,
     "ZImagePipeline": z_image,
@@ -241,6 +243,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "FluxPipeline": {"embedded_guidance": 3.5},
     "StableDiffusion3Pipeline": {"cfg_scale": 4.5},
     "ZImagePipeline": {"cfg_scale": 3.0},
+    "Flux2Pipeline": {"embedded_guidance": 4.0},
     "Flux2KleinPipeline": {"cfg_scale": 4.0},
     "QwenImagePipeline": {"cfg_scale": 4.0},
     "WanPipeline": {"frames": 5, "cfg_scale": 5.0},

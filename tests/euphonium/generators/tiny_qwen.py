@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tests.euphonium.generators.tiny_parts import TEXT, flow_scheduler, image_vae
@@ -51,32 +50,6 @@ def qwen_vision_text(tokenizer: Any) -> Any:
         "patch_size": 2, "window_size": 8, "fullatt_block_indexes": [0],
     }  # fmt: skip
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
-
-
-def flux2_klein() -> Any:
-    """FLUX.2 klein before it was distilled; its text encoder has the layers whose states are read."""
-    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
-    from transformers import Qwen3ForCausalLM
-
-    tokenizer = qwen_tokenizer(["user", "assistant"])
-    tokenizer.chat_template = CONVERSATION
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
-    )  # fmt: skip
-    vae.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 16))
-    vae.bn.running_var.copy_(torch.linspace(0.5, 2, 16))
-    return Flux2KleinPipeline(
-        scheduler=flow_scheduler(use_dynamic_shifting=True, shift=3.0),
-        vae=vae,
-        text_encoder=Qwen3ForCausalLM(qwen_config(tokenizer, layers=28)),
-        tokenizer=tokenizer,
-        transformer=Flux2Transformer2DModel(
-            in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=3 * TEXT, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=False,
-        ),
-    )  # fmt: skip
 
 
 def z_image() -> Any:

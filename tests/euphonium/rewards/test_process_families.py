@@ -35,7 +35,7 @@ TRANSFORMERS = [name for name in BUILDERS if name != UNET]
 PROMPTS = {"train": ["a red car", "a cat", "two fish"], "held_out": ["a green frog", "a sign"]}
 SAMPLES = 16
 # More channels that do not matter take more samples to be told from the one that does.
-MORE_SAMPLES = {"Flux2KleinPipeline": 48}
+MORE_SAMPLES = {"Flux2Pipeline": 48, "Flux2KleinPipeline": 48}
 PAIRS = 24
 
 
@@ -210,7 +210,7 @@ def test_image_to_video_trains_from_preference_files_with_pictures(folders: Fold
     more = {"preferences": {"train": tmp_path / "p.jsonl", "held_out_fraction": 0.34}, "optimizer": optimizer}
     config = recipe(name, folders(name), tmp_path, **more)
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ConfigError, match=r"have no image, .* a HunyuanSkyreelsImageToVideoPipeline begins"):
+    with pytest.raises(ConfigError, match=r"have no image, .* a HunyuanSkyreelsImageToVideoPipeline starts from"):
         train_prm(config, print)
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(row | {"image": image}) for row in rows))
     accuracy = train_prm(config, print)
