@@ -30,8 +30,8 @@ from euphonium.generators.conditioning import (
     negative,
     positive,
     stack_conditionings,
-    with_pictures,
     with_negative_prompt,
+    with_pictures,
 )
 from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.noise_grid import NoiseGrid, pipeline_grid
@@ -265,8 +265,8 @@ class Generator(Backbone):
         """The picture file of a prompt; raises ConfigError if it has none."""
         if images is None or prompt not in images:
             raise ConfigError(
-                f"prompts: {prompt!r} has no image, and a {self.pipeline_class} starts from one; give prompts in .jsonl "
-                'files, one {"prompt": ..., "image": ...} a line'
+                f"prompts: {prompt!r} has no image, and a {self.pipeline_class} starts from one; give prompts in "
+                '.jsonl files, one {"prompt": ..., "image": ...} a line'
             )
         return images[prompt]
 
