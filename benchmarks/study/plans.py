@@ -48,6 +48,8 @@ PLANS = {
             Method("CPS", "cps.yaml"),
             Method("MixGRPO", "mixgrpo.yaml"),
             Method("SAGE-GRPO", "sage-grpo-a.yaml"),
+            Method("DiffusionNFT", "nft.yaml"),
+            Method("Diffusion-DPO", "dpo.yaml"),
         ),
     ),
     "guidance": Plan(
