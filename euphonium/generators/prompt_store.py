@@ -250,7 +250,7 @@ def refuse_other_encoders(found: Fingerprint, wanted: Fingerprint, where: str) -
     if differing:
         raise ConfigError(
             f"{where} holds prompts that were encoded otherwise ({shown(', '.join(differing), 500)}); give another "
-            "folder, or encode them anew with euphonium preprocess"
+            "folder, or encode them anew with euphonium preprocess --recipe"
         )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from euphonium.errors import PreflightError
+from euphonium.errors import ConfigError, PreflightError
 from euphonium.locks import writing_alone
 from orchestrator.commands.arguments import file_argument, negative_prompt_argument
 from orchestrator.generation.tasks import Progress, in_tasks
@@ -31,13 +31,27 @@ SIDE = 512
 
 def preprocess(
     prompts: Annotated[
-        list[Path],
-        typer.Argument(parser=file_argument, metavar="PROMPTS...", help="Prompt files: .txt, .jsonl or .json."),
-    ],
-    model: Annotated[str, typer.Option("--model", metavar="FOLDER_OR_HUB_ID", help="The generator, as in model.path.")],
+        list[Path] | None,
+        typer.Argument(
+            parser=file_argument,
+            metavar="PROMPTS...",
+            help="Prompt files: .txt, .jsonl or .json; with --recipe, besides those that it names.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            parser=file_argument,
+            help="A recipe: its generator, settings and prompt files, and the store in its prompts.embeddings.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="FOLDER_OR_HUB_ID", help="The generator, as in model.path.")
+    ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", parser=file_argument, metavar="STORE", help="Folder of encoded prompts.")
-    ],
+        Path | None,
+        typer.Option("--output", "-o", parser=file_argument, metavar="STORE", help="Folder of encoded prompts."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="As model.revision.")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, typer.Option(help="As model.dtype; default: as there.")
@@ -64,21 +78,65 @@ def preprocess(
     """
     from orchestrator.commands.cli import say
 
-    given = {"revision": revision, "dtype": dtype, "max_prompt_tokens": max_prompt_tokens}
-    with writing_alone([(output, FIELD)]):
-        work = _prepare(prompts, output, negative_prompt or [], _model(model, given), prompts_per_shard, say)
+    given = {"model": model, "revision": revision, "dtype": dtype, "max_prompt_tokens": max_prompt_tokens}
+    settings = {name: value for name, value in given.items() if value is not None}
+    wish = _of_options(settings, output) if recipe is None else _of_recipe(recipe, settings, output)
+    wish = dataclasses.replace(
+        wish, files=(*wish.files, *(prompts or [])), negative=(*wish.negative, *(negative_prompt or []))
+    )
+    if not wish.files:
+        raise ConfigError("PROMPTS: name a file with prompts, or a recipe that does (--recipe)")
+    with writing_alone([(wish.store, FIELD)]):
+        work = _prepare(wish, prompts_per_shard, say)
         work = dataclasses.replace(work, threads=threads or work.threads, gpus=gpus_per_worker)
         finish_store(work, workers, say)
 
 
-def _model(path: str, given: Mapping[str, object]) -> ModelConfig:
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """What is asked for: prompt files and negative prompts, the generator that encodes them, and where they go."""
+
+    files: tuple[Path, ...]
+    negative: tuple[str, ...]
+    model: ModelConfig
+    store: Path
+
+
+def _of_recipe(recipe: Path, settings: Mapping[str, object], output: Path | None) -> Wish:
+    """What a recipe needs encoded; raises ConfigError if it says otherwise than the options, or names no store."""
+    from euphonium.config import OrmConfig, load_any_config
+    from orchestrator.commands.paths import absolute_paths
+
+    if settings:
+        option = "--" + next(iter(settings)).replace("_", "-")
+        raise ConfigError(f"{option}: --recipe says it already; leave the option out, or change the recipe")
+    config = load_any_config(recipe)
+    if isinstance(config, OrmConfig):
+        raise ConfigError(f"{recipe}: an outcome reward model reads prompts as texts; there is nothing to encode")
+    config = absolute_paths(config)
+    asked, preferences = config.prompts, getattr(config, "preferences", None)
+    files = [] if asked is None else [asked.train, asked.evaluation]
+    files += [] if preferences is None else [preferences.train, preferences.held_out]
+    named = [section.embeddings for section in (asked, preferences) if section is not None]
+    store = output or next(filter(None, named), None)
+    if store is None:
+        raise ConfigError(f"{recipe}: it names no store; set prompts.embeddings, or give --output")
+    return Wish(tuple(filter(None, files)), (config.model.negative_prompt,), config.model, store)
+
+
+def _of_options(settings: Mapping[str, object], output: Path | None) -> Wish:
     from euphonium.config import ModelConfig
 
-    fields = {name: value for name, value in given.items() if value is not None}
+    fields = dict(settings)
+    path = str(fields.pop("model", ""))
+    if not path or output is None:
+        missing = FIELD if path else "--model"
+        raise ConfigError(f"{missing}: it is missing; give it, or a recipe that says it (--recipe)")
     here = Path(file_argument(path))
-    return ModelConfig.model_validate(
+    model = ModelConfig.model_validate(
         {"path": str(here.resolve()) if here.exists() else path, "height": SIDE, "width": SIDE, **fields}
     )
+    return Wish((), (), model, output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +162,7 @@ class Encoding:
     gpus: float = 0.0
 
 
-def _prepare(
-    files: Sequence[Path],
-    store: Path,
-    negative: Sequence[str],
-    model: ModelConfig,
-    size: int,
-    say: Callable[[str], None],
-) -> Encoding:
+def _prepare(wish: Wish, size: int, say: Callable[[str], None]) -> Encoding:
     """Checks everything, and finds out what is left to encode; writes nothing.
 
     Raises:
@@ -123,17 +174,18 @@ def _prepare(
     from euphonium.generators.prompt_store import finished_shards
     from euphonium.prompt_files import read_prompt_file
 
-    texts = [prompt.text for file in files for prompt in read_prompt_file(file, "PROMPTS")]
-    wanted = list(dict.fromkeys([*texts, "", *negative]))
-    generator, model = open_encoders(model)
+    texts = [prompt.text for file in wish.files for prompt in read_prompt_file(file, "PROMPTS")]
+    wanted = list(dict.fromkeys([*texts, "", *wish.negative]))
+    store = wish.store.resolve()
+    generator, model = open_encoders(wish.model)
     fingerprint = encoder_fingerprint(generator)
     finished = finished_shards(store, fingerprint, FIELD)
     warn_of_cut_prompts(generator, texts)
     held = {prompt for shard in finished for prompt in shard.prompts}
     left = [text for text in wanted if text not in held]
-    say(f"{store.resolve()}: {len(wanted) - len(left)} of {len(wanted)} prompts are encoded")
+    say(f"{store}: {len(wanted) - len(left)} of {len(wanted)} prompts are encoded")
     shards = tuple(tuple(left[begin : begin + size]) for begin in range(0, len(left), size))
-    return Encoding(model, store.resolve(), fingerprint, tuple(finished), shards, threads=RolloutPoolConfig().threads)
+    return Encoding(model, store, fingerprint, tuple(finished), shards, threads=RolloutPoolConfig().threads)
 
 
 def open_encoders(model: ModelConfig) -> tuple[Generator, ModelConfig]:

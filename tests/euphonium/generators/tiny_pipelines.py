@@ -1,7 +1,11 @@
-"""Pipelines of the real diffusers and transformers classes with random weights, a few thousand parameters each."""
+"""Pipelines of the real diffusers and transformers classes with random weights, a few thousand parameters each.
+
+``python -m tests.euphonium.generators.tiny_pipelines "WanPipeline 2.2" FOLDER`` writes one as the hub has it.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,3 +286,7 @@ def build_pipeline(name: str, seed: int = 0) -> Any:
                 torch.nn.init.xavier_uniform_(parameter.data.flatten(1))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+if __name__ == "__main__":
+    build_pipeline(sys.argv[1]).save_pretrained(sys.argv[2])

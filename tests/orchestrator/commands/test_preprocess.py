@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from euphonium.config import ModelConfig
+from euphonium.config import ModelConfig, RunConfig, load_config
 from euphonium.generators.embeddings import encoder_fingerprint
 from euphonium.generators.prompt_store import PromptStore
 from euphonium.locks import writing_alone
 from orchestrator.commands.cli import run_command
+from orchestrator.commands.launch import preflight
 from orchestrator.commands.preprocess import Encoding, finish_store, open_encoders
 from tests.process import Process
 
@@ -173,3 +176,42 @@ def test_prompts_that_are_cut_are_told(tiny_generator: Path, tmp_path: Path, cap
     assert run_command(command(file, tiny_generator, tmp_path / "store")) == 0
     (said,) = (message for message in caplog.messages if message.startswith("prompts: "))
     assert said.startswith("prompts: 1 of 2 are cut to 16 tokens; the longest has 41: 'a car a car")
+
+
+def test_a_recipe_says_what_to_encode_how_and_where(
+    make_config: Callable[..., RunConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_config()
+    recipe, store = tmp_path / "recipe.yaml", tmp_path / "store"
+    assert run_command(["preprocess", "--recipe", str(recipe)]) == 2
+    assert "recipe.yaml: it names no store; set prompts.embeddings, or give --output" in capfd.readouterr().err
+    values = yaml.safe_load(recipe.read_text())
+    values["prompts"]["embeddings"] = str(store)
+    values["model"] |= {"negative_prompt": "a blur", "dtype": "bfloat16"}
+    recipe.write_text(yaml.safe_dump(values))
+    more = written(tmp_path / "more.txt", PROMPTS[0])
+    assert run_command(["preprocess", str(more), "--recipe", str(recipe)]) == 0
+    held = {prompt for shard in PromptStore(store, "f").shards for prompt in shard.prompts}
+    of_files = {line for name in ("train.txt", "held_out.txt") for line in (tmp_path / name).read_text().splitlines()}
+    assert held == {*of_files, PROMPTS[0], "a blur", ""}
+    # A run with the recipe takes it: neither type nor number of tokens had to be said again.
+    config = load_config(recipe)
+    assert "read from" in preflight(config)["text encoders"]
+    assert config.model.max_prompt_tokens != ModelConfig.model_fields["max_prompt_tokens"].default
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prompts.txt", "--output", "store"], "--model: it is missing"),
+        (["prompts.txt", "--model", "somewhere"], "--output: it is missing"),
+        (["--model", "somewhere", "--output", "store"], "PROMPTS: name a file"),
+        (["--recipe", "recipes/embedded/dancegrpo.yaml", "--dtype", "bfloat16"], "--dtype: --recipe says it already"),
+        (["--recipe", "recipes/hunyuan-video/orm.yaml"], "there is nothing to encode"),
+    ],
+)
+def test_what_is_asked_for_twice_or_not_at_all_is_named(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["preprocess", *arguments]) == 2
+    assert message in capfd.readouterr().err
