@@ -42,11 +42,13 @@ def main(program: str) -> int:
             lines = done.stderr.strip().splitlines() or [f"pip-audit ended with status {done.returncode}"]
             return not_audited(lines[-1][:300])
         packages = json.loads(report.read_text(encoding="utf-8"))["dependencies"]
+    skipped = [f"{package['name']} ({package['skip_reason']})" for package in packages if "skip_reason" in package]
+    if len(skipped) == len(packages):
+        return not_audited(f"what answers for PyPI knows none of these packages: {', '.join(skipped[:2])}")
     weak = [(package, weakness) for package in packages for weakness in package.get("vulns", [])]
     for package, weakness in weak:
         fixed = ", ".join(weakness["fix_versions"]) or "no version yet"
         sys.stdout.write(f"{package['name']} {package['version']}: {weakness['id']}, without it: {fixed}\n")
-    skipped = [f"{package['name']} ({package['skip_reason']})" for package in packages if "skip_reason" in package]
     if skipped:
         sys.stdout.write(f"not looked up: {', '.join(skipped)}\n")
     sys.stdout.write(f"requirements.lock: {len(packages) - len(skipped)} packages looked up, {len(weak)} weaknesses\n")

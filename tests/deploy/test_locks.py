@@ -122,5 +122,8 @@ def test_what_could_not_be_looked_up_is_said_and_is_no_failure(
     assert (status, said) == (
         0, "requirements.lock was NOT looked up among known weaknesses: ConnectionError: no route to PyPI\n"
     )  # fmt: skip
+    # A mirror that has packages and no weaknesses.
+    status, said = audited(tmp_path, report({"name": "numpy", "skip_reason": "not found"}), capfd)
+    assert (status, "was NOT looked up" in said, "numpy (not found)" in said) == (0, True, True)
     assert script("audit_lock").main(str(tmp_path / "missing")) == 0
     assert "is not there" in capfd.readouterr().out
