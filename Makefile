@@ -7,7 +7,7 @@ DOCS := .venv-docs
 # Tests without a Ray cluster run side by side, a file at a time; a cluster wants the machine for itself.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: help setup demo demo-gpu test test-all lint audit format measure picture docs clean
+.PHONY: help setup demo demo-gpu test test-all lint audit lock format measure picture docs clean
 
 help: ## Show this help.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -46,10 +46,15 @@ lint: setup ## Check style and types.
 
 # In an environment of its own: nothing of it is needed to run or to test.
 AUDIT := .venv-audit
-audit: ## Look for known weaknesses in the sources.
+audit: ## Look for known weaknesses in the sources, and in the packages of requirements.lock.
 	test -x $(AUDIT)/bin/bandit || ($(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet bandit==1.9.4)
 	$(AUDIT)/bin/bandit --quiet --configfile pyproject.toml --severity-level medium --recursive \
 		euphonium actors reward_servers learners orchestrator
+	-test -x $(AUDIT)/bin/pip-audit || $(AUDIT)/bin/pip install --quiet pip-audit==2.10.1
+	$(AUDIT)/bin/python deploy/audit_lock.py $(AUDIT)/bin/pip-audit
+
+lock: setup ## Renew requirements.lock from pyproject.toml; torch stays as it is. PIP_OPTIONS go to pip.
+	$(BIN)/python deploy/renew_lock.py $(PIP_OPTIONS)
 
 format: setup ## Rewrite the sources in the project's format.
 	$(BIN)/ruff check --fix .

@@ -131,6 +131,16 @@ def test_help_needs_no_heavy_library() -> None:
     assert heavy_after(["--help"], heavy) == set()
 
 
+@pytest.mark.parametrize(
+    "module", ["orchestrator.learning.mailbox", "euphonium.wire.weights.store", "orchestrator.desk",
+               "euphonium.wire.balancer"],
+)  # fmt: skip
+def test_actors_that_compute_nothing_need_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr or "imports torch"
+
+
 def test_what_checks_a_recipe_needs_nothing_that_only_runs_need() -> None:
     recipe = "recipes/embedded/euphonium-sage.yaml"
     assert heavy_after(["validate", recipe], RUNNING | {"torch", "diffusers"}) == {"torch", "diffusers"}

@@ -31,8 +31,8 @@ class Alert:
 
     name: str
     query: str
-    held: str
-    severity: Literal["critical", "warning", "info"]
+    held: str = "0m"
+    severity: Literal["critical", "warning", "info"] = "warning"
     summary: str
     remedy: str
 
@@ -59,7 +59,7 @@ ALERTS = (
         "answer, a learner group that restarts.",
     ),
     Alert(
-        name="RatioDeviates", query="m:ratio_alarm == 1", held="0m", severity="critical",
+        name="RatioDeviates", query="m:ratio_alarm == 1", severity="critical",
         summary="Learner and rollout of {{ $labels.run }} disagree about the same probabilities.",
         remedy="Look at model.dtype, the attention backends and the weights' version of both sides; nothing that is "
         "trained meanwhile can be relied on.",
@@ -71,18 +71,18 @@ ALERTS = (
         remedy="Rewards fail: look at the reward servers' logs in Ray's dashboard, and at rewards.deadline_s.",
     ),
     Alert(
-        name="RewardFails", query="m:reward_failures > 0", held="15m", severity="warning",
+        name="RewardFails", query="m:reward_failures > 0", held="15m",
         summary="Reward {{ $labels.reward }} of {{ $labels.run }} fails in every iteration.",
         remedy="Look at the logs of the ORM servers in Ray's dashboard, and at rewards.outcome[].on_failure.",
     ),
     Alert(
-        name="NothingToLearn", query="m:zero_spread_groups / m:groups > 0.8", held="30m", severity="warning",
+        name="NothingToLearn", query="m:zero_spread_groups / m:groups > 0.8", held="30m",
         summary="{{ $value | humanizePercentage }} of the groups of {{ $labels.run }} have equal rewards.",
         remedy="They teach nothing. Take harder prompts, more noise (sampler.eta), or a reward that tells samples "
         "apart.",
     ),
     Alert(
-        name="ProcessRewardMisleads", query="m:watch_alarm == 1", held="0m", severity="warning",
+        name="ProcessRewardMisleads", query="m:watch_alarm == 1",
         summary="The process reward of {{ $labels.run }} no longer leads where its outcome rewards point.",
         remedy="Lower rewards.process.weight and sampler.guidance.scale, turn on rewards.process.refresh, or train it "
         "anew.",
@@ -91,20 +91,19 @@ ALERTS = (
         name="HeldOutRewardFalls",
         query="max_over_time(m:evaluation_total_mean[12h]) - m:evaluation_total_mean "
         "> 0.2 * abs(max_over_time(m:evaluation_total_mean[12h]))",
-        held="10m", severity="warning",
+        held="10m",
         summary="The held-out reward of {{ $labels.run }} is {{ $value }} below its best of the last 12 hours.",
         remedy="Look at the clips in samples/, and at divergence and correlations: an optimised reward may be "
         "exploited. Go back to an earlier checkpoint with resume=FOLDER and a smaller learning rate.",
     ),
     Alert(
-        name="EvaluationIncomplete", query="m:evaluation_missing == 1", held="0m", severity="warning",
+        name="EvaluationIncomplete", query="m:evaluation_missing == 1",
         summary="Reward {{ $labels.reward }} is missing in the last evaluation of {{ $labels.run }}.",
         remedy="Look at the logs of the ORM servers; the next evaluation asks again.",
     ),
     *(
         Alert(
             name=f"{title}PoolShrunk", query=f"m:{metric} < max_over_time(m:{metric}[1h])", held="10m",
-            severity="warning",
             summary=f"Run {{{{ $labels.run }}}} works with {{{{ $value }}}} {what}, and had more within the hour.",
             remedy=f"If nobody changed it (euphonium scale), members are lost: euphonium status names them, and "
             f"euphonium scale RUN {role}=N brings new ones.",
@@ -129,7 +128,6 @@ ALERTS = (
     ),
     Alert(
         name="NodeMemory", query="ray_node_mem_used_host / ray_node_mem_total_host > 0.93", held="2m",
-        severity="warning",
         summary="Memory of {{ $labels.instance }} is {{ $value | humanizePercentage }} full.",
         remedy="From 95 % on Ray ends workers. Take fewer actors a node, a smaller rollout.buffer_mb, or no "
         "pools.learner.offload_optimizer.",
@@ -138,7 +136,7 @@ ALERTS = (
         name="NodeDisk",
         query="min by (instance) (ray_node_disk_free) < 0.05 * min by (instance) "
         "(ray_node_disk_free + ray_node_disk_usage)",
-        held="10m", severity="warning",
+        held="10m",
         summary="Less than 5 % of the disk of {{ $labels.instance }} is free.",
         remedy="Objects are spilled and checkpoints written there: make room, or lower checkpoint.keep_last.",
     ),

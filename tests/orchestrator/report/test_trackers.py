@@ -99,6 +99,16 @@ def test_a_tracker_that_cannot_be_opened_is_warned_of_once_and_the_record_is_who
     assert line.endswith("the run goes on, and its own files have all")
 
 
+def after(event: threading.Event, noting: Noting) -> Callable[[], Noting]:
+    """A backend whose connection comes about with an event."""
+
+    def connect() -> Noting:
+        event.wait()
+        return noting
+
+    return connect
+
+
 def test_a_tracker_that_hangs_neither_holds_up_a_run_nor_its_end(
     tmp_path: Path,
     with_backend: Callable[..., None],
@@ -107,12 +117,7 @@ def test_a_tracker_that_hangs_neither_holds_up_a_run_nor_its_end(
 ) -> None:
     hang = threading.Event()
     monkeypatch.setattr(trackers, "CLOSE_S", 0.2)
-
-    def connect() -> Noting:
-        hang.wait()
-        return Noting()
-
-    with_backend(connect)
+    with_backend(after(hang, Noting()))
     config = recipe(tmp_path, "wandb")
     record(config, 0, 1)
     assert len(read_metrics(config.run_dir / "metrics.jsonl")) == 2
@@ -125,12 +130,7 @@ def test_what_does_not_fit_is_left_out_there_with_one_warning(
 ) -> None:
     monkeypatch.setattr(trackers, "QUEUED", 3)
     hang, noting = threading.Event(), Noting()
-
-    def connect() -> Noting:
-        hang.wait()
-        return noting
-
-    tracker = Background("slow", connect, clips=True)
+    tracker = Background("slow", after(hang, noting), clips=True)
     for i in range(10):
         tracker.scalars({}, i)
     hang.set()
@@ -164,16 +164,21 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path: Path) -> None:
     assert b"samples" in data
 
 
-def test_mlflow_itself_goes_on_in_the_same_run(tmp_path: Path) -> None:
-    pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
-    from mlflow.tracking import MlflowClient
-
-    config = recipe(tmp_path, "mlflow")
+def resumed(place: Path, kind: str) -> tuple[RunConfig, str]:
+    """A run that was recorded in two parts by a real tracker, and the tracker's id of it, the same in both."""
+    pytest.importorskip(kind, reason=f"the extra {kind} is not installed")
+    config = recipe(place, kind)
     record(config, 0, 1)
     first = (config.run_dir / TRACKED).read_text()
     record(config, 2)
     assert (config.run_dir / TRACKED).read_text() == first
-    run_id = json.loads(first)["0:mlflow"]
+    return config, json.loads(first)[f"0:{kind}"]
+
+
+def test_mlflow_itself_goes_on_in_the_same_run(tmp_path: Path) -> None:
+    config, run_id = resumed(tmp_path, "mlflow")
+    from mlflow.tracking import MlflowClient
+
     client = MlflowClient(tracking_uri=f"sqlite:///{config.run_dir / 'mlflow.db'}")
     losses = client.get_metric_history(run_id, "policy/loss")
     assert [(loss.step, loss.value) for loss in losses] == [(0, 0.0), (1, 0.5), (2, 1.0)]
@@ -184,13 +189,7 @@ def test_mlflow_itself_goes_on_in_the_same_run(tmp_path: Path) -> None:
 
 
 def test_wandb_itself_goes_on_in_the_same_run(tmp_path: Path) -> None:
-    pytest.importorskip("wandb", reason="the extra wandb is not installed")
-    config = recipe(tmp_path, "wandb")
-    record(config, 0, 1)
-    first = (config.run_dir / TRACKED).read_text()
-    record(config, 2)
-    assert (config.run_dir / TRACKED).read_text() == first
-    run_id = json.loads(first)["0:wandb"]
+    config, run_id = resumed(tmp_path, "wandb")
     files = sorted((config.run_dir / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
     assert len(files) == 2, "both parts have the id by which `wandb sync` joins them"
     # The library's own process writes the file, a moment after it said that it has finished.
@@ -202,13 +201,7 @@ def test_wandb_itself_goes_on_in_the_same_run(tmp_path: Path) -> None:
 
 
 def test_swanlab_itself_goes_on_in_the_same_run(tmp_path: Path) -> None:
-    pytest.importorskip("swanlab", reason="the extra swanlab is not installed")
-    config = recipe(tmp_path, "swanlab")
-    record(config, 0, 1)
-    first = (config.run_dir / TRACKED).read_text()
-    record(config, 2)
-    assert (config.run_dir / TRACKED).read_text() == first
-    run_id = json.loads(first)["0:swanlab"]
+    config, run_id = resumed(tmp_path, "swanlab")
     files = sorted((config.run_dir / "swanlog").glob(f"run-*/run-{run_id}.swanlab"))
     assert len(files) == 2
     assert b"policy/loss" in files[1].read_bytes()
