@@ -30,8 +30,8 @@ from euphonium.generators.conditioning import (
     negative,
     positive,
     stack_conditionings,
-    with_pictures,
     with_negative_prompt,
+    with_pictures,
 )
 from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.noise_grid import NoiseGrid, pipeline_grid
@@ -265,10 +265,17 @@ class Generator(Backbone):
         """The picture file of a prompt; raises ConfigError if it has none."""
         if images is None or prompt not in images:
             raise ConfigError(
-                f"prompts: {prompt!r} has no image, and a {self.pipeline_class} starts from one; give prompts in .jsonl "
-                'files, one {"prompt": ..., "image": ...} a line'
+                f"prompts: {prompt!r} has no image, and a {self.pipeline_class} starts from one; give prompts in "
+                '.jsonl files, one {"prompt": ..., "image": ...} a line'
             )
         return images[prompt]
+
+    def never_encoded_alone(self, field: str) -> ConfigError:
+        """The error for prompts that were to be encoded before a run, of a generator that reads them with pictures."""
+        return ConfigError(
+            f"{field}: a {self.pipeline_class} reads every prompt together with its picture, so that none is encoded "
+            "before a run; leave prompts.embeddings out of its recipe"
+        )
 
     def load_image_encoder(self, device: torch.device) -> ImageEncoder:
         """Loads what reads pictures, as a function from files to entries of the conditioning.

@@ -23,8 +23,8 @@ from euphonium.generators.conditioning import (
     negative,
     positive,
     stack_conditionings,
-    with_pictures,
     with_negative_prompt,
+    with_pictures,
 )
 from tests.euphonium.generators.cases import CPU, PROMPTS, family_of, noise
 from tests.euphonium.generators.tiny_pipelines import Folders

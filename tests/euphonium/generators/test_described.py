@@ -24,6 +24,8 @@ SIZES = {
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (28.577, 0.01),
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": (28.578, 0.01),
     "Qwen/Qwen-Image": (20.430, 0.005),
+    "Qwen/Qwen-Image-Edit": (20.430, 0.005),
+    "Qwen/Qwen-Image-Edit-2509": (20.430, 0.005),
     "Tongyi-MAI/Z-Image-Turbo": (6.155, 0.01),
     "black-forest-labs/FLUX.2-klein-4B": (3.876, 0.01),
     "black-forest-labs/FLUX.2-klein-9B": (9.079, 0.01),
