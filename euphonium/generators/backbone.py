@@ -33,6 +33,12 @@ class NetworkClass(Protocol):
         ...
 
 
+def block_classes(network: nn.Module) -> list[str]:
+    """Names of the classes of a network's transformer blocks, which are gathered and computed as a whole."""
+    named = getattr(network, "_no_split_modules", None) or getattr(network, "_repeated_blocks", None) or ()
+    return [name for name in named if name.endswith("TransformerBlock")]
+
+
 class Backbone(ABC):
     """The trained network of one pipeline.
 

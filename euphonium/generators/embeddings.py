@@ -137,6 +137,8 @@ def check_embeddings(
     Raises:
         ConfigError: prompts are lacking, or were encoded otherwise, or cannot be read; names them and the remedy.
     """
+    if generator.reads_text_with_image:
+        raise generator.never_encoded_alone(field)
     embeddings = open_embeddings(path, generator, field)
     if isinstance(embeddings, PromptStore):
         wanted = encoder_fingerprint(generator) if weights else settings_fingerprint(generator)

@@ -270,6 +270,13 @@ class Generator(Backbone):
             )
         return images[prompt]
 
+    def never_encoded_alone(self, field: str) -> ConfigError:
+        """The error for prompts that were to be encoded before a run, of a generator that reads them with pictures."""
+        return ConfigError(
+            f"{field}: a {self.pipeline_class} reads every prompt together with its picture, so that none is encoded "
+            "before a run; leave prompts.embeddings out of its recipe"
+        )
+
     def load_image_encoder(self, device: torch.device) -> ImageEncoder:
         """Loads what reads pictures, as a function from files to entries of the conditioning.
 

@@ -29,6 +29,14 @@ def open_picture(file: Path) -> Image.Image:
         raise _unreadable(file, error) from error
 
 
+def cut_picture(file: Path, height: int, width: int) -> Image.Image:
+    """A picture of a size, cut to its proportions in the middle; raises as :func:`open_picture` does."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    cut: Image.Image = VaeImageProcessor().resize(open_picture(file), height=height, width=width, resize_mode="crop")
+    return cut
+
+
 def check_pictures(generator: Generator, prompts: PromptsConfig) -> None:
     """Checks that each of a run's prompts has a picture that can be read, if the generator takes one.
 

@@ -29,9 +29,7 @@ def _qwen_processor() -> Any:
 
     class PictureProcessor(Qwen2VLProcessor):
         # The base takes the parts of a processor from the names of these arguments.
-        def __init__(
-            self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
-        ) -> None:
+        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
             super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
     return PictureProcessor

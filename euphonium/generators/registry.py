@@ -12,7 +12,9 @@ from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.generator import Generator
 from euphonium.generators.hunyuan_video import HunyuanVideo
 from euphonium.generators.hunyuan_video_15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
+from euphonium.generators.ltx import Ltx
 from euphonium.generators.qwen_image import QwenImage
+from euphonium.generators.qwen_image_edit import QwenImageEdit, QwenImageEditPlus
 from euphonium.generators.skyreels import SkyReelsImageToVideo
 from euphonium.generators.stable_diffusion import StableDiffusion
 from euphonium.generators.stable_diffusion_3 import StableDiffusion3
@@ -27,7 +29,8 @@ FAMILIES: dict[str, type[Generator]] = {
     family.pipeline_class: family
     for family in (
         HunyuanVideo, HunyuanVideo15, HunyuanVideo15ImageToVideo, SkyReelsImageToVideo, Wan, WanImageToVideo, Flux,
-        QwenImage, StableDiffusion3, StableDiffusion, ZImage, Flux2Dev, Flux2Klein,
+        QwenImage, QwenImageEdit, QwenImageEditPlus, StableDiffusion3, StableDiffusion, ZImage, Flux2Dev, Flux2Klein,
+        Ltx,
     )
 }  # fmt: skip
 

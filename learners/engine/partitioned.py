@@ -19,6 +19,7 @@ from typing_extensions import override
 from euphonium.config import LearnerPoolConfig, LoraConfig, OptimizerConfig
 from euphonium.config.base import chosen
 from euphonium.errors import TrainingError
+from euphonium.generators.backbone import block_classes
 from euphonium.generators.generator import Generator
 from euphonium.generators.lora import ADAPTER, adapter_parameters, add_adapter, initial_adapter
 from euphonium.generators.sequence import share_tokens
@@ -159,9 +160,7 @@ def gather_by_block(module: nn.Module) -> int:
     """
     from deepspeed.utils import set_z3_leaf_modules
 
-    never_split: Sequence[str] = getattr(module, "_no_split_modules", None) or ()
-    names = [name for name in never_split if name.endswith("TransformerBlock")]
-    blocks: list[nn.Module] = set_z3_leaf_modules(module, names, raise_if_not_found=False)
+    blocks: list[nn.Module] = set_z3_leaf_modules(module, block_classes(module), raise_if_not_found=False)
     for block in blocks:
         signature = inspect.signature(block.forward)
         block.register_forward_pre_hook(functools.partial(_positional, signature), with_kwargs=True)

@@ -210,6 +210,8 @@ def open_encoders(model: ModelConfig) -> tuple[Generator, ModelConfig]:
     if family is not None and pipeline.component_config(family.backbone).get("guidance_embeds"):
         model = model.model_copy(update={"embedded_guidance": 1.0})
     generator = adapter_of(pipeline, model)
+    if generator.reads_text_with_image:
+        raise generator.never_encoded_alone("--model")
     check_components(pipeline, unopened=tuple(set(pipeline.index()) - set(text_components(generator))))
     return generator, model
 

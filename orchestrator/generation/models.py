@@ -328,6 +328,11 @@ def call_size(kind: Any, folder: Path, size: SampleSize) -> dict[str, int]:
 
 
 def _needs_image(kind: Any) -> bool:
+    from euphonium.generators.registry import FAMILIES
+
+    family = FAMILIES.get(kind.__name__)
+    if family is not None:
+        return family.takes_image
     taken = inspect.signature(kind.__call__).parameters
     return ("image" in taken and taken["image"].default is inspect.Parameter.empty) or "ImageToVideo" in kind.__name__
 

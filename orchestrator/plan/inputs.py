@@ -14,6 +14,7 @@ from torch import Tensor
 from euphonium.errors import ConfigError
 from euphonium.generators.conditioning import NEGATIVE, Conditioning
 from euphonium.generators.generator import Generator
+from euphonium.generators.qwen_image import QwenImage
 
 META = torch.device("meta")
 
@@ -73,14 +74,19 @@ def _wan(generator: Generator) -> _Shapes:
 
 
 def _qwen_image(generator: Generator) -> _Shapes:
-    length = generator.config.max_prompt_tokens
-    width = int(generator.transformer_config()["joint_attention_dim"])
+    assert isinstance(generator, QwenImage)
+    length, width = generator.most_tokens(), int(generator.transformer_config()["joint_attention_dim"])
     return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
 
 
 def _z_image(generator: Generator) -> _Shapes:
     length = generator.config.max_prompt_tokens
     width = int(generator.transformer_config()["cap_feat_dim"])
+    return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
+
+
+def _ltx(generator: Generator) -> _Shapes:
+    length, width = generator.config.max_prompt_tokens, int(generator.transformer_config()["caption_channels"])
     return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
 
 
@@ -116,11 +122,14 @@ PROMPTS: dict[str, Callable[[Generator], _Shapes]] = {
     "HunyuanVideo15ImageToVideoPipeline": _hunyuan_video_15,
     "WanPipeline": _wan,
     "WanImageToVideoPipeline": _wan,
+    "LTXPipeline": _ltx,
     "FluxPipeline": _flux,
     "Flux2Pipeline": _flux2,
     "Flux2KleinPipeline": _flux2,
     "ZImagePipeline": _z_image,
     "QwenImagePipeline": _qwen_image,
+    "QwenImageEditPipeline": _qwen_image,
+    "QwenImageEditPlusPipeline": _qwen_image,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "StableDiffusionPipeline": _stable_diffusion,
 }

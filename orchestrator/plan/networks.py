@@ -20,6 +20,7 @@ from torch import nn
 
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
+from euphonium.generators.backbone import block_classes
 from euphonium.generators.described import describe_generator
 from euphonium.generators.generator import Generator
 from euphonium.generators.lora import add_adapter
@@ -290,6 +291,6 @@ def gather_unit(network: nn.Module, *, blocks: bool) -> int:
     own = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in network.modules())
     if not blocks:
         return own
-    names = [n for n in getattr(network, "_no_split_modules", None) or () if n.endswith("TransformerBlock")]
+    names = block_classes(network)
     sizes = [sum(p.numel() for p in m.parameters()) for m in network.modules() if type(m).__name__ in names]
     return max([own, *sizes])

@@ -44,10 +44,13 @@ def trained(name: str, folders: Folders, checkpoint: Path) -> nn.Module:
     return transformer.requires_grad_(False)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["flux", "flux2 dev", "qwen", "z-image", "sd3", "wan", "wan i2v", "wan 2.2 i2v", "sd1", "hunyuan", "skyreels"],
-)
+ABLE = [
+    "flux", "flux2 dev", "qwen", "qwen edit", "z-image", "sd3", "ltx", "wan", "wan i2v", "wan 2.2 i2v", "sd1",
+    "hunyuan", "skyreels",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ABLE)
 def test_an_exported_adapter_changes_the_familys_own_pipeline_as_it_changed_the_policy(
     name: str, folders: Folders, tmp_path: Path
 ) -> None:

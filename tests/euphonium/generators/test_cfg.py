@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 from torch import Tensor, nn
 
 from euphonium.generators.attention import HunyuanAttention, Run, Runs
+from euphonium.generators.backbone import block_classes
 from euphonium.generators.conditioning import Conditioning, expand, negative, positive
 from euphonium.generators.generator import Generator
 from tests.euphonium.generators.cases import CASES, CPU, PROMPTS, conditioning_of, family_of, noise
@@ -58,8 +59,7 @@ def test_a_blocks_gradients_are_there_before_the_next_ones(name: str, passes: in
     """What hands gradients on as they come, as ZeRO does, then holds one block's; after two passes, all blocks'."""
     family = family_of(name, folders)
     network = family.load_transformer(CPU)
-    names = network._no_split_modules or []
-    blocks = [module for module in network.modules() if type(module).__name__ in names]
+    blocks = [module for module in network.modules() if type(module).__name__ in block_classes(network)]
     assert len(blocks) > 1
     events: list[str] = []
     for parameter in blocks[-1].parameters():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ from tests.euphonium.generators.cases import (
 from tests.euphonium.generators.tiny_pipelines import BUILDERS, Folders
 
 WAN_I2V, HUNYUAN_15_I2V = "WanImageToVideoPipeline", "HunyuanVideo15ImageToVideoPipeline"
-ONE_PICTURE = (WAN_I2V, HUNYUAN_15_I2V)
+QWEN_EDIT = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
+ONE_PICTURE = (WAN_I2V, HUNYUAN_15_I2V, *QWEN_EDIT)
 # Their latents are packed to tokens.
-PACKED = ("FluxPipeline", "QwenImagePipeline")
+PACKED = ("FluxPipeline", "QwenImagePipeline", *QWEN_EDIT)
 
 
 def our_samples(family: Generator, conditioning: dict[str, Tensor], start: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ def call_of(case: Case, family: Generator, pipeline: Any, output_type: str = "la
     if case.pipeline_class == "ZImagePipeline":
         # Its scale counts from 0.
         call["guidance_scale"] = case.cfg_scale or 0.0
-    elif case.pipeline_class == "QwenImagePipeline":
+    elif case.pipeline_class.startswith("QwenImage"):
         call["true_cfg_scale"] = case.cfg_scale or 1.0
     elif case.pipeline_class == "Flux2Pipeline":
         call["guidance_scale"] = case.embedded_guidance
@@ -118,6 +120,8 @@ def call_of(case: Case, family: Generator, pipeline: Any, output_type: str = "la
         del call["height"], call["width"]
     if "cfg_scale_2" in case.more:
         call["guidance_scale_2"] = case.more["cfg_scale_2"]
+    if case.pipeline_class == "LTXPipeline":
+        call["latents"] = pipeline._pack_latents(start)
     if case.pipeline_class in PACKED:
         call["latents"] = pipeline._pack_latents(start.squeeze(2), *start.shape[:2], *start.shape[3:])
     return call
@@ -145,6 +149,19 @@ def encoded(call: dict[str, Any], pipeline: Any) -> dict[str, Any]:
     return {name: value for name, value in call.items() if "prompt" not in name} | named
 
 
+@contextmanager
+def pictures_as_large_as_samples(case: Case) -> Iterator[None]:
+    """Qwen-Image-Edit's pipelines in it bring pictures to the size of the samples, not to a million pixels."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
+
+    size, dimensions = case.size[:0:-1], plus.calculate_dimensions
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(edit, "calculate_dimensions", lambda area, ratio: (*size, None))
+        patch.setattr(plus, "calculate_dimensions", lambda area, ratio: size if area > 1e6 else dimensions(area, ratio))
+        yield
+
+
 def one_by_one(call: dict[str, Any]) -> list[dict[str, Any]]:
     """The calls for one prompt each, of pipelines that take one picture at a time."""
     calls = []
@@ -162,8 +179,11 @@ def their_samples(case: Case, family: Generator, output_type: str) -> Tensor:
     if case.pipeline_class == WAN_I2V:
         call = encoded(call, pipeline)
     calls = one_by_one(call) if case.pipeline_class in ONE_PICTURE else [call]
-    made = [pipeline(**arguments) for arguments in calls]
+    with pictures_as_large_as_samples(case):
+        made = [pipeline(**arguments) for arguments in calls]
     result: Tensor = torch.cat([part.frames if frames > 1 else part.images for part in made])
+    if output_type == "latent" and case.pipeline_class == "LTXPipeline":
+        result = pipeline._unpack_latents(result, *family.latent_shape[1:])
     if output_type == "latent" and case.pipeline_class in PACKED:
         result = pipeline._unpack_latents(result, height, width, pipeline.vae_scale_factor)
     if output_type == "latent" and case.pipeline_class == "Flux2Pipeline":
@@ -217,7 +237,7 @@ def test_guidance_changes_the_samples(name: str, changes: dict[str, Any], folder
     assert float((samples[0] - samples[1]).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["hunyuan", "hunyuan 1.5", "skyreels", "flux", "sd3", "wan"])
+@pytest.mark.parametrize("name", ["hunyuan", "hunyuan 1.5", "skyreels", "flux", "sd3", "wan", "ltx without CFG"])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_group_of_one_prompt_attends_without_a_mask(
     name: str, prompt: str, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch

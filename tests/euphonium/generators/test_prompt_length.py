@@ -9,13 +9,17 @@ import torch
 
 from euphonium.generators.generator import Generator
 from euphonium.generators.prompt_length import warn_of_cut_prompts
-from tests.euphonium.generators.cases import CPU, family_of, one_a_family
+from tests.euphonium.generators.cases import CPU, family_of, one_a_family, pictures
 from tests.euphonium.generators.tiny_pipelines import Folders
+
+STATES = "encoder_hidden_states"
 
 
 def tokens_read(family: Generator, prompt: str) -> torch.Tensor:
     """Hidden states of the encoder whose tokens are counted."""
-    hidden = family.load_prompt_encoder(CPU)([prompt])["encoder_hidden_states"]
+    if family.reads_text_with_image:
+        return family.prompt_encoder(CPU, {prompt: next(iter(pictures(family).values()))})([prompt])[STATES]
+    hidden = family.load_prompt_encoder(CPU)([prompt])[STATES]
     # Stable Diffusion 3 has those of CLIP in front.
     return hidden[:, -family.config.max_prompt_tokens :] if family.prompt_tokenizer == "tokenizer_3" else hidden
 

@@ -32,8 +32,12 @@ SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "sd3": lambda z: (z - 0.0609) * 1.5305,
     "sd1": lambda z: z * 0.18215,
     **dict.fromkeys(
-        ("qwen", "wan", "wan 2.2", "wan i2v", "wan 2.2 i2v", "wan a14b", "wan a14b i2v"),
+        ("qwen", "qwen edit", "qwen edit plus", "wan", "wan 2.2", "wan i2v", "wan 2.2 i2v", "wan a14b", "wan a14b i2v"),
         lambda z: (z - by_channel([-0.7, 0.1, 0.3, -0.2])) / by_channel([2.8, 1.4, 2.3, 0.9]),
+    ),
+    **dict.fromkeys(
+        ("ltx", "ltx 0.9.1"),
+        lambda z: (z - by_channel([-0.7, 0.1, 0.3, -0.2])) * 1.5 / by_channel([2.8, 1.4, 2.3, 0.9]),
     ),
     "hunyuan": lambda z: z * 0.476986,
     **dict.fromkeys(("hunyuan 1.5", "hunyuan 1.5 i2v"), lambda z: z * 1.03682),
@@ -59,7 +63,7 @@ def test_encoded_videos_are_the_networks_mode_scaled(name: str, folders: Folders
     family, videos = family_of(name, folders), clips(name, 1)
     vae = family.load_vae(CPU, torch.float32)
     pixels = videos.transpose(1, 2) * 2 - 1
-    if family.config.frames == 1 and name != "qwen":
+    if family.config.frames == 1 and not name.startswith("qwen"):
         pixels = pixels.squeeze(2)
     with torch.no_grad():
         mode = vae.network.encode(pixels).latent_dist.mode()

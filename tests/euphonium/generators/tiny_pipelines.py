@@ -14,6 +14,7 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tests.euphonium.generators.tiny_flux2 import flux2_dev, flux2_klein
+from tests.euphonium.generators.tiny_ltx import ltx, ltx_timestep_conditioned
 from tests.euphonium.generators.tiny_parts import (
     TEXT,
     clip_encoder,
@@ -23,7 +24,7 @@ from tests.euphonium.generators.tiny_parts import (
     t5_encoder,
     t5_tokenizer,
 )
-from tests.euphonium.generators.tiny_qwen import qwen_image, z_image
+from tests.euphonium.generators.tiny_qwen import qwen_image, qwen_image_edit, qwen_image_edit_plus, z_image
 from tests.euphonium.generators.tiny_wan import (
     wan,
     wan_22,
@@ -227,7 +228,11 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "Flux2Pipeline": flux2_dev,
     "Flux2KleinPipeline": flux2_klein,
     "QwenImagePipeline": qwen_image,
+    "QwenImageEditPipeline": qwen_image_edit,
+    "QwenImageEditPlusPipeline": qwen_image_edit_plus,
     "ZImagePipeline": z_image,
+    "LTXPipeline": ltx,
+    "LTXPipeline 0.9.1": ltx_timestep_conditioned,
     "WanPipeline": wan,
     "WanPipeline 2.2": wan_22,
     "WanPipeline A14B": wan_experts,
@@ -250,6 +255,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Flux2Pipeline": {"embedded_guidance": 4.0},
     "Flux2KleinPipeline": {"cfg_scale": 4.0},
     "QwenImagePipeline": {"cfg_scale": 4.0},
+    "QwenImageEditPipeline": {"cfg_scale": 4.0},
+    "QwenImageEditPlusPipeline": {"cfg_scale": 4.0},
+    "LTXPipeline": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 3.0},
+    "LTXPipeline 0.9.1": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 3.0},
     "WanPipeline": {"frames": 5, "cfg_scale": 5.0},
     "WanPipeline 2.2": {"frames": 5, "cfg_scale": 5.0},
     "WanPipeline A14B": {"frames": 5, "cfg_scale": 4.0, "cfg_scale_2": 3.0},

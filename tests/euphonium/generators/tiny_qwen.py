@@ -38,7 +38,7 @@ def qwen_vision_text(tokenizer: Any) -> Any:
     """Qwen2.5-VL."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    end, image = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|image_pad|>"])
     text = {
         "vocab_size": len(tokenizer), "hidden_size": TEXT, "intermediate_size": TEXT, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 2048, "bos_token_id": None,
@@ -49,7 +49,9 @@ def qwen_vision_text(tokenizer: Any) -> Any:
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT,
         "patch_size": 2, "window_size": 8, "fullatt_block_indexes": [0],
     }  # fmt: skip
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=image)
+    )
 
 
 def z_image() -> Any:
@@ -73,26 +75,63 @@ def z_image() -> Any:
 
 def qwen_image() -> Any:
     """Qwen-Image, with the entries of the published scheduler."""
-    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+    from diffusers import QwenImagePipeline
 
     # The pipeline drops the first 34 tokens, which are its instruction's in the published tokenizer.
     instruction = (
         "the image by detailing color, shape, size, texture, quantity, text, spatial relationships of objects and"
     )
     words = ["Describe the", *(f" {word}" for word in instruction.split()), " background:"]
-    tokenizer = qwen_tokenizer(words)
-    return QwenImagePipeline(
-        scheduler=flow_scheduler(
+    return QwenImagePipeline(**qwen_parts(qwen_tokenizer([*words, "<|image_pad|>"])))
+
+
+def qwen_parts(tokenizer: Any) -> dict[str, Any]:
+    """What the pipelines of Qwen-Image share."""
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+
+    return {
+        "scheduler": flow_scheduler(
             use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64, max_shift=0.9, shift_terminal=0.02
         ),
-        vae=AutoencoderKLQwenImage(
+        "vae": AutoencoderKLQwenImage(
             base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True],
             latents_mean=[-0.7, 0.1, 0.3, -0.2], latents_std=[2.8, 1.4, 2.3, 0.9],
         ),
-        text_encoder=qwen_vision_text(tokenizer),
-        tokenizer=tokenizer,
-        transformer=QwenImageTransformer2DModel(
+        "text_encoder": qwen_vision_text(tokenizer),
+        "tokenizer": tokenizer,
+        "transformer": QwenImageTransformer2DModel(
             in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=TEXT, axes_dims_rope=(4, 6, 6),
         ),
-    )  # fmt: skip
+    }  # fmt: skip
+
+
+def qwen_image_edit() -> Any:
+    """Qwen-Image-Edit."""
+    from diffusers import QwenImageEditPipeline
+
+    return edit_pipeline(QwenImageEditPipeline)
+
+
+def qwen_image_edit_plus() -> Any:
+    """Qwen-Image-Edit 2509."""
+    from diffusers import QwenImageEditPlusPipeline
+
+    return edit_pipeline(QwenImageEditPlusPipeline)
+
+
+def edit_pipeline(kind: Any) -> Any:
+    """A pipeline whose text encoder reads pictures, as squares of 4 pixels a side."""
+    from transformers import Qwen2VLImageProcessor
+
+    from euphonium.generators.processors import without_torchvision
+
+    # The pipelines drop the first 64 tokens, which are their instruction's in the published tokenizer: 8 of the
+    # conversation, and here one of its text and 55 letters.
+    instruction = kind(*(None,) * 6).prompt_template_encode.partition("<|im_end|>")[0].partition("\n")[2]
+    words = ["system", "user", instruction[:-55], "Picture 1: "]
+    tokenizer = qwen_tokenizer([*words, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
+    reader = Qwen2VLImageProcessor(patch_size=2, merge_size=2, size={"shortest_edge": 16, "longest_edge": 1024})
+    pipeline = kind(**qwen_parts(tokenizer), processor=without_torchvision("Qwen2VLProcessor")(reader, tokenizer))
+    pipeline.register_to_config(processor=("transformers", "Qwen2VLProcessor"))
+    return pipeline
