@@ -80,7 +80,7 @@ def test_a_damaged_size_is_refused(
 def test_what_a_pipeline_cannot_draw_is_refused(
     folders: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    images, videos = (folders(CASES[name].pipeline_class) for name in ("sd1", "skyreels"))
+    images, videos, edits = (folders(CASES[name].pipeline_class) for name in ("sd1", "skyreels", "qwen edit"))
     for model, options, message in (
         (images, ["--frames", "5"], "makes images"),
         (images, ["--height", "0"], "--height: must be above 0"),
@@ -88,6 +88,7 @@ def test_what_a_pipeline_cannot_draw_is_refused(
         (images, ["--protocol", "inference_rgg"], "needs the process reward model"),
         (images, ["--adapter", str(tmp_path)], "holds no pytorch_lora_weights.safetensors"),
         (videos, [], "needs an image with each prompt"),
+        (edits, [], "needs an image with each prompt"),
         ("nobody/nothing", [], "could not be downloaded"),
     ):
         assert generate(model, tmp_path / "c", "-p", PROMPT, *options) == 2
