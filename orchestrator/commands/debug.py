@@ -119,11 +119,13 @@ def _of_transitions(config: RunConfig) -> RunConfig:
 
 
 def _config(recipe: Path, overrides: list[str] | None) -> RunConfig:
-    """The checked recipe; nothing is compiled, which would take longer than what is looked at."""
+    """The checked recipe with what the plan chooses; nothing is compiled, which would take longer than the look."""
     from euphonium.config import load_config
     from orchestrator.commands.launch import preflight
     from orchestrator.commands.paths import absolute_paths
+    from orchestrator.commands.planning import settle
 
     config: RunConfig = absolute_paths(load_config(recipe, overrides or []))
     preflight(config)
+    config = settle(config, recipe)
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"compile": False})})

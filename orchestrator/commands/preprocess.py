@@ -105,7 +105,6 @@ class Wish:
 def _of_recipe(recipe: Path, settings: Mapping[str, object], output: Path | None) -> Wish:
     """What a recipe needs encoded; raises ConfigError if it says otherwise than the options, or names no store."""
     from euphonium.config import OrmConfig, load_any_config
-    from orchestrator.commands.paths import absolute_paths
 
     if settings:
         option = "--" + next(iter(settings)).replace("_", "-")
@@ -113,7 +112,6 @@ def _of_recipe(recipe: Path, settings: Mapping[str, object], output: Path | None
     config = load_any_config(recipe)
     if isinstance(config, OrmConfig):
         raise ConfigError(f"{recipe}: an outcome reward model reads prompts as texts; there is nothing to encode")
-    config = absolute_paths(config)
     asked, preferences = config.prompts, getattr(config, "preferences", None)
     files = [] if asked is None else [asked.train, asked.evaluation]
     files += [] if preferences is None else [preferences.train, preferences.held_out]
@@ -121,7 +119,8 @@ def _of_recipe(recipe: Path, settings: Mapping[str, object], output: Path | None
     store = output or next(filter(None, named), None)
     if store is None:
         raise ConfigError(f"{recipe}: it names no store; set prompts.embeddings, or give --output")
-    return Wish(tuple(filter(None, files)), (config.model.negative_prompt,), config.model, store)
+    model = config.model.model_copy(update={"path": _absolute(config.model.path)})
+    return Wish(tuple(filter(None, files)), (model.negative_prompt,), model, store)
 
 
 def _of_options(settings: Mapping[str, object], output: Path | None) -> Wish:
@@ -132,11 +131,18 @@ def _of_options(settings: Mapping[str, object], output: Path | None) -> Wish:
     if not path or output is None:
         missing = FIELD if path else "--model"
         raise ConfigError(f"{missing}: it is missing; give it, or a recipe that says it (--recipe)")
-    here = Path(file_argument(path))
-    model = ModelConfig.model_validate(
-        {"path": str(here.resolve()) if here.exists() else path, "height": SIDE, "width": SIDE, **fields}
+    return Wish(
+        (),
+        (),
+        ModelConfig.model_validate({"path": _absolute(path), "height": SIDE, "width": SIDE, **fields}),
+        output,
     )
-    return Wish((), (), model, output)
+
+
+def _absolute(path: str) -> str:
+    """A folder's absolute path, because Ray tasks have another working directory; a hub id as it is."""
+    here = Path(file_argument(path))
+    return str(here.resolve()) if here.exists() else path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,8 @@ def recipes(
     for recipe in target.rglob("*.yaml"):
         text = recipe.read_text(encoding="utf-8")
         recipe.write_text(text.replace(f": {EMBEDDED}", f": {package}"), encoding="utf-8")
-    sys.stdout.write(f"{target}\nnow: cd {folder} && euphonium train recipes/embedded/euphonium-sage.yaml name=demo\n")
+    there = "" if folder.resolve() == Path.cwd() else f"cd {folder} && "
+    sys.stdout.write(f"{target}\nnow: {there}euphonium train recipes/embedded/euphonium-sage.yaml name=demo\n")
 
 
 def shipped_recipes() -> Path:

@@ -117,7 +117,9 @@ def command(mode: str, recipe: Path, *arguments: object, ranks: int = 0) -> str:
 def test_one_group_is_shown_transition_by_transition(
     config: RunConfig, recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command(["debug", "group", str(recipe), "-o", str(tmp_path), "--ordinal", "1"]) == 0
+    # What a run would choose is chosen here too.
+    sizes = ["rollout.samples_per_pass=auto", "pools.learner.rows_per_micro_batch=auto"]
+    assert run_command(["debug", "group", str(recipe), *sizes, "-o", str(tmp_path), "--ordinal", "1"]) == 0
     with (tmp_path / "group.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     size, steps = config.rollout.group_size, sorted({int(row["step"]) for row in rows})
