@@ -150,11 +150,9 @@ class RolloutWorker:
         began = time.perf_counter()
         config = self.config
         table = self._table_of(task.iteration, config.sampler.of_group(task.group_id))
-        group_size = config.rollout.group_size
         conditioning = self.conditioning(task.prompt)
-        start, noise = initial_noise(
-            self.family.latent_shape, group_size, task.seed, shared=config.sampler.shared_noise, device=self.device
-        )
+        shape, size, shared = self.family.latent_shape, config.rollout.group_size, config.sampler.shared_noise
+        start, noise = initial_noise(shape, size, task.seed, shared=shared, device=self.device)
         velocity = self.velocity(conditioning)
         reuse = self._reuse(config.rollout.reuse_below, [float(table.times[k]) for k in table.stochastic_steps])
         scored = scored_states(self.config, table)
@@ -182,8 +180,7 @@ class RolloutWorker:
                 "diverged; lower optimizer.learning_rate or sampler.guidance, and resume from an earlier checkpoint"
             )
         if noises:
-            alike = config.objective.kind == "dpo"
-            trajectory = noised_again(trajectory, table, steps, task.seed, alike=alike)
+            trajectory = noised_again(config, trajectory, table, steps, task.seed)
         payload = _payload(trajectory, conditioning)
         final = self.family.finish(trajectory.final, conditioning)
         info = GroupInfo(

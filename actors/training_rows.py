@@ -67,20 +67,21 @@ def noised_rows(steps: Tensor) -> tuple[Tensor, Tensor]:
     return rows, (levels * size + torch.arange(size))[:, None].expand(size, levels).contiguous()
 
 
-def noised_again(trajectory: Trajectory, table: StepTable, steps: Tensor, seed: int, *, alike: bool) -> Trajectory:
+def noised_again(config: RunConfig, trajectory: Trajectory, table: StepTable, steps: Tensor, seed: int) -> Trajectory:
     """The trajectories with rows of their finished samples in the place of transitions.
 
     Args:
+        config: the recipe; with DPO all samples of the group get the same noise at a level.
         trajectory: how the samples were drawn.
         table: the sampler, whose noise levels they get.
         steps: int64 ``[group, K]``, the levels of every sample.
         seed: of the noise, which is drawn on the CPU: a seed means the same on every device.
-        alike: whether all samples of the group get the same noise at a level.
     """
     samples = trajectory.final.float().cpu()
     rows, data_rows = noised_rows(steps)
     generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, 2]).integers(2**63)))
-    noise = torch.randn((steps.shape[1], 1 if alike else len(samples), *samples.shape[1:]), generator=generator)
+    noises = 1 if config.objective.kind == "dpo" else len(samples)
+    noise = torch.randn((steps.shape[1], noises, *samples.shape[1:]), generator=generator)
     noise = noise.expand(-1, len(samples), *samples.shape[1:]).flatten(0, 1)
     clean = samples.repeat(steps.shape[1], *[1] * (samples.dim() - 1))
     noised = table.noised(steps.T.flatten(), clean, noise)
