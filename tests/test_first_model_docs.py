@@ -18,7 +18,7 @@ FILES = ("prompts/train.txt", "prompts/held_out.txt", "mine.yaml")
 def steps() -> list[tuple[list[str], list[str]]]:
     """The words of every command, and the lines that the page says it prints."""
     found = re.findall(r"```sh\n([^`]*)\n```\n\n((?:    [^\n]*\n|\n(?=    ))*)", PAGE)
-    return [(shlex.split(command), printed.split("\n")) for command, printed in found]
+    return [(shlex.split(command, comments=True), printed.split("\n")) for command, printed in found]
 
 
 @pytest.fixture
