@@ -109,7 +109,7 @@ def select_steps(
     fraction: float,
     seed: int,
     within: tuple[int, int] | None = None,
-    every: int = 1,
+    spacing: int = 1,
 ) -> Tensor:
     """Chooses the trained steps of every sample: a random share of the stochastic ones (DanceGRPO's tau).
 
@@ -119,7 +119,7 @@ def select_steps(
         fraction: the share.
         seed: of the draw.
         within: half-open range of the steps that may be trained (``objective.trained_steps``); None for all.
-        every: every n-th of these alone may be trained (``objective.trained_every``), from the first on.
+        spacing: every n-th of these alone may be trained (``objective.trained_every``), from the first on.
 
     Returns:
         int64 ``[group_size, K]``, each row sorted, K = ceil(fraction * stochastic steps that may be trained).
@@ -127,7 +127,7 @@ def select_steps(
     Raises:
         ConfigError: no step with noise is in the range.
     """
-    candidates = [k for k in table.stochastic_steps if within is None or within[0] <= k < within[1]][::every]
+    candidates = [k for k in table.stochastic_steps if within is None or within[0] <= k < within[1]][::spacing]
     if not candidates:
         raise ConfigError(
             f"objective.trained_steps: none of the steps {within} has noise, and only such steps can be trained; those "

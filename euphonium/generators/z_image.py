@@ -104,13 +104,14 @@ class ZImage(ImageGenerator):
     def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         texts, mask = conditioning["encoder_hidden_states"], conditioning["encoder_attention_mask"]
         lengths = [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(dim=1).long().tolist()
-        output: Tensor = transformer(
+        output: Tensor | list[Tensor] = transformer(
             list(x.to(self.dtype).unbind()),
             1 - time,
             [text[:length] for text, length in zip(texts, lengths, strict=True)],
             return_dict=False,
         )[0]
-        return -output
+        # A list from a transformer that a pipeline has loaded by itself.
+        return -(output if isinstance(output, Tensor) else torch.stack(output))
 
 
 def _as_one_tensor(transformer: nn.Module, arguments: Any, output: tuple[list[Tensor]]) -> tuple[Tensor]:

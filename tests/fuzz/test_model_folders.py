@@ -52,7 +52,10 @@ def open_everything(config: ModelConfig) -> None:
     """What the roles load of a generator."""
     family = open_generator(config)
     family.load_transformer(CPU)
-    family.load_prompt_encoder(CPU)
+    if family.reads_text_with_image:
+        family.prompt_encoder(CPU)
+    else:
+        family.load_prompt_encoder(CPU)
     family.load_decoder(CPU)
     family.fingerprint()
 

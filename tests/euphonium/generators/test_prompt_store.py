@@ -35,6 +35,10 @@ def small_store(folder: Path) -> Path:
     return folder
 
 
+# Qwen-Image-Edit's text encoder reads a prompt with its picture.
+ENCODED_ALONE = [name for name in CASES if not name.startswith("qwen edit")]
+
+
 def same(found: Conditioning, expected: Conditioning) -> None:
     assert list(found) == list(expected)
     for name, tensor in expected.items():
@@ -44,7 +48,10 @@ def same(found: Conditioning, expected: Conditioning) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, "float32") for name in CASES), *((name, "bfloat16") for name in CASES if "CFG" not in name)],
+    [
+        *((name, "float32") for name in ENCODED_ALONE),
+        *((name, "bfloat16") for name in ENCODED_ALONE if "CFG" not in name),
+    ],
 )
 def test_every_familys_prompts_are_those_of_its_encoders(
     name: str, dtype: str, folders: Folders, tmp_path: Path

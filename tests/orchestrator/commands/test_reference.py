@@ -17,7 +17,7 @@ def test_every_field_is_listed_with_a_description() -> None:
     listed = {field.path: field for field in fields(RunConfig)}
     for path in ("name", "sampler.law", "sampler.guidance.scale", "rewards.outcome[].weight", "pools.prm.num_actors"):
         assert listed[path].description, path
-    assert listed["sampler.eta"].default == "required"
+    assert listed["sampler.num_steps"].default == "required"
     assert listed["objective.clip_range"].default == "0.0001"
 
 
