@@ -15,7 +15,6 @@ import json
 import platform
 import shlex
 import subprocess
-import sys
 from datetime import date
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "commit": commit,
         "machine": f"{platform.machine()}, one core a run",
-        "command": shlex.join(["python", "-m", "benchmarks.study", *sys.argv[1:]]),
+        "command": command(arguments),
         "methods": {m.name: [m.recipe, *common, *m.overrides] for m in methods},
         "reference": plan.reference,
         "rows": as_json(found),
@@ -73,6 +72,13 @@ def main() -> None:
     results = arguments.output / "benchmarks" / "results"
     results.mkdir(parents=True, exist_ok=True)
     (results / f"study_{arguments.table}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """What repeats a table, wherever its runs and results are kept."""
+    numbers = ["--seeds", *map(str, arguments.seeds), "--iterations", str(arguments.iterations)]
+    methods = ["--methods", *arguments.methods] if arguments.methods else []
+    return shlex.join(["python", "-m", "benchmarks.study", arguments.table, *numbers, *methods])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The study's runner and tables."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.study import runs
+from benchmarks.study.__main__ import command
 from benchmarks.study.plans import PLANS, QUICK
 from benchmarks.study.runs import Method, Trial, run_all
 from benchmarks.study.tables import Row, as_json, iterations_to, markdown, plot, rows, speed
@@ -100,3 +102,12 @@ def test_a_real_run_ends_in_a_record(tmp_path: Path) -> None:
     (record,) = run_all([trial], tmp_path, jobs=1)
     assert sorted(record.curve()) == [0, 1, 2]
     assert [r.values.shape for r in rows([record])] == [(1, 3)]
+
+
+def test_the_command_of_a_table_says_nothing_of_the_machine() -> None:
+    kept = {"folder": Path("/somewhere/runs"), "output": Path("/somewhere/else"), "jobs": 2, "quick": False}
+    settings = Namespace(table="convergence", seeds=[1, 2], iterations=12, methods=["no guidance", "ours"], **kept)
+    assert command(settings) == (
+        "python -m benchmarks.study convergence --seeds 1 2 --iterations 12 --methods 'no guidance' ours"
+    )
+    assert "--methods" not in command(Namespace(**{**vars(settings), "methods": None}))
