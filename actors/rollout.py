@@ -161,7 +161,7 @@ class RolloutWorker:
         steps, noises = trained_steps(config, table, task.seed), config.objective.noises_samples
         trajectory = sample_group(
             table,
-            velocity if reuse is None else self.velocity(conditioning, reuse),
+            self.velocity(conditioning, reuse),
             start,
             noise,
             Recording(
@@ -227,7 +227,7 @@ class RolloutWorker:
                 alone = guidance.model_copy(update={"strengths": (1.0,)})
                 source = _guiding(make_source(conditioning, table, velocity), alone, table, strength=1.0)
             reuse = self._reuse(settings.reuse_below)
-            walked = velocity if reuse is None else self.velocity(conditioning, reuse)
+            walked = self.velocity(conditioning, reuse)
             return self.family.finish(
                 sample_deterministic(table, walked, torch.cat(starts), source), conditioning
             ).cpu()

@@ -44,7 +44,6 @@ class FeatureCache:
 
         self.passes = self.reused = 0
         self._networks: list[Any] = [part for part in transformer.modules() if isinstance(part, CacheMixin)]
-        self._heads: list[Any] = []
         if not self._networks:
             raise ConfigError(_unsupported(f"{type(transformer).__name__} has none"))
         if isinstance(transformer, Flux2Transformer2DModel):
@@ -60,7 +59,7 @@ class FeatureCache:
                 raise ConfigError(_unsupported(str(error))) from error
         registries: list[Any] = [getattr(part, "_diffusers_hook", None) for part in transformer.modules()]
         hooks = [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
-        self._heads = [hook for hook in hooks if isinstance(hook, FBCHeadBlockHook)]
+        self._heads: list[Any] = [hook for hook in hooks if isinstance(hook, FBCHeadBlockHook)]
 
     def forget(self) -> None:
         """Forgets all passes, before samples that have nothing to do with the last ones."""
