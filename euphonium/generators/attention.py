@@ -23,8 +23,13 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.nn import functional
+
+try:
+    from torch.distributed._functional_collectives import all_gather_single_autograd
+except ImportError:
+    # Its name before torch 2.13.
+    from torch.distributed._functional_collectives import all_gather_tensor_autograd as all_gather_single_autograd
 
 
 class Run(NamedTuple):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import pytest
+from torch.distributed import _functional_collectives as collectives
 
 from euphonium.config import LearnerPoolConfig, RunConfig
 from euphonium.errors import ConfigError, TrainingError
@@ -67,3 +69,13 @@ def test_it_is_checked_before_anything_starts(make_config: Callable[..., RunConf
     assert plan["learner ranks"] == "4 x 0 GPU, of which 4 share every sample's tokens"
     with pytest.raises(ConfigError, match="3 ranks cannot share 4 heads"):
         preflight(make_config("pools.learner.num_workers=3", "pools.learner.sequence_parallel=3"))
+
+
+def test_attention_takes_what_an_older_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(collectives, "all_gather_single_autograd")
+    spec = importlib.util.find_spec("euphonium.generators.attention")
+    assert spec is not None
+    assert spec.loader is not None
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    assert anew.all_gather_single_autograd is collectives.all_gather_tensor_autograd
