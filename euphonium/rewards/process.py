@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import override
 
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
@@ -29,6 +30,28 @@ CONFIG_FILE = "prm.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
+class QueryAttention(nn.MultiheadAttention):
+    """Attention of a few queries to many tokens.
+
+    The projections of keys and values are applied to the queries and to what they pool, never to the tokens: the same
+    numbers up to rounding, for a fraction of the operations where there are fewer queries than channels.
+    """
+
+    @override
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:  # type: ignore[override]
+        """Pools tokens ``[batch, tokens, width]`` by queries ``[queries, width]`` to ``[batch, queries, width]``."""
+        to_query, to_key, to_value = self.in_proj_weight.unflatten(0, (3, self.num_heads, self.head_dim))
+        # The keys' bias adds the same to all scores of a query.
+        query_bias, _, value_bias = self.in_proj_bias.unflatten(0, (3, self.num_heads, self.head_dim))
+        projected = torch.einsum("qw,hdw->hqd", queries, to_query) + query_bias[:, None]
+        by_channel = torch.einsum("hqd,hdw->hqw", projected, to_key) / self.head_dim**0.5
+        weights = (by_channel.flatten(0, 1) @ tokens.transpose(1, 2)).softmax(dim=-1)
+        pooled = (weights @ tokens).unflatten(1, by_channel.shape[:2])
+        values = torch.einsum("bhqw,hdw->bqhd", pooled, to_value) + value_bias
+        attended: Tensor = self.out_proj(values.flatten(2))
+        return attended
+
+
 class QueryHead(nn.Module):
     """Pools tokens by attention with learned queries, then an MLP to one number; always in float32."""
 
@@ -36,7 +59,7 @@ class QueryHead(nn.Module):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(1, queries, width) * width**-0.5)
         self.norm = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attention = QueryAttention(width, heads, batch_first=True)
         self.mlp = nn.Sequential(
             nn.LayerNorm(queries * width), nn.Linear(queries * width, hidden), nn.SiLU(), nn.Linear(hidden, 1)
         )
@@ -44,8 +67,7 @@ class QueryHead(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """``[batch, tokens, width]`` to ``[batch]``."""
         tokens = self.norm(tokens.float())
-        queries = self.queries.expand(tokens.shape[0], -1, -1)
-        pooled, _ = self.attention(queries, tokens, tokens, need_weights=False)
+        pooled = self.attention(self.queries[0], tokens)
         scores: Tensor = self.mlp(pooled.flatten(1))
         return scores.squeeze(1)
 

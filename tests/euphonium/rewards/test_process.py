@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from euphonium.config import ModelConfig, RunConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.registry import open_generator
-from euphonium.rewards.process import ProcessRewardModel
+from euphonium.rewards.process import ProcessRewardModel, QueryAttention
 
 
 def test_trunk_starts_from_the_generators_first_blocks(make_config: Callable[..., RunConfig]) -> None:
@@ -118,3 +119,26 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make_config: Callable
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_pooling_by_folded_projections_is_multi_head_attention() -> None:
+    torch.manual_seed(0)
+    attention = QueryAttention(16, 4, batch_first=True)
+    torch.nn.init.normal_(attention.in_proj_bias)
+    queries, tokens = torch.randn(3, 16), torch.randn(2, 50, 16, requires_grad=True)
+    expanded = queries.expand(2, -1, -1)
+    known, _ = torch.nn.MultiheadAttention.forward(attention, expanded, tokens, tokens, need_weights=False)
+    folded = attention(queries, tokens)
+    torch.testing.assert_close(folded, known, rtol=1e-5, atol=1e-6)
+    wanted = torch.autograd.grad(known.square().sum(), [tokens, *attention.parameters()])
+    found = torch.autograd.grad(folded.square().sum(), [tokens, *attention.parameters()])
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_pooling_takes_no_projection_of_the_tokens() -> None:
+    """Two products of the tokens with queries by heads, in place of two with all channels."""
+    attention = QueryAttention(64, 4, batch_first=True)
+    with FlopCounterMode(display=False) as counter:
+        attention(torch.randn(2, 64), torch.randn(1, 5000, 64))
+    assert counter.get_total_flops() < 2 * 5000 * 64 * 2 * (2 * 4) * 1.1
