@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -37,6 +38,22 @@ def block_classes(network: nn.Module) -> list[str]:
     """Names of the classes of a network's transformer blocks, which are gathered and computed as a whole."""
     named = getattr(network, "_no_split_modules", None) or getattr(network, "_repeated_blocks", None) or ()
     return [name for name in named if name.endswith("TransformerBlock")]
+
+
+def _taking_plain_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose tensors are laid out without gaps: a compiled one is compiled anew for every layout.
+
+    Blocks get slices of the tokens of clip and prompt, whose strides depend on the length of the prompt.
+    """
+
+    def plain(value: Any) -> Any:
+        return value.contiguous().view(-1).view(value.shape) if isinstance(value, Tensor) else value
+
+    @wraps(function)
+    def forward(*args: Any, **more: Any) -> Any:
+        return function(*map(plain, args), **{name: plain(value) for name, value in more.items()})
+
+    return forward
 
 
 class Backbone(ABC):
@@ -189,12 +206,19 @@ class Backbone(ABC):
                 "model.cfg_scale for classifier-free guidance"
             )
 
-    def compile_blocks(self, transformer: nn.Module) -> None:
-        """Compiles the blocks of a transformer that is not trained, each at its first call."""
+    def compile_blocks(self, transformer: nn.Module, backend: str = "inductor") -> None:
+        """Compiles the blocks of a transformer that is not trained, each kind at its first call.
+
+        A second length of prompts compiles them once more, for all lengths; further ones do not.
+
+        Args:
+            transformer: the network.
+            backend: torch's compiler.
+        """
         names = getattr(transformer, "_repeated_blocks", None) or getattr(transformer, "_no_split_modules", None) or ()
         for block in transformer.modules():
             if type(block).__name__ in names:
-                block.compile()
+                block.forward = _taking_plain_tensors(torch.compile(block.forward, backend=backend))
 
     def _choose_attention(self, transformer: nn.Module) -> None:
         if self.config.attention_backend is None:
