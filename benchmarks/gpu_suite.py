@@ -18,6 +18,10 @@ are random and are made on the GPU; nothing is downloaded. Parts:
     compiled      the velocity with compiled blocks.
     gradient      the process reward's gradient by batch.
     compiled_learner  the learner's micro-step with compiled blocks.
+    families      velocity and micro-step of the other families at their published sizes, beside their plans.
+    reuse         a pass with the first-block cache: with all blocks, and with the first alone.
+    prompt_lengths  compiled blocks with prompts of several lengths.
+    gradient_kernels  where the process reward's gradient spends its time, for one state and for two.
 """
 
 from __future__ import annotations
@@ -52,6 +56,10 @@ PARTS: dict[str, tuple[str, float]] = {
     "compiled": ("gpu_suite_generator", 150),
     "gradient": ("gpu_suite_generator", 60),
     "compiled_learner": ("gpu_suite_learner", 120),
+    "families": ("gpu_suite_families", 240),
+    "reuse": ("gpu_suite_families", 60),
+    "prompt_lengths": ("gpu_suite_families", 150),
+    "gradient_kernels": ("gpu_suite_families", 60),
 }
 # Time that a part needs at least to measure anything.
 LEAST_S = 15.0

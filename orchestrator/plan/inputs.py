@@ -1,4 +1,4 @@
-"""Inputs of a generator's network on the meta device: states, times, and prompts of the greatest length.
+"""Inputs of a generator's network, on the meta device or random: states, times, and prompts of the greatest length.
 
 The entries of a conditioning are those that the family's prompt encoder makes; prompts take
 ``model.max_prompt_tokens``, so that what is measured is the most that a run meets.
@@ -24,7 +24,7 @@ CLIP_TOKENS, GLYPH_TOKENS = 77, 256
 
 def states(generator: Generator, batch: int, device: torch.device = META) -> tuple[Tensor, Tensor]:
     """States ``[batch, *latent]`` and times ``[batch]``, float32."""
-    return torch.zeros(batch, *generator.latent_shape, device=device), torch.zeros(batch, device=device)
+    return torch.randn(batch, *generator.latent_shape, device=device), torch.zeros(batch, device=device)
 
 
 def conditioning(generator: Generator, batch: int, device: torch.device = META) -> Conditioning:
@@ -38,7 +38,7 @@ def conditioning(generator: Generator, batch: int, device: torch.device = META) 
     entries = PROMPTS[generator.pipeline_class](generator) | generator.image_shapes()
     made: Conditioning = {}
     for name, shape in entries.items():
-        fill = torch.ones if "mask" in name else torch.zeros
+        fill = torch.ones if "mask" in name else torch.randn
         made[name] = fill(batch, *shape, dtype=generator.dtype, device=device)
     if generator.config.cfg_scale is not None:
         made |= {NEGATIVE + name: tensor for name, tensor in made.items()}

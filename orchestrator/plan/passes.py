@@ -83,7 +83,7 @@ class Passes(NetworkPasses):
         checkpointing(network, self.config.pools.learner.gradient_checkpointing)
         x, _ = states(self.generator, rows, self.device)
         batch = Transitions(
-            states=x, next_states=torch.zeros_like(x),
+            states=x, next_states=torch.randn_like(x),
             steps=torch.full((rows,), 0 if self.config.objective.noises_samples else table.stochastic_steps[0]),
             log_probs=torch.zeros(rows, device=self.device), advantages=torch.ones(1, rows, device=self.device),
             gradients=None, conditioning=conditioning(self.generator, rows, self.device), weight=1.0,

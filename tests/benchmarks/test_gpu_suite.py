@@ -22,6 +22,10 @@ EXPECTED = {
     "publication": {"GPU to pinned memory": "gib_per_s", "broadcast between two processes": "gib_per_s"},
     "attention15": {"velocity without mask": "seconds", "what the mask changes": "relative_difference"},
     "compiled": {"velocity, compiled, first call": "relative_difference"},
+    "families": {"embedded/euphonium.yaml, micro_step": "planned_tflop"},
+    "reuse": {"velocity with the cache, first block alone": "seconds"},
+    "prompt_lengths": {"5 tokens": "second_s"},
+    "gradient_kernels": {"kernels, batch 2": "took_s"},
 }
 
 
