@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from euphonium.errors import ConfigError
 from euphonium.generators.generator import Generator
@@ -48,6 +49,7 @@ class FeatureCache:
     :meth:`compute`.
 
     Attributes:
+        networks: the networks, each of which remembers its own passes.
         passes: those of :meth:`compute` so far.
         reused: how many of them reused what the blocks had added.
     """
@@ -66,8 +68,8 @@ class FeatureCache:
         from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15TransformerBlock
 
         self.passes = self.reused = 0
-        self._networks: list[Any] = [part for part in transformer.modules() if isinstance(part, CacheMixin)]
-        if not self._networks:
+        self.networks: list[Any] = [part for part in transformer.modules() if isinstance(part, CacheMixin)]
+        if not self.networks:
             raise ConfigError(_unsupported(f"{type(transformer).__name__} has none"))
         if isinstance(transformer, Flux2Transformer2DModel):
             raise ConfigError(_unsupported("it fails between the two kinds of blocks of FLUX.2"))
@@ -75,7 +77,7 @@ class FeatureCache:
         TransformerBlockRegistry.register(
             HunyuanVideo15TransformerBlock, TransformerBlockRegistry.get(HunyuanVideoTransformerBlock)
         )
-        for network in self._networks:
+        for network in self.networks:
             try:
                 network.enable_cache(FirstBlockCacheConfig(threshold=NEVER))
             except ValueError as error:
@@ -90,8 +92,15 @@ class FeatureCache:
 
     def forget(self) -> None:
         """Forgets all passes, before samples that have nothing to do with the last ones."""
-        for network in self._networks:
+        for network in self.networks:
             network._reset_stateful_cache()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of what is held of all passes."""
+        states = [vars(state) for head in self._heads for state in head.state_manager._state_cache.values()]
+        tensors = {id(leaf): leaf for leaf in tree_leaves(states) if isinstance(leaf, Tensor)}
+        return sum(tensor.nbytes for tensor in tensors.values())
 
     def compute(self, name: str, size: int, threshold: float, one_pass: Callable[[], Tensor]) -> Tensor:
         """A pass over the samples called ``name``, which may reuse what their last pass computed.
@@ -105,7 +114,7 @@ class FeatureCache:
         """
         with ExitStack() as stack:
             stack.enter_context(self._hooked())
-            for network in self._networks:
+            for network in self.networks:
                 stack.enter_context(network.cache_context(f"{name}, {size} of them"))
             for head in self._heads:
                 head.threshold = threshold

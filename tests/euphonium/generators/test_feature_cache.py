@@ -64,6 +64,9 @@ def test_exact_passes_know_nothing_of_the_cache(folders: Folders) -> None:
     walked(family, transformer, None)
     velocity(noise(family), 0.55)
     assert (cache.passes, cache.reused, reuse.share) == (2, 1, 0.5), "between two steps of a walk neither"
+    assert cache.held_bytes > 0
+    cache.forget()
+    assert cache.held_bytes == 0
 
 
 def test_every_pass_remembers_its_own_samples(folders: Folders) -> None:
