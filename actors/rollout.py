@@ -87,8 +87,7 @@ class RolloutWorker:
         self.transformer.requires_grad_(False)
         if config.rollout.compile:
             self.family.compile_blocks(self.transformer)
-        reuses = config.rollout.reuse_below is not None or config.evaluation.reuse_below is not None
-        self.cache = FeatureCache(self.transformer) if reuses else None
+        self.cache = FeatureCache(self.transformer) if config.reuse_fields else None
         self._sleeper = Sleeper(self.transformer, device)
         if asleep:
             self._sleeper.sleep()
@@ -154,26 +153,22 @@ class RolloutWorker:
         shape, size, shared = self.family.latent_shape, config.rollout.group_size, config.sampler.shared_noise
         start, noise = initial_noise(shape, size, task.seed, shared=shared, device=self.device)
         velocity = self.velocity(conditioning)
-        reuse = self._reuse(config.rollout.reuse_below, [float(table.times[k]) for k in table.stochastic_steps])
         scored = scored_states(self.config, table)
         guidance = config.sampler.guidance
         needs_source = bool(scored) or bool(table.guided_steps)
         steps, noises = trained_steps(config, table, task.seed), config.objective.noises_samples
-        trajectory = sample_group(
-            table,
-            self.velocity(conditioning, reuse),
-            start,
-            noise,
-            Recording(
-                steps=steps[:, :0] if noises else steps,
-                scored_states=scored,
-                guided_mean=config.objective.kind == "standard",
-                keep_gradients=config.objective.keeps_gradients,
-            ),
-            _guiding(make_source(conditioning, table, velocity), guidance, table, task.strength)
-            if make_source and needs_source
-            else None,
+        recording = Recording(
+            steps=steps[:, :0] if noises else steps,
+            scored_states=scored,
+            guided_mean=config.objective.kind == "standard",
+            keep_gradients=config.objective.keeps_gradients,
         )
+        source = None
+        if make_source and needs_source:
+            source = _guiding(make_source(conditioning, table, velocity), guidance, table, task.strength)
+        exact = [float(table.times[k]) for k in table.stochastic_steps]
+        with self._reusing(config.rollout.reuse_below, exact) as reuse:
+            trajectory = sample_group(table, self.velocity(conditioning, reuse), start, noise, recording, source)
         if not bool(torch.isfinite(trajectory.final).all()):
             raise TrainingError(
                 f"rollout of {task.prompt!r} with policy version {self.policy_version} is not finite: the policy has "
@@ -226,11 +221,10 @@ class RolloutWorker:
                 # Samples of an evaluation are no members of a group.
                 alone = guidance.model_copy(update={"strengths": (1.0,)})
                 source = _guiding(make_source(conditioning, table, velocity), alone, table, strength=1.0)
-            reuse = self._reuse(settings.reuse_below)
-            walked = self.velocity(conditioning, reuse)
-            return self.family.finish(
-                sample_deterministic(table, walked, torch.cat(starts), source), conditioning
-            ).cpu()
+            with self._reusing(settings.reuse_below) as reuse:
+                walked = self.velocity(conditioning, reuse)
+                final = sample_deterministic(table, walked, torch.cat(starts), source)
+            return self.family.finish(final, conditioning).cpu()
 
         # A source of gradients is for one prompt; without one, prompts share a pass.
         passes = self.passes if guidance is None else Passes(1, "rollout.samples_per_pass")
@@ -243,16 +237,18 @@ class RolloutWorker:
             conditioning: the conditioning.
             reuse: which passes may reuse what the last one computed; None for exact ones.
         """
-        if reuse is None and self.cache is not None:
-            reuse = Reuse(self.cache)
         return velocity_in_passes(self.family, self.transformer, conditioning, self.passes, reuse)
 
-    def _reuse(self, threshold: float | None, exact: Collection[float] = ()) -> Reuse | None:
-        """What passes over new samples may reuse; None if nothing."""
+    @contextmanager
+    def _reusing(self, threshold: float | None, exact: Collection[float] = ()) -> Iterator[Reuse | None]:
+        """What passes over new samples may reuse, None if nothing; afterwards nothing of them is kept."""
         if self.cache is None or threshold is None:
-            return None
-        self.cache.forget()
-        return Reuse(self.cache, threshold, frozenset(exact))
+            yield None
+            return
+        try:
+            yield Reuse(self.cache, threshold, frozenset(exact))
+        finally:
+            self.cache.forget()
 
     def _final(self, rewards: Tensor | None) -> Array | None:
         """Process rewards of the finished samples, ``[group]``, where they count as an outcome reward."""

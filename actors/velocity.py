@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,19 +15,17 @@ from euphonium.wire.passes import Passes
 
 
 class Reuse:
-    """Which passes of a group may reuse what the last one computed."""
+    """Which passes of a group's walk may reuse what the last one computed."""
 
-    def __init__(
-        self, cache: FeatureCache, threshold: float = NEVER, exact_times: frozenset[float] = frozenset()
-    ) -> None:
+    def __init__(self, cache: FeatureCache, threshold: float, exact_times: frozenset[float] = frozenset()) -> None:
         """Begins with no pass.
 
         Args:
             cache: the transformer's cache.
-            threshold: as for :meth:`FeatureCache.compute`; by default every pass is exact.
+            threshold: as for :meth:`FeatureCache.compute`.
             exact_times: times of the steps that must be exact: those with noise, which may be trained.
         """
-        self.cache = cache
+        self._cache = cache
         self._threshold = threshold
         self._exact_times = exact_times
         self._before = cache.passes, cache.reused
@@ -33,20 +33,14 @@ class Reuse:
     @property
     def share(self) -> float:
         """Of the passes so far, how many reused something."""
-        passes, reused = (now - then for now, then in zip(self._counts, self._before, strict=True))
+        counts = self._cache.passes, self._cache.reused
+        passes, reused = (now - then for now, then in zip(counts, self._before, strict=True))
         return reused / passes if passes else 0.0
 
-    @property
-    def _counts(self) -> tuple[int, int]:
-        return self.cache.passes, self.cache.reused
-
-    def threshold(self, time: float) -> float:
-        """The cache's threshold at a time of the sampler."""
-        return NEVER if time in self._exact_times else self._threshold
-
-    def name(self, part: slice) -> str:
-        """What the cache calls the samples of a pass; those of exact passes are no step of the sampler."""
-        return f"from {part.start}" if self._threshold != NEVER else f"exact, from {part.start}"
+    def compute(self, part: slice, time: float, one_pass: Callable[[], Tensor]) -> Tensor:
+        """A pass over a part of the samples at a time of the sampler."""
+        threshold = NEVER if time in self._exact_times else self._threshold
+        return self._cache.compute(f"from {part.start}", part.stop - part.start, threshold, one_pass)
 
 
 def velocity_in_passes(
@@ -59,7 +53,7 @@ def velocity_in_passes(
         transformer: its transformer.
         conditioning: conditioning of one prompt, or of one a sample.
         passes: passes over the samples.
-        reuse: which passes may reuse what the last one computed; None where the transformer has no cache.
+        reuse: which passes may reuse what the last one computed; None for exact ones.
     """
 
     @torch.no_grad()
@@ -73,9 +67,7 @@ def velocity_in_passes(
             def computed() -> Tensor:
                 return family.velocity(transformer, x[part], times[part], read)
 
-            if reuse is None:
-                return computed()
-            return reuse.cache.compute(reuse.name(part), part.stop - part.start, reuse.threshold(time), computed)
+            return computed() if reuse is None else reuse.compute(part, time, computed)
 
         return torch.cat(passes.run(len(x), one_pass))
 

@@ -10,9 +10,11 @@ import time
 
 from euphonium.wire.records import Publish
 from orchestrator.algorithm import train
+from orchestrator.deployment.pool_table import total_demand
 from orchestrator.learning.link import LearnerRestartedError
-from orchestrator.learning.placement import placement_groups, wait_placed
+from orchestrator.learning.placement import placement_groups, told_meanwhile, wait_placed
 from orchestrator.pools.ray_session import name_is_free
+from orchestrator.pools.resources import beyond_the_cluster
 from orchestrator.report.discovery import sign_off
 from orchestrator.run import JOIN_TIMEOUT_S, Run
 from orchestrator.state.interruption import StopRequestedError
@@ -51,6 +53,8 @@ async def _start_roles(run: Run) -> None:
     run.desk.open()
     await run.learners.resume_from(*run.checkpoints.resume_point)
     run.journal.enter("starting roles")
+    if lacking := beyond_the_cluster(total_demand(run.config)):
+        run.journal.say(f"not all roles have room in the cluster, and the run waits for more nodes: {lacking}")
     run.desk.poll()
     # Ranks need room for all of them at once; actors take what is left, piece by piece.
     others = placement_groups()
@@ -58,7 +62,8 @@ async def _start_roles(run: Run) -> None:
     await run.interruptible(wait_placed(run.config.pools.learner, others, run.journal.say))
     run.pools.start()
     await run.interruptible(run.pools.wait_started())
-    await run.interruptible(run.learners.joined(*run.checkpoints.resume_point))
+    joined = run.learners.joined(*run.checkpoints.resume_point)
+    await run.interruptible(told_meanwhile(joined, run.config.pools.learner, run.journal.say))
     await run.interruptible(run.process_reward.restore())
     if run.journal.tracker.endpoint is not None:
         run.journal.say(f"metrics at {run.journal.tracker.endpoint.address}")

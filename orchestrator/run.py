@@ -27,6 +27,7 @@ from orchestrator.groups.prompts import PromptStream, read_prompts
 from orchestrator.journal import Entry, Journal
 from orchestrator.learning.group import LearnerGroup
 from orchestrator.learning.link import MAILBOX, STORE, LearnerLink, LearnerRestartedError
+from orchestrator.learning.placement import told_meanwhile
 from orchestrator.learning.process_reward import ProcessRewardRefresh
 from orchestrator.learning.stream import Stream
 from orchestrator.pools.ray_session import beside_the_driver
@@ -221,7 +222,8 @@ class Run:
         await self.batches.forget()
         await self.checkpoints.finished()
         self.checkpoints.abandon()
-        resumed = await self.interruptible(self.learners.joined(*self.checkpoints.resume_point))
+        joined = self.learners.joined(*self.checkpoints.resume_point)
+        resumed = await self.interruptible(told_meanwhile(joined, self.config.pools.learner, self.journal.say))
         self.position.state = self.checkpoints.state_of(resumed)
         self.position.history += 1
         self.journal.rewind(self.position.iteration)

@@ -114,6 +114,12 @@ class RunConfig(Node):
         return process is not None and process.outcome_weight != 0 and self.advantage.mode != "process"
 
     @property
+    def reuse_fields(self) -> list[str]:
+        """Fields that let passes reuse what the last one computed."""
+        thresholds = {"rollout": self.rollout.reuse_below, "evaluation": self.evaluation.reuse_below}
+        return [f"{section}.reuse_below" for section, threshold in thresholds.items() if threshold is not None]
+
+    @property
     def run_dir(self) -> Path:
         """Folder of this run."""
         return self.output_dir / self.name

@@ -44,6 +44,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
     """
     from actors.training_rows import stored_states, trained_steps
     from euphonium.generators.components import check_generator
+    from euphonium.generators.feature_cache import check_feature_cache
     from euphonium.generators.libraries import import_networks
     from euphonium.generators.pictures import check_pictures
     from euphonium.generators.registry import open_generator
@@ -67,6 +68,7 @@ def preflight(config: RunConfig, family: Generator | None = None) -> dict[str, A
         import_networks()
         check_generator(family)
     check_sequence_parallel(family, config.pools.learner.sequence_parallel)
+    check_feature_cache(family, config.reuse_fields)
     starts = {}
     if config.start_from is not None:
         from learners.policy.start import check_start

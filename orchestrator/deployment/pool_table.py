@@ -60,6 +60,12 @@ def pool_table(config: RunConfig) -> list[PoolRow]:
     return rows
 
 
+def total_demand(config: RunConfig) -> dict[str, float]:
+    """What all pools of a recipe take together, by resource."""
+    rows = pool_table(config)
+    return {name: sum(row.demand(name) for row in rows) for row in rows for name in row.share.reserved}
+
+
 def matches(wanted: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     """Whether a node's labels meet conditions, with Ray's operators: ``a``, ``!a``, ``in(a,b)``, ``!in(a,b)``."""
     return all(_meets(condition, labels.get(name)) for name, condition in wanted.items())

@@ -20,6 +20,7 @@ from euphonium.generators.pictures import open_picture, require_pictures
 from euphonium.generators.prompt_length import warn_of_cut_prompts
 from euphonium.generators.registry import FAMILIES, adapter_of
 from euphonium.generators.sample_size import SampleSize, read_sample_size
+from euphonium.weight_files import one_line
 from euphonium.wire.devices import local_device
 from orchestrator.generation.clips import Frames
 from orchestrator.generation.policies import Protocol as Sampling
@@ -37,6 +38,8 @@ from orchestrator.state.checkpoints import RESOLVED, Checkpoint
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 # A pipeline is found without knowing the size of its samples; this one suits all of them.
 SIDE = 512
+# Arguments of a pipeline's call that are its samples' size.
+SIZES = ("height", "width", "num_frames")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,11 +296,18 @@ class PipelineModel:
     def _call(self, samples: Sequence[Sample], **more: Any) -> list[Frames]:
         generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
         prompts = [str(sample.prompt) for sample in samples]
-        if len(samples) == 1:
-            # Some pipelines take no lists.
-            result = self._pipeline(prompt=prompts[0], generator=generators[0], **self._settings, **more)
-        else:
-            result = self._pipeline(prompt=prompts, generator=generators, **self._settings, **more)
+        # Some pipelines take no lists.
+        asked = (prompts, generators) if len(samples) > 1 else (prompts[0], generators[0])
+        try:
+            result = self._pipeline(prompt=asked[0], generator=asked[1], **self._settings, **more)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            kind, size = type(self._pipeline).__name__, {k: v for k, v in self._settings.items() if k in SIZES}
+            raise ConfigError(
+                f"diffusers' {kind} fails at {size or 'its own size'}: {one_line(error)}; if it does not make "
+                "that size, give another by --height, --width and --frames"
+            ) from error
         drawn = result.frames if hasattr(result, "frames") else np.asarray(result.images)[:, None]
         return [as_frames(np.asarray(video)) for video in drawn]
 

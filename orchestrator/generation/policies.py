@@ -43,6 +43,8 @@ def open_checkpoint(path: Path) -> tuple[Checkpoint, RunConfig]:
     elif (path / MANIFEST).is_file():
         checkpoint = verify(path)
     else:
+        if not path.exists():
+            raise CheckpointError(f"{path} is not there; give the folder of a run, or one of its checkpoints/step_*")
         raise CheckpointError(
             f"{path} holds neither a run nor a checkpoint; give the folder of a run, or one of its checkpoints/step_*"
         )

@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Set
-from typing import Any
+from collections.abc import Awaitable, Callable, Set
+from typing import Any, TypeVar
 
 from euphonium.config import TrainingGroupConfig
-from euphonium.errors import ResourcesError
+from euphonium.errors import ResourcesError, TrainingError
 from orchestrator.pools.resources import autoscaler_says, free_resources
 
 LOOK_EVERY_S, SAY_EVERY_S = 0.2, 15.0
+
+_T = TypeVar("_T")
 
 
 def placement_groups() -> set[str]:
@@ -25,6 +27,47 @@ def placement_groups() -> set[str]:
     from ray.util.placement_group import placement_group_table
 
     return set(placement_group_table())
+
+
+async def told_meanwhile(
+    joined: Awaitable[_T], pool: TrainingGroupConfig, say: Callable[[str], None], every_s: float = SAY_EVERY_S
+) -> _T:
+    """Awaits a learner group that has been started; prints every few seconds what it waits for.
+
+    Args:
+        joined: returns when the group can take orders.
+        pool: the group's size, and the resources of each rank.
+        say: prints a line.
+        every_s: seconds between lines.
+
+    Raises:
+        ResourcesError: it did not start, and there is no room for it.
+        TrainingError: it did not start for another reason.
+    """
+    began = time.monotonic()
+    joining = asyncio.ensure_future(joined)
+    try:
+        while not (await asyncio.wait([joining], timeout=every_s))[0]:
+            lacks = await asyncio.to_thread(_lacks_places, pool)
+            places = f"; its ranks have no room: {lacks}" if lacks else ""
+            say(f"waiting for the learner group ({time.monotonic() - began:.0f} s){places}")
+        return await joining
+    except TrainingError as error:
+        if lacks := await asyncio.to_thread(_lacks_places, pool):
+            raise _no_room(pool, lacks) from error
+        raise
+    finally:
+        joining.cancel()
+
+
+def _lacks_places(pool: TrainingGroupConfig) -> str:
+    """What a learner group lacks that waits for its places; empty if none waits."""
+    from ray.util.placement_group import placement_group_table
+
+    waits = any(
+        group["state"] == "PENDING" and _asks_for(group["bundles"], pool) for group in placement_group_table().values()
+    )
+    return _lacks(pool) if waits else ""
 
 
 async def wait_placed(pool: TrainingGroupConfig, others: Set[str], say: Callable[[str], None]) -> None:
@@ -44,10 +87,7 @@ async def wait_placed(pool: TrainingGroupConfig, others: Set[str], say: Callable
     while not await asyncio.to_thread(_is_placed, pool, others):
         now = time.monotonic()
         if now - began > pool.start_timeout_s:
-            raise ResourcesError(
-                f"no room for the learner group within {pool.start_timeout_s:.0f} s; {_lacks(pool)}. Add nodes, make "
-                "pools.learner smaller, or raise pools.learner.start_timeout_s"
-            )
+            raise _no_room(pool, _lacks(pool))
         if now - said > SAY_EVERY_S:
             said = now
             say(f"waiting for the places of the learner group ({now - began:.0f} s); {_lacks(pool)}")
@@ -72,9 +112,18 @@ def _asks_for(bundles: dict[int, dict[str, Any]], pool: TrainingGroupConfig) -> 
     return len(bundles) == pool.num_workers and all(map(reserves_as_much, bundles.values()))
 
 
+def _no_room(pool: TrainingGroupConfig, lacks: str) -> ResourcesError:
+    return ResourcesError(
+        f"no room for the learner group within {pool.start_timeout_s:.0f} s; {lacks}. Add nodes, have the pools "
+        "reserve less (num_cpus, num_gpus), make pools.learner smaller, or raise pools.learner.start_timeout_s"
+    )
+
+
 def _lacks(pool: TrainingGroupConfig) -> str:
     demand = {name: each * pool.num_workers for name, each in pool.reserved.items()}
-    clauses = [free_resources(demand), f"each of {pool.num_workers} ranks takes {pool.num_gpus:g} of one GPU"]
+    clauses = [free_resources(demand)]
+    if pool.num_gpus:
+        clauses.append(f"each of {pool.num_workers} ranks takes {pool.num_gpus:g} of one GPU")
     if pool.labels:
         clauses.append(f"on nodes with the labels {pool.labels}")
     return "; ".join(clause for clause in (*clauses, autoscaler_says()) if clause)

@@ -125,6 +125,13 @@ def rollout_memory(passes: Passes, sizes: PassSizes) -> RoleMemory:
             activations=True,
         ),
     ]  # fmt: skip
+    # A walk's passes are all remembered until its end; evaluations walk pass by pass.
+    for phase, field, size, times in (
+        ("rollout", config.rollout.reuse_below, sizes.rollout, config.rollout.group_size / sizes.rollout),
+        ("evaluation", config.evaluation.reuse_below, sizes.evaluation, 1),
+    ):
+        if field is not None:
+            items.append(Item(f"outputs for reuse in {phase}", passes.remembered(size).peak_bytes * times, phase))
     if passes.generator.takes_image:
         items.append(Item("VAE", passes.vae_size.weight_bytes, on_host=pool.encode_on_cpu))
     if passes.image_encoder_bytes:

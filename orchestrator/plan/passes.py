@@ -10,6 +10,7 @@ from torch import nn
 from typing_extensions import override
 
 from euphonium.config import RunConfig
+from euphonium.generators.feature_cache import NEVER, FeatureCache
 from euphonium.generators.lora import adapter_parameters
 from orchestrator.plan.inputs import META, conditioning, states
 from orchestrator.plan.meter import Cost, measure
@@ -37,6 +38,7 @@ class Passes(NetworkPasses):
         self.config = config
         super().__init__(config.model, prm_blocks, device, meter)
         self.micro_step = self._kept("micro-step", self._micro_step)
+        self.remembered = self._kept("remembered outputs", self._remembered)
 
     @override
     def _depends_on(self, name: str, size: int) -> dict[str, object]:
@@ -68,6 +70,18 @@ class Passes(NetworkPasses):
         if self.config.model.lora is not None:
             return adapter_parameters(self.network)
         return {name: p for name, p in self.network.named_parameters() if self.generator.trains(name)}
+
+    def _remembered(self, samples: int) -> Cost:
+        """What is held of a pass of ``samples`` states until the next one, which may reuse it."""
+        x, time = states(self.generator, samples, self.device)
+        prompt = conditioning(self.generator, samples, self.device)
+        with self.device:
+            network = self.generator.build_transformer().to(self.device)
+        cache = FeatureCache(network)
+        with torch.no_grad():
+            cache.compute("planned", samples, NEVER, lambda: self.generator.velocity(network, x, time, prompt))
+        # On the meta device one of several networks passes, in a walk each of them.
+        return Cost(cache.held_bytes * (len(cache.networks) if self.device.type == "meta" else 1), 0, 0)
 
     def _micro_step(self, rows: int) -> Cost:
         """Forward and backward pass of ``rows`` transitions; gradients are freed as ZeRO-3 reduces them."""

@@ -29,6 +29,15 @@ def lacking_resources(demand: Mapping[str, float]) -> str:
     return free_resources(short) if short else ""
 
 
+def beyond_the_cluster(demand: Mapping[str, float]) -> str:
+    """The resources of a demand of which the whole cluster has too little, in words; empty if it has enough."""
+    import ray
+
+    total = ray.cluster_resources()
+    short = {name: amount for name, amount in demand.items() if amount > total.get(name, 0.0) + 1e-6}
+    return free_resources(short) if short else ""
+
+
 def autoscaler_says() -> str:
     """What the cluster's autoscaler is doing, in words; empty if there is none."""
     import ray

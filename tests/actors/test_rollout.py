@@ -162,6 +162,17 @@ def test_steps_that_reuse_passes_leave_trained_ones_exact(make_config: MakeConfi
     np.testing.assert_array_equal(cheap.evaluate([TASK.prompt], [1]), exact.evaluate([TASK.prompt], [1]))
 
 
+def test_rollouts_pay_nothing_where_evaluations_alone_reuse_passes(make_config: MakeConfig) -> None:
+    worker = RolloutWorker(
+        make_config("sampler.guidance=null", "rewards.process=null", "evaluation.reuse_below=1e9"), CPU
+    )
+    assert worker.cache is not None
+    info, _, _ = worker.generate(TASK, None)
+    assert (info.reused, worker.cache.passes) == (0, 0)
+    worker.evaluate([TASK.prompt], [1])
+    assert worker.cache.reused == worker.cache.passes - 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from actors.sampler import Velocity
 from actors.velocity import Reuse, velocity_in_passes
 from euphonium.errors import ConfigError
-from euphonium.generators.feature_cache import FeatureCache
+from euphonium.generators.feature_cache import FeatureCache, check_feature_cache
 from euphonium.generators.generator import Generator
 from euphonium.wire.passes import Passes
 from tests.euphonium.generators.cases import CPU, PROMPTS, conditioning_of, family_of, noise, one_a_family
@@ -20,29 +21,52 @@ ALWAYS = 1e9
 
 def walked(family: Generator, transformer: nn.Module, reuse: Reuse | None, size: int = len(PROMPTS)) -> list[Tensor]:
     """Outputs at some times of a walk, in passes of a size."""
-    velocity = velocity_in_passes(family, transformer, conditioning_of(family), Passes(size, "size"), reuse)
+    velocity = walked_by(family, transformer, reuse, size)
     x = noise(family)
     return [velocity(x * time, time) for time in TIMES]
+
+
+def walked_by(family: Generator, transformer: nn.Module, reuse: Reuse | None, size: int = len(PROMPTS)) -> Velocity:
+    return velocity_in_passes(family, transformer, conditioning_of(family), Passes(size, "size"), reuse)
 
 
 @one_a_family
 def test_passes_are_reused_only_where_they_may_be(name: str, folders: Folders) -> None:
     family = family_of(name, folders)
-    exact = walked(family, family.load_transformer(CPU), None)
     transformer = family.load_transformer(CPU)
     if name in WITHOUT:
-        with pytest.raises(ConfigError, match=r"reuse_below.*leave them out"):
+        with pytest.raises(ConfigError, match=r"no first-block cache for this network.*leave reuse_below out"):
             FeatureCache(transformer)
+        with pytest.raises(ConfigError, match=r"^rollout\.reuse_below: diffusers has no"):
+            check_feature_cache(family, ["rollout.reuse_below"])
+        check_feature_cache(family, [])
         return
+    exact = walked(family, transformer, None)
+    check_feature_cache(family, ["rollout.reuse_below"])
     cache = FeatureCache(transformer)
-    assert torch.equal(torch.stack(walked(family, transformer, Reuse(cache))), torch.stack(exact))
-    cache.forget()
     some = Reuse(cache, ALWAYS, frozenset({TIMES[2]}))
     first, second, third = walked(family, transformer, some)
     assert torch.equal(first, exact[0]), "there is nothing to reuse yet"
     assert not torch.equal(second, exact[1])
     assert torch.equal(third, exact[2]), "a step that may be trained"
     assert some.share == pytest.approx(1 / 3)
+
+
+def test_exact_passes_know_nothing_of_the_cache(folders: Folders) -> None:
+    family = family_of("wan a14b", folders)
+    transformer = family.load_transformer(CPU)
+    exact = walked(family, transformer, None)
+    cache = FeatureCache(transformer)
+    # The hooks of diffusers refuse every pass that is not one of the cache.
+    assert torch.equal(torch.stack(walked(family, transformer, None)), torch.stack(exact))
+    velocity = walked_by(family, transformer, reuse := Reuse(cache, ALWAYS))
+    velocity(noise(family), 0.6)
+    walked(family, transformer, None)
+    velocity(noise(family), 0.55)
+    assert (cache.passes, cache.reused, reuse.share) == (2, 1, 0.5), "between two steps of a walk neither"
+    assert cache.held_bytes > 0
+    cache.forget()
+    assert cache.held_bytes == 0
 
 
 def test_every_pass_remembers_its_own_samples(folders: Folders) -> None:

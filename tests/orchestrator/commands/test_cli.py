@@ -54,6 +54,8 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path, capfd: pytest.CaptureFi
         assert run_command(command) == 6
         (line,) = capfd.readouterr().err.splitlines()
         assert line.startswith(f"error: {tmp_path} holds neither a run nor a checkpoint; give the folder of a run")
+    assert run_command(["generate", str(tmp_path / "none"), "-p", "a boat", "-o", str(tmp_path / "clips")]) != 0
+    assert capfd.readouterr().err.startswith(f"error: {tmp_path / 'none'} is not there; give the folder of a run")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from euphonium.config import RunConfig, dump_config, load_config
 from euphonium.errors import CheckpointError, ConfigError, PreflightError
+from euphonium.generators.described import describe_generator
 from orchestrator.commands.launch import _learning, plan_start, preflight, prepare_run_dir
 from orchestrator.commands.planning import settle_run
 from orchestrator.commands.train import train_policy
@@ -238,6 +239,15 @@ def test_variables_of_other_projects_are_refused_by_train_as_by_validate(
 def test_a_size_that_no_process_can_hold_is_refused(make_config: Callable[..., RunConfig], size: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"model\.frames.* takes \d+ GiB, and no process can hold more than 1024"):
         preflight(make_config(*size))
+
+
+def test_reuse_needs_a_network_that_has_a_cache(make_config: Callable[..., RunConfig]) -> None:
+    reuse = ("rollout.reuse_below=0.1", "evaluation.reuse_below=0.1", "sampler.sde_window=[0, 2]")
+    assert "generator" in preflight(make_config(*reuse))
+    published = ("model.path=stabilityai/stable-diffusion-3.5-medium", "model.frames=1", "rewards.process=null")
+    config = make_config(*published, "sampler.guidance=null", *reuse)
+    with pytest.raises(ConfigError, match=r"^rollout\.reuse_below and evaluation\.reuse_below: .*leave"):
+        preflight(config, describe_generator(config.model))
 
 
 def test_best_of_needs_an_outcome_reward_to_rank_by(make_config: Callable[..., RunConfig]) -> None:

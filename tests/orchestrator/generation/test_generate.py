@@ -217,3 +217,15 @@ def test_tasks_draw_the_same_clips(ray_cluster: None, make_config: Callable[...,
     assert generate(folder, tmp_path / "tasks", *options, "--workers", "2", "--threads", "1") == 0
     for name in ("0000-0", "0000-1", "0001-0", "0001-1"):
         assert np.array_equal(read_clip(tmp_path / "here" / name), read_clip(tmp_path / "tasks" / name))
+
+
+def test_what_a_pipeline_raises_is_one_line_with_its_size(
+    folders: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tall = ("-p", PROMPT, "--height", "1056", "--width", "32", "--frames", "5")
+    assert generate(folders("WanPipeline 2.2"), tmp_path / "clips", *tall) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        "error: diffusers' WanPipeline fails at {'height': 1056, 'width': 32, 'num_frames': 5}: Runtime"
+    )
+    assert "--height, --width and --frames" in line

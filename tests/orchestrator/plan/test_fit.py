@@ -197,3 +197,22 @@ def test_the_workload_is_what_the_roles_do(config: Callable[..., RunConfig]) -> 
     assert work.states == 25
     assert work.micro_batches(2, 2) == 8 * 13 / 2
     assert work.micro_batches(5, 3) == 14  # 40 pieces
+
+
+def test_what_is_remembered_for_reuse_is_in_the_plan(tmp_path: Path) -> None:
+    def planned(section: dict[str, Any], **settings: Any) -> float:
+        config = medium("wan", tmp_path / "model", rollout={"prompts_per_iteration": 8, "group_size": 4} | section,
+                        pools={"rollout": POOL}, **settings)  # fmt: skip
+        return of("rollout", config, 1000).gpu_gib
+
+    # Of 2 x 10 x 10 tokens of 256 numbers, with and without the prompt: the first block's output and what it and the
+    # others added, in float32; of all four samples of the group, whether they pass together or one by one.
+    remembered = 4 * 2 * 200 * 256 * 3 * 4
+    for size in (1, 4):
+        less, more = (planned({"samples_per_pass": size, **reuse}) for reuse in ({}, {"reuse_below": 0.1}))
+        assert (more - less) * GIB == pytest.approx(remembered, rel=1e-6)
+    evaluation = {"prompts": 2, "reuse_below": 0.1}
+    assert (
+        planned({"samples_per_pass": 1}, evaluation=evaluation)
+        == planned({"samples_per_pass": 1}, evaluation={"prompts": 2}) + remembered / 4 / GIB
+    )
