@@ -1,36 +1,56 @@
 """``euphonium plan`` and ``validate`` on the command line: what is printed, and the status."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from euphonium.config import RunConfig
+from orchestrator.commands.cli import run_command
 
 GPUS = [f"pools.{pool}.num_gpus=1" for pool in ("rollout", "prm", "orm", "learner")]
 
 
-@pytest.fixture
-def euphonium(
-    tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path
-) -> Callable[..., subprocess.CompletedProcess[str]]:
-    tiny_recipe_file(tmp_path)
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+@dataclass(frozen=True)
+class Done:
+    """How a command ended, and what it printed."""
 
-    def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "orchestrator", command, str(tmp_path / "recipe.yaml"), *arguments],
-            env=environment, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def measurements(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def command(
+    measurements: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """The command line, whose measurements are the tests' own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(measurements))
+
+    def run(*arguments: str) -> Done:
+        capfd.readouterr()
+        status = run_command(list(arguments))
+        return Done(status, *capfd.readouterr())
 
     return run
 
 
-def test_a_plan_that_fits(euphonium: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+@pytest.fixture
+def euphonium(
+    tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path, command: Callable[..., Done]
+) -> Callable[..., Done]:
+    tiny_recipe_file(tmp_path)
+    return lambda name, *arguments: command(name, str(tmp_path / "recipe.yaml"), *arguments)
+
+
+def test_a_plan_that_fits(euphonium: Callable[..., Done]) -> None:
     done = euphonium("plan", *GPUS)
     assert done.returncode == 0, done.stderr
     assert "it fits" in done.stdout
@@ -40,7 +60,7 @@ def test_a_plan_that_fits(euphonium: Callable[..., subprocess.CompletedProcess[s
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
-def test_a_plan_for_programs(euphonium: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_a_plan_for_programs(euphonium: Callable[..., Done]) -> None:
     plan = json.loads(euphonium("plan", *GPUS, "--json", "--assume", "mfu=0.2").stdout)
     assert plan["gpus"] == 6
     assert plan["hardware"]["mfu"] == 0.2
@@ -50,7 +70,7 @@ def test_a_plan_for_programs(euphonium: Callable[..., subprocess.CompletedProces
 
 
 def test_what_does_not_fit_has_the_status_of_a_configuration_error(
-    euphonium: Callable[..., subprocess.CompletedProcess[str]],
+    euphonium: Callable[..., Done],
 ) -> None:
     done = euphonium("plan", *GPUS, "--gpu", "2", "--host", "10", "--nodes", "1", "--gpus-per-node", "4")
     assert done.returncode == 2
@@ -65,7 +85,7 @@ def test_what_does_not_fit_has_the_status_of_a_configuration_error(
 AUTO = ["rollout.samples_per_pass=auto", "pools.orm.decode_batch=auto", "pools.learner.shard=auto"]
 
 
-def test_what_is_chosen_is_printed(euphonium: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_what_is_chosen_is_printed(euphonium: Callable[..., Done]) -> None:
     done = euphonium("plan", *GPUS, *AUTO, "--gpu", "80")
     assert done.returncode == 0, done.stderr
     assert "rollout.samples_per_pass: auto -> 3: " in done.stdout
@@ -78,27 +98,21 @@ def test_what_is_chosen_is_printed(euphonium: Callable[..., subprocess.Completed
     assert "samples_per_pass: 1\n" in done.stdout
 
 
-def test_the_training_of_a_process_reward_model_is_planned(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "orchestrator", "plan", "recipes/embedded/prm.yaml", "pairs.samples_per_pass=auto"]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+def test_the_training_of_a_process_reward_model_is_planned(command: Callable[..., Done]) -> None:
+    arguments = ["plan", "recipes/embedded/prm.yaml", "pairs.samples_per_pass=auto"]
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=300
-        )
-
-    done = run("--gpu", "80")
+    done = command(*arguments, "--gpu", "80")
     assert done.returncode == 0, done.stderr
     assert "pairs.samples_per_pass: auto -> 16: " in done.stdout
     assert "samples that are drawn: " in done.stdout
     assert "it fits" in done.stdout
-    plan = json.loads(run("--gpu", "0.5", "--json").stdout)
+    plan = json.loads(command(*arguments, "--gpu", "0.5", "--json").stdout)
     assert plan["samples"] > 0
     assert any(problem.startswith("optimizer.pairs_per_micro_batch") for problem in plan["problems"])
 
 
 def test_validate_warns_and_refuses_where_the_memory_is_stated(
-    euphonium: Callable[..., subprocess.CompletedProcess[str]],
+    euphonium: Callable[..., Done],
 ) -> None:
     done = euphonium("validate", *GPUS, "pools.gpu_memory_gib=2")
     assert done.returncode == 2
