@@ -140,18 +140,27 @@ def test_a_killed_load_balancer_is_replaced_and_no_group_is_lost_meanwhile(
     assert sum(left[0].values()) <= config.rollout.prompts_per_iteration, "what is over no longer counts"
 
 
-@pytest.mark.parametrize("role", ["rollout", "orm", "learner-mailbox", "weight-store"])
+# Roles by the iteration in which each is killed.
+KILLED = {"rollout-1": 2, "orm-0": 3, "learner-mailbox": 5, "weight-store": 6}
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [pytest.param((role,), id=role, marks=pytest.mark.slow) for role in KILLED]
+    + [pytest.param(tuple(KILLED), id="one after another")],
+)
 @pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_killed_role_is_replaced(
-    expected: list, stub_config: Callable, execute: Callable, role: str, staleness: int
+def test_killed_roles_are_replaced(
+    expected: list, stub_config: Callable, execute: Callable, roles: tuple[str, ...], staleness: int
 ) -> None:
     class Slow(StubRun):
-        rollout_s, start_s = 0.2, 6.0
+        rollout_s, restart_s = 0.2, 6.0
 
     async def kill(run: Any) -> None:
-        while run.position.iteration < 4:
-            await asyncio.sleep(0.02)
-        await asyncio.to_thread(kill_process, {"rollout": "rollout-1", "orm": "orm-0"}.get(role, role))
+        for role in roles:
+            while run.position.iteration < KILLED[role]:
+                await asyncio.sleep(0.02)
+            await asyncio.to_thread(kill_process, role)
 
     config = stub_config(f"rollout.max_staleness={staleness}", "rewards.attempts=8")
     run = Slow(config, "tests", None)

@@ -114,19 +114,27 @@ def test_a_learner_that_dies_in_a_beginning_repeats_nothing_and_skips_nothing(
     assert chain(config) == waiting
 
 
-@pytest.mark.parametrize("role", ["rollout-1", "learner-mailbox", "weight-store"])
-def test_a_role_that_is_killed_in_a_beginning_changes_no_number(
-    waiting: list, stub_config: Callable, execute: Callable, role: str
+KILLED = ("rollout-1", "learner-mailbox", "weight-store")
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [pytest.param((role,), id=role, marks=pytest.mark.slow) for role in KILLED]
+    + [pytest.param(KILLED, id="one after another")],
+)
+def test_roles_that_are_killed_in_a_beginning_change_no_number(
+    waiting: list, stub_config: Callable, execute: Callable, roles: tuple[str, ...]
 ) -> None:
-    def kill_process() -> None:
+    def kill_process(role: str) -> None:
         import ray
 
         (pid,) = ray.get([ray.get_actor(role).__ray_call__.remote(lambda self: __import__("os").getpid())])
         psutil.Process(pid).kill()
 
     async def kill(run: Any) -> None:
-        await in_a_beginning(run, after=2)
-        await asyncio.to_thread(kill_process)
+        for after, role in enumerate(roles, 1):
+            await in_a_beginning(run, after)
+            await asyncio.to_thread(kill_process, role)
 
     config = stub_config(*SIX)
     execute(Streaming(config, "tests", None), kill)

@@ -118,19 +118,25 @@ class StubWorker:
         return (noise + self.weights).astype(np.float32)
 
 
+def take_long_if_restarted(seconds: float) -> None:
+    """Stands in for the loading of a model, where an actor starts in place of one that died."""
+    if ray.get_runtime_context().was_current_actor_reconstructed:
+        time.sleep(seconds)
+
+
 class StubRollout(RolloutActor):
     """The real actor around a stub worker."""
 
-    def __init__(self, index: int, config: RunConfig, seconds: float, values: int, start_s: float) -> None:
-        time.sleep(start_s)
+    def __init__(self, index: int, config: RunConfig, seconds: float, values: int, restart_s: float) -> None:
+        take_long_if_restarted(restart_s)
         super().__init__(index, config, STORE, lambda config, _device: StubWorker(config, seconds, values))
 
 
 class StubJudge:
     """Outcome rewards: the mean of the latents' first half and of their second."""
 
-    def __init__(self, seconds: float, start_s: float) -> None:
-        time.sleep(start_s)
+    def __init__(self, seconds: float, restart_s: float) -> None:
+        take_long_if_restarted(restart_s)
         self.seconds = seconds
 
     def ready(self) -> Readiness:
@@ -281,7 +287,7 @@ class StubLearners:
 class StubRun(Run):
     """A run with these roles."""
 
-    rollout_s, score_s, update_s, start_s = 0.05, 0.0, 0.05, 0.0
+    rollout_s, score_s, update_s, restart_s = 0.05, 0.0, 0.05, 0.0
     values, weight_values = 64, 0
     crashes: set[int] = set()  # noqa: RUF012
     early_crashes: set[int] = set()  # noqa: RUF012
@@ -292,11 +298,11 @@ class StubRun(Run):
 
     @override
     def actors(self) -> ActorFactories:
-        config, seconds, values, score, start = self.config, self.rollout_s, self.values, self.score_s, self.start_s
+        config, seconds, values, score, again = self.config, self.rollout_s, self.values, self.score_s, self.restart_s
         return ActorFactories(
-            orm=lambda _, options: start_actor(OrmServer, StubJudge, options, score, start),
+            orm=lambda _, options: start_actor(OrmServer, StubJudge, options, score, again),
             rollout=lambda i, options: start_actor(
-                RolloutServer, StubRollout, options, i, config, seconds, values, start
+                RolloutServer, StubRollout, options, i, config, seconds, values, again
             ),
         )
 
