@@ -23,9 +23,9 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 demo: setup ## Post-train the embedded generator through Ray, on this machine.
-	$(BIN)/euphonium train recipes/embedded/euphonium-sage.yaml name=demo resume=never
+	$(BIN)/euphonium train recipes/embedded/demo.yaml name=demo resume=never
 
-demo-gpu: setup ## The same with all roles on one GPU, which they share by fractions.
+demo-gpu: setup ## Post-train it with guidance, all roles on one GPU, which they share by fractions.
 	$(BIN)/euphonium train recipes/embedded/one-gpu.yaml name=demo-gpu resume=never
 
 test: setup ## Run the tests that CI runs.

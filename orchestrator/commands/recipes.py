@@ -35,7 +35,7 @@ def recipes(
         text = recipe.read_text(encoding="utf-8")
         recipe.write_text(text.replace(f": {EMBEDDED}", f": {package}"), encoding="utf-8")
     there = "" if folder.resolve() == Path.cwd() else f"cd {folder} && "
-    sys.stdout.write(f"{target}\nnow: {there}euphonium train recipes/embedded/euphonium-sage.yaml name=demo\n")
+    sys.stdout.write(f"{target}\nnow: {there}euphonium train recipes/embedded/demo.yaml name=demo\n")
 
 
 def shipped_recipes() -> Path:
