@@ -3,7 +3,7 @@
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +47,34 @@ def drawn() -> Callable[[RunConfig], list[tuple[list[GroupPayload], list[np.ndar
 def train_on_two_ranks(
     tiny_recipe_file: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Any]]:
-    """Draws groups with a recipe, trains on them at world size 2, and returns what each rank holds."""
+    """Draws groups with recipes, trains on them at world size 2, and returns what each rank holds after one of them.
 
-    def train(*overrides: str) -> dict[str, Any]:
+    Arguments are the recipe's name, and the overrides of all that one start of the ranks trains, by name.
+    """
+    done: dict[str, dict[str, Any]] = {}
+
+    def train(name: str, recipes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+        if name not in done:
+            prepared = {other: prepare(*overrides) for other, overrides in recipes.items()}
+            command = [
+                sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+                "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
+                str(Path(__file__).with_name("engine") / "zero3_worker.py"),
+                *(str(folder) for folder, *_ in prepared.values()),
+            ]  # fmt: skip
+            ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env=environment())
+            assert ended.returncode == 0, ended.stderr[-8000:]
+            for other, (folder, config, iterations) in prepared.items():
+                ranks = [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in (0, 1)]
+                done[other] = {"config": config, "iterations": iterations, "ranks": ranks}
+        return done[name]
+
+    def prepare(*overrides: str) -> tuple[Path, RunConfig, list[tuple[list[GroupPayload], list[np.ndarray]]]]:
         folder = tmp_path_factory.mktemp("ranks")
         config = tiny_recipe_file(folder, *overrides)
         (folder / "recipe.yaml").write_text(dump_config(config))
         iterations = draw_groups(config)
         (folder / "groups.pkl").write_bytes(pickle.dumps(iterations))
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-            "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
-            str(Path(__file__).with_name("engine") / "zero3_worker.py"), str(folder),
-        ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment())
-        assert result.returncode == 0, result.stderr[-8000:]
-        ranks = [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in (0, 1)]
-        return {"config": config, "iterations": iterations, "ranks": ranks}
+        return folder, config, iterations
 
     return train

@@ -1,4 +1,4 @@
-"""Every embedded recipe trains: three iterations in one process, with the shipped generator."""
+"""Every embedded recipe trains: two iterations in one process, with the shipped generator."""
 
 import copy
 import math
@@ -32,7 +32,7 @@ def process_reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_an_embedded_recipe_trains(path: Path, process_reward_model: Path) -> None:
-    overrides = ["iterations=3", "rollout.prompts_per_iteration=2", "rollout.group_size=4", "evaluation.prompts=2"]
+    overrides = ["iterations=2", "rollout.prompts_per_iteration=2", "rollout.group_size=4", "evaluation.prompts=2"]
     config = load_config(path, overrides + small(path, process_reward_model))
     run = SingleProcess(config)
     before = [parameter.detach().clone() for parameter in run.parameters]

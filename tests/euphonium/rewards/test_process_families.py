@@ -32,6 +32,15 @@ from tests.euphonium.generators.tiny_pipelines import BUILDERS, SHAPES, Folders,
 CPU = torch.device("cpu")
 UNET = "StableDiffusionPipeline"
 TRANSFORMERS = [name for name in BUILDERS if name != UNET]
+# Variants of families that are trained in every test run.
+VARIANTS = {
+    "HunyuanSkyreelsImageToVideoPipeline", "HunyuanVideo15ImageToVideoPipeline", "LTXPipeline 0.9.1",
+    "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "WanImageToVideoPipeline", "WanImageToVideoPipeline A14B",
+    "WanPipeline 2.2", "WanPipeline A14B",
+}  # fmt: skip
+each_family = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in TRANSFORMERS]
+)
 PROMPTS = {"train": ["a red car", "a cat", "two fish"], "held_out": ["a green frog", "a sign"]}
 SAMPLES = 16
 # More channels that do not matter take more samples to be told from the one that does.
@@ -125,7 +134,7 @@ def test_every_family_with_a_transformer_is_trained() -> None:
     assert set(SHAPES) == set(BUILDERS) == {*TRANSFORMERS, UNET}
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@each_family
 def test_training_lowers_the_loss_and_ranks_samples_of_new_prompts(
     name: str, trained: Callable[[str], Trained]
 ) -> None:
@@ -145,7 +154,7 @@ def test_training_lowers_the_loss_and_ranks_samples_of_new_prompts(
     assert accuracy[1] > accuracy[0] + 0.1
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@each_family
 def test_a_saved_model_gives_the_same_rewards_and_a_gradient_that_raises_them(
     name: str, trained: Callable[[str], Trained]
 ) -> None:
@@ -169,7 +178,7 @@ def test_a_saved_model_gives_the_same_rewards_and_a_gradient_that_raises_them(
     assert float(gradient[:2, 0].mean()) > float(gradient[:2, 1:].mean().abs())
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@each_family
 def test_a_model_is_refused_by_every_other_family(
     name: str, trained: Callable[[str], Trained], folders: Folders
 ) -> None:

@@ -98,17 +98,17 @@ WAYS = {
 }  # fmt: skip
 
 
-# Two of them stand for all in every test run.
-SLOW = ("options of DeepSpeed", "whole weights")
+# Two of them stand for all in every test run; one start of the ranks trains both.
+QUICK = ("plain", "with guidance")
 
 
 @pytest.fixture(
-    scope="module",
-    params=[pytest.param(way, marks=pytest.mark.slow if name in SLOW else ()) for name, way in WAYS.items()],
-    ids=WAYS,
+    scope="module", params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in WAYS]
 )
 def both(request: pytest.FixtureRequest, train_on_two_ranks: Callable) -> dict:
-    trained = train_on_two_ranks(*OVERRIDES, *request.param)
+    name = request.param
+    together = QUICK if name in QUICK else (name,)
+    trained = train_on_two_ranks(name, {other: (*OVERRIDES, *WAYS[other]) for other in together})
     expected = reference(trained["config"], trained["iterations"])
     return {"ranks": trained["ranks"], "reference": expected, "config": trained["config"]}
 

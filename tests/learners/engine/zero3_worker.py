@@ -1,5 +1,6 @@
-"""One rank of the ZeRO-3 test: trains on given groups, and writes what it holds."""
+"""One rank of the ZeRO-3 tests: trains on the groups in each of some folders, and writes what it holds."""
 
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -13,17 +14,10 @@ from learners.policy.learner import Learner
 from tests.learners.groups import training_group
 
 
-def main() -> None:
-    folder, *overrides = sys.argv[1:]
-    target = Path(folder)
-    torch.set_num_threads(1)
-    config = load_config(target / "recipe.yaml", overrides)
-    import os
-
-    learner = Learner(
-        config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), join_group(config.pools.learner.num_gpus)
-    )
-    iterations = pickle.loads((target / "groups.pkl").read_bytes())
+def train(folder: Path, device: torch.device) -> dict[str, object]:
+    config = load_config(folder / "recipe.yaml")
+    learner = Learner(config, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device)
+    iterations = pickle.loads((folder / "groups.pkl").read_bytes())
     history = []
     for payloads, advantages in iterations:
         fingerprint = learner.family.step_table(config.sampler).fingerprint()
@@ -39,11 +33,18 @@ def main() -> None:
     if learner.policy.averages is not None:
         for bucket in learner.policy.gathered(1 << 18, average=True):
             average |= bucket
-    result = {
+    return {
         "history": history, "pieces": pieces, "numels": numels, "resident": resident, "whole": whole,
         "average": average,
     }  # fmt: skip
-    torch.save(result, target / f"rank_{learner.rank}.pt")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folders = [Path(name) for name in sys.argv[1:]]
+    device = join_group(load_config(folders[0] / "recipe.yaml").pools.learner.num_gpus)
+    for folder in folders:
+        torch.save(train(folder, device), folder / f"rank_{os.environ['RANK']}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

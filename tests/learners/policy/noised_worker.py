@@ -1,4 +1,7 @@
-"""One rank that trains on noised samples: in one go, with beginnings, and cut off and gone on from a checkpoint."""
+"""One rank that trains on noised samples: in one go, with beginnings, and cut off and gone on from a checkpoint.
+
+It does so with the recipe in each of some folders.
+"""
 
 import os
 import pickle
@@ -41,10 +44,7 @@ class Trained:
         return {"history": self.history, "weights": weights}
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    join_group(0)
+def train(folder: Path) -> None:
     iterations: Iterations = pickle.loads((folder / "groups.pkl").read_bytes())
     results = {}
     trained = Trained(folder)
@@ -58,6 +58,13 @@ def main() -> None:
     results["resumed"] = resumed.on(iterations[1:]).result()
     if dist.get_rank() == 0:
         torch.save(results | {"before": before}, folder / "result.pt")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    join_group(0)
+    for name in sys.argv[1:]:
+        train(Path(name))
     dist.barrier()
     dist.destroy_process_group()
 

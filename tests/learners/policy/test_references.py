@@ -101,12 +101,25 @@ class PlainLearner:
         return {name: p.detach() for name, p in self.trained.items()}, anchors
 
 
-SLOW = ("adapters with dual moving KL on whole weights", "adapters with fixed anchor")
+ADAPTERS = "adapters with dual moving KL"
+# One start of the ranks trains them all.
+QUICK = ("dual moving KL", "fixed anchor, replay, guard", ADAPTERS)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES])
-def test_two_ranks_equal_a_plain_loop(train_on_two_ranks: Callable[..., dict[str, Any]], case: str) -> None:
-    trained = train_on_two_ranks(*COMMON, *CASES[case])
+@pytest.fixture(scope="module")
+def trained_with(train_on_two_ranks: Callable[..., dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    def train(case: str) -> dict[str, Any]:
+        together = QUICK if case in QUICK else (case,)
+        return train_on_two_ranks(case, {other: (*COMMON, *CASES[other]) for other in together})
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
+def test_two_ranks_equal_a_plain_loop(trained_with: Callable[[str], dict[str, Any]], case: str) -> None:
+    trained = trained_with(case)
     weights, anchors = PlainLearner(trained["config"]).run(trained["iterations"])
     rank = trained["ranks"][0]
     assert set(rank["whole"]) == set(weights)
@@ -118,8 +131,8 @@ def test_two_ranks_equal_a_plain_loop(train_on_two_ranks: Callable[..., dict[str
     assert measured[1] > 1e-7
 
 
-def test_adapters_alone_are_trained_and_published(train_on_two_ranks: Callable[..., dict[str, Any]]) -> None:
-    rank = train_on_two_ranks(*COMMON, "model.lora={rank: 4, alpha: 8}")["ranks"][0]
+def test_adapters_alone_are_trained_and_published(trained_with: Callable[[str], dict[str, Any]]) -> None:
+    rank = trained_with(ADAPTERS)["ranks"][0]
     assert all(".lora_" in name for name in rank["whole"])
     total = sum(t.numel() for t in rank["whole"].values())
     assert total < 0.1 * 2_600_000

@@ -27,7 +27,15 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
+# Streams with two updates are also those of tests/learners/policy/test_noised_on_ranks.py.
+QUICK = "one update"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(way, marks=() if name == QUICK else pytest.mark.slow) for name, way in WAYS.items()],
+    ids=WAYS,
+)
 def results(
     request: pytest.FixtureRequest, tiny_recipe_file: Callable[..., RunConfig], drawn: Callable,
     tmp_path_factory: pytest.TempPathFactory,

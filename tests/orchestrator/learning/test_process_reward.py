@@ -101,9 +101,9 @@ def wait_for(actor: Any) -> None:
 REFRESH = ["every=2", "updates=2", "pairs_per_update=4", "learning_rate=1e-2", "buffer_groups=3"]
 
 
-def refreshing(make_config: Callable[..., RunConfig], *changes: str) -> RunConfig:
+def refreshing(make_config: Callable[..., RunConfig], servers: int, *changes: str) -> RunConfig:
     items = [f"rewards.process.refresh.{item}" for item in [*REFRESH, *changes]]
-    return make_config("pools.prm.num_actors=2", *items)
+    return make_config(f"pools.prm.num_actors={servers}", *items)
 
 
 def scores(pools: RunPools) -> list[np.ndarray]:
@@ -121,7 +121,7 @@ def test_servers_follow_refreshes_restarts_and_rewinds(make_config: Callable[...
     import ray
 
     async def run() -> None:
-        watched = Watched(refreshing(make_config))
+        watched = Watched(refreshing(make_config, 2))
         await watched.start()
         pools, refresh = watched.pools, watched.refresh
         assert pools.prm is not None
@@ -177,21 +177,20 @@ def test_servers_follow_refreshes_restarts_and_rewinds(make_config: Callable[...
 def test_a_stop_does_not_wait_for_a_refresh_which_is_made_up_for_later(
     make_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = refreshing(make_config, "updates=30")
+    config = refreshing(make_config, 1, "updates=30")
     monkeypatch.setattr(process_reward, "PIECE_S", 0.01)
 
     async def run() -> None:
-        undisturbed = Watched(config)
-        await undisturbed.start()
-        await undisturbed.refresh.restore()
-        await undisturbed.refresh.step(2, [group(0), group(1)], None)
-        wanted = scores(undisturbed.pools)[0]
-        await undisturbed.stop()
-
         stopped = Watched(config)
         await stopped.start()
         await stopped.refresh.restore()
         start = scores(stopped.pools)[0]
+        await stopped.refresh.step(2, [group(0), group(1)], None)
+        wanted = scores(stopped.pools)[0]
+        assert abs(wanted - start).max() > 1e-3
+        # The same once more, which is stopped.
+        await stopped.refresh.restore()
+        assert np.array_equal(scores(stopped.pools)[0], start)
         stepping = asyncio.ensure_future(stopped.refresh.step(2, [group(0), group(1)], None))
         pool = stopped.pools.prm_refresh
         assert pool is not None

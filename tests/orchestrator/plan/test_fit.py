@@ -110,23 +110,27 @@ def test_ranks_that_share_samples_share_activations(config: Callable[..., RunCon
     assert together_s.exposed > apart_s.exposed
 
 
-def test_a_clip_that_is_too_long_for_a_gpu_is_shared() -> None:
+def long_clip(cfg_scale: float | None, **changes: Any) -> RoleFit:
+    """The learner's part of a plan for 14 billion parameters and clips of 81 frames."""
     wan = {"path": "Wan-AI/Wan2.1-T2V-14B-Diffusers", "frames": 81, "height": 720, "width": 1280, "dtype": "bfloat16"}
     learner = POOL | {"num_workers": 8, "rows_per_micro_batch": 1, "gradient_checkpointing": True}
+    pools = {"rollout": POOL, "orm": POOL, "learner": learner | changes}
+    return of("learner", recipe(wan | {"cfg_scale": cfg_scale}, pools=pools), 80)
 
-    def planned(cfg_scale: float | None, **changes: Any) -> RoleFit:
-        pools = {"rollout": POOL, "orm": POOL, "learner": learner | changes}
-        return of("learner", recipe(wan | {"cfg_scale": cfg_scale}, pools=pools), 80)
 
-    assert planned(None).advice.endswith("28 ranks fit, or these with pools.learner.sequence_parallel: 2")
-    assert not planned(None, sequence_parallel=2).advice
-    # Twice the rows.
-    alone, shared = planned(5.0), planned(5.0, sequence_parallel=8)
+def test_a_clip_that_is_too_long_for_a_gpu_is_shared() -> None:
+    assert long_clip(None).advice.endswith("28 ranks fit, or these with pools.learner.sequence_parallel: 2")
+    assert not long_clip(None, sequence_parallel=2).advice
+
+
+@pytest.mark.slow
+def test_twice_the_rows_of_a_long_clip_are_shared_by_more() -> None:
+    alone, shared = long_clip(5.0), long_clip(5.0, sequence_parallel=8)
     assert alone.advice.startswith("pools.learner.sequence_parallel: 1: a rank of the learner needs")
     found = re.search(r"set it to (\d+), and num_workers to (\d+)$", alone.advice)
     assert found is not None
     sharing, ranks = map(int, found.groups())
-    assert not planned(5.0, sequence_parallel=sharing, num_workers=ranks).advice
+    assert not long_clip(5.0, sequence_parallel=sharing, num_workers=ranks).advice
     assert not shared.advice
     # Gradients are reduced in float32.
     assert next(item for item in shared.memory.items if item.name == "float32 copy of it").nbytes > 0

@@ -10,8 +10,6 @@ from orchestrator.plan.pages import BEGIN, END, HEAD, PAGE, plan_of, recipes, ro
 # Those whose networks are run once a group of recipes; the others take half a minute each.
 QUICK = {
     "hunyuan-video/euphonium.yaml",
-    "flux/dancegrpo.yaml",
-    "flux/mixgrpo.yaml",
     "stable-diffusion-1.4/dancegrpo.yaml",
     "wan-2.1/one-gpu-24.yaml",
 }
