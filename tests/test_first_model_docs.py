@@ -1,18 +1,29 @@
-"""docs/first_model.md: its files and its commands before the training, as they stand, on the folder it is about."""
+"""docs/first_model.md: its files and its commands, as they stand, on the folder it is about."""
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from orchestrator.commands.cli import run_command
+from tests.checkout import environment
 from tests.euphonium.generators.tiny_pipelines import build_pipeline
 from tests.process import ROOT
 
 PAGE = (ROOT / "docs" / "first_model.md").read_text(encoding="utf-8")
 FILES = ("prompts/train.txt", "prompts/held_out.txt", "mine.yaml")
+
+
+NUMBER, ANY_NUMBER = r"[-+]?\d[\d.]*(?:e[-+]\d+)?", r"[-+\d.e]+"
+
+
+def but_for_numbers(line: str) -> str:
+    """A pattern that a line fits, whatever its numbers are and however wide."""
+    return r"\s+".join(ANY_NUMBER.join(map(re.escape, re.split(NUMBER, word))) for word in line.split())
 
 
 def steps() -> list[tuple[list[str], list[str]]]:
@@ -50,6 +61,20 @@ def test_what_comes_before_the_training_is_as_the_page_says(
         assert lines
         for line in lines:
             assert line in said
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_every_command_prints_what_the_page_says_but_for_numbers(at_the_start: Path) -> None:
+    commands = [words[1] for words, _ in steps()]
+    assert commands == ["preprocess", "validate", "plan", "debug", "train", "report", "compare", "export", "generate"]
+    for words, printed in steps():
+        command = [sys.executable, "-m", "orchestrator", *words[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment())
+        assert done.returncode == 0, done.stderr
+        said = done.stdout.replace(f"{at_the_start}/", "")
+        for line in filter(None, map(str.strip, printed)):
+            assert re.search(but_for_numbers(line), said), f"{line!r} is not among\n{said}"
 
 
 def test_the_recipe_without_the_store_encodes_for_itself(at_the_start: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,8 @@ async def wait_started(pools: Sequence[ActorPool[Any]], timeout_s: float, say: C
             say(f"waiting for {_missing(pools)} ({time.monotonic() - began:.0f} s); {_reserved(pools)}")
     finally:
         started.cancel()
+        # What nobody takes from a gathering that was given up is printed as an error of its own.
+        await asyncio.gather(started, return_exceptions=True)
 
 
 def _missing(pools: Sequence[ActorPool[Any]]) -> str:
