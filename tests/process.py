@@ -41,10 +41,27 @@ class Process:
                 return line
 
     def finish(self, timeout_s: float | None = None) -> int:
-        code = self.popen.wait(timeout_s or self.patience_s)
+        patience_s = timeout_s or self.patience_s
+        try:
+            code = self.popen.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            self._end()
+            raise AssertionError(f"still running after {patience_s:g} s:\n{self._read_out()}") from None
+        self._read_out()
+        return code
+
+    def _end(self) -> None:
+        """Ends the command, which may be in the middle of a run on a cluster of its own."""
+        self.popen.terminate()
+        try:
+            self.popen.wait(60)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+
+    def _read_out(self) -> str:
         while (line := self._queue.get(timeout=30)) is not None:
             self.lines.append(line)
-        return code
+        return self.output
 
     @property
     def output(self) -> str:
