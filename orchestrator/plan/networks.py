@@ -50,6 +50,11 @@ class Size:
     unit: int = 0
     small: int = 0
 
+    @property
+    def said(self) -> str:
+        """The number of parameters as people say it: ``12.82 B``, ``9.4 M``."""
+        return f"{self.parameters / 1e9:.2f} B" if self.parameters >= 1e8 else f"{self.parameters / 1e6:.2g} M"
+
     def kept_whole(self, *, whole_weights: bool) -> int:
         """Parameters that every rank of the learner keeps whole: all of them, or the small tensors'."""
         return self.parameters if whole_weights else self.small

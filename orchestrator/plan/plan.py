@@ -111,7 +111,7 @@ def make_plan(config: RunConfig, hardware: Hardware, prm_blocks: int | None = No
     return Plan(
         name=config.name,
         model=(
-            f"{passes.generator.pipeline_class}, {network.parameters / 1e9:.2f} B parameters, {config.model.dtype}, "
+            f"{passes.generator.pipeline_class}, {network.said} parameters, {config.model.dtype}, "
             f"latents {'x'.join(map(str, passes.generator.latent_shape))}"
         ),
         hardware=hardware,

@@ -85,7 +85,7 @@ def plan_prm(config: PrmConfig, hardware: Hardware, prompts: Mapping[str, int] |
     plan = _training(config, hardware, training_of, of_pairs(pairs), passes.generator.dtype, passes.prm_size.parameters)
     plan = dataclasses.replace(
         plan,
-        model=f"process reward model of {config.blocks} blocks, {passes.prm_size.parameters / 1e9:.2f} B parameters, "
+        model=f"process reward model of {config.blocks} blocks, {passes.prm_size.said} parameters, "
         f"{config.model.dtype}, latents {'x'.join(map(str, passes.generator.latent_shape))}",
     )
     return plan if config.preferences is not None else _drawn(plan, config, passes, prompts)
@@ -105,7 +105,7 @@ def plan_orm(config: OrmConfig, hardware: Hardware) -> RewardPlan:
 
     pairs = config.optimizer.pairs_per_micro_batch
     plan = _training(config, hardware, training_of, passes.step(pairs), passes.dtype, passes.size.parameters)
-    what = f"outcome reward model, {passes.size.parameters / 1e9:.2f} B parameters, {config.model.dtype}"
+    what = f"outcome reward model, {passes.size.said} parameters, {config.model.dtype}"
     return dataclasses.replace(plan, model=f"{what}, {config.model.frames} frames")
 
 

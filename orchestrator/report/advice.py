@@ -29,8 +29,12 @@ def advice(busy: Mapping[str, float], sizes: Mapping[str, int], max_staleness: i
     if not waiting:
         return None
     if busy[limiting] >= BUSY:
-        roles = {"learner": "learner ranks", "rollout": "rollout actors", "prm": "PRM servers", "orm": "ORM servers"}
-        return f"idle: {idle}; the {sizes[limiting]} {roles[limiting]} hold up the rest: {REMEDY[limiting]}"
+        member = {"learner": "learner rank", "rollout": "rollout actor", "prm": "PRM server", "orm": "ORM server"}[
+            limiting
+        ]
+        count = sizes[limiting]
+        who = f"{member} holds" if count == 1 else f"{count} {member}s hold"
+        return f"idle: {idle}; the {who} up the rest: {REMEDY[limiting]}"
     if max_staleness == 0 and "learner" in waiting and "rollout" in waiting:
         return (
             f"idle: {idle}; rollout and learner wait for each other: rollout.max_staleness=1 lets them overlap, or "

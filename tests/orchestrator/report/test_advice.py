@@ -9,6 +9,9 @@ def test_the_pool_that_holds_up_the_rest_is_named() -> None:
     line = advice({"rollout": 0.3, "prm": 0.2, "orm": 0.1, "learner": 0.95}, SIZES, 1)
     assert line is not None
     assert "the 4 learner ranks hold up the rest" in line
+    line = advice({"rollout": 0.3, "prm": 0.2, "orm": 0.1, "learner": 0.95}, SIZES | {"learner": 1}, 1)
+    assert line is not None
+    assert "the learner rank holds up the rest" in line
 
 
 def test_taking_turns_is_answered_with_overlap() -> None:
