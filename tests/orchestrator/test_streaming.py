@@ -141,6 +141,7 @@ def test_roles_that_are_killed_in_a_beginning_change_no_number(
     assert chain(config) == waiting
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_in_a_beginning_goes_on_where_it_was(
     waiting: list, stub_config: Callable, execute: Callable
 ) -> None:
