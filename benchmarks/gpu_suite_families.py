@@ -7,7 +7,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from gpu_suite_tools import TINY, Record, Value, Values, attention, generator_of, release, setup_of, timed
+from gpu_suite_tools import (
+    TINY,
+    Record,
+    Value,
+    Values,
+    attention,
+    compiler,
+    generator_of,
+    release,
+    setup_of,
+    spread,
+    timed,
+)
 from guided_step_networks import build_prm, family_of, made_on, random_conditioning
 from guided_step_ways import GuidedStep
 from torch import Tensor
@@ -56,10 +68,7 @@ def _against_plan(record: Record, config: RunConfig, step: str) -> Values:
     real = Passes(config, None, record.device, meter)
     with made_on(record.device, real.generator.dtype):
         network = real.network
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, parameter[0].numel() ** -0.5)
+    spread(network)
     getattr(real, step)(1)
     planned: Cost = getattr(Passes(config), step)(1)
     return found | {
@@ -96,8 +105,7 @@ def prompt_lengths(record: Record) -> None:
         x = torch.randn(1, *family.latent_shape, device=device)
         at = torch.full((1,), 0.5, device=device)
         full = random_conditioning(family, 1, device)
-        if device.type == "cuda":
-            family.compile_blocks(transformer)
+        family.compile_blocks(transformer, compiler(device))
         for length in (8, 5) if record.small else LENGTHS:
             conditioning = {n: t if n == "pooled_projections" else t[:, :length] for n, t in full.items()}
 

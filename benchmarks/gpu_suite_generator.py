@@ -11,7 +11,7 @@ from gpu_suite_tools import (
     Values,
     attention,
     backends,
-    compile_blocks,
+    compiler,
     generator_of,
     matrix_product,
     release,
@@ -94,7 +94,7 @@ def compiled(record: Record) -> None:
         with attention("none"):
             before = step.velocity()
             record.measure("velocity, eager", lambda: timed(step.velocity, device))
-            compile_blocks(transformer, device)
+            family.compile_blocks(transformer, compiler(device))
 
             def first() -> Values:
                 began = time.perf_counter()

@@ -14,7 +14,7 @@ from gpu_suite_tools import (
     Values,
     attention,
     backends,
-    compile_blocks,
+    compiler,
     generator_of,
     release,
     setup_of,
@@ -117,7 +117,7 @@ def compiled_learner(record: Record) -> None:
             evaluate_objective(OBJECTIVE, steps, velocity, rows).loss.backward()
 
         record.measure("eager", lambda: timed(micro_step, record.device))
-        compile_blocks(transformer, record.device)
+        family.compile_blocks(transformer, compiler(record.device))
         record.measure("compiled, first call", lambda: timed(micro_step, record.device, repeats=1, count=False))
         record.measure("compiled", lambda: timed(micro_step, record.device, count=False))
 

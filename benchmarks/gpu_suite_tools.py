@@ -180,12 +180,9 @@ def generator_of(family: Generator, device: torch.device) -> nn.Module:
     return transformer
 
 
-def compile_blocks(transformer: nn.Module, device: torch.device) -> None:
-    """Compiles every block of a HunyuanVideo transformer, at its next call."""
-    for name in ("transformer_blocks", "single_transformer_blocks"):
-        for block in transformer.get_submodule(name).children():
-            # Without a GPU this only shows that the blocks can be traced: compiling takes a minute.
-            block.compile(backend="inductor" if device.type == "cuda" else "aot_eager")
+def compiler(device: torch.device) -> str:
+    """The compiler of blocks; without a GPU one that only shows that they can be traced: compiling takes a minute."""
+    return "inductor" if device.type == "cuda" else "aot_eager"
 
 
 def matrix_product(device: torch.device, *, small: bool) -> Values:
