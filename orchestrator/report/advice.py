@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 IDLE, BUSY = 0.4, 0.8
+MEMBER = {"rollout": "rollout actor", "prm": "PRM server", "orm": "ORM server", "learner": "learner rank"}
 REMEDY = {
     "rollout": "add rollout actors",
     "prm": "add PRM servers",
@@ -29,10 +30,7 @@ def advice(busy: Mapping[str, float], sizes: Mapping[str, int], max_staleness: i
     if not waiting:
         return None
     if busy[limiting] >= BUSY:
-        member = {"learner": "learner rank", "rollout": "rollout actor", "prm": "PRM server", "orm": "ORM server"}[
-            limiting
-        ]
-        count = sizes[limiting]
+        count, member = sizes[limiting], MEMBER[limiting]
         who = f"{member} holds" if count == 1 else f"{count} {member}s hold"
         return f"idle: {idle}; the {who} up the rest: {REMEDY[limiting]}"
     if max_staleness == 0 and "learner" in waiting and "rollout" in waiting:
