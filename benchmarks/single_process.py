@@ -138,7 +138,7 @@ class SingleProcess:
             self.optimizer.zero_grad(set_to_none=True)
             references = References(
                 anchor=self._velocity(self.anchor),
-                previous=self._velocity(self.previous),
+                previous=self._velocity(self.previous) if update > 0 else None,
                 kl_weight=kl_weight(config.objective.kl, self.controller),
             )
             observed = 0.0

@@ -159,7 +159,7 @@ def _some_reward_is_trained(advantage: AdvantageConfig, rewards: RewardsConfig) 
 
 
 def _learner_still_has_the_old_policy(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
-    if rollout.max_staleness > 0 and objective.needs_previous_policy:
+    if rollout.max_staleness > 0 and (objective.compares_means or objective.needs_previous_policy):
         raise ValueError(
             "rollout.max_staleness above 0 trains on groups of earlier policies, which the learner no longer has: "
             "it goes without objective.ratio_normalisation, without objective.kl.previous: gaussian, and with "

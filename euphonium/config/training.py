@@ -177,13 +177,17 @@ class ObjectiveConfig(Node):
         return self.kind == "standard" or self.imitate_guidance > 0
 
     @property
-    def needs_previous_policy(self) -> bool:
-        """Whether the policy that drew the groups must be kept: its outputs are needed, not only log-probabilities.
+    def compares_means(self) -> bool:
+        """Whether means of transitions under the policy that drew them are needed, not only log-probabilities."""
+        return self.ratio_normalisation or (self.kl is not None and self.kl.previous == "gaussian")
 
-        NFT's old policy is that; with one update an iteration it is the policy itself, whose outputs are at hand.
+    @property
+    def needs_previous_policy(self) -> bool:
+        """Whether the policy that an iteration begins with must be kept, because its outputs are needed later.
+
+        NFT's old policy is that. In the iteration's first update it is the policy itself, whose outputs are at hand.
         """
-        gaussian = self.kl is not None and self.kl.previous == "gaussian"
-        return self.ratio_normalisation or gaussian or (self.kind == "nft" and self.updates_per_iteration > 1)
+        return self.updates_per_iteration > 1 and (self.compares_means or self.kind == "nft")
 
 
 class OptimizerConfig(Node):

@@ -146,7 +146,7 @@ class Learner:
         """
         shares = self._beginning(groups, expected)
         begun = self._begun_with(groups, [shares])
-        work = self._work(groups, payloads, self._references())
+        work = self._work(groups, payloads, self._references(0))
         for batch in shares[self.replica][begun.done :]:
             with self.tracer.unit():
                 value = self._evaluated(work, batch, 0, None, begun.statistics)
@@ -171,13 +171,13 @@ class Learner:
         plan = self._plan(groups)
         begun = self._begun_with(groups, plan)
         statistics, done = begun.statistics, begun.done
-        work = self._work(groups, payloads, self._references())
+        work = self._work(groups, payloads, self._references(0))
         replayed = self._replay(plan, work)
         deviations: dict[str, float] = {}
         for index, shares in enumerate(plan):
             if index > 0:
                 statistics.begin_update()
-                work = dataclasses.replace(work, references=self._references())
+                work = dataclasses.replace(work, references=self._references(index))
             self.policy.set_learning_rate(learning_rate(self.config, self.updates_done))
             own = shares[self.replica]
             for position in range(done if index == 0 else 0, len(own)):
@@ -255,7 +255,7 @@ class Learner:
         Raises:
             TrainingError: a group was drawn by another sampler.
         """
-        work = self._work(groups, payloads, self._references())
+        work = self._work(groups, payloads, self._references(0))
         deviations: list[float] = []
         steps: list[float] = []
         for shares in self._plan(groups):
@@ -298,10 +298,11 @@ class Learner:
         group, payload = work.groups[batch.group], work.payloads[batch.group]
         return load_rows(batch, group, payload, self.device, guided_mean=guided_mean)
 
-    def _references(self) -> References:
+    def _references(self, update: int) -> References:
         return References(
             anchor=self.anchor.velocity if self.anchor is not None else None,
-            previous=self.previous.velocity if self.previous is not None else None,
+            # Before the first update it is the policy itself.
+            previous=self.previous.velocity if self.previous is not None and update > 0 else None,
             kl_weight=kl_weight(self.config.objective.kl, self.controller),
         )
 

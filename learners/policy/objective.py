@@ -60,7 +60,8 @@ class References:
 
     Attributes:
         anchor: velocity of the KL penalty's anchor, or None.
-        previous: velocity of the policy that drew the rows, or None where log-probabilities suffice.
+        previous: velocity of the policy that drew the rows; None where that is the current one, which has not been
+            updated since, or where log-probabilities suffice.
         kl_weight: lambda_KL of this update.
     """
 
@@ -180,11 +181,12 @@ def evaluate_objective(
         table: the sampler that drew the rows.
         velocity: the current policy's velocity, differentiable in its parameters.
         rows: the micro-batch.
-        references: frozen policies; needed for a KL penalty, for ratio normalisation, and for the pairs of ``dpo``.
+        references: frozen policies; the anchor is needed for the penalty that has one and for the pairs of ``dpo``, the
+            previous policy from an iteration's second update on.
         gradients: takes note of the gradient with respect to the network's output.
 
     Raises:
-        ValueError: the options need a reference that ``references`` does not have.
+        ValueError: ``dpo`` without an anchor.
     """
     references = references or References()
     if config.noises_samples:
@@ -193,13 +195,11 @@ def evaluate_objective(
     deviation = torch.expm1(log_prob.detach() - rows.log_probs).abs()
     old_log_prob = log_prob.detach() if rows.own_old else rows.log_probs
     log_ratio = log_prob - old_log_prob
-    previous_mean = None
+    previous_mean = mean.detach()
     if references.previous is not None:
         with torch.no_grad():
             previous_mean, _ = _score(table, references.previous, rows)
     if config.ratio_normalisation:
-        if previous_mean is None:
-            raise ValueError("ratio normalisation needs the previous policy")
         # GRPO-Guard: off policy the log-ratio of a Gaussian step has mean -KL and a spread of 1 / std_k.
         std = table.std[rows.steps].to(log_ratio)
         log_ratio = std * (log_ratio + table.kl(rows.steps, mean, previous_mean))
@@ -289,7 +289,7 @@ def _anchor_divergence(table: StepTable, anchor: Velocity, rows: Transitions, me
 
 
 def _previous_divergence(
-    kl: KlConfig, table: StepTable, steps: Tensor, score: tuple[Tensor, Tensor], previous: tuple[Tensor | None, Tensor]
+    kl: KlConfig, table: StepTable, steps: Tensor, score: tuple[Tensor, Tensor], previous: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Estimate of the KL divergence from the policy that drew the rows, ``[rows]``, by the method ``kl.previous``.
 
@@ -306,8 +306,6 @@ def _previous_divergence(
         return log_ratio_estimate(log_prob, old_log_prob)
     if kl.previous == "k3":
         return k3_estimate(log_prob, old_log_prob)
-    if previous_mean is None:
-        raise ValueError("the exact divergence needs the previous policy")
     return table.kl(steps, mean, previous_mean)
 
 

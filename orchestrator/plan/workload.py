@@ -189,12 +189,18 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
         states=len(places[:trained].unique()),
         updates=objective.updates_per_iteration,
         refreshed_pairs=refresh.updates * refresh.pairs_per_update / refresh.every if refresh is not None else 0.0,
-        references=(kl is not None and kl.anchor != "none") + objective.needs_previous_policy + _replayed(config),
+        references=(kl is not None and kl.anchor != "none") + _previous(config) + _replayed(config),
         latent_values=values,
         group_bytes=FLOAT32 * stored * values + prompt,
         evaluation_velocities=evaluated * evaluation.num_steps,
         evaluation_samples=evaluated,
     )
+
+
+def _previous(config: RunConfig) -> float:
+    """Share of the rows that the policy which the iteration began with computes too: not those of the first update."""
+    updates = config.objective.updates_per_iteration
+    return config.objective.needs_previous_policy * (updates - 1) / updates
 
 
 def _replayed(config: RunConfig) -> float:

@@ -63,6 +63,10 @@ def test_what_is_kept_and_computed_besides_the_policy(recipe: Path) -> None:
     two = load_config(recipe, (*NFT, "objective.updates_per_iteration=2")).objective
     assert two.needs_previous_policy
     assert two.trains_zero_advantages
+    for means in ("ratio_normalisation=true", "kl={previous: gaussian}"):
+        for updates in (1, 2):
+            kept = load_config(recipe, (f"objective.{means}", f"objective.updates_per_iteration={updates}")).objective
+            assert kept.needs_previous_policy == (updates == 2)
     pairs = load_config(recipe, (*DPO, "objective.updates_per_iteration=2")).objective
     assert not pairs.needs_previous_policy
     assert pairs.trains_zero_advantages, "or a pair would lose the member whose advantage is 0"

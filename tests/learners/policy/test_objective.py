@@ -266,10 +266,25 @@ def test_ratio_normalisation_centres_the_log_ratio() -> None:
     assert float(guarded.ratio.log().std()) == pytest.approx(expected_spread, rel=0.05)
 
 
-def test_references_that_are_needed_are_asked_for() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        ObjectiveConfig(ratio_normalisation=True, clip_range=10.0),
+        ObjectiveConfig(kl=KlConfig(previous="gaussian", previous_weight=5.0), clip_range=10.0),
+    ],
+)
+def test_a_policy_that_has_not_moved_is_its_own_predecessor(config: ObjectiveConfig) -> None:
+    """What an iteration's first update leaves out is what a copy of the policy would have given, gradients included."""
     t, transitions, _, v_new = off_policy()
-    with pytest.raises(ValueError, match="needs the previous policy"):
-        evaluate_objective(ObjectiveConfig(ratio_normalisation=True), t, constant(v_new), transitions)
+    found = []
+    for references in (References(previous=constant(v_new.clone()), kl_weight=0.7), References(kl_weight=0.7)):
+        v = v_new.clone().requires_grad_()
+        value = evaluate_objective(config, t, constant(v), transitions, references)
+        value.loss.backward()
+        found.append((value.loss.detach(), value.ratio, value.kl_previous, v.grad))
+    assert float(found[0][3].abs().max()) > 0
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 # --- written again from the papers ----------------------------------------------------------------------------------
