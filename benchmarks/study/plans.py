@@ -34,6 +34,19 @@ class Plan:
     methods: tuple[Method, ...]
 
 
+ALL_GUIDED = ("advantage.baseline=group", "sampler.guidance.control=null", "sampler.guidance.strengths=[1]")
+
+
+def ours(name: str, *overrides: str) -> Method:
+    """A row that is ours but for these settings."""
+    return Method(name, OURS.recipe, overrides)
+
+
+def process_advantage(credit: str) -> tuple[str, ...]:
+    """Settings with which the process reward is learnt from, too."""
+    return "advantage.mode=both", "rewards.process.weight=0.5", f"rewards.process.credit={credit}"
+
+
 DANCE, OURS = Method("DanceGRPO", "dancegrpo.yaml"), Method("ours", "euphonium-sage.yaml")
 PLANS = {
     "convergence": Plan(
@@ -52,26 +65,43 @@ PLANS = {
             Method("Diffusion-DPO", "dpo.yaml"),
         ),
     ),
-    "guidance": Plan(
-        "What is learnt from guided samples",
-        "ours without process reward",
+    "ablations": Plan(
+        "What each part of the guided recipe is worth",
+        "no guidance",
         (
-            Method("ours without process reward", "euphonium-sage.yaml", UNGUIDED),
+            Method("no guidance", OURS.recipe, UNGUIDED),
             OURS,
-            Method("without control", "euphonium-sage.yaml", ("sampler.guidance.control=null",)),
-            Method("compared with the whole group", "euphonium-sage.yaml", ("advantage.baseline=group",)),
-            Method("compared with members guided alike", "euphonium-sage.yaml", ("advantage.baseline=strength",)),
+            # The Euphonium paper's Table 3. Ours has no process advantage: with one, its own rows.
+            ours("and process advantage of states", *process_advantage("state")),
+            ours("and process advantage of next states", *process_advantage("next_state")),
+            ours("and process advantage by progress", *process_advantage("progress")),
+            ours("process advantage by progress alone", *process_advantage("progress"), "advantage.mode=process"),
             Method(
-                "every member guided",
-                "euphonium-sage.yaml",
-                ("advantage.baseline=group", "sampler.guidance.control=null", "sampler.guidance.strengths=[1]"),
+                "process advantage by progress, no guidance",
+                OURS.recipe,
+                (*process_advantage("progress"), "sampler.guidance=null", "advantage.baseline=group"),
             ),
-            Method("and the guided mean imitated", "euphonium-sage.yaml", ("objective.imitate_guidance=0.5",)),
-            Method(
-                "and process reward by progress",
-                "euphonium-sage.yaml",
-                ("advantage.mode=both", "rewards.process.weight=0.5", "rewards.process.credit=progress"),
-            ),
+            # Table 4: a strength of 0.12 of the step's noise is the recipe's.
+            *(ours(f"strength {scale}", f"sampler.guidance.scale={scale}") for scale in (0.012, 0.04, 0.4, 1.2)),
+            # Table 5: of four trained steps the recipe guides the later two.
+            ours("steps 0 to 4 guided", "sampler.guidance.window=[0,4]"),
+            ours("steps 0 to 2 guided", "sampler.guidance.window=[0,2]"),
+            ours("steps 3 to 4 guided", "sampler.guidance.window=[3,4]"),
+            # Table 6: what the ratio is of.
+            ours("guided mean in the ratio", "objective.kind=standard"),
+            ours("guided mean imitated", "objective.imitate_guidance=0.5"),
+            # Whom guided members are compared with, and how many they are.
+            ours("compared with the whole group", "advantage.baseline=group"),
+            ours("compared with members guided alike", "advantage.baseline=strength"),
+            ours("a quarter guided", "sampler.guidance.strengths=[0,0,0,1]"),
+            ours("three quarters guided", "sampler.guidance.strengths=[0,1,1,1]"),
+            ours("all guided", *ALL_GUIDED),
+            # What ends it.
+            ours("without control", "sampler.guidance.control=null"),
+            ours("never ended", "sampler.guidance.until=null"),
+            # SAGE-GRPO's parts.
+            ours("without equaliser", "objective.step_weights=uniform"),
+            ours("without KL penalty", "objective.kl=null"),
         ),
     ),
 }
