@@ -118,9 +118,11 @@ def markdown(found: Sequence[Row], reference: str) -> str:
         start = mean[0]
         kept = (mean[-1] - start) / (mean.max() - start) if mean.max() > start else float("nan")
         faster = speed(row, base) if row.seeds == base.seeds else None
-        ratio = "" if faster is None else f"{faster.ratio:.2f} [{faster.low:.2f}, {faster.high:.2f}]"
+        ratio = ""
         if faster is not None and faster.reached < 1:
-            ratio += f", reached in {faster.reached:.0%}"
+            ratio = f"reached in {faster.reached * len(row.seeds):.0f} seeds of {len(row.seeds)}"
+        elif faster is not None:
+            ratio = f"{faster.ratio:.2f} [{faster.low:.2f}, {faster.high:.2f}]"
         lines.append(f"| {row.name} | {len(row.seeds)} | {' | '.join(cells)} | {kept:.2f} | {ratio} |")
     return "\n".join(lines) + "\n"
 
