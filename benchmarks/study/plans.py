@@ -34,7 +34,7 @@ class Plan:
     methods: tuple[Method, ...]
 
 
-ALL_GUIDED = ("advantage.baseline=group", "sampler.guidance.control=null", "sampler.guidance.strengths=[1]")
+DANCE, OURS = Method("DanceGRPO", "dancegrpo.yaml"), Method("ours", "euphonium-sage.yaml")
 
 
 def ours(name: str, *overrides: str) -> Method:
@@ -47,7 +47,6 @@ def process_advantage(credit: str) -> tuple[str, ...]:
     return "advantage.mode=both", "rewards.process.weight=0.5", f"rewards.process.credit={credit}"
 
 
-DANCE, OURS = Method("DanceGRPO", "dancegrpo.yaml"), Method("ours", "euphonium-sage.yaml")
 PLANS = {
     "convergence": Plan(
         "Held-out reward by iteration",
@@ -69,17 +68,18 @@ PLANS = {
         "What each part of the guided recipe is worth",
         "no guidance",
         (
-            Method("no guidance", OURS.recipe, UNGUIDED),
+            ours("no guidance", *UNGUIDED),
             OURS,
             # The Euphonium paper's Table 3. Ours has no process advantage: with one, its own rows.
             ours("and process advantage of states", *process_advantage("state")),
             ours("and process advantage of next states", *process_advantage("next_state")),
             ours("and process advantage by progress", *process_advantage("progress")),
             ours("process advantage by progress alone", *process_advantage("progress"), "advantage.mode=process"),
-            Method(
+            ours(
                 "process advantage by progress, no guidance",
-                OURS.recipe,
-                (*process_advantage("progress"), "sampler.guidance=null", "advantage.baseline=group"),
+                *process_advantage("progress"),
+                "sampler.guidance=null",
+                "advantage.baseline=group",
             ),
             # Table 4: a strength of 0.12 of the step's noise is the recipe's.
             *(ours(f"strength {scale}", f"sampler.guidance.scale={scale}") for scale in (0.012, 0.04, 0.4, 1.2)),
@@ -95,7 +95,12 @@ PLANS = {
             ours("compared with members guided alike", "advantage.baseline=strength"),
             ours("a quarter guided", "sampler.guidance.strengths=[0,0,0,1]"),
             ours("three quarters guided", "sampler.guidance.strengths=[0,1,1,1]"),
-            ours("all guided", *ALL_GUIDED),
+            ours(
+                "all guided",
+                "advantage.baseline=group",
+                "sampler.guidance.control=null",
+                "sampler.guidance.strengths=[1]",
+            ),
             # What ends it.
             ours("without control", "sampler.guidance.control=null"),
             ours("never ended", "sampler.guidance.until=null"),
