@@ -9,10 +9,10 @@ is handy for trying a recipe's hyperparameters.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from actors.sources import EqualStatesOnce
 from euphonium.config import RunConfig, load_config
 from euphonium.config.base import chosen
 from euphonium.dynamics import StepTable
+from euphonium.errors import ConfigError
 from euphonium.rewards.process import LocalRewards, ProcessRewardModel
 from euphonium.rewards.total import weighted_total
 from euphonium.wire.records import GroupPayload, TrainingGroup
@@ -217,7 +218,15 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
 
 
 def main() -> None:
-    config: RunConfig = load_config(sys.argv[1], sys.argv[2:])
+    """Command line: a recipe and its overrides; a line of JSON an iteration."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="YAML recipe")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe")
+    options = parser.parse_intermixed_args()
+    try:
+        config: RunConfig = load_config(options.recipe, options.overrides)
+    except ConfigError as error:
+        parser.error(str(error))
     run = SingleProcess(config)
     print(json.dumps({"iteration": 0} | run.evaluate()), flush=True)
     for iteration in range(1, config.iterations + 1):
