@@ -4,7 +4,8 @@
 
 What a careful engineer would write first: rollout, rewards and update one after another, torch using every core. It
 shares samplers, rewards and objective with the service, so that a comparison measures the orchestration alone, and it
-is handy for trying a recipe's hyperparameters.
+is handy for trying a recipe's hyperparameters. With ``rollout.max_staleness`` every group is as stale as that allows,
+as it is where drawing is always ahead.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import copy
 import dataclasses
 import json
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -75,18 +79,18 @@ class SingleProcess:
         self.anchor = copy.deepcopy(self.policy) if kl is not None and kl.anchor != "none" else None
         self.previous = copy.deepcopy(self.policy) if config.objective.needs_previous_policy else None
         self.controller = kl_controller(kl)
-        self.guidance = GuidanceControl(config.sampler.guidance, max_staleness=0)
+        lag = config.rollout.max_staleness
+        self.guidance = GuidanceControl(config.sampler.guidance, max_staleness=lag)
+        # Weights of the policy at the beginning of the last iterations, the oldest first.
+        self.earlier: deque[list[Tensor]] = deque(maxlen=lag + 1)
         self.updates = 0
         self.groups = 0
 
     def evaluate(self) -> dict[str, float]:
         """Held-out rewards of the averaged policy."""
-        current = [p.detach().clone() for p in self.parameters]
-        if self.config.optimizer.averages:
-            self._load(self.average)
         prompts, seeds = self.evaluation
-        scores = self.orm.score(self.worker.evaluate(prompts, seeds), prompts)
-        self._load(current)
+        with self._weights(self.average if self.config.optimizer.averages else None):
+            scores = self.orm.score(self.worker.evaluate(prompts, seeds), prompts)
         return evaluation_metrics(scores, self.config.rewards.outcome)
 
     def iterate(self) -> dict[str, float]:
@@ -95,11 +99,15 @@ class SingleProcess:
         began = time.perf_counter()
         infos, payloads, scores = [], [], []
         iteration = self.groups // config.rollout.prompts_per_iteration
+        lag = min(config.rollout.max_staleness, iteration)
+        if config.rollout.max_staleness:
+            self.earlier.append([p.detach().clone() for p in self.parameters])
         for _ in range(config.rollout.prompts_per_iteration):
             task = self.prompts.task(self.groups, iteration, self.guidance.strength(iteration))
             self.groups += 1
-            info, latents, payload = self.worker.generate(task, self._source if self.prm else None)
-            infos.append(info)
+            with self._weights(self.earlier[0] if lag else None):
+                info, latents, payload = self.worker.generate(task, self._source if self.prm else None)
+            infos.append(dataclasses.replace(info, policy_version=iteration - lag))
             payloads.append(payload)
             scores.append(self.orm.score(latents, [task.prompt] * len(latents)))
             if self.refresh is not None:
@@ -110,7 +118,7 @@ class SingleProcess:
         rolled_out = time.perf_counter()
         metrics = rollout_statistics(config, infos, scores, results)
         metrics |= self.guidance.observe(iteration + 1, metrics)
-        metrics |= self._update(groups, payloads)
+        metrics |= self._update(groups, payloads, on_policy=lag == 0)
         if self.refresh is not None and self.prm is not None and self.refresh.due(iteration + 1):
             metrics |= self.refresh.update()
             self.prm.load_state_dict({name: torch.from_numpy(a) for name, a in self.refresh.weights().items()})
@@ -121,7 +129,9 @@ class SingleProcess:
         assert self.prm is not None
         return EqualStatesOnce(LocalRewards(self.prm, conditioning, table.sigmas))
 
-    def _update(self, groups: list[TrainingGroup], payloads: list[GroupPayload]) -> dict[str, float]:
+    def _update(
+        self, groups: list[TrainingGroup], payloads: list[GroupPayload], *, on_policy: bool
+    ) -> dict[str, float]:
         config = self.config
         total = sum(group.rows for group in groups)
         plan = plan_updates(
@@ -132,7 +142,7 @@ class SingleProcess:
         if self.previous is not None:
             _copy(self.policy, self.previous)
         clipped, norms, divergence, deviation = 0, [], 0.0, 0.0
-        replayed = self._replayed(plan, groups, payloads)
+        replayed = self._replayed(plan, groups, payloads) if on_policy else {}
         for update, shares in enumerate(plan):
             for options in self.optimizer.param_groups:
                 options["lr"] = learning_rate(config, self.updates)
@@ -146,7 +156,7 @@ class SingleProcess:
             for position, batch in enumerate(shares[0]):
                 group = groups[batch.group]
                 rows = self._rows(batch, group, payloads[batch.group])
-                if old_log_probs(config, update, on_policy=True) == "own":
+                if old_log_probs(config, update, on_policy=on_policy) == "own":
                     rows = dataclasses.replace(rows, own_old=True)
                 elif (update, position) in replayed:
                     rows = dataclasses.replace(rows, log_probs=replayed[update, position])
@@ -204,6 +214,19 @@ class SingleProcess:
         if kl is not None and kl.anchor == "moving" and self.updates % kl.refresh_every == 0:
             assert self.anchor is not None
             _copy(self.policy, self.anchor)
+
+    @contextmanager
+    def _weights(self, weights: list[Tensor] | None) -> Iterator[None]:
+        """Has the policy compute with other weights for a while; None leaves its own."""
+        if weights is None:
+            yield
+            return
+        current = [p.detach().clone() for p in self.parameters]
+        self._load(weights)
+        try:
+            yield
+        finally:
+            self._load(current)
 
     def _load(self, weights: list[Tensor]) -> None:
         with torch.no_grad():

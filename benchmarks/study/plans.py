@@ -104,6 +104,8 @@ PLANS = {
             # What ends it.
             ours("without control", "sampler.guidance.control=null"),
             ours("never ended", "sampler.guidance.until=null"),
+            # Groups drawn by an earlier policy.
+            *(ours(f"{lag} iterations stale", f"rollout.max_staleness={lag}") for lag in (1, 2, 4)),
             # SAGE-GRPO's parts.
             ours("without equaliser", "objective.step_weights=uniform"),
             ours("without KL penalty", "objective.kl=null"),
