@@ -38,6 +38,7 @@ BUILT_IN: dict[str, str] = {
     "optical_flow": "euphonium.rewards.optical_flow:OpticalFlowReward",
     "trained": "euphonium.rewards.outcome_model:TrainedOutcomeReward",
     "vlm_judge": "euphonium.rewards.vlm_judge:VlmJudge",
+    "vlm_checklist": "euphonium.rewards.vlm_checklist:VlmChecklist",
     "http": "euphonium.rewards.http:HttpReward",
 }
 

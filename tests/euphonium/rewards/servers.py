@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 Answer = Callable[[dict[str, str], bytes], tuple[int, str, bytes]]
 
@@ -46,3 +48,9 @@ class Server:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
+
+
+def completion(content: Any, finish: str = "stop", **more: Any) -> tuple[int, str, bytes]:
+    """An answer of the OpenAI protocol with one choice."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": content, **more}, "finish_reason": finish}
+    return 200, "application/json", json.dumps({"choices": [choice]}).encode()

@@ -133,7 +133,8 @@ def test_documented_recipes_parse_into_rewards() -> None:
         held = yaml.safe_load(block)
         parsed += held["rewards"]["outcome"] if isinstance(held, dict) else held
     specs = [OutcomeRewardConfig(**entry) for entry in parsed]
-    kinds = {"ocr", "optical_flow", "hps_v21", "videoalign", "vlm_judge", "trained", "my_rewards:ColourReward"}
+    judges = {"vlm_judge", "vlm_checklist"}
+    kinds = judges | {"ocr", "optical_flow", "hps_v21", "videoalign", "trained", "my_rewards:ColourReward"}
     assert kinds == {spec.type for spec in specs}
     for spec in specs:
         if spec.type in BUILT_IN:

@@ -17,14 +17,9 @@ from euphonium.config import OutcomeRewardConfig
 from euphonium.errors import ConfigError, RewardError
 from euphonium.rewards.registry import build_reward
 from euphonium.rewards.vlm_judge import VlmJudge
-from tests.euphonium.rewards.servers import Answer, Server
+from tests.euphonium.rewards.servers import Answer, Server, completion
 
 QUESTION = 'How well do the pictures show "{prompt}"?'
-
-
-def completion(content: Any, finish: str = "stop", **more: Any) -> tuple[int, str, bytes]:
-    choice = {"index": 0, "message": {"role": "assistant", "content": content, **more}, "finish_reason": finish}
-    return 200, "application/json", json.dumps({"choices": [choice]}).encode()
 
 
 def brightness(_: dict[str, str], body: bytes) -> tuple[int, str, bytes]:
