@@ -60,6 +60,7 @@ PLANS = {
             Method("CPS", "cps.yaml"),
             Method("MixGRPO", "mixgrpo.yaml"),
             Method("SAGE-GRPO", "sage-grpo-a.yaml"),
+            ours("ours with process advantage by progress", *process_advantage("progress")),
             Method("DiffusionNFT", "nft.yaml"),
             Method("Diffusion-DPO", "dpo.yaml"),
         ),
@@ -104,11 +105,14 @@ PLANS = {
             # What ends it.
             ours("without control", "sampler.guidance.control=null"),
             ours("never ended", "sampler.guidance.until=null"),
-            # Groups drawn by an earlier policy.
-            *(ours(f"{lag} iterations stale", f"rollout.max_staleness={lag}") for lag in (1, 2, 4)),
             # SAGE-GRPO's parts.
             ours("without equaliser", "objective.step_weights=uniform"),
             ours("without KL penalty", "objective.kl=null"),
         ),
+    ),
+    "staleness": Plan(
+        "Groups drawn by an earlier policy",
+        OURS.name,
+        (OURS, *(ours(f"{lag} iterations stale", f"rollout.max_staleness={lag}") for lag in (1, 2, 4))),
     ),
 }
