@@ -9,7 +9,7 @@ from typing import Any
 
 from euphonium.errors import ResourcesError
 from orchestrator.pools.actor_pool import ActorPool
-from orchestrator.pools.resources import autoscaler_says, free_resources
+from orchestrator.pools.resources import autoscaler_says, free_resources, lacking_resources
 
 SAY_EVERY_S = 15.0
 
@@ -40,7 +40,7 @@ async def wait_started(pools: Sequence[ActorPool[Any]], timeout_s: float, say: C
                     f"{_missing(pools)} did not start within {timeout_s:.0f} s; {_reserved(pools)}. Add nodes, "
                     "make pools smaller, or raise pools.start_timeout_s"
                 )
-            say(f"waiting for {_missing(pools)} ({time.monotonic() - began:.0f} s); {_reserved(pools)}")
+            say(f"waiting for {_missing(pools)} ({time.monotonic() - began:.0f} s); {_state(pools)}")
     finally:
         started.cancel()
         # What nobody takes from a gathering that was given up is printed as an error of its own.
@@ -55,6 +55,15 @@ def _missing(pools: Sequence[ActorPool[Any]]) -> str:
         for pool in sorted(pools, key=lambda pool: pool.spec.role)
         if pool.roster.starting
     )
+
+
+def _state(pools: Sequence[ActorPool[Any]]) -> str:
+    """Why they are missing, as far as it shows: one more of each would still find room if they do."""
+    for pool in pools:
+        one = {name: amount / len(pool.roster.members) for name, amount in pool.demand().items()}
+        if pool.roster.starting and (pool.spec.config.labels or lacking_resources(one)):
+            return _reserved(pools)
+    return "they have room in the cluster, and load their models"
 
 
 def _reserved(pools: Sequence[ActorPool[Any]]) -> str:

@@ -11,6 +11,7 @@ from euphonium.config import PoolConfig
 from euphonium.errors import ResourcesError, TrainingError
 from euphonium.wire.records import Readiness
 from euphonium.wire.roles import PoolMember, start_actor
+from orchestrator.pools import start_up
 from orchestrator.pools.actor_pool import ActorPool
 from orchestrator.pools.start_up import wait_started
 from orchestrator.pools.supervisor import PoolSpec
@@ -33,6 +34,14 @@ class Unready(Idle):
 
     async def ready(self) -> Readiness:
         raise OSError("the weights are damaged")
+
+
+class Slow(Idle):
+    """An actor that takes a while to load its model."""
+
+    async def ready(self) -> Readiness:
+        await asyncio.sleep(2)
+        return await super().ready()
 
 
 class Crashing(Idle):
@@ -93,6 +102,19 @@ def test_waiting_for_actors_that_have_no_place_ends_and_says_what_is_missing() -
         assert [member.state for member in fits.roster.members] == ["present"]
 
     run([fits, lacking], wait)
+
+
+def test_actors_that_have_a_place_and_load_are_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start_up, "SAY_EVERY_S", 0.5)
+    slow = pool_of("slow", Slow, num_actors=2)
+    said: list[str] = []
+
+    async def wait() -> None:
+        await wait_started([slow], 60.0, said.append)
+
+    run([slow], wait)
+    assert "waiting for 2 of 2 slow actors (slow-0, slow-1)" in said[0]
+    assert said[0].endswith("they have room in the cluster, and load their models")
 
 
 @pytest.mark.parametrize(
