@@ -58,7 +58,7 @@ case $SLURM_NODEID in
 esac
 exec ray symmetric-run --address "$ADDRESS" --min-nodes "$NODES" --num-cpus={ray_cpus}{gpu_flag} \\
   --object-store-memory={store} --labels "$labels" --resources "$resources" -- \\
-  bash -c 'echo $$ > "$STATE/driver"; exec {command}'
+  bash -c 'echo $$ > "$STATE/driver"; export RAY_ADDRESS="$ADDRESS"; exec {command}'
 NODE
 )
 srun bash -c "$start" &
