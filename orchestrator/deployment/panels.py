@@ -95,6 +95,7 @@ SECTIONS = (
         Panel(title="Staleness", metrics=("staleness_mean", "staleness_max"), unit="none"),
         Panel(title="Samples and transitions", metrics=("samples", "transitions", "skipped_transitions"), unit="none"),
         Panel(title="TFLOP/s of an actor and of a rank", metrics=("rollout_tflops", "learner_tflops"), unit="none"),
+        Panel(title="Share of the GPU's peak (MFU)", metrics=("rollout_mfu", "learner_mfu"), unit="percentunit"),
     )),
     Section("Time", (
         Panel(title="Iteration", metrics=("iteration_seconds", "rollout_seconds", "update_seconds", "scoring_seconds"),
