@@ -41,7 +41,9 @@ def model_at(path: Path | str) -> ModelConfig:
 def test_what_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path: \./nowhere/else is neither a folder nor a hub id"):
         PipelineFolder.find(model_at("./nowhere/else"))
-    with pytest.raises(ConfigError, match=r"holds no diffusers pipeline \(model_index\.json is missing\)"):
+    with pytest.raises(
+        ConfigError, match=r"holds no diffusers pipeline \(model_index\.json is missing, and so is modular_"
+    ):
         PipelineFolder.find(model_at(tmp_path))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
     with pytest.raises(ConfigError, match=r"is a NoSuchPipeline, for which there is no adapter; supported: Hunyuan"):
