@@ -231,11 +231,11 @@ class MiniMaxH3(Generator):
         step = self.compression[1] * self.patch_size
         clip, latents, _ = _chunk(self.pipeline.component_config("vae"))
         frames = self.config.frames
-        if frames < latents or frames % clip != latents:
-            near = max(frames - latents, 0) // clip * clip + latents
+        if frames < clip + latents or frames % clip != latents:
+            near = max(frames - latents, clip) // clip * clip + latents
             raise ConfigError(
-                f"model.frames: {self.folder} makes {latents} frames and {clip} more any number of times; {frames} is "
-                f"not among those numbers, {near} is"
+                f"model.frames: {self.folder} makes {clip + latents} frames and {clip} more any number of times; "
+                f"{frames} is not among those numbers, {near} is"
             )
         self._check_sides(step)
 
