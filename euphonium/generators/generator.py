@@ -51,6 +51,8 @@ class Generator(Backbone):
     pipeline_class: ClassVar[str]
     # Classes of model_index.json whose folders are opened as well if ``model.pipeline`` says so.
     also_opens: ClassVar[tuple[str, ...]] = ()
+    # Frames of the shortest sample.
+    least_frames: ClassVar[int] = 1
     # Whether every prompt comes with a picture.
     takes_image: ClassVar[bool] = False
     # Whether the text encoder reads a prompt together with its picture, so that no text is encoded before a run.

@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
 from euphonium.generators.backbone import NetworkClass
-from euphonium.generators.conditioning import Conditioning, PromptEncoder
+from euphonium.generators.conditioning import Conditioning, PromptEncoder, padded_texts, seen_texts
 from euphonium.generators.folder import OF_OTHER_TASKS, PipelineFolder
 from euphonium.generators.generator import Generator
 from euphonium.generators.noise_grid import SCHEDULER_FILE, scheduler_config
@@ -50,6 +49,7 @@ class MiniMaxH3(Generator):
     """
 
     pipeline_class = "MiniMaxH3ModularPipeline"
+    least_frames = 22
     # The processor prepares pictures and sounds.
     of_other_tasks = ("processor", *OF_OTHER_TASKS)
 
@@ -174,11 +174,7 @@ class MiniMaxH3(Generator):
                 tokens = tokenizer(prompt, add_special_tokens=False, truncation=True, max_length=limit)["input_ids"]
                 states = encoder(torch.tensor([tokens], device=device), output_hidden_states=True, use_cache=False)
                 texts.append(states.hidden_states[TEXT_LAYER][0])
-            seen = [torch.ones(len(text), device=device) for text in texts]
-            return {
-                "encoder_hidden_states": pad_sequence(texts, batch_first=True).to(self.dtype),
-                "encoder_attention_mask": pad_sequence(seen, batch_first=True).to(self.dtype),
-            }
+            return padded_texts(texts, self.dtype)
 
         return encode
 
@@ -202,9 +198,8 @@ class MiniMaxH3(Generator):
 
     @override
     def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        layout, mask = self.layout, conditioning["encoder_attention_mask"]
-        lengths = [mask.shape[1]] * len(mask) if mask.is_meta else (mask != 0).sum(dim=1).tolist()
-        texts = [text[:length] for text, length in zip(conditioning["encoder_hidden_states"], lengths, strict=True)]
+        layout, texts = self.layout, seen_texts(conditioning)
+        lengths = [len(text) for text in texts]
         sigma = time.view(-1, 1, 1)
         # sigma / sigma_s, which is 1 at pure noise.
         scale = sigma + (1 - sigma) / self._ratio
@@ -230,12 +225,12 @@ class MiniMaxH3(Generator):
     def _check_size(self) -> None:
         step = self.compression[1] * self.patch_size
         clip, latents, _ = _chunk(self.pipeline.component_config("vae"))
-        frames = self.config.frames
-        if frames < clip + latents or frames % clip != latents:
-            near = max(frames - latents, clip) // clip * clip + latents
+        frames, least = self.config.frames, self.least_frames
+        if frames < least or frames % clip != latents:
+            near = max(frames - frames % clip + latents, least)
             raise ConfigError(
-                f"model.frames: {self.folder} makes {clip + latents} frames and {clip} more any number of times; "
-                f"{frames} is not among those numbers, {near} is"
+                f"model.frames: {self.folder} makes {least} frames and {clip} more any number of times; {frames} is "
+                f"not among those numbers, {near} is"
             )
         self._check_sides(step)
 

@@ -248,8 +248,8 @@ class PipelineSource:
         name = str(self.folder.index().get("_class_name"))
         if self.folder.index_file != INDEX:
             raise ConfigError(
-                f"MODEL: {self.folder.path} is a {name}, a modular pipeline, which is called with diffusers itself; give "
-                "the run that trained it, or one of its checkpoints"
+                f"MODEL: {self.folder.path} is a {name}, a modular pipeline, which is called with diffusers itself; "
+                "give the run that trained it, or one of its checkpoints"
             )
         kind = getattr(diffusers, name, None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):

@@ -117,3 +117,17 @@ def test_components_of_other_tasks_may_be_missing(folders: Folders, tmp_path: Pa
     shutil.rmtree(copy / "audio_vae")
     with pytest.raises(ConfigError, match=r"component audio_vae of .*: modular_model_index\.json names it, but its"):
         check_generator(open_generator(CASES["minimax h3"].config(copy)))
+
+
+def test_recomputed_blocks_find_the_packing_of_their_own_pass(family: MiniMaxH3) -> None:
+    x, time, conditioning = noise(family), torch.tensor([0.3, 0.95]), conditioning_of(family)
+    found = []
+    for recomputing in (False, True):
+        transformer = family.build_transformer().train()
+        transformer.load_state_dict(family.load_transformer(CPU).state_dict())
+        if recomputing:
+            transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+        family.velocity(transformer, x, time, conditioning).square().sum().backward()
+        found.append({name: p.grad for name, p in transformer.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
