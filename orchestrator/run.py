@@ -198,13 +198,15 @@ class Run:
 
     def export(self) -> None:
         """Writes the trained policy as a diffusers folder."""
+        from euphonium.generators.folder import INDEX, index_name
         from orchestrator.export_policy import export_checkpoint
 
         assert self.checkpoints.newest is not None
         target = self.config.run_dir / "export"
         shutil.rmtree(target, ignore_errors=True)
         export_checkpoint(self.checkpoints.newest.folder, self.config, target)
-        self.journal.say(f"trained pipeline: {target} (DiffusionPipeline.from_pretrained)")
+        opener = "DiffusionPipeline" if index_name(target) == INDEX else "ModularPipeline"
+        self.journal.say(f"trained pipeline: {target} ({opener}.from_pretrained)")
 
     # --- the learner group is replaced ------------------------------------------------------------------------------
 

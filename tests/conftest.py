@@ -124,11 +124,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
-        from tests.euphonium.generators.tiny_pipelines import build_pipeline
+        from tests.euphonium.generators.tiny_pipelines import save_pipeline
 
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
-            build_pipeline(name).save_pretrained(made[name])
+            save_pipeline(name, made[name])
         return made[name]
 
     return folder

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from euphonium.errors import ConfigError
-from euphonium.generators.folder import PipelineFolder
+from euphonium.generators.folder import PipelineFolder, index_name
 from euphonium.generators.generator import Generator
 from euphonium.generators.lora import check_targets
 from euphonium.generators.processors import without_torchvision
@@ -39,7 +39,7 @@ def check_generator(family: Generator) -> None:
         ConfigError: a component is missing, damaged or does not fit; names folder and component, and what to do.
     """
     own = {family.backbone: family.transformer_class(), "vae": family.vae_class()}
-    unopened = tuple(name for name in UNOPENED if name not in family.image_components)
+    unopened = tuple(name for name in UNOPENED if name not in family.image_components) + family.of_other_tasks
     networks = check_components(family.pipeline, own, unopened)
     if family.config.lora is not None:
         check_targets(networks[family.backbone], family.config.lora)
@@ -48,7 +48,7 @@ def check_generator(family: Generator) -> None:
 def check_components(
     pipeline: PipelineFolder, own: Mapping[str, Loadable] | None = None, unopened: tuple[str, ...] = UNOPENED
 ) -> dict[str, nn.Module]:
-    """Checks the components that a pipeline's ``model_index.json`` names.
+    """Checks the components that a pipeline's index names.
 
     Args:
         pipeline: the pipeline.
@@ -87,12 +87,12 @@ def load_pipeline(folder: Path, dtype: Literal["float32", "bfloat16"] | None = N
 
     pipeline = PipelineFolder(folder)
     name = pipeline.index().get("_class_name")
-    with _blaming(folder, "model_index.json"):
+    with _blaming(folder, pipeline.index_file):
         kind = getattr(diffusers, str(name), None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
             raise ValueError(f"it names the class {name!r}, which is no pipeline of diffusers")
     check_components(pipeline, unopened=())
-    with quiet(), _blaming(folder, "model_index.json"):
+    with quiet(), _blaming(folder, pipeline.index_file):
         return open_pipeline(diffusers.DiffusionPipeline, folder, torch_dtype=dtype and getattr(torch, dtype))
 
 
@@ -124,7 +124,7 @@ def component_classes(pipeline: PipelineFolder) -> dict[str, Loadable]:
             continue
         with _blaming(pipeline.path, name):
             if len(entry) != 2 or entry[0] not in LIBRARIES:
-                raise ValueError(f"model_index.json names {entry}, not a class of {' or '.join(LIBRARIES)}")
+                raise ValueError(f"{pipeline.index_file} names {entry}, not a class of {' or '.join(LIBRARIES)}")
             stand_in = without_torchvision(str(entry[1]))
             found[name] = stand_in or getattr(importlib.import_module(entry[0]), str(entry[1]))
     return found
@@ -132,7 +132,7 @@ def component_classes(pipeline: PipelineFolder) -> dict[str, Loadable]:
 
 def _open(folder: Path, kind: Loadable) -> object:
     if not folder.is_dir():
-        raise ValueError("model_index.json names it, but its folder is missing")
+        raise ValueError(f"{index_name(folder.parent)} names it, but its folder is missing")
     if isinstance(kind, type) and issubclass(kind, nn.Module):
         _require(folder, "config.json")
         return _on_meta(folder, kind)

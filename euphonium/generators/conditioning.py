@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 # Batch-first tensors that a transformer takes besides state and time; the names are its keyword arguments.
 Conditioning = dict[str, Tensor]
@@ -40,6 +41,26 @@ def negative(conditioning: Conditioning) -> Conditioning:
 def cast(conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
     """The conditioning with all floating entries in one type; others, such as positions, stay as they are."""
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in conditioning.items()}
+
+
+def padded_texts(texts: Sequence[Tensor], dtype: torch.dtype) -> Conditioning:
+    """The conditioning of texts ``[tokens, width]`` of any lengths, behind whose tokens a mask hides the padding."""
+    seen = [text.new_ones(len(text)) for text in texts]
+    entries = {"encoder_hidden_states": texts, "encoder_attention_mask": seen}
+    return {name: pad_sequence(list(parts), batch_first=True).to(dtype) for name, parts in entries.items()}
+
+
+def seen_texts(conditioning: Conditioning) -> list[Tensor]:
+    """The texts of :func:`padded_texts`; waits for the device. On the meta device all have the greatest length.
+
+    >>> texts = [torch.ones(length, 1) for length in (301, 2)]
+    >>> [len(text) for text in seen_texts(padded_texts(texts, torch.bfloat16))]
+    [301, 2]
+    """
+    texts, mask = conditioning["encoder_hidden_states"], conditioning["encoder_attention_mask"]
+    # Counted as whole numbers: a sum in bfloat16 is exact up to 256 alone.
+    lengths = [mask.shape[1]] * len(mask) if mask.is_meta else (mask != 0).sum(dim=1).tolist()
+    return [text[:length] for text, length in zip(texts, lengths, strict=True)]
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
-from euphonium.generators.folder import PipelineFolder
+from euphonium.generators.folder import INDEX, MODULAR_INDEX, PipelineFolder, index_name
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import adapter_of
 
@@ -33,7 +33,7 @@ def describe_generator(config: ModelConfig) -> Generator:
         return adapter_of(PipelineFolder.find(config), config)
     # A folder that is yet to be put together from published parts goes by its name.
     for shipped in (PUBLISHED / config.path, *sorted(PUBLISHED.glob(f"*/{local.name}"))):
-        if (shipped / "model_index.json").is_file():
+        if index_name(shipped) is not None:
             return adapter_of(PipelineFolder(shipped), config)
     cached = _cached(config)
     if cached is None:
@@ -46,7 +46,8 @@ def describe_generator(config: ModelConfig) -> Generator:
 
 def published_models() -> list[str]:
     """Hub ids of the models whose configuration files ship."""
-    return sorted(str(index.parent.relative_to(PUBLISHED)) for index in PUBLISHED.glob("*/*/model_index.json"))
+    folders = (folder for folder in PUBLISHED.glob("*/*") if index_name(folder) is not None)
+    return sorted(str(folder.relative_to(PUBLISHED)) for folder in folders)
 
 
 def _cached(config: ModelConfig) -> Path | None:
@@ -55,5 +56,8 @@ def _cached(config: ModelConfig) -> Path | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    index = try_to_load_from_cache(config.path, "model_index.json", revision=config.revision)
-    return Path(index).parent if isinstance(index, str) else None
+    for name in (INDEX, MODULAR_INDEX):
+        index = try_to_load_from_cache(config.path, name, revision=config.revision)
+        if isinstance(index, str):
+            return Path(index).parent
+    return None

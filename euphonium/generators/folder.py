@@ -21,9 +21,33 @@ from euphonium.errors import ConfigError
 # A JSON object from a pipeline's folder; its fields depend on the class of diffusers.
 ComponentConfig = dict[str, Any]
 
+# The files that say what a pipeline is made of: a modular pipeline of diffusers has the second one.
+INDEX, MODULAR_INDEX = "model_index.json", "modular_model_index.json"
+# Components of modular pipelines for tasks that no adapter has: neither opened nor downloaded.
+OF_OTHER_TASKS = ("transformer_ref",)
+
 # File names of a component's weights; repositories may hold copies in other precisions beside them.
 _WEIGHT_FILE = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors")
 _FINGERPRINT_SPAN = 1 << 20
+
+
+def index_name(folder: Path) -> str | None:
+    """Name of the file that says what the pipeline in a folder is made of; None if there is no pipeline.
+
+    A folder may have both. That of a modular pipeline is taken where the other one names such a class too.
+    """
+    there = [name for name in (INDEX, MODULAR_INDEX) if (folder / name).is_file()]
+    if len(there) == 2 and _names_modular(folder / INDEX):
+        return MODULAR_INDEX
+    return there[0] if there else None
+
+
+def _names_modular(index: Path) -> bool:
+    try:
+        held = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(held, dict) and str(held.get("_class_name")).endswith("ModularPipeline")
 
 
 class PipelineFolder:
@@ -45,20 +69,31 @@ class PipelineFolder:
         """
         path = Path(config.path)
         found = cls(path if path.exists() else _downloaded(config))
-        if not (found.path / "model_index.json").is_file():
+        if index_name(found.path) is None:
             raise ConfigError(
-                f"model.path: {found.path} holds no diffusers pipeline (model_index.json is missing); give the folder "
-                "of one, or download it again"
+                f"model.path: {found.path} holds no diffusers pipeline ({INDEX} is missing, and so is "
+                f"{MODULAR_INDEX}); give the folder of one, or download it again"
             )
         return found
 
+    @property
+    def index_file(self) -> str:
+        """Name of the file that :meth:`index` reads."""
+        return index_name(self.path) or INDEX
+
     def index(self) -> ComponentConfig:
-        """Contents of ``model_index.json``: the pipeline's class, and the class of each component.
+        """The pipeline's class, and the class of each component, as ``model_index.json`` has them.
+
+        A modular pipeline's own index adds to every class where its files are. Here they are those of the folder.
 
         Raises:
             ConfigError: the file is missing or damaged.
         """
-        return self._json(Path("model_index.json"))
+        held = self._json(Path(self.index_file))
+        for name, entry in held.items():
+            if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], dict):
+                held[name] = entry[:2]
+        return held
 
     def component_config(self, component: str, file: str = "config.json") -> ComponentConfig:
         """Configuration of a component, read from ``file`` in its folder.
@@ -144,17 +179,28 @@ def _downloaded(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
+        indices = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=[INDEX, MODULAR_INDEX]))
         return Path(
             snapshot_download(
                 config.path,
                 revision=config.revision,
-                # The components only: many repositories hold the same weights in other formats too.
-                allow_patterns=["model_index.json", "*/*"],
+                allow_patterns=[INDEX, MODULAR_INDEX, *_wanted_files(PipelineFolder(indices))],
                 ignore_patterns=["*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.h5", "*.fp16.*", "*.non_ema.*"],
             )
         )
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"model.path: {config.path} is no folder here and could not be downloaded ({error}); "
             "give a local folder, or check name, network and HF_TOKEN"
         ) from error
+
+
+def _wanted_files(pipeline: PipelineFolder) -> list[str]:
+    """Patterns of a repository's files: components only, as many hold the same weights in other formats too."""
+    if pipeline.index_file == INDEX:
+        return ["*/*"]
+    # Beside the components are the folders of the model's own code, which hold all weights once more.
+    index = pipeline.index()
+    return [f"{name}/*" for name, entry in index.items() if isinstance(entry, list) and name not in OF_OTHER_TASKS]

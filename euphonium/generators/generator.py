@@ -51,12 +51,16 @@ class Generator(Backbone):
     pipeline_class: ClassVar[str]
     # Classes of model_index.json whose folders are opened as well if ``model.pipeline`` says so.
     also_opens: ClassVar[tuple[str, ...]] = ()
+    # Frames of the shortest sample.
+    least_frames: ClassVar[int] = 1
     # Whether every prompt comes with a picture.
     takes_image: ClassVar[bool] = False
     # Whether the text encoder reads a prompt together with its picture, so that no text is encoded before a run.
     reads_text_with_image: ClassVar[bool] = False
     # Components that read the picture, besides the VAE; those that the folder does not have are left out.
     image_components: ClassVar[tuple[str, ...]] = ()
+    # Components that the index names for tasks that this adapter does not have.
+    of_other_tasks: ClassVar[tuple[str, ...]] = ()
     # The tokenizer whose encoder reads the whole of a prompt; others may read its beginning.
     prompt_tokenizer: ClassVar[str] = "tokenizer"
 
@@ -318,7 +322,7 @@ class Generator(Backbone):
     def fingerprint(self) -> dict[str, str]:
         """Hashes of VAE and encoders: a process reward model fits only generators with the same ones."""
         of_images = (name for name in self.image_components if name.endswith("encoder"))
-        parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", *of_images)
+        parts = ("vae", "audio_vae", "text_encoder", "text_encoder_2", "text_encoder_3", *of_images)
         return {part: self.pipeline.fingerprint(part) for part in parts if (self.folder / part).is_dir()}
 
     def _check_size(self) -> None:
@@ -331,6 +335,9 @@ class Generator(Backbone):
                 f"model.frames: {self.folder} makes 1 frame and then {temporal} at a time; {frames} is not among "
                 f"those numbers, {(frames - 1) // temporal * temporal + 1} is"
             )
+        self._check_sides(step)
+
+    def _check_sides(self, step: int) -> None:
         for field, size in (("height", self.config.height), ("width", self.config.width)):
             if size % step:
                 raise ConfigError(f"model.{field}: {self.folder} needs a multiple of {step}, which {size} is not")

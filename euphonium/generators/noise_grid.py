@@ -21,6 +21,8 @@ from euphonium.errors import ConfigError
 from euphonium.generators.folder import ComponentConfig, PipelineFolder
 
 SCHEDULER, SCHEDULER_FILE = "scheduler", "scheduler_config.json"
+# Of the classes of diffusers, the one that counts the end of a walk among its steps.
+COUNTS_END = "MiniMaxH3Scheduler"
 # Schedulers compute in float32; UniPC begins a millionth below 1, because it takes the logarithm of what is left.
 ROUNDING = 2e-6
 
@@ -76,7 +78,7 @@ def pipeline_grid(
     name, multistep = config.get("_class_name"), bool(config.get("use_flow_sigmas"))
     where = f"{SCHEDULER}/{SCHEDULER_FILE} of {pipeline.path}"
     remedy = f"set {section}.grid: linear and {section}.shift"
-    if name != "FlowMatchEulerDiscreteScheduler" and not multistep:
+    if name not in ("FlowMatchEulerDiscreteScheduler", COUNTS_END) and not multistep:
         raise ConfigError(
             f"{section}.grid: pipeline takes the noise levels of the pipeline's scheduler, and {where} names a {name}, "
             f"which has none of flow matching; {remedy}"
@@ -90,7 +92,7 @@ def pipeline_grid(
     field = "flow_shift" if multistep else "shift"
     try:
         scheduler = _scheduler(str(name), config if settings.shift is None else config | {field: settings.shift})
-        arguments: dict[str, Any] = {"num_inference_steps": num_steps}
+        arguments: dict[str, Any] = {"num_inference_steps": num_steps + (name == COUNTS_END)}
         if told is not None:
             arguments["sigmas"] = told
         if dynamic and (mu is not None or tokens is not None):

@@ -13,6 +13,7 @@ from euphonium.generators.generator import Generator
 from euphonium.generators.hunyuan_video import HunyuanVideo
 from euphonium.generators.hunyuan_video_15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
 from euphonium.generators.ltx import Ltx
+from euphonium.generators.minimax_h3 import MiniMaxH3
 from euphonium.generators.qwen_image import QwenImage
 from euphonium.generators.qwen_image_edit import QwenImageEdit, QwenImageEditPlus
 from euphonium.generators.skyreels import SkyReelsImageToVideo
@@ -30,7 +31,7 @@ FAMILIES: dict[str, type[Generator]] = {
     for family in (
         HunyuanVideo, HunyuanVideo15, HunyuanVideo15ImageToVideo, SkyReelsImageToVideo, Wan, WanImageToVideo, Flux,
         QwenImage, QwenImageEdit, QwenImageEditPlus, StableDiffusion3, StableDiffusion, ZImage, Flux2Dev, Flux2Klein,
-        Ltx,
+        Ltx, MiniMaxH3,
     )
 }  # fmt: skip
 
@@ -49,7 +50,7 @@ def adapter_of(pipeline: PipelineFolder, config: ModelConfig) -> Generator:
     name = pipeline.index().get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(
-            f"model.path: by its model_index.json {pipeline.path} is a {name}, for which there is no adapter; "
+            f"model.path: by its {pipeline.index_file} {pipeline.path} is a {name}, for which there is no adapter; "
             f"supported: {', '.join(FAMILIES)}"
         )
     name = _chosen(name, config, pipeline)

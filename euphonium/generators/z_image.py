@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from euphonium.generators.backbone import NetworkClass
-from euphonium.generators.conditioning import Conditioning, PromptEncoder
+from euphonium.generators.conditioning import Conditioning, PromptEncoder, padded_texts, seen_texts
 from euphonium.generators.flux2 import conversations
 from euphonium.generators.images import ImageGenerator
 from euphonium.generators.noise_grid import evenly_told
@@ -83,11 +82,7 @@ class ZImage(ImageGenerator):
             texts, _ = pipeline.encode_prompt(
                 list(prompts), device=device, do_classifier_free_guidance=False, max_sequence_length=limit
             )
-            seen = [torch.ones(len(text), device=device) for text in texts]
-            return {
-                "encoder_hidden_states": pad_sequence(texts, batch_first=True).to(self.dtype),
-                "encoder_attention_mask": pad_sequence(seen, batch_first=True).to(self.dtype),
-            }
+            return padded_texts(texts, self.dtype)
 
         return encode
 
@@ -102,13 +97,8 @@ class ZImage(ImageGenerator):
 
     @override
     def forward(self, transformer: nn.Module, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        texts, mask = conditioning["encoder_hidden_states"], conditioning["encoder_attention_mask"]
-        lengths = [mask.shape[1]] * len(mask) if mask.is_meta else mask.sum(dim=1).long().tolist()
         output: Tensor | list[Tensor] = transformer(
-            list(x.to(self.dtype).unbind()),
-            1 - time,
-            [text[:length] for text, length in zip(texts, lengths, strict=True)],
-            return_dict=False,
+            list(x.to(self.dtype).unbind()), 1 - time, seen_texts(conditioning), return_dict=False
         )[0]
         # A list from a transformer that a pipeline has loaded by itself.
         return -(output if isinstance(output, Tensor) else torch.stack(output))

@@ -213,8 +213,10 @@ def open_encoders(model: ModelConfig) -> tuple[Generator, ModelConfig]:
 
     pipeline = PipelineFolder.find(model)
     family = FAMILIES.get(str(pipeline.index().get("_class_name")))
-    if family is not None and pipeline.component_config(family.backbone).get("guidance_embeds"):
-        model = model.model_copy(update={"embedded_guidance": 1.0})
+    if family is not None:
+        model = model.model_copy(update={"frames": max(model.frames, family.least_frames)})
+        if pipeline.component_config(family.backbone).get("guidance_embeds"):
+            model = model.model_copy(update={"embedded_guidance": 1.0})
     generator = adapter_of(pipeline, model)
     if generator.reads_text_with_image:
         raise generator.never_encoded_alone("--model")

@@ -15,7 +15,7 @@ import torch
 from euphonium.config import ModelConfig, RunConfig, load_config
 from euphonium.errors import ConfigError
 from euphonium.generators.components import load_pipeline
-from euphonium.generators.folder import PipelineFolder
+from euphonium.generators.folder import INDEX, PipelineFolder, index_name
 from euphonium.generators.pictures import open_picture, require_pictures
 from euphonium.generators.prompt_length import warn_of_cut_prompts
 from euphonium.generators.registry import FAMILIES, adapter_of
@@ -113,7 +113,7 @@ def find_model(model: str, drawing: Drawing, prompts: Path) -> ModelSource:
     """
     path = Path(model)
     hub_id = not path.exists() and model.count("/") == 1 and not model.startswith((".", "/"))
-    if hub_id or (path / "model_index.json").is_file():
+    if hub_id or index_name(path) is not None:
         return PipelineSource(model, _found(model), drawing)
     own: list[tuple[str, object]] = [
         ("--adapter", drawing.adapter), ("--dtype", drawing.dtype), ("--guidance-scale", drawing.guidance_scale)
@@ -246,6 +246,11 @@ class PipelineSource:
         import diffusers
 
         name = str(self.folder.index().get("_class_name"))
+        if self.folder.index_file != INDEX:
+            raise ConfigError(
+                f"MODEL: {self.folder.path} is a {name}, a modular pipeline, which is called with diffusers itself; "
+                "give the run that trained it, or one of its checkpoints"
+            )
         kind = getattr(diffusers, name, None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
             raise ConfigError(f"MODEL: by its model_index.json {self.folder.path} is a {name}, which is no pipeline of "

@@ -90,6 +90,11 @@ def _ltx(generator: Generator) -> _Shapes:
     return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
 
 
+def _minimax_h3(generator: Generator) -> _Shapes:
+    length, width = generator.config.max_prompt_tokens, int(generator.transformer_config()["text_dim"])
+    return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
+
+
 def _flux2(generator: Generator) -> _Shapes:
     width = int(generator.transformer_config()["joint_attention_dim"])
     return {"encoder_hidden_states": (generator.config.max_prompt_tokens, width)}
@@ -123,6 +128,7 @@ PROMPTS: dict[str, Callable[[Generator], _Shapes]] = {
     "WanPipeline": _wan,
     "WanImageToVideoPipeline": _wan,
     "LTXPipeline": _ltx,
+    "MiniMaxH3ModularPipeline": _minimax_h3,
     "FluxPipeline": _flux,
     "Flux2Pipeline": _flux2,
     "Flux2KleinPipeline": _flux2,

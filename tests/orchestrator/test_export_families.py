@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,13 +11,12 @@ from torch import nn
 
 from euphonium.config import LoraConfig, RunConfig, load_config
 from euphonium.errors import ConfigError
-from euphonium.generators.components import open_pipeline
 from euphonium.generators.lora import adapter_parameters, add_adapter
 from learners.policy.checkpoint import POLICY_FILE
 from orchestrator.commands.launch import preflight
 from orchestrator.export_policy import export_adapter
 from tests.euphonium.generators.cases import CASES, CPU, conditioning_of, family_of, noise
-from tests.euphonium.generators.tiny_pipelines import Folders
+from tests.euphonium.generators.tiny_pipelines import Folders, open_saved
 
 LORA = LoraConfig(rank=2, alpha=3.0)
 RECIPE = Path(__file__).parents[2] / "recipes" / "embedded" / "dancegrpo.yaml"
@@ -45,8 +43,8 @@ def trained(name: str, folders: Folders, checkpoint: Path) -> nn.Module:
 
 
 ABLE = [
-    "flux", "flux2 dev", "qwen", "qwen edit", "z-image", "sd3", "ltx", "wan", "wan i2v", "wan 2.2 i2v", "sd1",
-    "hunyuan", "skyreels",
+    "flux", "flux2 dev", "qwen", "qwen edit", "z-image", "sd3", "ltx", "minimax h3", "wan", "wan i2v", "wan 2.2 i2v",
+    "sd1", "hunyuan", "skyreels",
 ]  # fmt: skip
 
 
@@ -54,12 +52,12 @@ ABLE = [
 def test_an_exported_adapter_changes_the_familys_own_pipeline_as_it_changed_the_policy(
     name: str, folders: Folders, tmp_path: Path
 ) -> None:
-    family, case = family_of(name, folders), CASES[name]
+    family = family_of(name, folders)
     transformer = trained(name, folders, tmp_path / "checkpoint")
     export_adapter(tmp_path / "checkpoint", run_of(name, family.folder), tmp_path / "adapter")
-    pipeline = open_pipeline(getattr(diffusers, case.pipeline_class), family.folder)
+    pipeline = open_saved(family.folder)
     conditioning, x, time = conditioning_of(family), noise(family), torch.tensor([0.3, 0.8])
-    loaded = getattr(pipeline, family.backbone)
+    loaded = family.prepare(getattr(pipeline, family.backbone))
     with torch.no_grad():
         before = family.velocity(loaded, x, time, conditioning)
         pipeline.load_lora_weights(tmp_path / "adapter")

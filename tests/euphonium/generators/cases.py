@@ -86,6 +86,7 @@ CASES: dict[str, Case] = {
     "ltx": Case("LTXPipeline", size=(5, 32, 64), cfg_scale=3.0),
     "ltx without CFG": Case("LTXPipeline", size=(5, 32, 64)),
     "ltx 0.9.1": Case("LTXPipeline", size=(5, 32, 64), cfg_scale=3.0, variant="0.9.1"),
+    "minimax h3": Case("MiniMaxH3ModularPipeline", size=(22, 16, 24)),
     "wan": Case("WanPipeline", size=(5, 16, 32), cfg_scale=5.0),
     "wan 2.2": Case("WanPipeline", size=(5, 16, 32), cfg_scale=5.0, variant="2.2"),
     "wan a14b": Case(
@@ -117,6 +118,7 @@ TRANSFORMERS = [
     "sd3",
     "ltx",
     "ltx 0.9.1",
+    "minimax h3",
     "wan",
     "wan 2.2",
     "wan i2v",

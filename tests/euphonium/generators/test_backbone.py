@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from euphonium.errors import ConfigError
-from euphonium.generators.components import open_pipeline
 from euphonium.generators.registry import open_generator
 from euphonium.rewards.process import ProcessRewardModel
 from tests.euphonium.generators.cases import (
@@ -22,20 +21,18 @@ from tests.euphonium.generators.cases import (
     one_a_family,
     one_a_transformer,
 )
-from tests.euphonium.generators.tiny_pipelines import Folders
+from tests.euphonium.generators.tiny_pipelines import Folders, open_saved
 
 
 @one_a_family
 def test_an_exported_pipeline_has_the_new_weights_and_all_else(name: str, folders: Folders, tmp_path: Path) -> None:
-    from diffusers import DiffusionPipeline
-
     family = family_of(name, folders)
     transformer = family.load_transformer(CPU)
     state = {key: tensor + 0.01 for key, tensor in transformer.state_dict().items()}
     # The name of the path must not matter.
     target = tmp_path / "transformer" / "exported"
     family.export(state, target)
-    loaded = open_pipeline(DiffusionPipeline, target)
+    loaded = open_saved(target)
     assert type(loaded).__name__ == family.pipeline.index()["_class_name"]
     parts = family.trained_components().items()
     got = {prefix + key: t for prefix, part in parts for key, t in getattr(loaded, part).state_dict().items()}

@@ -122,4 +122,4 @@ def test_what_has_no_mask_is_not_padded() -> None:
 def test_the_examples_hold() -> None:
     outcome = doctest.testmod(module)
     assert outcome.failed == 0
-    assert outcome.attempted == 4
+    assert outcome.attempted == 6

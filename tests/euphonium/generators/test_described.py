@@ -1,6 +1,5 @@
 """Descriptions of published models have the published numbers of parameters, and need no weights and no network."""
 
-import json
 import socket
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from euphonium.config import ModelConfig, load_config
 from euphonium.errors import ConfigError
 from euphonium.generators.described import PUBLISHED, describe_generator, published_models
+from euphonium.generators.folder import PipelineFolder
 
 # Published sizes, in billions, and how far a rounded one may be off.
 SIZES = {
@@ -24,6 +24,8 @@ SIZES = {
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (28.577, 0.01),
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": (28.578, 0.01),
     "Lightricks/LTX-Video": (1.923, 0.001),
+    # Its weights are 66.3 GB in bfloat16, a few of them in float32.
+    "MiniMaxAI/MiniMax-H3": (33.123, 0.03),
     "Qwen/Qwen-Image": (20.430, 0.005),
     "Qwen/Qwen-Image-Edit": (20.430, 0.005),
     "Qwen/Qwen-Image-Edit-2509": (20.430, 0.005),
@@ -38,10 +40,13 @@ SIZES = {
 
 
 def model(path: str) -> ModelConfig:
-    index = json.loads((PUBLISHED / path / "model_index.json").read_text())["_class_name"]
+    index = PipelineFolder(PUBLISHED / path).index()["_class_name"]
     distilled = ("Hunyuan" in index and "15" not in index) or index in ("FluxPipeline", "Flux2Pipeline")
     guidance = 1.0 if distilled else None
-    return ModelConfig(path=path, height=512, width=512, max_prompt_tokens=512, embedded_guidance=guidance)
+    frames = 22 if index == "MiniMaxH3ModularPipeline" else 1
+    return ModelConfig(
+        path=path, frames=frames, height=512, width=512, max_prompt_tokens=512, embedded_guidance=guidance
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +81,7 @@ def test_a_vae_is_described_and_fits_the_latents(path: str) -> None:
     generator = describe_generator(model(path))
     vae = generator.load_vae(torch.device("meta"), torch.bfloat16)
     latents = torch.zeros(1, *generator.latent_shape, device="meta")
-    assert vae.decode(latents).shape == (1, 1, 3, 512, 512)
+    assert vae.decode(latents).shape == (1, generator.config.frames, 3, 512, 512)
 
 
 def test_a_local_folders_own_files_win(tiny_generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ from tests.euphonium.generators.cases import (
     one_a_family,
     pictures,
 )
+from tests.euphonium.generators.tiny_minimax_h3 import minimax_h3_samples
 from tests.euphonium.generators.tiny_pipelines import BUILDERS, Folders
 
 WAN_I2V, HUNYUAN_15_I2V = "WanImageToVideoPipeline", "HunyuanVideo15ImageToVideoPipeline"
@@ -173,6 +174,8 @@ def one_by_one(call: dict[str, Any]) -> list[dict[str, Any]]:
 
 def their_samples(case: Case, family: Generator, output_type: str) -> Tensor:
     """What the diffusers pipeline makes of the same noise and prompts."""
+    if case.pipeline_class == "MiniMaxH3ModularPipeline":
+        return minimax_h3_samples(family, noise(family), PROMPTS, STEPS, output_type)
     pipeline = their_pipeline(case, family.folder)
     frames, height, width = case.size
     call = call_of(case, family, pipeline, output_type)
@@ -237,7 +240,9 @@ def test_guidance_changes_the_samples(name: str, changes: dict[str, Any], folder
     assert float((samples[0] - samples[1]).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["hunyuan", "hunyuan 1.5", "skyreels", "flux", "sd3", "wan", "ltx without CFG"])
+@pytest.mark.parametrize(
+    "name", ["hunyuan", "hunyuan 1.5", "skyreels", "flux", "sd3", "wan", "ltx without CFG", "minimax h3"]
+)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_group_of_one_prompt_attends_without_a_mask(
     name: str, prompt: str, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
@@ -299,6 +304,8 @@ def test_decoded_samples_are_the_pipelines_own(name: str, folders: Folders) -> N
         ("flux2 dev", {"cfg_scale": 2.0}, r"model\.cfg_scale: .* takes no negative prompt; leave it out"),
         ("sd3", {"embedded_guidance": 3.5}, r"model\.embedded_guidance: .* takes no guidance scale"),
         ("wan", {"frames": 4}, r"model\.frames: .* 2 at a time; 4 is not among those numbers, 3 is"),
+        ("minimax h3", {"frames": 20}, r"model\.frames: .* 20 is not among those numbers, 22 is"),
+        ("minimax h3", {"cfg_scale": 2.0}, r"model\.cfg_scale: .* takes no negative prompt; leave it out"),
         ("hunyuan", {"width": 40}, r"model\.width: .* multiple of 16"),
         ("sd1", {"width": 17}, r"model\.width: .* multiple of 2"),
     ],
@@ -318,6 +325,7 @@ def test_settings_that_a_generator_cannot_take_are_refused(
         ("wan", ["model.frames=5", "model.width=32", "model.cfg_scale=5", "model.dtype=bfloat16"]),
         ("wan i2v", ["model.frames=5", "model.width=32", "model.max_prompt_tokens=512", "model.dtype=bfloat16"]),
         ("wan 2.2 i2v", ["model.frames=5", "model.width=32", "model.cfg_scale=5", f"model.pipeline={WAN_I2V}"]),
+        ("minimax h3", ["model.frames=22", "sampler.law=cps", "sampler.shift=null", "sampler.grid=pipeline"]),
         ("sd1", ["sampler.law=ddim", "sampler.shift=null", "sampler.grid=pipeline", "model.cfg_scale=7.5"]),
     ],
 )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from learners.policy.checkpoint import POLICY_FILE
 from tests.checkout import environment
-from tests.euphonium.generators.tiny_pipelines import BUILDERS, SHAPES, build_pipeline, model_fields
+from tests.euphonium.generators.tiny_pipelines import BUILDERS, SHAPES, model_fields, save_pipeline
 
 # The family of which another start is tested.
 STARTED = "WanPipeline"
@@ -57,7 +57,7 @@ def trained(names: list[str], folder: Path) -> dict[str, dict[str, dict[str, flo
     orders: dict[str, dict[str, Any]] = {}
     Image.new("RGB", (32, 32), "red").save(folder / "first_frame.png")
     for name in names:
-        build_pipeline(name).save_pretrained(folder / name)
+        save_pipeline(name, folder / name)
         model = model_fields(name, folder / name)
         for way, (changes, checkpointing, *_) in WAYS.items():
             orders[f"{name}, {way}"] = {"model": model | changes, "checkpointing": checkpointing}

@@ -41,7 +41,9 @@ def model_at(path: Path | str) -> ModelConfig:
 def test_what_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path: \./nowhere/else is neither a folder nor a hub id"):
         PipelineFolder.find(model_at("./nowhere/else"))
-    with pytest.raises(ConfigError, match=r"holds no diffusers pipeline \(model_index\.json is missing\)"):
+    with pytest.raises(
+        ConfigError, match=r"holds no diffusers pipeline \(model_index\.json is missing, and so is modular_"
+    ):
         PipelineFolder.find(model_at(tmp_path))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
     with pytest.raises(ConfigError, match=r"is a NoSuchPipeline, for which there is no adapter; supported: Hunyuan"):
@@ -69,3 +71,40 @@ def test_a_mark_covers_configuration_and_both_ends_of_every_weight_file(tmp_path
     # Copies in another precision are not what is loaded.
     (vae / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"half")
     assert pipeline.fingerprint("vae") in marks
+
+
+def test_a_modular_pipelines_index_says_the_classes_alone(folders: Folders, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folders("MiniMaxH3ModularPipeline"), copy)
+    index = PipelineFolder.find(model_at(copy)).index()
+    assert index["transformer"] == ["diffusers", "MiniMaxH3Transformer3DModel"]
+    # A pipeline that is not modular keeps its own index, whatever lies beside it.
+    (copy / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    assert PipelineFolder(copy).index() == {"_class_name": "FluxPipeline"}
+    (copy / "model_index.json").unlink()
+    (copy / "modular_model_index.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"modular_model_index\.json of .* cannot be read .*download or copy"):
+        open_generator(model_at(copy))
+    (copy / "modular_model_index.json").write_text(json.dumps({"_class_name": "AnimaModularPipeline"}))
+    with pytest.raises(ConfigError, match=r"by its modular_model_index\.json .* is a AnimaModularPipeline, for which"):
+        open_generator(model_at(copy))
+
+
+def test_of_a_modular_repository_only_what_is_opened_is_downloaded(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside it lie the model's own code with all weights once more, and the transformer of another task."""
+    asked: list[list[str]] = []
+
+    def snapshot(name: str, *, allow_patterns: list[str], **more: object) -> str:
+        asked.append(allow_patterns)
+        return str(folders("MiniMaxH3ModularPipeline"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    PipelineFolder.find(model_at("MiniMaxAI/some-model"))
+    indices, wanted = asked
+    assert indices == ["model_index.json", "modular_model_index.json"]
+    assert {"transformer/*", "vae/*", "audio_vae/*", "text_encoder/*", "scheduler/*", "audio_scheduler/*"} <= set(
+        wanted
+    )
+    assert not {"transformer_ref/*", "*/*"} & set(wanted)

@@ -10,7 +10,7 @@ from diffusers import Flux2KleinPipeline
 from torch import Tensor
 
 from euphonium.generators.encoding import load_encoder
-from tests.euphonium.generators.cases import CASES, CPU, family_of, noise, one_a_family
+from tests.euphonium.generators.cases import CASES, CPU, TRANSFORMERS, family_of, noise
 from tests.euphonium.generators.tiny_pipelines import Folders
 
 
@@ -45,12 +45,16 @@ SCALES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# States of MiniMax-H3 hold more than what its VAE encodes.
+one_a_vae = pytest.mark.parametrize("name", [name for name in (*TRANSFORMERS, "sd1") if name != "minimax h3"])
+
+
 def clips(name: str, count: int) -> Tensor:
     frames, height, width = CASES[name].size
     return torch.rand(count, frames, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
-@one_a_family
+@one_a_vae
 def test_latents_are_scaled_by_the_pipelines_numbers_both_ways(name: str, folders: Folders) -> None:
     family = family_of(name, folders)
     vae, z = family.load_vae(CPU, torch.float32), noise(family)
@@ -58,7 +62,7 @@ def test_latents_are_scaled_by_the_pipelines_numbers_both_ways(name: str, folder
     torch.testing.assert_close(vae.unscaled(vae.scaled(z)), z)
 
 
-@one_a_family
+@one_a_vae
 def test_encoded_videos_are_the_networks_mode_scaled(name: str, folders: Folders) -> None:
     family, videos = family_of(name, folders), clips(name, 1)
     vae = family.load_vae(CPU, torch.float32)

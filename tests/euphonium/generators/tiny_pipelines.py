@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
+from euphonium.generators.components import open_pipeline
 from tests.euphonium.generators.tiny_flux2 import flux2_dev, flux2_klein
 from tests.euphonium.generators.tiny_ltx import ltx, ltx_timestep_conditioned
+from tests.euphonium.generators.tiny_minimax_h3 import minimax_h3, open_minimax_h3
 from tests.euphonium.generators.tiny_parts import (
     TEXT,
     clip_encoder,
@@ -233,6 +235,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "ZImagePipeline": z_image,
     "LTXPipeline": ltx,
     "LTXPipeline 0.9.1": ltx_timestep_conditioned,
+    "MiniMaxH3ModularPipeline": minimax_h3,
     "WanPipeline": wan,
     "WanPipeline 2.2": wan_22,
     "WanPipeline A14B": wan_experts,
@@ -259,6 +262,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "QwenImageEditPlusPipeline": {"cfg_scale": 4.0},
     "LTXPipeline": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 3.0},
     "LTXPipeline 0.9.1": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 3.0},
+    "MiniMaxH3ModularPipeline": {"frames": 22},
     "WanPipeline": {"frames": 5, "cfg_scale": 5.0},
     "WanPipeline 2.2": {"frames": 5, "cfg_scale": 5.0},
     "WanPipeline A14B": {"frames": 5, "cfg_scale": 4.0, "cfg_scale_2": 3.0},
@@ -297,5 +301,22 @@ def build_pipeline(name: str, seed: int = 0) -> Any:
     return pipeline
 
 
+def save_pipeline(name: str, folder: Path) -> None:
+    """Saves a pipeline as the hub has it."""
+    from diffusers import ModularPipeline
+
+    pipeline = build_pipeline(name)
+    modular = {"overwrite_modular_index": True} if isinstance(pipeline, ModularPipeline) else {}
+    pipeline.save_pretrained(str(folder), **modular)
+
+
+def open_saved(folder: Path) -> Any:
+    """The pipeline in a folder, as diffusers opens it."""
+    from diffusers import DiffusionPipeline
+
+    modular = not (folder / "model_index.json").is_file()
+    return open_minimax_h3(folder) if modular else open_pipeline(DiffusionPipeline, folder)
+
+
 if __name__ == "__main__":
-    build_pipeline(sys.argv[1]).save_pretrained(sys.argv[2])
+    save_pipeline(sys.argv[1], Path(sys.argv[2]))

@@ -80,7 +80,9 @@ def test_a_damaged_size_is_refused(
 def test_what_a_pipeline_cannot_draw_is_refused(
     folders: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    images, videos, edits = (folders(CASES[name].pipeline_class) for name in ("sd1", "skyreels", "qwen edit"))
+    images, videos, edits, modular = (
+        folders(CASES[name].pipeline_class) for name in ("sd1", "skyreels", "qwen edit", "minimax h3")
+    )
     for model, options, message in (
         (images, ["--frames", "5"], "makes images"),
         (images, ["--height", "0"], "--height: must be above 0"),
@@ -89,6 +91,7 @@ def test_what_a_pipeline_cannot_draw_is_refused(
         (images, ["--adapter", str(tmp_path)], "holds no pytorch_lora_weights.safetensors"),
         (videos, [], "needs an image with each prompt"),
         (edits, [], "needs an image with each prompt"),
+        (modular, [], "is a MiniMaxH3ModularPipeline, a modular pipeline"),
         ("nobody/nothing", [], "could not be downloaded"),
     ):
         assert generate(model, tmp_path / "c", "-p", PROMPT, *options) == 2
