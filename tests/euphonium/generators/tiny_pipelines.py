@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from tests.euphonium.generators.tiny_flux2 import flux2_dev, flux2_klein
 from tests.euphonium.generators.tiny_ltx import ltx, ltx_timestep_conditioned
+from tests.euphonium.generators.tiny_ltx2 import ltx2, ltx2_3
 from tests.euphonium.generators.tiny_parts import (
     TEXT,
     clip_encoder,
@@ -233,6 +234,8 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "ZImagePipeline": z_image,
     "LTXPipeline": ltx,
     "LTXPipeline 0.9.1": ltx_timestep_conditioned,
+    "LTX2Pipeline": ltx2,
+    "LTX2Pipeline 2.3": ltx2_3,
     "WanPipeline": wan,
     "WanPipeline 2.2": wan_22,
     "WanPipeline A14B": wan_experts,
@@ -259,6 +262,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "QwenImageEditPlusPipeline": {"cfg_scale": 4.0},
     "LTXPipeline": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 3.0},
     "LTXPipeline 0.9.1": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 3.0},
+    "LTX2Pipeline": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 4.0},
+    "LTX2Pipeline 2.3": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 3.0},
     "WanPipeline": {"frames": 5, "cfg_scale": 5.0},
     "WanPipeline 2.2": {"frames": 5, "cfg_scale": 5.0},
     "WanPipeline A14B": {"frames": 5, "cfg_scale": 4.0, "cfg_scale_2": 3.0},
