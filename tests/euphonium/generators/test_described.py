@@ -24,6 +24,8 @@ SIZES = {
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (28.577, 0.01),
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": (28.578, 0.01),
     "Lightricks/LTX-Video": (1.923, 0.001),
+    "Lightricks/LTX-2": (18.876, 0.001),
+    "diffusers/LTX-2.3-Diffusers": (18.989, 0.001),
     "Qwen/Qwen-Image": (20.430, 0.005),
     "Qwen/Qwen-Image-Edit": (20.430, 0.005),
     "Qwen/Qwen-Image-Edit-2509": (20.430, 0.005),
