@@ -45,8 +45,7 @@ from tests.euphonium.generators.tiny_pipelines import BUILDERS, Folders
 WAN_I2V, HUNYUAN_15_I2V = "WanImageToVideoPipeline", "HunyuanVideo15ImageToVideoPipeline"
 QWEN_EDIT = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 ONE_PICTURE = (WAN_I2V, HUNYUAN_15_I2V, *QWEN_EDIT)
-# Their latents are packed to tokens.
-PACKED = ("FluxPipeline", "QwenImagePipeline", *QWEN_EDIT)
+PACKED = ("FluxPipeline", "QwenImagePipeline", *QWEN_EDIT)  # their latents, to tokens
 
 
 def our_samples(family: Generator, conditioning: dict[str, Tensor], start: Tensor) -> Tensor:
