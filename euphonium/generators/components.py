@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -39,7 +40,7 @@ def check_generator(family: Generator) -> None:
         ConfigError: a component is missing, damaged or does not fit; names folder and component, and what to do.
     """
     own = {family.backbone: family.transformer_class(), "vae": family.vae_class()}
-    unopened = tuple(name for name in UNOPENED if name not in family.image_components) + family.of_other_tasks
+    unopened = tuple(name for name in (*UNOPENED, *family.unopened) if name not in family.image_components)
     networks = check_components(family.pipeline, own, unopened)
     if family.config.lora is not None:
         check_targets(networks[family.backbone], family.config.lora)
@@ -123,11 +124,21 @@ def component_classes(pipeline: PipelineFolder) -> dict[str, Loadable]:
         if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
             continue
         with _blaming(pipeline.path, name):
-            if len(entry) != 2 or entry[0] not in LIBRARIES:
+            library = _library(entry[0]) if len(entry) == 2 else None
+            if library is None:
                 raise ValueError(f"{pipeline.index_file} names {entry}, not a class of {' or '.join(LIBRARIES)}")
-            stand_in = without_torchvision(str(entry[1]))
-            found[name] = stand_in or getattr(importlib.import_module(entry[0]), str(entry[1]))
+            found[name] = without_torchvision(str(entry[1])) or getattr(library, str(entry[1]))
     return found
+
+
+def _library(name: object) -> ModuleType | None:
+    """What an index calls ``name``: a library, or diffusers' module of a pipeline with own classes; else None."""
+    if name in LIBRARIES:
+        return importlib.import_module(str(name))
+    from diffusers import pipelines
+
+    found = getattr(pipelines, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, ModuleType) else None
 
 
 def _open(folder: Path, kind: Loadable) -> object:

@@ -59,7 +59,7 @@ def encoder_fingerprint(generator: Generator) -> Fingerprint:
     found = settings_fingerprint(generator)
     for name in text_components(generator):
         try:
-            if name.startswith("text_encoder"):
+            if not name.startswith("tokenizer"):
                 found[name] = generator.pipeline.fingerprint(name)
             else:
                 files = sorted(file for file in (generator.folder / name).iterdir() if file.is_file())
@@ -74,12 +74,12 @@ def encoder_fingerprint(generator: Generator) -> Fingerprint:
 
 
 def text_components(generator: Generator) -> list[str]:
-    """Text encoders and tokenizers of a generator's pipeline."""
-    index = generator.pipeline.index()
+    """Components of a generator's pipeline that read prompts: text encoders and tokenizers, mostly."""
+    index, beginnings = generator.pipeline.index(), (*generator.text_networks, "tokenizer")
     return sorted(
         name
         for name, entry in index.items()
-        if name.startswith(("text_encoder", "tokenizer")) and isinstance(entry, list) and entry != [None, None]
+        if name.startswith(beginnings) and isinstance(entry, list) and entry != [None, None]
     )
 
 

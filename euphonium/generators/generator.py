@@ -59,8 +59,10 @@ class Generator(Backbone):
     reads_text_with_image: ClassVar[bool] = False
     # Components that read the picture, besides the VAE; those that the folder does not have are left out.
     image_components: ClassVar[tuple[str, ...]] = ()
-    # Components that the index names for tasks that this adapter does not have.
-    of_other_tasks: ClassVar[tuple[str, ...]] = ()
+    # What the names of the components that read prompts begin with, tokenizers apart.
+    text_networks: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    # Further components that no role opens.
+    unopened: ClassVar[tuple[str, ...]] = ()
     # The tokenizer whose encoder reads the whole of a prompt; others may read its beginning.
     prompt_tokenizer: ClassVar[str] = "tokenizer"
 

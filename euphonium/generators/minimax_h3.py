@@ -51,7 +51,7 @@ class MiniMaxH3(Generator):
     pipeline_class = "MiniMaxH3ModularPipeline"
     least_frames = 22
     # The processor prepares pictures and sounds.
-    of_other_tasks = ("processor", *OF_OTHER_TASKS)
+    unopened = ("processor", *OF_OTHER_TASKS)
 
     def __init__(self, pipeline: PipelineFolder, config: ModelConfig) -> None:
         """Reads the pipeline's configurations.

@@ -13,6 +13,7 @@ from euphonium.generators.generator import Generator
 from euphonium.generators.hunyuan_video import HunyuanVideo
 from euphonium.generators.hunyuan_video_15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
 from euphonium.generators.ltx import Ltx
+from euphonium.generators.ltx2 import Ltx2
 from euphonium.generators.minimax_h3 import MiniMaxH3
 from euphonium.generators.qwen_image import QwenImage
 from euphonium.generators.qwen_image_edit import QwenImageEdit, QwenImageEditPlus
@@ -31,7 +32,7 @@ FAMILIES: dict[str, type[Generator]] = {
     for family in (
         HunyuanVideo, HunyuanVideo15, HunyuanVideo15ImageToVideo, SkyReelsImageToVideo, Wan, WanImageToVideo, Flux,
         QwenImage, QwenImageEdit, QwenImageEditPlus, StableDiffusion3, StableDiffusion, ZImage, Flux2Dev, Flux2Klein,
-        Ltx, MiniMaxH3,
+        Ltx, Ltx2, MiniMaxH3,
     )
 }  # fmt: skip
 

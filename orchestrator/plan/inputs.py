@@ -14,6 +14,7 @@ from torch import Tensor
 from euphonium.errors import ConfigError
 from euphonium.generators.conditioning import NEGATIVE, Conditioning
 from euphonium.generators.generator import Generator
+from euphonium.generators.ltx2 import Ltx2
 from euphonium.generators.qwen_image import QwenImage
 
 META = torch.device("meta")
@@ -95,6 +96,12 @@ def _minimax_h3(generator: Generator) -> _Shapes:
     return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
 
 
+def _ltx2(generator: Generator) -> _Shapes:
+    assert isinstance(generator, Ltx2)
+    length, (video, audio) = generator.config.max_prompt_tokens, generator.text_widths()
+    return {"encoder_hidden_states": (length, video), "audio_encoder_hidden_states": (length, audio)}
+
+
 def _flux2(generator: Generator) -> _Shapes:
     width = int(generator.transformer_config()["joint_attention_dim"])
     return {"encoder_hidden_states": (generator.config.max_prompt_tokens, width)}
@@ -129,6 +136,7 @@ PROMPTS: dict[str, Callable[[Generator], _Shapes]] = {
     "WanImageToVideoPipeline": _wan,
     "LTXPipeline": _ltx,
     "MiniMaxH3ModularPipeline": _minimax_h3,
+    "LTX2Pipeline": _ltx2,
     "FluxPipeline": _flux,
     "Flux2Pipeline": _flux2,
     "Flux2KleinPipeline": _flux2,

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from euphonium.config import ModelConfig
-from euphonium.errors import ConfigError
 from euphonium.generators.backbone import block_classes
+from euphonium.generators.components import Loadable, component_classes
 from euphonium.generators.described import describe_generator
 from euphonium.generators.generator import Generator
 from euphonium.generators.lora import add_adapter
@@ -109,6 +109,7 @@ class NetworkPasses:
             "size": size,
             "model": self.model.model_dump(mode="json", exclude={"path", "revision", "negative_prompt"}),
             "components": [pipeline.component_config(part) for part in (self.generator.backbone, "vae")],
+            "latents": self.generator.latent_shape,
             "index": pipeline.index(),
             "blocks": self.prm_blocks,
         }
@@ -219,10 +220,10 @@ class NetworkPasses:
 
     @cached_property
     def encoder_bytes(self) -> int:
-        """Bytes of the text encoders' weights."""
+        """Bytes of the weights that read prompts."""
         return sum(
             _encoder_parameters(self.generator.folder / name, kind) * self.generator.dtype.itemsize
-            for name, kind in _components(self.generator, "text_encoder")
+            for name, kind in _components(self.generator, *self.generator.text_networks)
         )
 
     @cached_property
@@ -269,25 +270,19 @@ def size_of(network: nn.Module) -> Size:
     return Size(sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters), 0)
 
 
-def _components(generator: Generator, prefix: str) -> list[tuple[str, str]]:
-    """Folder and class of every component of a pipeline whose name begins with a word."""
-    index = generator.pipeline.index()
-    return [
-        (name, str(part[1]))
-        for name, part in sorted(index.items())
-        if name.startswith(prefix) and isinstance(part, list) and part[1] is not None
-    ]
+def _components(generator: Generator, *beginnings: str) -> list[tuple[str, Loadable]]:
+    """Folder and class of every component of a pipeline whose name begins with one of some words."""
+    classes = component_classes(generator.pipeline)
+    return [(name, kind) for name, kind in sorted(classes.items()) if name.startswith(beginnings)]
 
 
 @lru_cache
-def _encoder_parameters(folder: Path, kind: str) -> int:
-    import transformers
-
-    model = getattr(transformers, kind, None)
-    if model is None:
-        raise ConfigError(f"{folder}: transformers has no {kind}, which model_index.json names")
+def _encoder_parameters(folder: Path, kind: Loadable) -> int:
     with META:
-        built = model(model.config_class.from_pretrained(folder))
+        if hasattr(kind, "load_config"):
+            built = kind.from_config(kind.load_config(folder))
+        else:
+            built = kind(kind.config_class.from_pretrained(folder))
     return sum(p.numel() for p in built.parameters())
 
 

@@ -43,8 +43,8 @@ def trained(name: str, folders: Folders, checkpoint: Path) -> nn.Module:
 
 
 ABLE = [
-    "flux", "flux2 dev", "qwen", "qwen edit", "z-image", "sd3", "ltx", "minimax h3", "wan", "wan i2v", "wan 2.2 i2v",
-    "sd1", "hunyuan", "skyreels",
+    "flux", "flux2 dev", "qwen", "qwen edit", "z-image", "sd3", "ltx", "ltx2", "ltx2.3", "minimax h3", "wan", "wan i2v",
+    "wan 2.2 i2v", "sd1", "hunyuan", "skyreels",
 ]  # fmt: skip
 
 

@@ -87,6 +87,9 @@ CASES: dict[str, Case] = {
     "ltx without CFG": Case("LTXPipeline", size=(5, 32, 64)),
     "ltx 0.9.1": Case("LTXPipeline", size=(5, 32, 64), cfg_scale=3.0, variant="0.9.1"),
     "minimax h3": Case("MiniMaxH3ModularPipeline", size=(22, 16, 24)),
+    "ltx2": Case("LTX2Pipeline", size=(5, 32, 64), cfg_scale=4.0),
+    "ltx2 without CFG": Case("LTX2Pipeline", size=(5, 32, 64)),
+    "ltx2.3": Case("LTX2Pipeline", size=(5, 32, 64), cfg_scale=3.0, variant="2.3"),
     "wan": Case("WanPipeline", size=(5, 16, 32), cfg_scale=5.0),
     "wan 2.2": Case("WanPipeline", size=(5, 16, 32), cfg_scale=5.0, variant="2.2"),
     "wan a14b": Case(
@@ -119,6 +122,8 @@ TRANSFORMERS = [
     "ltx",
     "ltx 0.9.1",
     "minimax h3",
+    "ltx2",
+    "ltx2.3",
     "wan",
     "wan 2.2",
     "wan i2v",

@@ -26,6 +26,8 @@ SIZES = {
     "Lightricks/LTX-Video": (1.923, 0.001),
     # Its weights are 66.3 GB in bfloat16, a few of them in float32.
     "MiniMaxAI/MiniMax-H3": (33.123, 0.03),
+    "Lightricks/LTX-2": (18.876, 0.001),
+    "diffusers/LTX-2.3-Diffusers": (18.989, 0.001),
     "Qwen/Qwen-Image": (20.430, 0.005),
     "Qwen/Qwen-Image-Edit": (20.430, 0.005),
     "Qwen/Qwen-Image-Edit-2509": (20.430, 0.005),

@@ -21,6 +21,7 @@ from euphonium.errors import ConfigError
 from euphonium.generators.components import open_pipeline
 from euphonium.generators.conditioning import expand
 from euphonium.generators.generator import Generator
+from euphonium.generators.ltx2 import Ltx2
 from euphonium.generators.registry import FAMILIES
 from euphonium.wire.arrays import as_tensor
 from euphonium.wire.records import GroupTask
@@ -38,14 +39,14 @@ from tests.euphonium.generators.cases import (
     one_a_family,
     pictures,
 )
+from tests.euphonium.generators.ltx2_pipeline import ltx2_start, ltx2_states
 from tests.euphonium.generators.tiny_minimax_h3 import minimax_h3_samples
 from tests.euphonium.generators.tiny_pipelines import BUILDERS, Folders
 
 WAN_I2V, HUNYUAN_15_I2V = "WanImageToVideoPipeline", "HunyuanVideo15ImageToVideoPipeline"
 QWEN_EDIT = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 ONE_PICTURE = (WAN_I2V, HUNYUAN_15_I2V, *QWEN_EDIT)
-# Their latents are packed to tokens.
-PACKED = ("FluxPipeline", "QwenImagePipeline", *QWEN_EDIT)
+PACKED = ("FluxPipeline", "QwenImagePipeline", *QWEN_EDIT)  # their latents, to tokens
 
 
 def our_samples(family: Generator, conditioning: dict[str, Tensor], start: Tensor) -> Tensor:
@@ -123,6 +124,8 @@ def call_of(case: Case, family: Generator, pipeline: Any, output_type: str = "la
         call["guidance_scale_2"] = case.more["cfg_scale_2"]
     if case.pipeline_class == "LTXPipeline":
         call["latents"] = pipeline._pack_latents(start)
+    if isinstance(family, Ltx2):
+        call |= ltx2_start(family, pipeline, start)
     if case.pipeline_class in PACKED:
         call["latents"] = pipeline._pack_latents(start.squeeze(2), *start.shape[:2], *start.shape[3:])
     return call
@@ -185,6 +188,8 @@ def their_samples(case: Case, family: Generator, output_type: str) -> Tensor:
     with pictures_as_large_as_samples(case):
         made = [pipeline(**arguments) for arguments in calls]
     result: Tensor = torch.cat([part.frames if frames > 1 else part.images for part in made])
+    if output_type == "latent" and isinstance(family, Ltx2):
+        return ltx2_states(family, pipeline, made[0])
     if output_type == "latent" and case.pipeline_class == "LTXPipeline":
         result = pipeline._unpack_latents(result, *family.latent_shape[1:])
     if output_type == "latent" and case.pipeline_class in PACKED:

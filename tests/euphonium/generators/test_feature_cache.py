@@ -13,7 +13,7 @@ from euphonium.wire.passes import Passes
 from tests.euphonium.generators.cases import CPU, PROMPTS, conditioning_of, family_of, noise, one_a_family
 from tests.euphonium.generators.tiny_pipelines import Folders
 
-WITHOUT = ("z-image", "sd3", "sd1", "flux2 dev", "flux2 klein", "minimax h3")
+WITHOUT = ("ltx2", "ltx2.3", "z-image", "sd3", "sd1", "flux2 dev", "flux2 klein", "minimax h3")
 # Where a policy has two transformers, one computes all of them.
 TIMES = (0.6, 0.55, 0.5)
 ALWAYS = 1e9

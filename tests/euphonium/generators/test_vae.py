@@ -10,6 +10,7 @@ from diffusers import Flux2KleinPipeline
 from torch import Tensor
 
 from euphonium.generators.encoding import load_encoder
+from euphonium.generators.ltx2 import Ltx2
 from tests.euphonium.generators.cases import CASES, CPU, TRANSFORMERS, family_of, noise
 from tests.euphonium.generators.tiny_pipelines import Folders
 
@@ -36,7 +37,7 @@ SCALES: dict[str, Callable[[Tensor], Tensor]] = {
         lambda z: (z - by_channel([-0.7, 0.1, 0.3, -0.2])) / by_channel([2.8, 1.4, 2.3, 0.9]),
     ),
     **dict.fromkeys(
-        ("ltx", "ltx 0.9.1"),
+        ("ltx", "ltx 0.9.1", "ltx2", "ltx2.3"),
         lambda z: (z - by_channel([-0.7, 0.1, 0.3, -0.2])) * 1.5 / by_channel([2.8, 1.4, 2.3, 0.9]),
     ),
     "hunyuan": lambda z: z * 0.476986,
@@ -75,6 +76,10 @@ def test_encoded_videos_are_the_networks_mode_scaled(name: str, folders: Folders
         mode = Flux2KleinPipeline._patchify_latents(mode)
     latents = vae.encode(videos)
     assert latents.shape[1:] == family.latent_shape
+    if isinstance(family, Ltx2):
+        latents, sound = family.layout.split(latents)
+        assert sound.numel() > 0
+        assert not sound.any()
     torch.testing.assert_close(latents, SCALES[name](mode.view(latents.shape)))
 
 

@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from euphonium.generators.components import open_pipeline
 from tests.euphonium.generators.tiny_flux2 import flux2_dev, flux2_klein
 from tests.euphonium.generators.tiny_ltx import ltx, ltx_timestep_conditioned
+from tests.euphonium.generators.tiny_ltx2 import ltx2, ltx2_3
 from tests.euphonium.generators.tiny_minimax_h3 import minimax_h3, open_minimax_h3
 from tests.euphonium.generators.tiny_parts import (
     TEXT,
@@ -236,6 +237,8 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "LTXPipeline": ltx,
     "LTXPipeline 0.9.1": ltx_timestep_conditioned,
     "MiniMaxH3ModularPipeline": minimax_h3,
+    "LTX2Pipeline": ltx2,
+    "LTX2Pipeline 2.3": ltx2_3,
     "WanPipeline": wan,
     "WanPipeline 2.2": wan_22,
     "WanPipeline A14B": wan_experts,
@@ -263,6 +266,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "LTXPipeline": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 3.0},
     "LTXPipeline 0.9.1": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 3.0},
     "MiniMaxH3ModularPipeline": {"frames": 22},
+    "LTX2Pipeline": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 4.0},
+    "LTX2Pipeline 2.3": {"frames": 5, "height": 32, "width": 32, "cfg_scale": 3.0},
     "WanPipeline": {"frames": 5, "cfg_scale": 5.0},
     "WanPipeline 2.2": {"frames": 5, "cfg_scale": 5.0},
     "WanPipeline A14B": {"frames": 5, "cfg_scale": 4.0, "cfg_scale_2": 3.0},

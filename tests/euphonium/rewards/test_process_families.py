@@ -35,8 +35,8 @@ TRANSFORMERS = [name for name in BUILDERS if name != UNET]
 # Variants of families that are trained in every test run.
 VARIANTS = {
     "HunyuanSkyreelsImageToVideoPipeline", "HunyuanVideo15ImageToVideoPipeline", "LTXPipeline 0.9.1",
-    "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "WanImageToVideoPipeline", "WanImageToVideoPipeline A14B",
-    "WanPipeline 2.2", "WanPipeline A14B",
+    "LTX2Pipeline 2.3", "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "WanImageToVideoPipeline",
+    "WanImageToVideoPipeline A14B", "WanPipeline 2.2", "WanPipeline A14B",
 }  # fmt: skip
 each_family = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ()) for name in TRANSFORMERS]
