@@ -13,6 +13,7 @@ from orchestrator.plan.workload import Workload
 WORK = Workload(
     groups=12, group_size=8, steps=10, alike=0, guided=4, scored=0, decodes=1, rows=80, states=80, updates=2,
     refreshed_pairs=0, references=0, latent_values=1, group_bytes=0, evaluation_velocities=0, evaluation_samples=0,
+    piece=8,
 )  # fmt: skip
 SPEED = Speeds(
     velocity=1.0, gradient=0.5, score=0.0, decode=0.1, micro_step=0.2, update=0.0, refresh=0.0, zero_bytes=0,
