@@ -22,7 +22,7 @@ from orchestrator.groups.credit import Batch, ScoredGroup
 from orchestrator.groups.guidance_control import GuidanceControl
 from orchestrator.groups.prompts import PromptStream
 from orchestrator.groups.staleness import may_start
-from orchestrator.groups.tail import tail_of_recipe
+from orchestrator.plan.tail import tail_of_recipe
 from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.report.statistics import RewardFailures
 from orchestrator.state.position import Position

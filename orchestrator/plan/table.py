@@ -116,7 +116,7 @@ def _work(plan: Plan) -> list[str]:
     lines = [
         f"an iteration: {work.groups} groups of {work.group_size} samples, {work.steps} steps{guided}; "
         f"{work.groups * work.rows} transitions, {work.updates} update{'s' if work.updates > 1 else ''}",
-        *([f"waves of rollouts: {tail}"] if (tail := _tail(plan)) else []),
+        *(textwrap.wrap(f"waves of rollouts: {tail}", WIDTH, subsequent_indent="  ") if (tail := _tail(plan)) else []),
         f"{'work':<14}{'PFLOP':>10}{'share':>8}" + (f"{'GPU s':>9}{'busy':>7}" if plan.time else ""),
     ]
     for fit in plan.fits:

@@ -10,8 +10,8 @@ from typing import Any
 from euphonium.config import RunConfig
 from euphonium.config.base import chosen
 from euphonium.generators.generator import Generator
-from orchestrator.groups.tail import Tail, piece_of, tail_of
 from orchestrator.plan.inputs import conditioning
+from orchestrator.plan.tail import Tail, piece_of, tail_of
 
 FLOAT32 = 4
 

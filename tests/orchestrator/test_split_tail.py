@@ -80,26 +80,35 @@ def test_the_last_group_is_drawn_by_both_actors_in_half_the_time(
     assert seconds(config) < 0.9 * known["seconds"], "a wave and a half instead of two"
 
 
-def test_an_actor_that_dies_loses_its_part_alone(whole: list, stub_config: Callable, execute: Callable) -> None:
+def test_an_actor_that_dies_loses_its_part_alone(
+    whole: list, stub_config: Callable, execute: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
     async def kill(run: Any) -> None:
-        # Both actors are within the last group once the two whole ones are there.
-        while run.position.iteration < 1 or run.batches.buffer.get([5]) or not run.batches.buffer.get([3, 4])[1:]:
+        while run.position.iteration < 1:
             await asyncio.sleep(0.01)
+        # It answers between two groups.
+        process = await asyncio.to_thread(process_of, "rollout-1")
+        while len(run.batches.buffer.get([3, 4])) < 2:
+            await asyncio.sleep(0.01)
+        # Both actors are now within the third group.
         await asyncio.sleep(0.1)
-        await asyncio.to_thread(kill_rollout_actor)
+        process.kill()
 
     config = logged(stub_config(*THREE, SPLIT))
     execute(Sleeping(config, "tests", None), kill)
     assert chain(config) == whole
+    again = [record.getMessage() for record in caplog.records if "trying again" in record.getMessage()]
+    assert len(again) == 1
+    assert re.match(r"samples [0-9]-[0-9] of group 5 \(", again[0])
     parts = drawn(config, "samples [0-9]-[0-9] of group 5")
     assert sorted(part for _, part in parts) == ["samples 0-1 of group 5", "samples 2-3 of group 5"]
 
 
-def kill_rollout_actor() -> None:
+def process_of(role: str) -> psutil.Process:
     import ray
 
-    (pid,) = ray.get([ray.get_actor("rollout-1").__ray_call__.remote(lambda self: __import__("os").getpid())])
-    psutil.Process(pid).kill()
+    (pid,) = ray.get([ray.get_actor(role).__ray_call__.remote(lambda self: __import__("os").getpid())])
+    return psutil.Process(pid)
 
 
 @pytest.mark.slow

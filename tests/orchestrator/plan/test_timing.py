@@ -64,6 +64,17 @@ def test_a_streamed_iteration_hides_the_shorter_half_of_the_first_update_but_for
     assert streamed.total == waiting.total
 
 
+def test_a_tail_that_is_split_takes_the_time_of_a_part() -> None:
+    parted = dataclasses.replace(WORK, piece=1)
+    for time_of in (turns_time, functools.partial(iteration_time, overlapped=False)):
+        split = Split(rollout=8, prm=4, orm=12, learner=4)
+        whole, shorter = (time_of(SPEED, work, split, NEAR) for work in (WORK, parted))
+        assert shorter.rollout == pytest.approx(0.75 * whole.rollout)
+        assert shorter.total == pytest.approx(whole.total - whole.rollout / 4)
+        full = dataclasses.replace(split, rollout=6)
+        assert time_of(SPEED, parted, full, NEAR) == time_of(SPEED, WORK, full, NEAR)
+
+
 def test_a_refresh_takes_its_time_between_iterations() -> None:
     split = Split(rollout=6, prm=3, orm=2, learner=4)
     refreshed = dataclasses.replace(SPEED, refresh=7.0)

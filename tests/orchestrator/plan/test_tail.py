@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from euphonium.config import RunConfig
 from euphonium.errors import ConfigError
-from orchestrator.groups.tail import Tail, tail_of, tail_of_recipe
+from orchestrator.plan.tail import Tail, tail_of, tail_of_recipe
 
 MakeConfig = Callable[..., RunConfig]
 
