@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from actors.members import Members
 from actors.sampler import ProcessRewardSource, Rewarded
 from euphonium.config import GuidanceConfig
 from euphonium.dynamics import StepTable
@@ -25,12 +26,19 @@ class ScaledGradients:
         settings: the recipe's guidance.
         table: the sampler.
         strength: multiple of the recipe's guidance.
+        members: which samples of the group the gradients are of; None for all.
     """
 
     def __init__(
-        self, source: ProcessRewardSource, settings: GuidanceConfig, table: StepTable, strength: float = 1.0
+        self,
+        source: ProcessRewardSource,
+        settings: GuidanceConfig,
+        table: StepTable,
+        strength: float = 1.0,
+        members: Members | None = None,
     ) -> None:
         self._source, self._settings, self._table, self._strength = source, settings, table, strength
+        self._members = members
 
     def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
         """Requests rewards from the other source."""
@@ -46,7 +54,8 @@ class ScaledGradients:
         if self._settings.normalise == "noise":
             gradient = gradient * noise_length(self._table, k, gradient[0].numel())
         if self._settings.strengths != (1.0,) or self._strength != 1:
-            strengths = self._strength * member_strengths(self._settings.strengths, len(gradient))
+            members = self._members or Members.all(len(gradient))
+            strengths = self._strength * members.of(member_strengths(self._settings.strengths, members.group))
             gradient = gradient * per_sample(strengths.to(gradient), gradient)
         return rewards, gradient
 

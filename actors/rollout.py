@@ -1,4 +1,4 @@
-"""Rollout actors: each holds a full copy of the policy and draws one group at a time.
+"""Rollout actors: each holds a full copy of the policy and draws one group at a time, or a part of one.
 
 :class:`RolloutWorker` does the work and knows no Ray; :class:`RolloutActor` is the Ray actor around it, which keeps its
 weights up to date and gives it a source of process rewards. Calls run one after another, so weights change only
@@ -14,19 +14,19 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from actors.drawn import credited_rewards, final_rewards, leave_one_state, payload_of, put_together
 from actors.guidance import ScaledGradients
+from actors.members import Members
 from actors.sampler import (
     ProcessRewardSource,
     Recording,
     SourceFactory,
-    Trajectory,
     Velocity,
-    credited_steps,
     initial_noise,
     sample_deterministic,
     sample_group,
@@ -34,7 +34,7 @@ from actors.sampler import (
 )
 from actors.sleeper import Sleeper
 from actors.sources import RewardSources
-from actors.training_rows import noised_again, trained_steps
+from actors.training_rows import noised_again, state_places, trained_steps
 from actors.velocity import Reuse, velocity_in_passes
 from euphonium.config import GuidanceConfig, RunConfig, SamplerConfig
 from euphonium.dynamics import StepTable
@@ -47,7 +47,6 @@ from euphonium.generators.libraries import import_networks
 from euphonium.generators.lora import adapter_parameters, add_adapter
 from euphonium.generators.registry import open_generator
 from euphonium.role_logs import keep_role_log
-from euphonium.wire.arrays import as_array
 from euphonium.wire.deadlines import node_id
 from euphonium.wire.devices import release_unused, reserved_device
 from euphonium.wire.passes import Passes
@@ -124,6 +123,10 @@ class RolloutWorker:
         """The step table of an iteration (from 0), by which the transitions of all its groups are scored; cached."""
         return self._table_of(iteration, self.config.sampler)
 
+    def _table_of_group(self, task: GroupTask) -> StepTable:
+        """The step table by which a group is drawn; its window may be the group's own."""
+        return self._table_of(task.iteration, self.config.sampler.of_group(task.group_id))
+
     def _table_of(self, iteration: int, sampler: SamplerConfig) -> StepTable:
         key = (iteration, sampler.window(iteration), isinstance(sampler.sde_window, tuple))
         if key not in self._tables:
@@ -133,7 +136,7 @@ class RolloutWorker:
         return self._tables[key]
 
     def generate(self, task: GroupTask, make_source: SourceFactory | None) -> tuple[GroupInfo, Array, GroupPayload]:
-        """Draws one group.
+        """Draws one group, or the samples of it that the task is for.
 
         Args:
             task: prompt, seed and iteration.
@@ -148,15 +151,16 @@ class RolloutWorker:
         """
         began = time.perf_counter()
         config = self.config
-        table = self._table_of(task.iteration, config.sampler.of_group(task.group_id))
+        table = self._table_of_group(task)
         conditioning = self.conditioning(task.prompt)
         shape, size, shared = self.family.latent_shape, config.rollout.group_size, config.sampler.shared_noise
+        members = Members.of_task(task, size)
         start, noise = initial_noise(shape, size, task.seed, shared=shared, device=self.device)
         velocity = self.velocity(conditioning)
         scored = scored_states(self.config, table)
         guidance = config.sampler.guidance
         needs_source = bool(scored) or bool(table.guided_steps)
-        steps, noises = trained_steps(config, table, task.seed), config.objective.noises_samples
+        steps, noises = members.of(trained_steps(config, table, task.seed)), config.objective.noises_samples
         recording = Recording(
             steps=steps[:, :0] if noises else steps,
             scored_states=scored,
@@ -165,31 +169,44 @@ class RolloutWorker:
         )
         source = None
         if make_source and needs_source:
-            source = _guiding(make_source(conditioning, table, velocity), guidance, table, task.strength)
+            source = _guiding(make_source(conditioning, table, velocity), guidance, table, task.strength, members)
         exact = [float(table.times[k]) for k in table.stochastic_steps]
         with self._reusing(config.rollout.reuse_below, exact) as reuse:
-            trajectory = sample_group(table, self.velocity(conditioning, reuse), start, noise, recording, source)
+            walked = self.velocity(conditioning, reuse)
+            trajectory = sample_group(table, walked, members.of(start), noise, recording, source, members)
         if not bool(torch.isfinite(trajectory.final).all()):
             raise TrainingError(
                 f"rollout of {task.prompt!r} with policy version {self.policy_version} is not finite: the policy has "
                 "diverged; lower optimizer.learning_rate or sampler.guidance, and resume from an earlier checkpoint"
             )
         if noises:
-            trajectory = noised_again(config, trajectory, table, steps, task.seed)
-        payload = _payload(trajectory, conditioning)
+            trajectory = noised_again(config, trajectory, table, steps, task.seed, members)
+        payload = payload_of(trajectory, conditioning)
         final = self.family.finish(trajectory.final, conditioning)
         info = GroupInfo(
             task=task,
             policy_version=self.policy_version,
             fingerprint=self.table(task.iteration).fingerprint(),
             rows=payload.rows,
-            process_rewards=self._credited(trajectory.process_rewards, table),
-            final_rewards=self._final(trajectory.process_rewards),
+            process_rewards=credited_rewards(config, trajectory.process_rewards, table),
+            final_rewards=final_rewards(config, trajectory.process_rewards),
             seconds={**trajectory.seconds, "total": time.perf_counter() - began},
             payload_bytes=payload.nbytes,
             reused=0.0 if reuse is None else reuse.share,
         )
         return info, final.cpu().numpy(), payload
+
+    def merge(
+        self, infos: Sequence[GroupInfo], latents: Sequence[Array], payloads: Sequence[GroupPayload]
+    ) -> tuple[GroupInfo, Array, GroupPayload]:
+        """What :meth:`generate` returns of a whole group, from what it returned of its parts, in their order.
+
+        Raises:
+            TrainingError: the parts were drawn by different policy versions.
+        """
+        table = self._table_of_group(infos[0].task)
+        alike = all(leave_one_state(payloads, k) for k in table.stochastic_steps[:1])
+        return put_together(infos, latents, payloads, partial(state_places, self.config, table, alike=alike))
 
     def evaluate(
         self,
@@ -250,43 +267,16 @@ class RolloutWorker:
         finally:
             self.cache.forget()
 
-    def _final(self, rewards: Tensor | None) -> Array | None:
-        """Process rewards of the finished samples, ``[group]``, where they count as an outcome reward."""
-        if rewards is None or not self.config.scores_final_states:
-            return None
-        return np.ascontiguousarray(rewards[:, -1].numpy())
-
-    def _credited(self, rewards: Tensor | None, table: StepTable) -> Array | None:
-        """The process reward that each action is credited with, ``[group, num_steps]``, from those of all states."""
-        process = self.config.rewards.process
-        if rewards is None or process is None:
-            return None
-        before, after = rewards[:, :-1], rewards[:, 1:]
-        credited = after if process.credit == "next_state" else before
-        if process.credit == "progress":
-            credited = torch.zeros_like(before)
-            steps = credited_steps(process, table)
-            credited[:, steps] = after[:, steps] - before[:, steps]
-        return np.ascontiguousarray(credited.numpy())
-
-
-def _payload(trajectory: Trajectory, conditioning: Conditioning) -> GroupPayload:
-    return GroupPayload(
-        states=trajectory.states.numpy(),
-        rows=trajectory.rows.numpy(),
-        next_rows=trajectory.next_rows.numpy(),
-        steps=trajectory.steps.numpy(),
-        log_probs=trajectory.log_probs.numpy(),
-        gradients=None if trajectory.gradients is None else trajectory.gradients.numpy(),
-        conditioning={name: as_array(tensor) for name, tensor in conditioning.items()},
-    )
-
 
 def _guiding(
-    source: ProcessRewardSource, guidance: GuidanceConfig | None, table: StepTable, strength: float
+    source: ProcessRewardSource,
+    guidance: GuidanceConfig | None,
+    table: StepTable,
+    strength: float,
+    members: Members | None = None,
 ) -> ProcessRewardSource:
     """The source, with gradients scaled as the recipe and the task want."""
-    return source if guidance is None else ScaledGradients(source, guidance, table, strength)
+    return source if guidance is None else ScaledGradients(source, guidance, table, strength, members)
 
 
 def encode_one(encoder: Callable[[list[str]], Conditioning], prompt: str) -> Conditioning:
@@ -336,7 +326,7 @@ class RolloutActor:
         return Readiness(device=str(self.worker.device), node=node_id())
 
     def generate(self, task: GroupTask, context: RolloutContext) -> tuple[GroupInfo, Array, GroupPayload]:
-        """Draws a group, with newer weights if the context asks for them.
+        """Draws a group, or a part of one, with newer weights if the context asks for them.
 
         Called with ``num_returns=3``, so that the caller owns the arrays (:func:`euphonium.wire.roles.generate_group`).
 
@@ -349,8 +339,21 @@ class RolloutActor:
             pulled = self.weights.follow(context)
             with self._tracer.unit():
                 info, latents, payload = self.worker.generate(task, self.sources.of_group(task, context))
-        log.info("drew group %d of iteration %d, version %d", task.group_id, task.iteration + 1, info.policy_version)
+        log.info("drew %s of iteration %d, version %d", task, task.iteration + 1, info.policy_version)
         return dataclasses.replace(info, seconds={**info.seconds, "weights": pulled}), latents, payload
+
+    def merge(self, infos: Sequence[GroupInfo], *arrays: Array | GroupPayload) -> tuple[GroupInfo, Array, GroupPayload]:
+        """Puts a group together that was drawn in parts; returned like those of :meth:`generate`.
+
+        Args:
+            infos: descriptions of the parts, in the order of their samples.
+            arrays: the latents of all parts, then the transitions of all.
+
+        Raises:
+            TrainingError: the parts were drawn by different policy versions.
+        """
+        latents = [part for part in arrays if not isinstance(part, GroupPayload)]
+        return self.worker.merge(infos, latents, [part for part in arrays if isinstance(part, GroupPayload)])
 
     def evaluate(self, prompts: Sequence[str], seeds: Sequence[int], context: RolloutContext) -> Array:
         """Deterministic samples with the context's weights: latents ``[len(prompts), *latent]``, one a prompt and seed.

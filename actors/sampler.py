@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.members import Members
 from euphonium.config import ProcessRewardConfig, RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import ConfigError
@@ -237,8 +238,9 @@ def sample_group(
     noise: torch.Generator,
     recording: Recording,
     process_reward: ProcessRewardSource | None = None,
+    members: Members | None = None,
 ) -> Trajectory:
-    """Draws a group of trajectories, from noise to data.
+    """Draws a group of trajectories, or some of them, from noise to data.
 
     Args:
         table: the sampler.
@@ -247,6 +249,7 @@ def sample_group(
         noise: CPU generator of the transitions' noise.
         recording: which transitions and process rewards to keep.
         process_reward: source of process rewards; needed if the table is guided or states are scored.
+        members: which samples of the group ``start`` and ``recording`` are of; None for all.
 
     Returns:
         The trajectories; states and log-probabilities are float32.
@@ -255,7 +258,8 @@ def sample_group(
     kept = _Transitions(table, recording, start)
     seconds = {"velocity": 0.0, "process_reward": 0.0}
     x = start
-    for step in _walk(table, velocity, start, rewards, noise):
+    of_members = members or Members.all(len(start))
+    for step in _walk(table, velocity, start, rewards, lambda x: of_members.noise(x.shape, noise)):
         kept.add(step)
         seconds["velocity"] += step.velocity_s
         seconds["process_reward"] += step.waited_s
@@ -293,9 +297,13 @@ def sample_deterministic(
 
 
 def _walk(
-    table: StepTable, velocity: Velocity, x: Tensor, rewards: _ProcessRewards, noise: torch.Generator | None = None
+    table: StepTable,
+    velocity: Velocity,
+    x: Tensor,
+    rewards: _ProcessRewards,
+    noise: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Step]:
-    """Yields the steps from a state to the end; without ``noise`` every next state is its mean.
+    """Yields the steps from a state to the end; without ``noise``, which is drawn like x, every next state is its mean.
 
     Samples that start alike are one state until noise, or guidance of different strengths, parts them.
     """
@@ -311,7 +319,7 @@ def _walk(
         waited = time.perf_counter() - ready
         x_next = mean = table.mean(k, x, v, gradient)
         if noise is not None and float(table.std[k]) > 0:
-            x_next = table.sample(k, mean, torch.randn(x.shape, generator=noise).to(x.device))
+            x_next = table.sample(k, mean, noise(x).to(x.device))
         yield Step(k, x, v, gradient, mean, x_next, alike, ready - began, waited)
         x = x_next
 

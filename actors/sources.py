@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 from torch import Tensor
 
+from actors.members import Members
 from actors.prm_client import PrmClient
 from actors.sampler import ProcessRewardSource, Rewarded, SourceFactory
 from actors.spsa import Score, SpsaSource
@@ -106,9 +107,11 @@ class RewardSources:
 
     def _spsa_source(self, task: GroupTask, settings: SpsaConfig) -> SourceFactory:
         score = self._outcome_score(task.prompt)
+        members = Members.of_task(task, self._config.rollout.group_size)
         return lambda conditioning, table, velocity: SpsaSource(
-            table, velocity, score, perturbations=settings.perturbations, scale=settings.scale, seed=task.seed
-        )
+            table, velocity, score, perturbations=settings.perturbations, scale=settings.scale, seed=task.seed,
+            members=members,
+        )  # fmt: skip
 
     def _outcome_score(self, prompt: str) -> Score:
         config = self._config.rewards

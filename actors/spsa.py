@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from actors.members import Members
 from actors.sampler import Rewarded, Velocity
 from euphonium.dynamics import StepTable
 from euphonium.wire.later import Later
@@ -33,16 +34,18 @@ class SpsaSource:
         perturbations: int,
         scale: float,
         seed: int,
+        members: Members | None = None,
     ) -> None:
         """Creates a source; nothing is requested.
 
         Args:
             table: the sampler.
-            velocity: the network's output, for batches of any multiple of the group's size.
+            velocity: the network's output, for batches of any multiple of the number of samples.
             score: requests the outcome rewards of latents.
             perturbations: K, number of perturbations.
             scale: c, size of a perturbation.
             seed: seed of the perturbations.
+            members: which samples of the group the states are of; None for all.
         """
         self._table = table
         self._velocity = velocity
@@ -50,12 +53,14 @@ class SpsaSource:
         self._count = perturbations
         self._scale = scale
         self._noise = torch.Generator().manual_seed(seed)
+        self._members = members
 
     def submit(self, k: int, x: Tensor, *, with_gradient: bool) -> Later[Rewarded]:
         """Requests the rewards of a state, or of its perturbations if the gradient is needed."""
         if not with_gradient:
             return self._request(k, x).map(lambda rewards: (rewards, None))
-        z = torch.randn((self._count, *x.shape), generator=self._noise).to(x.device)
+        members = self._members or Members.all(len(x))
+        z = members.noise((self._count, *x.shape), self._noise, dim=1).to(x.device)
         perturbed = torch.cat([x + self._scale * z, x - self._scale * z]).flatten(0, 1)
         return self._request(k, perturbed).map(lambda rewards: self._estimate(rewards, z))
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.members import Members
 from actors.sampler import Trajectory, drawn_steps, last_shared_state, select_steps, state_rows
 from euphonium.config import RunConfig
 from euphonium.dynamics import StepTable
@@ -45,10 +46,24 @@ def trained_steps(config: RunConfig, table: StepTable, seed: int) -> Tensor:
 
 def stored_states(config: RunConfig, table: StepTable, steps: Tensor) -> tuple[Tensor, int]:
     """Where the states of the rows are, int64 ``[group, K]``, and how many states are stored with them."""
-    if config.objective.noises_samples:
-        return noised_rows(steps)[0], steps.numel() + len(steps)
-    rows, _, count = state_rows(steps, last_shared_state(config, table))
+    rows, _, count = state_places(config, table, steps)
     return rows, count
+
+
+def state_places(
+    config: RunConfig, table: StepTable, steps: Tensor, *, alike: bool = True
+) -> tuple[Tensor, Tensor, int]:
+    """Where the states of a group's rows are stored, and where those that follow; and how many states there are.
+
+    Args:
+        config: the recipe.
+        table: the group's sampler.
+        steps: int64 ``[group, K]``, k of the rows.
+        alike: whether samples that start alike are alike up to the first noise, and share that state.
+    """
+    if config.objective.noises_samples:
+        return (*noised_rows(steps), steps.numel() + len(steps))
+    return state_rows(steps, last_shared_state(config, table) if alike else None)
 
 
 def noised_rows(steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,21 +82,24 @@ def noised_rows(steps: Tensor) -> tuple[Tensor, Tensor]:
     return rows, (levels * size + torch.arange(size))[:, None].expand(size, levels).contiguous()
 
 
-def noised_again(config: RunConfig, trajectory: Trajectory, table: StepTable, steps: Tensor, seed: int) -> Trajectory:
+def noised_again(
+    config: RunConfig, trajectory: Trajectory, table: StepTable, steps: Tensor, seed: int, members: Members
+) -> Trajectory:
     """The trajectories with rows of their finished samples in the place of transitions.
 
     Args:
         config: the recipe; with DPO all samples of the group get the same noise at a level.
         trajectory: how the samples were drawn.
         table: the sampler, whose noise levels they get.
-        steps: int64 ``[group, K]``, the levels of every sample.
+        steps: int64 ``[samples, K]``, the levels of every sample.
         seed: of the noise, which is drawn on the CPU: a seed means the same on every device.
+        members: which samples of the group these are.
     """
     samples = trajectory.final.float().cpu()
     rows, data_rows = noised_rows(steps)
     generator = torch.Generator().manual_seed(int(np.random.default_rng([seed, 2]).integers(2**63)))
-    noises = 1 if config.objective.kind == "dpo" else len(samples)
-    noise = torch.randn((steps.shape[1], noises, *samples.shape[1:]), generator=generator)
+    noisy = Members.all(1) if config.objective.kind == "dpo" else members
+    noise = noisy.noise((steps.shape[1], noisy.count, *samples.shape[1:]), generator, dim=1)
     noise = noise.expand(-1, len(samples), *samples.shape[1:]).flatten(0, 1)
     clean = samples.repeat(steps.shape[1], *[1] * (samples.dim() - 1))
     noised = table.noised(steps.T.flatten(), clean, noise)

@@ -2,6 +2,7 @@
 
     python benchmarks/streaming.py --actors 4 --waves 8 --seconds 4
     python benchmarks/streaming.py --recipe recipes/embedded/euphonium-sage.yaml
+    python benchmarks/streaming.py --actors 4 --split-tail 6 --seconds 2
 
 Computation is a sleep, everything else is real: run loop, object store, mailbox, weights. Each actor draws as many
 groups an iteration as there are waves; drawing all takes ``R`` seconds and the update ``L``, at ratios of 1:1, 1:2, 2:1
@@ -9,6 +10,9 @@ groups an iteration as there are waves; drawing all takes ``R`` seconds and the 
 waits. With waves of equal length, ``max(R + L / waves, R / waves + L) / (R + L)`` is possible.
 
 With ``--recipe`` the roles are real: the iterations of the recipe with and without, in turn.
+
+With ``--split-tail`` it is ``rollout.split_tail`` that is compared, in iterations of so many groups: drawing one takes
+``--seconds``, the update a tenth of that, and the ratio of the waves is possible.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import _checkout  # noqa: F401
 import ray
 
 from orchestrator.lifecycle import execute
+from orchestrator.plan.tail import tail_of
 from tests.stubs import roles
 
 ROOT = Path(__file__).parent.parent
@@ -38,23 +43,37 @@ def seconds_of(run_dir: Path) -> float:
     return statistics.median(record["time/iteration_s"] for record in records[2:-1])
 
 
-def stubbed(
-    folder: Path, options: argparse.Namespace, actors: int, times: tuple[float, float], *, stream: bool
-) -> float:
-    """Seconds of an iteration whose rollout and update sleep."""
+def stubbed(folder: Path, groups: int, actors: int, times: tuple[float, float], *overrides: str) -> float:
+    """Seconds of an iteration, in which drawing a group sleeps and an update does."""
 
     class Sleeping(roles.StubRun):
-        rollout_s, update_s = times[0] / options.waves, times[1]
+        rollout_s, update_s = times
 
+    name = "-".join(["stub", str(actors), *map(str, times), *overrides]).replace("=", "-")
     config = roles.stub_recipe(
-        folder, f"a{actors}-r{times[0]:g}-l{times[1]:g}-{stream}", f"iterations={options.iterations}",
-        f"rollout.prompts_per_iteration={actors * options.waves}", f"pools.rollout.num_actors={actors}",
-        f"rollout.stream={str(stream).lower()}", prompts=actors * options.waves,
+        folder, name, "rollout.group_size=8",
+        f"rollout.prompts_per_iteration={groups}", f"pools.rollout.num_actors={actors}", *overrides, prompts=groups,
     )  # fmt: skip
     asyncio.run(execute(Sleeping(config, "streaming", None)))
     for name in ray.util.list_named_actors():
         ray.kill(ray.get_actor(name))
     return seconds_of(config.run_dir)
+
+
+def with_and_without(
+    folder: Path, options: argparse.Namespace, field: str, groups: int, actors: int, times: tuple[float, float]
+) -> tuple[float, float]:
+    """Seconds of an iteration without what a field of ``rollout`` switches on, and with it."""
+    iterations = f"iterations={options.iterations}"
+    without, with_it = (
+        stubbed(folder, groups, actors, times, iterations, f"rollout.{field}={value}") for value in ("false", "true")
+    )
+    return without, with_it
+
+
+def print_row(**values: float) -> None:
+    """Prints numbers by name."""
+    print(json.dumps({name: round(value, 4) for name, value in values.items()}), flush=True)
 
 
 def ideal(rollout: float, update: float, waves: int) -> float:
@@ -67,23 +86,38 @@ def ideal(rollout: float, update: float, waves: int) -> float:
 
 
 def stubs(options: argparse.Namespace) -> None:
-    """Prints a line for each number of actors and ratio."""
+    """Prints a line for each number of actors, and each ratio or number of groups."""
     logging.getLogger("orchestrator").setLevel(logging.ERROR)
     ray.init(namespace="streaming", log_to_driver=False, logging_level="ERROR")
     with tempfile.TemporaryDirectory() as folder:
         for actors in options.actors:
-            for ratio in options.ratios:
-                rollout, _, update = ratio.partition(":")
-                times = (float(rollout) * options.seconds, float(update) * options.seconds)
-                waiting, streamed = (
-                    stubbed(Path(folder), options, actors, times, stream=stream) for stream in (False, True)
-                )
-                row = {
-                    "actors": actors, "rollout_s": times[0], "update_s": times[1], "waiting_s": waiting,
-                    "streamed_s": streamed, "ratio": streamed / waiting, "ideal": ideal(*times, options.waves),
-                }  # fmt: skip
-                print(json.dumps({name: round(value, 4) for name, value in row.items()}), flush=True)
+            for groups in options.split_tail:
+                split(Path(folder), options, groups, actors)
+            for ratio in options.ratios if not options.split_tail else ():
+                streamed_ratio(Path(folder), options, ratio, actors)
     ray.shutdown()
+
+
+def streamed_ratio(folder: Path, options: argparse.Namespace, ratio: str, actors: int) -> None:
+    """Prints what ``rollout.stream`` saves at a ratio of drawing to update."""
+    rollout, update = (float(part) * options.seconds for part in ratio.split(":"))
+    times = (rollout / options.waves, update)
+    waiting, streamed = with_and_without(folder, options, "stream", actors * options.waves, actors, times)
+    print_row(
+        actors=actors, rollout_s=rollout, update_s=update, waiting_s=waiting, streamed_s=streamed,
+        ratio=streamed / waiting, ideal=ideal(rollout, update, options.waves),
+    )  # fmt: skip
+
+
+def split(folder: Path, options: argparse.Namespace, groups: int, actors: int) -> None:
+    """Prints what ``rollout.split_tail`` saves with so many groups an iteration."""
+    times = (options.seconds, options.seconds / 10)
+    whole, parted = with_and_without(folder, options, "split_tail", groups, actors, times)
+    waves, shorter = (tail_of(groups, actors, 8, piece).waves for piece in (8, 1))
+    print_row(
+        actors=actors, groups=groups, waves=waves, split_waves=shorter, whole_s=whole, split_s=parted,
+        ratio=parted / whole, ideal=shorter / waves,
+    )  # fmt: skip
 
 
 def real(options: argparse.Namespace) -> None:
@@ -100,13 +134,7 @@ def real(options: argparse.Namespace) -> None:
                 command = [sys.executable, "-m", "orchestrator", "train", options.recipe, *overrides]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
                 found[stream] = seconds_of(Path(folder) / "streaming")
-        row = {
-            "round": number,
-            "waiting_s": found[False],
-            "streamed_s": found[True],
-            "ratio": found[True] / found[False],
-        }
-        print(json.dumps({name: round(value, 4) for name, value in row.items()}), flush=True)
+        print_row(round=number, waiting_s=found[False], streamed_s=found[True], ratio=found[True] / found[False])
 
 
 def main() -> None:
@@ -118,6 +146,7 @@ def main() -> None:
     parser.add_argument("--waves", type=int, default=8, help="groups that an actor draws in an iteration")
     parser.add_argument("--ratios", nargs="+", default=["1:1", "1:2", "2:1"], help="of drawing to update")
     parser.add_argument("--seconds", type=float, default=4.0, help="of the shorter part, drawing or update")
+    parser.add_argument("--split-tail", type=int, nargs="+", default=[], metavar="GROUPS", help="of an iteration")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2, help="of a recipe")
     options = parser.parse_intermixed_args()

@@ -65,6 +65,7 @@ class RunConfig(Node):
         _some_reward_is_trained(self.advantage, self.rewards)
         _learner_still_has_the_old_policy(self.objective, self.rollout)
         _sleep_comes_in_turn(self.pools, self.rollout)
+        _tail_has_idle_actors(self.rollout)
         _reuse_has_steps_and_blocks(self.sampler, self.rollout, self.evaluation)
         _best_of_fits_the_group(self.advantage, self.rollout)
         _members_of_each_strength_compare(self.sampler, self.advantage, self.rollout)
@@ -172,6 +173,15 @@ def _sleep_comes_in_turn(pools: PoolsConfig, rollout: RolloutConfig) -> None:
         raise ValueError(
             f"pools.rollout.sleep leaves the GPUs to the learner while it works, and rollout.max_staleness "
             f"({rollout.max_staleness}) has rollouts go on meanwhile: set it to 0, or sleep to false"
+        )
+
+
+def _tail_has_idle_actors(rollout: RolloutConfig) -> None:
+    if rollout.split_tail and rollout.max_staleness > 0:
+        raise ValueError(
+            f"rollout.split_tail has actors that would be idle share an iteration's last groups, and with "
+            f"rollout.max_staleness ({rollout.max_staleness}) they go on with the next iteration's: set either to "
+            "false or 0"
         )
 
 

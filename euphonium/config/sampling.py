@@ -376,6 +376,13 @@ class RolloutConfig(Node):
     """With ``max_staleness`` 0, have the learner begin with an iteration's first groups while the others are drawn. The
     numbers are those of a learner that waits, to the last bit. Not with ``advantage.scope: global``, which needs all
     groups, nor where roles share GPUs, which take turns."""
+    split_tail: bool = False
+    """Where ``prompts_per_iteration`` is no multiple of ``pools.rollout.num_actors``, draw the groups of the last,
+    incomplete wave in parts, by all actors. They are cut between passes of ``samples_per_pass``, or anywhere where one
+    pass holds a whole group. All noise is the group's, so that its samples are the same; but passes and requests to
+    reward servers are smaller, which may change the last bits, and with them what ``reuse_below`` decides. So it is off
+    by default. How groups are cut follows from the recipe alone, whatever ``euphonium scale`` does: a run repeats.
+    Needs ``max_staleness`` 0; with more, idle actors go on with the next iteration's groups."""
     buffer_mb: PositiveFloat = 2048.0
     """Trajectories that may be held before drawing ahead pauses; those of the next iteration are always drawn."""
     buffer_groups: PositiveInt | None = None

@@ -39,7 +39,7 @@ class Readiness:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupTask:
-    """What a rollout actor needs to know to draw one group of samples.
+    """What a rollout actor needs to know to draw one group of samples, or some of them.
 
     Attributes:
         group_id: ordinal of the group in the run; used again only to retry the same group.
@@ -47,6 +47,7 @@ class GroupTask:
         seed: seed of its noise and of the choice of its trained steps.
         iteration: iteration (from 0) that it is drawn for; moving windows depend on it.
         strength: multiple of the recipe's guidance that its members get.
+        members: half-open range of the samples that are drawn; None for all. Seed and choice of steps are the group's.
     """
 
     group_id: int
@@ -54,6 +55,11 @@ class GroupTask:
     seed: int
     iteration: int = 0
     strength: float = 1.0
+    members: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        group = f"group {self.group_id}"
+        return group if self.members is None else f"samples {self.members[0]}-{self.members[1] - 1} of {group}"
 
 
 @dataclass(frozen=True, kw_only=True)

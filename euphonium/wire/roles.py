@@ -86,11 +86,16 @@ class RolloutContext:
 
 
 class RolloutServer(PoolMember, Protocol):
-    """A rollout actor: draws groups and evaluation samples, one at a time."""
+    """A rollout actor: draws groups, or parts of them, and evaluation samples, one at a time."""
 
     @ray.method
     def generate(self, task: GroupTask, context: RolloutContext) -> tuple[GroupInfo, Array, GroupPayload]:
         """Draws a group; see :func:`generate_group`."""
+        ...
+
+    @ray.method
+    def merge(self, infos: Sequence[GroupInfo], *arrays: Array | GroupPayload) -> tuple[GroupInfo, Array, GroupPayload]:
+        """Puts a group together that was drawn in parts; see :func:`merge_group`."""
         ...
 
     @ray.method
@@ -353,18 +358,27 @@ def kill_actor(actor: ActorProxy[_T], *, restart: bool) -> None:
     ray.kill(cast("ActorHandle[_T]", actor), no_restart=not restart)
 
 
-def generate_group(
-    actor: ActorProxy[RolloutServer], task: GroupTask, context: RolloutContext
-) -> tuple[ObjectRef[GroupInfo], ObjectRef[Array], ObjectRef[GroupPayload]]:
-    """Has a rollout actor draw a group, with a reference to each part of the answer.
+# What is to be known of a group, its final latents ``[group, *latent]``, and its trained transitions; whoever makes the
+# call owns all three, so they outlive the actor.
+GroupRefs = tuple[ObjectRef[GroupInfo], ObjectRef[Array], ObjectRef[GroupPayload]]
 
-    Returns:
-        What is to be known of the group, its final latents ``[group, *latent]``, and its trained transitions. Whoever
-        calls owns all three, so they outlive the actor.
-    """
+
+def generate_group(actor: ActorProxy[RolloutServer], task: GroupTask, context: RolloutContext) -> GroupRefs:
+    """Has a rollout actor draw a group, or a part of one, with a reference to each part of the answer."""
     # Ray's types know one reference a call.
     generate = cast(
-        "Callable[[GroupTask, RolloutContext], tuple[ObjectRef[GroupInfo], ObjectRef[Array], ObjectRef[GroupPayload]]]",
+        "Callable[[GroupTask, RolloutContext], GroupRefs]",
         cast("Any", actor).generate.options(num_returns=3).remote,
     )
     return generate(task, context)
+
+
+def merge_group(
+    actor: ActorProxy[RolloutServer],
+    infos: Sequence[GroupInfo],
+    latents: Sequence[ObjectRef[Array]],
+    payloads: Sequence[ObjectRef[GroupPayload]],
+) -> GroupRefs:
+    """Has a rollout actor put a group together from its parts, in the order of their samples."""
+    merge = cast("Callable[..., GroupRefs]", cast("Any", actor).merge.options(num_returns=3).remote)
+    return merge(infos, *latents, *payloads)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from euphonium.config import RunConfig
 from euphonium.errors import LostActorError, RewardError, WeightsMissingError
@@ -21,6 +22,7 @@ from orchestrator.groups.credit import Batch, ScoredGroup
 from orchestrator.groups.guidance_control import GuidanceControl
 from orchestrator.groups.prompts import PromptStream
 from orchestrator.groups.staleness import may_start
+from orchestrator.plan.tail import tail_of_recipe
 from orchestrator.pools.rollout_service import RolloutService
 from orchestrator.report.statistics import RewardFailures
 from orchestrator.state.position import Position
@@ -59,6 +61,7 @@ class BatchSource:
         self._failures = failures
         self._guidance = guidance
         self.buffer = TrajectoryBuffer(buffer_bounds(config), position)
+        self._tail = tail_of_recipe(config)
         self._ahead: dict[int, asyncio.Task[Batch]] = {}
         self._lost: set[int] = set()
 
@@ -122,7 +125,11 @@ class BatchSource:
         first = state.next_group + (iteration - state.iteration) * count
         strength = self._guidance.strength(iteration)
         orders = [self._prompts.task(first + i, iteration, strength) for i in range(count)]
-        tasks = [asyncio.ensure_future(self._fill(order)) for order in orders]
+        cut = count - self._tail.groups
+        tasks = [
+            asyncio.ensure_future(self._fill(order, () if i < cut else self._tail.parts))
+            for i, order in enumerate(orders)
+        ]
         try:
             reasons = await asyncio.gather(*tasks)
         finally:
@@ -137,11 +144,11 @@ class BatchSource:
             )
         return Batch(groups, len(lost), first + count, time.monotonic() - began)
 
-    async def _fill(self, task: GroupTask) -> str | None:
+    async def _fill(self, task: GroupTask, parts: Sequence[tuple[int, int]]) -> str | None:
         """Puts a group into the buffer, once there is room for it; returns why it was dropped, or None."""
         await self.buffer.admit(task)
         try:
-            group = await self._draw_and_score(task)
+            group = await self._draw_and_score(task, parts)
         except RewardError as error:
             # Its requests have been retried on other servers already; drawing the group again would repeat them.
             self._failures.note(error)
@@ -155,8 +162,8 @@ class BatchSource:
         await self.buffer.drop(task)
         return reason
 
-    async def _draw_and_score(self, task: GroupTask) -> ScoredGroup:
-        info, latents, payload = await self._rollouts.draw(task)
+    async def _draw_and_score(self, task: GroupTask, parts: Sequence[tuple[int, int]]) -> ScoredGroup:
+        info, latents, payload = await self._rollouts.draw(task, parts)
         prompts = [task.prompt] * self._config.rollout.group_size
         rewards = self._config.rewards
         scores, seconds = await self._rollouts.scores(latents, prompts, rewards.deadline_s, rewards.optional)

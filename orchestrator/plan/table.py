@@ -37,6 +37,8 @@ def summary(plan: Plan) -> dict[str, str]:
     fullest = max(plan.nodes, key=lambda node: node.host_gib)
     lines["GiB of a host"] = f"up to {fullest.host_gib:.0f}, of which {fullest.store_gib:.1f} in the object store"
     lines["PFLOP an iteration"] = ", ".join(f"{role} {amount:.4g}" for role, amount in plan.petaflops.items())
+    if tail := _tail(plan):
+        lines["waves of rollouts"] = tail
     if plan.time is not None:
         lines["estimated iteration"] = (
             f"{duration(plan.time.total)} on {_gpus(plan)} of {plan.hardware.tflops:g} TFLOP/s"
@@ -114,6 +116,7 @@ def _work(plan: Plan) -> list[str]:
     lines = [
         f"an iteration: {work.groups} groups of {work.group_size} samples, {work.steps} steps{guided}; "
         f"{work.groups * work.rows} transitions, {work.updates} update{'s' if work.updates > 1 else ''}",
+        *(textwrap.wrap(f"waves of rollouts: {tail}", WIDTH, subsequent_indent="  ") if (tail := _tail(plan)) else []),
         f"{'work':<14}{'PFLOP':>10}{'share':>8}" + (f"{'GPU s':>9}{'busy':>7}" if plan.time else ""),
     ]
     for fit in plan.fits:
@@ -132,6 +135,21 @@ def _work(plan: Plan) -> list[str]:
         f"an evaluation: {work.evaluation_samples} samples, {plan.evaluation_petaflops:.3g} PFLOP of sampling",
     ]
     return lines
+
+
+def _tail(plan: Plan) -> str:
+    """What ``rollout.split_tail`` saves, in words; empty without it."""
+    work = plan.work
+    if work.piece == work.group_size:
+        return ""
+    (actors,) = (fit.members for fit in plan.fits if fit.role == "rollout")
+    tail, whole = work.tail(actors), -(-work.groups // actors)
+    if not tail.groups:
+        return f"{whole}, with rollout.split_tail as without: no wave of {actors} actors gets shorter"
+    return (
+        f"{tail.waves:.3g} instead of {whole}: {actors} actors draw the last {tail.groups} of {work.groups} groups in "
+        f"{len(tail.parts)} parts each"
+    )
 
 
 def _times(plan: Plan, time: IterationTime) -> list[str]:

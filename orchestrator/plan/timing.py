@@ -173,11 +173,11 @@ def iteration_time(
         + max(0.0, work.velocity_steps - work.guided - work.scored) * speed.velocity
     )
     waves = -(-work.groups // split.rollout)
-    rollout = waves * group
+    rollout = work.tail(split.rollout).waves * group
     decoding = work.samples * work.decodes * speed.decode / split.orm
     last = work.groups - (waves - 1) * split.rollout
     # Earlier waves are scored while the next one is drawn.
-    scoring = max(decoding * last / work.groups, decoding - rollout * (waves - 1) / waves)
+    scoring = max(decoding * last / work.groups, decoding - max(0.0, rollout - group))
     batches = work.micro_batches(speed.rows, split.learner // speed.sharing)
     moved = speed.zero_bytes * (1 - 1 / split.learner)
     exposed = batches * (1 - hardware.zero_overlap) * hardware.collective_s(moved, split.learner)
@@ -223,9 +223,9 @@ def turns_time(speed: Speeds, work: Workload, split: Split, hardware: Hardware) 
     """
     apart = iteration_time(speed, work, split, hardware, overlapped=False)
     asking = split.rollout / split.prm if split.prm else 0.0
-    waves = -(-work.groups // split.rollout)
     rewards = asking * (work.guided * speed.gradient + work.scored * speed.score)
-    rollout, scoring = waves * (work.velocity_steps * speed.velocity + rewards), apart.busy["orm"]
+    group, scoring = work.velocity_steps * speed.velocity + rewards, apart.busy["orm"]
+    rollout = work.tail(split.rollout).waves * group
     total = rollout + scoring + apart.fetch + apart.update + apart.refresh + apart.publish
     return dataclasses.replace(apart, rollout=rollout, scoring=scoring, total=total)
 

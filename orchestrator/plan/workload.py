@@ -11,6 +11,7 @@ from euphonium.config import RunConfig
 from euphonium.config.base import chosen
 from euphonium.generators.generator import Generator
 from orchestrator.plan.inputs import conditioning
+from orchestrator.plan.tail import Tail, piece_of, tail_of
 
 FLOAT32 = 4
 
@@ -113,6 +114,7 @@ class Workload:
         group_bytes: bytes of a group's transitions.
         evaluation_velocities: velocities of an evaluation.
         evaluation_samples: samples of an evaluation.
+        piece: samples of a group that are always drawn together; all of them where groups are not cut.
     """
 
     groups: int
@@ -131,11 +133,16 @@ class Workload:
     group_bytes: int
     evaluation_velocities: int
     evaluation_samples: int
+    piece: int
 
     @property
     def samples(self) -> int:
         """Samples of an iteration."""
         return self.groups * self.group_size
+
+    def tail(self, actors: int) -> Tail:
+        """How drawing ends with so many rollout actors."""
+        return tail_of(self.groups, actors, self.group_size, self.piece)
 
     @property
     def velocity_steps(self) -> float:
@@ -194,6 +201,7 @@ def workload_of(config: RunConfig, generator: Generator) -> Workload:
         group_bytes=FLOAT32 * stored * values + prompt,
         evaluation_velocities=evaluated * evaluation.num_steps,
         evaluation_samples=evaluated,
+        piece=piece_of(rollout),
     )
 
 

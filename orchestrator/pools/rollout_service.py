@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -26,7 +27,7 @@ from euphonium.wire.records import (
     Videos,
     WeightKind,
 )
-from euphonium.wire.roles import OrmServer, RolloutContext, RolloutServer, generate_group
+from euphonium.wire.roles import GroupRefs, OrmServer, RolloutContext, RolloutServer, generate_group, merge_group
 from orchestrator.pools.roster import Member
 from orchestrator.pools.run_pools import RunPools
 from orchestrator.state.position import Position
@@ -34,6 +35,9 @@ from orchestrator.state.position import Position
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorProxy
+
+    # A description of a group or of a part of one, and references to its final latents and its transitions.
+    DrawnGroup = tuple[GroupInfo, ObjectRef[Array], ObjectRef[GroupPayload]]
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +78,14 @@ class RolloutService:
         """Number of ORM servers that answer now."""
         return len(self._pools.orm.roster.present)
 
-    async def draw(self, task: GroupTask) -> tuple[GroupInfo, ObjectRef[Array], ObjectRef[GroupPayload]]:
-        """Has a rollout actor draw a group.
+    async def draw(self, task: GroupTask, parts: Sequence[tuple[int, int]] = ()) -> DrawnGroup:
+        """Has a rollout actor draw a group, or several of them its parts, which one of them puts together.
+
+        A part whose actor is lost is drawn again by another one; the others stay.
+
+        Args:
+            task: the group.
+            parts: half-open ranges of its samples; none for a group that is drawn whole.
 
         Returns:
             A description of the group, and references to its final latents and its transitions.
@@ -86,7 +96,16 @@ class RolloutService:
             RewardError: no server returned the process rewards.
             TrainingError: a pool has no actor left.
         """
-        return await self._attempts(lambda: self._draw(task), f"group {task.group_id} ({task.prompt})")
+        if not parts:
+            return await self._drawn(task)
+        drawing = [self._drawn(dataclasses.replace(task, members=members)) for members in parts]
+        drawn = []
+        # Also after an error all are waited for: their actors are busy until then.
+        for part in await asyncio.gather(*drawing, return_exceptions=True):
+            if isinstance(part, BaseException):
+                raise part
+            drawn.append(part)
+        return await self._attempts(lambda: self._merge(task, drawn), f"putting {task} together")
 
     async def samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: WeightKind) -> Array:
         """Has a rollout actor draw evaluation samples; they go before all groups.
@@ -155,14 +174,26 @@ class RolloutService:
         assert last is not None
         raise last
 
-    async def _draw(self, task: GroupTask) -> tuple[GroupInfo, ObjectRef[Array], ObjectRef[GroupPayload]]:
+    async def _drawn(self, task: GroupTask) -> DrawnGroup:
+        return await self._attempts(lambda: self._draw(task), f"{task} ({task.prompt})")
+
+    async def _draw(self, task: GroupTask) -> DrawnGroup:
         if self._pools.prm is not None:
             await self._pools.prm.roster.wait_present()
         async with self._pools.rollout.exclusive(priority=task.group_id) as member:
-            # The driver makes the call, so it owns the three results: they outlive the actor.
-            info_ref, latents, payload = generate_group(member.handle, task, self._context("policy"))
-            info = await self._rollout_answer(member, info_ref, f"group {task.group_id} from the rollout pool")
-        return info, latents, payload
+            refs = generate_group(member.handle, task, self._context("policy"))
+            return await self._described(member, refs, f"{task} from the rollout pool")
+
+    async def _merge(self, task: GroupTask, parts: Sequence[DrawnGroup]) -> DrawnGroup:
+        infos, latents, payloads = zip(*parts, strict=True)
+        async with self._pools.rollout.exclusive(priority=task.group_id) as member:
+            refs = merge_group(member.handle, infos, latents, payloads)
+            return await self._described(member, refs, f"{task}, put together by the rollout pool")
+
+    async def _described(self, member: Member[ActorProxy[RolloutServer]], refs: GroupRefs, what: str) -> DrawnGroup:
+        # The driver made the call, so it owns the three results: they outlive the actor.
+        info, latents, payload = refs
+        return await self._rollout_answer(member, info, what), latents, payload
 
     async def _samples(self, prompts: Sequence[str], seeds: Sequence[int], kind: WeightKind) -> Array:
         async with self._pools.rollout.exclusive(priority=-1) as member:

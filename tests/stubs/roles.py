@@ -24,7 +24,10 @@ import yaml
 from torch import Tensor
 from typing_extensions import override
 
+from actors.drawn import put_together
+from actors.members import Members
 from actors.rollout import RolloutActor
+from actors.sampler import state_rows
 from euphonium.config import RunConfig, load_config
 from euphonium.errors import LostActorError, TrainingError
 from euphonium.wire.deadlines import get
@@ -95,10 +98,11 @@ class StubWorker:
 
     def generate(self, task: GroupTask, _source: Any) -> tuple[GroupInfo, Any, GroupPayload]:
         began = time.perf_counter()
-        time.sleep(self.seconds)
-        group = self.config.rollout.group_size
-        rng = np.random.default_rng(task.seed)
-        latents = rng.standard_normal((group, SIZE), dtype=np.float32) + self.weights
+        members = Members.of_task(task, self.config.rollout.group_size)
+        group = members.count
+        time.sleep(self.seconds * group / members.group)
+        noise = np.random.default_rng(task.seed).standard_normal((members.group, SIZE), dtype=np.float32)
+        latents = noise[members.first : members.first + group] + self.weights
         states = np.zeros((2 * group, self.values), dtype=np.float32)
         states[::2, :SIZE] = latents
         payload = GroupPayload(
@@ -112,6 +116,11 @@ class StubWorker:
             seconds={"total": time.perf_counter() - began, "process_reward": 0.0},
         )  # fmt: skip
         return info, latents, payload
+
+    def merge(
+        self, infos: Sequence[GroupInfo], latents: Sequence[Any], payloads: Sequence[GroupPayload]
+    ) -> tuple[GroupInfo, Any, GroupPayload]:
+        return put_together(infos, latents, payloads, state_rows)
 
     def evaluate(self, prompts: list[str], seeds: list[int]) -> Any:
         noise = np.stack([np.random.default_rng(seed).standard_normal(SIZE) for seed in seeds])

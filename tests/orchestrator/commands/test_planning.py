@@ -60,6 +60,19 @@ def test_a_plan_that_fits(euphonium: Callable[..., Done]) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
+def test_what_split_tails_save_is_said(euphonium: Callable[..., Done]) -> None:
+    three = ("rollout.prompts_per_iteration=3", "rollout.group_size=4")
+    assert "waves of rollouts" not in euphonium("plan", *three).stdout
+    said = "1.5 instead of 2: 2 actors draw the last 1 of 3 groups in 2 parts each"
+    done = euphonium("plan", *three, "rollout.split_tail=true")
+    assert f"waves of rollouts: {said}" in done.stdout, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    done = euphonium("validate", *three, "rollout.split_tail=true")
+    assert said in done.stdout, done.stderr
+    full = euphonium("validate", *three, "rollout.split_tail=true", "pools.rollout.num_actors=3").stdout
+    assert "1, with rollout.split_tail as without: no wave of 3 actors gets shorter" in full
+
+
 def test_a_plan_for_programs(euphonium: Callable[..., Done]) -> None:
     plan = json.loads(euphonium("plan", *GPUS, "--json", "--assume", "mfu=0.2").stdout)
     assert plan["gpus"] == 6

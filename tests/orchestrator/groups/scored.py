@@ -45,6 +45,7 @@ class Rollouts:
         drawn: ordinals of the groups that were asked for.
         errors: what drawing or scoring a group raises, by its ordinal.
         held_back: groups that do not come before they are taken out of here.
+        parts: in how many parts each group is drawn, by its ordinal; 0 for whole.
         cancelled: ordinals of the groups whose drawing was given up.
         deadlines: of every scoring.
     """
@@ -52,13 +53,15 @@ class Rollouts:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.drawn: list[int] = []
+        self.parts: dict[int, int] = {}
         self.errors: dict[int, Exception] = {}
         self.held_back: set[int] = set()
         self.cancelled: list[int] = []
         self.deadlines: set[float] = set()
 
-    async def draw(self, task: GroupTask) -> Any:
+    async def draw(self, task: GroupTask, parts: Sequence[tuple[int, int]] = ()) -> Any:
         self.drawn.append(task.group_id)
+        self.parts[task.group_id] = len(parts)
         try:
             await asyncio.sleep(0)
             while task.group_id in self.held_back:

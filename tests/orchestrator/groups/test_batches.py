@@ -94,6 +94,19 @@ def test_groups_come_in_the_order_of_their_ordinals_whoever_is_done_first(make_c
     play(scene())
 
 
+def test_the_groups_of_an_incomplete_wave_are_drawn_in_parts(make_config: MakeConfig) -> None:
+    async def scene(*overrides: str) -> dict[int, int]:
+        three = ("rollout.prompts_per_iteration=3", "pools.rollout.num_actors=2")
+        setting = Setting(make_config(*three, *overrides), RunState(iteration=1, next_group=10, world_size=1))
+        await setting.train()
+        parts: dict[int, int] = setting.rollouts.parts
+        return parts
+
+    # Two samples, and the third.
+    assert asyncio.run(scene("rollout.split_tail=true")) == {10: 0, 11: 0, 12: 2}
+    assert asyncio.run(scene()) == {10: 0, 11: 0, 12: 0}
+
+
 @pytest.mark.parametrize("error", [RewardError("no answer", ["icon"]), LostActorError("died")])
 def test_a_group_that_is_lost_is_left_out_and_counted(make_config: MakeConfig, error: Exception) -> None:
     async def scene() -> None:

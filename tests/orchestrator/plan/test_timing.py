@@ -13,6 +13,7 @@ from orchestrator.plan.workload import Workload
 WORK = Workload(
     groups=12, group_size=8, steps=10, alike=0, guided=4, scored=0, decodes=1, rows=80, states=80, updates=2,
     refreshed_pairs=0, references=0, latent_values=1, group_bytes=0, evaluation_velocities=0, evaluation_samples=0,
+    piece=8,
 )  # fmt: skip
 SPEED = Speeds(
     velocity=1.0, gradient=0.5, score=0.0, decode=0.1, micro_step=0.2, update=0.0, refresh=0.0, zero_bytes=0,
@@ -61,6 +62,17 @@ def test_a_streamed_iteration_hides_the_shorter_half_of_the_first_update_but_for
         iteration_time(SPEED, work, one_wave, NEAR, overlapped=False, streamed=s) for s in (False, True)
     )
     assert streamed.total == waiting.total
+
+
+def test_a_tail_that_is_split_takes_the_time_of_a_part() -> None:
+    parted = dataclasses.replace(WORK, piece=1)
+    for time_of in (turns_time, functools.partial(iteration_time, overlapped=False)):
+        split = Split(rollout=8, prm=4, orm=12, learner=4)
+        whole, shorter = (time_of(SPEED, work, split, NEAR) for work in (WORK, parted))
+        assert shorter.rollout == pytest.approx(0.75 * whole.rollout)
+        assert shorter.total == pytest.approx(whole.total - whole.rollout / 4)
+        full = dataclasses.replace(split, rollout=6)
+        assert time_of(SPEED, parted, full, NEAR) == time_of(SPEED, WORK, full, NEAR)
 
 
 def test_a_refresh_takes_its_time_between_iterations() -> None:

@@ -1,6 +1,7 @@
 """Rollouts whose actor or weights are lost, with actors that answer from a script in this process."""
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from euphonium.config import RunConfig
-from euphonium.errors import LostActorError, TrainingError, WeightsMissingError
+from euphonium.errors import LostActorError, RewardError, TrainingError, WeightsMissingError
 from euphonium.wire.records import GroupTask
 from euphonium.wire.roles import RolloutContext
 from orchestrator.pools import rollout_service
@@ -27,7 +28,7 @@ TASK = GroupTask(group_id=3, prompt="a prompt", seed=1)
 async def answer(value: Any) -> Any:
     if isinstance(value, Exception):
         raise value
-    return value
+    return await value if asyncio.iscoroutine(value) else value
 
 
 class Method:
@@ -50,7 +51,7 @@ class Handle:
 
     def __init__(self, script: Sequence[Any]) -> None:
         self.asked: list[tuple[Any, ...]] = []
-        self.generate = self.evaluate = self.sleep = Method(iter(script), self.asked)
+        self.generate = self.merge = self.evaluate = self.sleep = Method(iter(script), self.asked)
 
 
 class Setting:
@@ -99,6 +100,52 @@ def test_a_group_whose_actor_is_lost_is_drawn_by_another_one(
     assert setting.handles[1].asked == [(TASK, RolloutContext(version=5, history=2))]
     assert setting.published == 0
     assert setting.pools.rollout.roster.working == []
+
+
+def test_a_part_whose_actor_is_lost_is_drawn_by_another_one_and_the_others_stay(make_config: MakeConfig) -> None:
+    setting = Setting(make_config(), ["samples 0-1", "sample 2", "info"], [LostActorError("rollout-1 died")])
+
+    async def draw() -> None:
+        service = await setting.open()
+        assert await service.draw(TASK, [(0, 2), (2, 3)]) == ("info", "a reference", "a reference")
+
+    asyncio.run(draw())
+    context = RolloutContext(version=5, history=2)
+    first, second = (dataclasses.replace(TASK, members=members) for members in [(0, 2), (2, 3)])
+    assert setting.handles[1].asked == [(second, context)]
+    merged = (("samples 0-1", "sample 2"), *["a reference"] * 4)
+    assert setting.handles[0].asked == [(first, context), (second, context), merged]
+    assert setting.pools.rollout.roster.working == []
+
+
+def test_parts_that_are_put_together_by_an_actor_that_is_lost_are_not_drawn_again(make_config: MakeConfig) -> None:
+    setting = Setting(make_config(), ["one", LostActorError("rollout-0 died")], ["other", "info"])
+
+    async def draw() -> None:
+        service = await setting.open()
+        assert (await service.draw(TASK, [(0, 2), (2, 3)]))[0] == "info"
+
+    asyncio.run(draw())
+    assert setting.handles[0].asked[1] == setting.handles[1].asked[1] == (("one", "other"), *["a reference"] * 4)
+
+
+def test_a_part_that_fails_ends_the_group_once_the_other_actors_are_idle(make_config: MakeConfig) -> None:
+    late: asyncio.Event = asyncio.Event()
+    setting = Setting(make_config(), [RewardError("no server", ["process"])], [late.wait()])
+
+    async def draw() -> None:
+        service = await setting.open()
+        drawing = asyncio.ensure_future(service.draw(TASK, [(0, 2), (2, 3)]))
+        for _ in range(30):
+            await asyncio.sleep(0)
+        assert [member.name for member in setting.pools.rollout.roster.working] == ["rollout-1"]
+        assert not drawing.done()
+        late.set()
+        with pytest.raises(RewardError, match="no server"):
+            await drawing
+
+    asyncio.run(draw())
+    assert [len(handle.asked) for handle in setting.handles] == [1, 1], "nothing is put together"
 
 
 def test_missing_weights_are_published_again_and_their_actor_goes_on(make_config: MakeConfig) -> None:
