@@ -8,6 +8,8 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -66,3 +68,11 @@ class Process:
     @property
     def output(self) -> str:
         return "\n".join(self.lines)
+
+
+def actor_process(name: str) -> psutil.Process:
+    """The process of a named actor of the Ray cluster. An actor that works answers after its present call."""
+    import ray
+
+    (pid,) = ray.get([ray.get_actor(name).__ray_call__.remote(lambda self: __import__("os").getpid())])
+    return psutil.Process(pid)

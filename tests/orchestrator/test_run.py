@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from typing_extensions import override
 
@@ -18,6 +17,7 @@ from orchestrator.pools.ray_session import CONTROL
 from orchestrator.pools.run_pools import ActorFactories
 from orchestrator.run import BALANCER, Run
 from orchestrator.state.checkpoints import CheckpointStore
+from tests.process import actor_process
 from tests.stubs.roles import StubLearners, StubRun
 
 pytestmark = pytest.mark.ray
@@ -188,10 +188,7 @@ def test_a_buffer_that_dies_while_the_run_starts_is_replaced(
 
 
 def kill_process(name: str) -> None:
-    import ray
-
-    (pid,) = ray.get([ray.get_actor(name).__ray_call__.remote(lambda self: __import__("os").getpid())])
-    psutil.Process(pid).kill()
+    actor_process(name).kill()
 
 
 def test_a_pool_without_restarts_goes_on_smaller_and_ends_with_an_error_when_empty(

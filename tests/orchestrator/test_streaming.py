@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from euphonium.config import RunConfig
 from orchestrator.state.checkpoints import CheckpointStore
+from tests.process import actor_process
 from tests.stubs.roles import StubRun
 
 pytestmark = pytest.mark.ray
@@ -125,16 +125,14 @@ KILLED = ("rollout-1", "learner-mailbox", "weight-store")
 def test_roles_that_are_killed_in_a_beginning_change_no_number(
     waiting: list, stub_config: Callable, execute: Callable, roles: tuple[str, ...]
 ) -> None:
-    def kill_process(role: str) -> None:
-        import ray
-
-        (pid,) = ray.get([ray.get_actor(role).__ray_call__.remote(lambda self: __import__("os").getpid())])
-        psutil.Process(pid).kill()
-
     async def kill(run: Any) -> None:
-        for after, role in enumerate(roles, 1):
+        while run.learners.group is None:
+            await asyncio.sleep(0.02)
+        # In the beginning of an update a rollout actor works, and does not answer.
+        processes = [await asyncio.to_thread(actor_process, role) for role in roles]
+        for after, process in enumerate(processes, 1):
             await in_a_beginning(run, after)
-            await asyncio.to_thread(kill_process, role)
+            process.kill()
 
     config = stub_config(*SIX)
     execute(Streaming(config, "tests", None), kill)
