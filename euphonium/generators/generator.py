@@ -35,6 +35,7 @@ from euphonium.generators.conditioning import (
 )
 from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.noise_grid import NoiseGrid, pipeline_grid
+from euphonium.generators.sound import SoundDecoder
 from euphonium.generators.vae import Autoencoder, VideoVae
 from euphonium.prompt_files import prompt_images
 
@@ -320,6 +321,10 @@ class Generator(Backbone):
     def load_decoder(self, device: torch.device) -> Decoder:
         """Loads the VAE as a function from latents to videos ``[batch, frames, 3, height, width]`` in [0, 1]."""
         return self.load_working_vae(device).decode
+
+    def load_sound_decoder(self, device: torch.device) -> SoundDecoder | None:
+        """Loads what makes the sound of a finished sample; None if samples have none."""
+        return None
 
     def fingerprint(self) -> dict[str, str]:
         """Hashes of VAE and encoders: a process reward model fits only generators with the same ones."""

@@ -2,7 +2,7 @@
 
 A state is one tensor that holds the tokens of the clip and, behind them, those of its sound. The pipeline walks both on
 the same noise levels, so that samplers, likelihoods and objectives take them as one sample: the sound is a part of the
-action. Rewards see the video; the VAE here decodes nothing else.
+action. Rewards see the video.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from euphonium.errors import ConfigError
 from euphonium.generators.backbone import NetworkClass
 from euphonium.generators.conditioning import Conditioning, PromptEncoder
 from euphonium.generators.ltx import TIMESTEPS, Ltx, LtxVae
+from euphonium.generators.sound import Sound, SoundDecoder
 from euphonium.generators.vae import Autoencoder, VideoVae
 
 # Frames a second, of which the length of the sound follows: the pipeline's default.
@@ -131,6 +132,26 @@ class Ltx2(Ltx):
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> VideoVae:
         plain = LtxVae.load(self.vae_class(), self.folder, device, dtype)
         return Ltx2Vae(plain.network, device, dtype, self.layout)
+
+    @override
+    def load_sound_decoder(self, device: torch.device) -> SoundDecoder:
+        from diffusers import LTX2Pipeline
+
+        others = ("transformer", "vae", "text_encoder", "tokenizer", "connectors", *self.unopened)
+        pipeline = LTX2Pipeline.from_pretrained(self.folder, dtype=self.dtype, **dict.fromkeys(others)).to(device)
+        vae, vocoder, layout = pipeline.audio_vae, pipeline.vocoder, self.layout
+        # Channels of a latent, which holds them for each of its bins of pitch.
+        bins = self.latent_channels // int(vae.config.latent_channels)
+
+        @torch.no_grad()
+        def decode(latents: Tensor) -> Sound:
+            tokens = layout.split(latents.to(device))[1].transpose(1, 2)
+            tokens = pipeline._denormalize_audio_latents(tokens, vae.latents_mean, vae.latents_std)
+            spectra = pipeline._unpack_audio_latents(tokens, layout.sound, num_mel_bins=bins).to(vae.dtype)
+            waves = vocoder(vae.decode(spectra, return_dict=False)[0])
+            return Sound(waves[0].float().cpu(), int(vocoder.config.output_sampling_rate))
+
+        return decode
 
     @override
     def fingerprint(self) -> dict[str, str]:

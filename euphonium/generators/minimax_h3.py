@@ -30,6 +30,7 @@ from euphonium.generators.conditioning import Conditioning, PromptEncoder, padde
 from euphonium.generators.folder import OF_OTHER_TASKS, PipelineFolder
 from euphonium.generators.generator import Generator
 from euphonium.generators.noise_grid import SCHEDULER_FILE, scheduler_config
+from euphonium.generators.sound import Sound, SoundDecoder
 from euphonium.generators.vae import Autoencoder, VideoVae
 from euphonium.generators.wan import WanVae, hold_buffers
 
@@ -189,6 +190,26 @@ class MiniMaxH3(Generator):
         vae = MiniMaxH3Vae.load(self.vae_class(), self.folder, device, dtype)
         vae.layout = self.layout
         return vae
+
+    @override
+    def load_sound_decoder(self, device: torch.device) -> SoundDecoder:
+        from diffusers import AutoencoderKLMiniMaxH3Audio
+
+        vae = AutoencoderKLMiniMaxH3Audio.from_pretrained(self.folder / "audio_vae", dtype=self.dtype).to(device).eval()
+        mean, std = (
+            torch.tensor(numbers, device=device).view(1, -1, 1)
+            for numbers in (vae.config.latents_mean, vae.config.latents_std)
+        )
+
+        @torch.no_grad()
+        def decode(latents: Tensor) -> Sound:
+            # Finished states hold the sound over the ratio of the shifts; its two channels are decoded one by one.
+            tokens = self._ratio * self.layout.tokens_of(latents.to(device))[1]
+            channels = tokens[0].unflatten(0, (SOUND_CHANNELS, -1)).transpose(1, 2) * std + mean
+            waves = vae.decode(channels.to(vae.dtype), return_dict=False)[0]
+            return Sound(waves[:, 0].float().cpu(), int(vae.config.sampling_rate))
+
+        return decode
 
     def states(self, video: Tensor, sound: Tensor) -> Tensor:
         """States of tokens of the video ``[batch, tokens, width]`` and, as states hold it, of the sound."""

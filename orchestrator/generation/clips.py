@@ -14,12 +14,26 @@ from PIL import Image
 
 from euphonium.errors import ConfigError
 from euphonium.files import written_aside
+from euphonium.generators.sound import Sound
 from orchestrator.report.pictures import enlarge
 
 Frames = NDArray[np.uint8]
 Format = Literal["mp4", "gif", "png", "frames"]
 # libx264's constant quality; 18 is visually lossless, so that rewards and metrics see what was drawn.
 QUALITY = "18"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a model draws.
+
+    Attributes:
+        frames: ``[frames, height, width, 3]``.
+        sound: its sound, for models that draw one.
+    """
+
+    frames: Frames
+    sound: Sound | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,14 @@ def format_for(asked: Format | None, stills: bool) -> Format:
     if stills and asked in (None, "png"):
         return "png"
     return "frames" if asked == "png" else asked or "gif"
+
+
+def save_with_sound(clip: Clip, path: Path, form: ClipFormat) -> None:
+    """Writes a clip as :func:`save_clip` does, and before it its sound, as a WAV file beside it."""
+    if clip.sound is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clip.sound.save(path.with_name(path.name.removesuffix(ending(form.kind)) + ".wav"))
+    save_clip(clip.frames, path, form)
 
 
 def save_clip(video: Frames, path: Path, form: ClipFormat) -> None:

@@ -16,7 +16,7 @@ from euphonium.errors import ConfigError, PreflightError
 from euphonium.files import written_aside
 from euphonium.text_files import parse_json, quoted, read_text
 from euphonium.wire.devices import reserved_device
-from orchestrator.generation.clips import ClipFormat, read_clip, save_clip
+from orchestrator.generation.clips import ClipFormat, read_clip, save_with_sound
 from orchestrator.generation.models import Model, ModelSource
 from orchestrator.generation.samples import Layout, Plan, Sample
 from orchestrator.generation.tasks import Progress, in_tasks
@@ -103,8 +103,8 @@ def draw_samples(job: Job, samples: Sequence[Sample]) -> Iterator[int]:
         left = [sample for sample in part if not (job.folder / sample.file).exists()]
         if left:
             model = job.source.load() if model is None else model
-            for sample, video in zip(left, model.draw(left), strict=True):
-                save_clip(video, job.folder / sample.file, job.form)
+            for sample, clip in zip(left, model.draw(left), strict=True):
+                save_with_sound(clip, job.folder / sample.file, job.form)
         yield begin + len(part)
 
 

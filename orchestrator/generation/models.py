@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from euphonium.config import ModelConfig, RunConfig, load_config
 from euphonium.errors import ConfigError
@@ -20,9 +21,10 @@ from euphonium.generators.pictures import open_picture, require_pictures
 from euphonium.generators.prompt_length import warn_of_cut_prompts
 from euphonium.generators.registry import FAMILIES, adapter_of
 from euphonium.generators.sample_size import SampleSize, read_sample_size
+from euphonium.generators.sound import Sound
 from euphonium.weight_files import one_line
 from euphonium.wire.devices import local_device
-from orchestrator.generation.clips import Frames
+from orchestrator.generation.clips import Clip, Frames
 from orchestrator.generation.policies import Protocol as Sampling
 from orchestrator.generation.policies import (
     TrainedPolicy,
@@ -68,8 +70,8 @@ class Drawing:
 class Model(Protocol):
     """Draws clips."""
 
-    def draw(self, samples: Sequence[Sample]) -> list[Frames]:
-        """Clips ``[frames, height, width, 3]``, one a sample, drawn in one pass."""
+    def draw(self, samples: Sequence[Sample]) -> list[Clip]:
+        """Clips, one a sample, drawn in one pass."""
         ...
 
 
@@ -180,14 +182,16 @@ class RunModel:
         self._policy = policy
         worker = policy.worker
         self._decode = worker.family.load_decoder(worker.device)
+        self._sound = worker.family.load_sound_decoder(worker.device)
 
-    def draw(self, samples: Sequence[Sample]) -> list[Frames]:
+    def draw(self, samples: Sequence[Sample]) -> list[Clip]:
         """Clips, drawn in one pass and decoded one by one."""
         latents = self._policy.sample([sample.prompt for sample in samples], [sample.seed for sample in samples])
-        return [
-            as_frames(self._decode(torch.from_numpy(latents[i : i + 1]))[0].permute(0, 2, 3, 1).cpu().numpy())
-            for i in range(len(samples))
-        ]
+        return [self._decoded(torch.from_numpy(latents[i : i + 1])) for i in range(len(samples))]
+
+    def _decoded(self, latents: Tensor) -> Clip:
+        frames = as_frames(self._decode(latents)[0].permute(0, 2, 3, 1).cpu().numpy())
+        return Clip(frames, None if self._sound is None else self._sound(latents))
 
 
 @dataclass(frozen=True)
@@ -292,13 +296,13 @@ class PipelineModel:
         if drawing.guidance_scale is not None:
             self._settings["guidance_scale"] = drawing.guidance_scale
 
-    def draw(self, samples: Sequence[Sample]) -> list[Frames]:
+    def draw(self, samples: Sequence[Sample]) -> list[Clip]:
         """Clips, in one call; those that begin with a picture one by one."""
         if any(sample.image is not None for sample in samples) and _needs_image(type(self._pipeline)):
             return [self._call([sample], image=open_picture(_picture(sample)))[0] for sample in samples]
         return self._call(samples)
 
-    def _call(self, samples: Sequence[Sample], **more: Any) -> list[Frames]:
+    def _call(self, samples: Sequence[Sample], **more: Any) -> list[Clip]:
         generators = [torch.Generator().manual_seed(sample.seed) for sample in samples]
         prompts = [str(sample.prompt) for sample in samples]
         # Some pipelines take no lists.
@@ -314,7 +318,12 @@ class PipelineModel:
                 "that size, give another by --height, --width and --frames"
             ) from error
         drawn = result.frames if hasattr(result, "frames") else np.asarray(result.images)[:, None]
-        return [as_frames(np.asarray(video)) for video in drawn]
+        frames = [as_frames(np.asarray(video)) for video in drawn]
+        waves = getattr(result, "audio", None)
+        if waves is None:
+            return [Clip(video) for video in frames]
+        rate = int(self._pipeline.vocoder.config.output_sampling_rate)
+        return [Clip(video, Sound(wave.float().cpu(), rate)) for video, wave in zip(frames, waves, strict=True)]
 
 
 def as_frames(video: np.ndarray[Any, Any]) -> Frames:

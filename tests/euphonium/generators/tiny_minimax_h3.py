@@ -109,7 +109,13 @@ def open_minimax_h3(folder: Path) -> Any:
 def minimax_h3_samples(
     family: Generator, start: Tensor, prompts: Sequence[str], steps: int, output_type: str
 ) -> Tensor:
-    """What the pipeline makes of the given noise, one prompt at a time: states, or pixels for ``pt``.
+    """What the pipeline makes of the given noise, one prompt at a time: states, or pixels for ``pt``."""
+    runs = minimax_h3_run(family, start, prompts, steps)
+    return torch.cat([state.get("videos") if output_type == "pt" else states for states, state in runs])
+
+
+def minimax_h3_run(family: Generator, start: Tensor, prompts: Sequence[str], steps: int) -> list[tuple[Tensor, Any]]:
+    """States that the pipeline makes of the given noise, and its own state at the end, for one prompt at a time.
 
     Its shortest clip, of five seconds, is left out of account.
     """
@@ -129,10 +135,7 @@ def minimax_h3_samples(
                 num_inference_steps=steps + 1, latents=latents.unsqueeze(0), output_type="pt",
                 audio_latents=tokens.unflatten(0, (SOUND_CHANNELS, -1)).transpose(1, 2),
             )  # fmt: skip
-            if output_type == "pt":
-                made.append(state.get("videos"))
-                continue
             ours = patchify_video_latents(state.get("latents"), patch).unsqueeze(0)
             theirs = state.get("audio_latents").transpose(1, 2).flatten(0, 1).unsqueeze(0)
-            made.append(family.states(ours, theirs * SHIFTS[0] / SHIFTS[1]))
-    return torch.cat(made)
+            made.append((family.states(ours, theirs * SHIFTS[0] / SHIFTS[1]), state))
+    return made

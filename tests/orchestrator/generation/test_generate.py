@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import wave
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from euphonium.generators.registry import open_generator
 from euphonium.generators.sample_size import SIZE_FILE
 from orchestrator.commands.cli import run_command
 from orchestrator.generation.clips import read_clip
+from orchestrator.generation.models import RunModel
 from orchestrator.generation.policies import open_policy
+from orchestrator.generation.samples import Sample
 from orchestrator.state.checkpoints import Checkpoint, RunState
 from tests.euphonium.generators.cases import CASES
 
@@ -49,6 +52,35 @@ def a_run(make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
         "orchestrator.generation.models.open_policy", lambda c, config, **k: open_policy(c, config, base=True)
     )
     return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["gif", "png"])
+def test_sounds_are_written_beside_their_clips(folders: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    # Of one step its scheduler makes none.
+    how = ("--frames", "5", "--height", "32", "--width", "32", "--steps", "2")
+    assert generate(folders("LTX2Pipeline"), tmp_path / "clips", "-p", PROMPT, "--format", kind, *how) == 0
+    clip = "0000-0" if kind == "png" else "0000-0.gif"
+    assert {path.name for path in (tmp_path / "clips").iterdir()} >= {clip, "0000-0.wav"}
+    with wave.open(str(tmp_path / "clips" / "0000-0.wav")) as file:
+        assert file.getnchannels() == 2
+        assert np.frombuffer(file.readframes(-1), dtype="<i2").any()
+
+
+def test_a_run_draws_sounds_with_its_clips(
+    make_config: Callable[..., RunConfig], folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = make_config(
+        f"model.path={folders('LTX2Pipeline')}", "model.frames=5", "model.cfg_scale=4", "model.embedded_guidance=null",
+        "evaluation.num_steps=2", "rewards.process=null", "sampler.guidance=null", "advantage.mode=outcome",
+    )  # fmt: skip
+    state = RunState(iteration=1, next_group=2, world_size=1)
+    policy = open_policy(Checkpoint(tmp_path, state), config, base=True)
+    clip, other = RunModel(policy).draw([Sample(f"{seed}.gif", PROMPT, seed) for seed in (0, 1)])
+    assert clip.frames.shape == (5, 32, 32, 3)
+    assert clip.sound is not None
+    assert other.sound is not None
+    assert clip.sound.samples.shape[0] == 2
+    assert not torch.equal(clip.sound.samples, other.sound.samples)
 
 
 def test_an_export_is_drawn_from_in_its_runs_size_wherever_it_lies(
