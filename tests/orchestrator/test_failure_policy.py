@@ -1,7 +1,7 @@
 """What the run loop does with a group whose rewards cannot be had."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class ScriptedSource(BatchSource):
     errors: dict[int, Exception]
     asked: list[int]
 
-    async def _draw_and_score(self, task: GroupTask) -> ScoredGroup:
+    async def _draw_and_score(self, task: GroupTask, parts: Sequence[tuple[int, int]]) -> ScoredGroup:
         self.asked.append(task.group_id)
         if task.group_id in self.errors:
             raise self.errors[task.group_id]
