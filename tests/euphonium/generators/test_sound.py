@@ -47,6 +47,15 @@ def compare(family: Any, states: Tensor, expected: Tensor, rate: int) -> None:
     assert float((expected[0] - expected[1]).abs().max()) > 1e-4, "the two are not the same sound"
 
 
+@pytest.mark.parametrize("name", ["ltx2", "ltx2.3", "minimax h3"])
+def test_a_sound_in_bfloat16_is_that_of_float32_but_for_rounding(name: str, folders: Folders) -> None:
+    families = [family_of(name, folders, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    states = noise(families[0])[:1]
+    exact, rounded = (cast(Any, family.load_sound_decoder(CPU))(states).samples for family in families)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, atol=0.02 * float(exact.abs().max()), rtol=0)
+
+
 def test_most_generators_make_no_sound(folders: Folders) -> None:
     assert family_of("wan", folders).load_sound_decoder(CPU) is None
 
