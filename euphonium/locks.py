@@ -38,7 +38,8 @@ ATTEMPTS = 50
 def writing_alone(folders: Sequence[tuple[Path, str]]) -> Iterator[None]:
     """Holds the locks of some folders, which need not exist; makes the folders that they are in.
 
-    On the way out the lock files are removed, and so are the folders that were made for them if nothing is in them.
+    On the way out the lock files are removed, and so are the folders that were made for them if nothing is in them. Of
+    several processes that start at once, one may make a folder and another get its lock: that folder stays, empty.
 
     Args:
         folders: each with the field or argument that names it, for errors.

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,15 +73,27 @@ def test_a_killed_process_leaves_a_file_and_no_lock(hold: Hold, tmp_path: Path) 
 
 
 def test_only_one_of_many_that_start_at_once_gets_it(tmp_path: Path) -> None:
-    code = HOLDER.replace("sys.stdin.read()", "import time; time.sleep(3)")
     everybody = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "new" / "demo")], stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(tmp_path / "new" / "demo")],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for _ in range(6)
     ]
-    said = [process.communicate(timeout=60)[1].decode() for process in everybody]
-    assert sorted(process.returncode for process in everybody) == [0, 1, 1, 1, 1, 1], said
-    assert sum("PreflightError" in text for text in said) == 5
-    assert list(tmp_path.iterdir()) == []
+    try:
+        # The one that has it waits for the end of its input; the others must all be gone before that.
+        deadline = time.monotonic() + 60
+        while sum(process.poll() is None for process in everybody) > 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        said = [process.communicate(b"")[1].decode() for process in everybody]
+        assert sorted(process.returncode for process in everybody) == [0, 1, 1, 1, 1, 1], said
+        assert sum("PreflightError" in text for text in said) == 5
+        assert list(tmp_path.rglob("*.lock")) == []
+    finally:
+        for process in everybody:
+            process.kill()
 
 
 def test_the_folder_may_be_moved_aside_under_its_lock(hold: Hold, tmp_path: Path) -> None:
