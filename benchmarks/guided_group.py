@@ -115,8 +115,8 @@ def spsa_way(config: RunConfig) -> tuple[RolloutWorker, SourceFactory]:
 
 def measure(recipe: str, overrides: list[str], perturbations: list[int], rounds: int) -> tuple[int, int, list[Row]]:
     """Number of steps, number of guided ones, and the rows."""
-    guided = load_config(recipe, overrides)
-    estimated = [
+    guided: RunConfig = load_config(recipe, overrides)
+    estimated: list[RunConfig] = [
         load_config(recipe, [*overrides, *UNGUIDED[1:], "sampler.guidance.source=spsa",
                              "sampler.guidance.control=null", f"sampler.guidance.spsa.perturbations={count}"])
         for count in perturbations
