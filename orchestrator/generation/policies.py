@@ -6,6 +6,7 @@ the reward gradient in the ODE and needs the process reward model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,8 @@ def check_prompts_of(config: RunConfig, prompts: Sequence[str]) -> None:
 def inference_guidance(config: RunConfig) -> GuidanceConfig:
     """The guidance of a run's rollouts for an ODE with any number of steps: its window becomes a range of time.
 
+    An ODE has no noise: guidance in units of it pushes as far in all as it pushed a rollout, evenly over that time.
+
     Raises:
         ConfigError: this run's guidance cannot be kept at inference.
     """
@@ -140,7 +143,8 @@ def inference_guidance(config: RunConfig) -> GuidanceConfig:
         raise ConfigError("--protocol inference_rgg: this run was not guided by a process reward model")
     from euphonium.generators.registry import open_generator
 
-    table = open_generator(config.model).step_table(config.sampler)
+    generator = open_generator(config.model)
+    table = generator.step_table(config.sampler)
     steps = table.guided_steps
     if not steps:
         raise ConfigError("--protocol inference_rgg: sampler.guidance.scale is 0, so no step was guided")
@@ -158,7 +162,13 @@ def inference_guidance(config: RunConfig) -> GuidanceConfig:
     window = guidance.time_window or (begin, end)
     assert guidance.scale is not None
     # Steps between those that were guided are finer steps' guided time, too: the same push spread evenly.
-    spread = {"every": 1, "scale": guidance.scale / guidance.every}
+    spread: dict[str, object] = {"every": 1, "scale": guidance.scale / guidance.every}
+    if guidance.normalise == "noise":
+        from actors.guidance import noise_length
+
+        size = math.prod(generator.latent_shape)
+        pushed = sum(float(table.coef_grad[k]) * noise_length(table, k, size) for k in steps)
+        spread |= {"normalise": True, "scale": pushed / (window[1] - window[0])}
     return guidance.model_copy(update={"window": None, "time_window": window, **spread})
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
 
+from actors.guidance import noise_length
 from euphonium.config import RunConfig
 from euphonium.dynamics import StepTable
 from euphonium.errors import ConfigError
@@ -40,6 +42,26 @@ def test_guidance_at_inference_lasts_as_long_as_the_rollouts_guided_steps(
         assert table.guided_steps == list(range(*window))
     if window == (8, 16):
         assert table.guided_steps[-1] == steps - 1
+
+
+@pytest.mark.parametrize("window", ["window: [1, 3]", "time_window: [0.05, 0.6]"])
+def test_guidance_in_units_of_noise_pushes_an_ode_as_far_in_all_as_a_rollout(
+    window: str, make_config: Callable[..., RunConfig]
+) -> None:
+    """The ODE has no noise to measure by: the rollout's pushes are spread evenly over the time they act in."""
+    config = make_config(f"sampler.guidance={{scale: 0.12, normalise: noise, {window}}}")
+    generator = open_generator(config.model)
+    rollout = generator.step_table(config.sampler)
+    in_rollout = sum(
+        float(rollout.coef_grad[k]) * noise_length(rollout, k, math.prod(generator.latent_shape))
+        for k in rollout.guided_steps
+    )
+    guidance = inference_guidance(config)
+    assert guidance.normalise is True  # gradients of length 1
+    table = generator.ode_table(400, config.sampler, guidance)
+    assert in_rollout > 0
+    # Up to the two steps of the fine grid at the window's ends.
+    assert float(table.coef_grad.sum()) == pytest.approx(in_rollout, rel=0.02)
 
 
 def test_guidance_of_scale_0_cannot_be_kept(make_config: Callable[..., RunConfig]) -> None:
