@@ -151,14 +151,14 @@ def test_an_order_that_takes_too_long_is_an_error_that_names_the_setting(make_se
 
 def test_an_order_may_take_any_time_while_the_group_gives_signs_of_life(make_setting: Callable[..., Setting]) -> None:
     async def scene() -> None:
-        setting = make_setting("pools.learner.update_timeout_s=0.3", mailbox=Impatient)
+        setting = make_setting("pools.learner.update_timeout_s=1.0", mailbox=Impatient)
         link = await setting.up()
         waiting = asyncio.ensure_future(link.carry_out(ORDER))
-        for _ in range(12):
+        for _ in range(15):
             await asyncio.sleep(0.1)
             await setting.mailbox.alive.remote("a")
         assert not waiting.done()
-        for _ in range(12):
+        for _ in range(15):
             # Those of a group that is gone do not count.
             await asyncio.sleep(0.1)
             await setting.mailbox.alive.remote("before")
