@@ -73,8 +73,11 @@ def test_adapter_of_a_run_without_one_is_refused(tiny_recipe_file: Callable[...,
         export_adapter(tmp_path, tiny_recipe_file(tmp_path), tmp_path / "adapter")
 
 
-def test_inference_keeps_the_reward_gradient(tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path) -> None:
-    config = tiny_recipe_file(tmp_path, "sampler.guidance={scale: 20, window: [1, 3]}")
+@pytest.mark.parametrize("strength", ["scale: 20", "scale: 1, normalise: noise"])
+def test_inference_keeps_the_reward_gradient(
+    strength: str, tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = tiny_recipe_file(tmp_path, f"sampler.guidance={{{strength}, window: [1, 3]}}")
     worker = RolloutWorker(config, CPU)
     assert config.rewards.process is not None
     prm = ProcessRewardModel.load(Path(config.rewards.process.path), config.model)
@@ -90,7 +93,9 @@ def test_inference_keeps_the_reward_gradient(tiny_recipe_file: Callable[..., Run
 
     guided = worker.evaluate(PROMPTS, SEEDS, lambda c, table, v: LocalRewards(prm, c, table.sigmas), guidance)
     with torch.no_grad():
-        assert bool((rewards(guided) > rewards(worker.evaluate(PROMPTS, SEEDS))).all())
+        gained = rewards(guided) - rewards(worker.evaluate(PROMPTS, SEEDS))
+    # Guided samples are drawn one by one: rounding alone moves the reward by 1e-7.
+    assert bool((gained > 1e-3).all()), gained
 
 
 def test_guidance_that_cannot_be_kept_is_refused(tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path) -> None:
