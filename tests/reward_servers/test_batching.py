@@ -163,8 +163,9 @@ def test_an_idle_model_waits_for_company() -> None:
         await asyncio.sleep(0.05)
         two = asyncio.ensure_future(batcher.submit(Number(2)))
         assert await asyncio.gather(one, two) == [2, 4]
+        waited = time.monotonic() - began
         assert model.passes == [[1, 2]]
-        assert time.monotonic() - began >= 1
+        assert 1 <= waited < 10
 
     run(scenario, wait_s=1)
 
