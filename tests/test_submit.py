@@ -60,9 +60,12 @@ def command(dashboard: str, tree: Path) -> list[str]:
 
 def test_a_job_ends_with_the_status_of_its_command(dashboard: str, tmp_path: Path) -> None:
     client = connect(dashboard)
+    jobs = {}
     for number, code in enumerate((0, 4, 127, 77)):
         shell = f"sh -c 'echo first; sleep 2; echo last; exit {code}'"
-        job = submit(client, Job(name=f"shell-{number}", entrypoint=shell, folder=tmp_path, metadata={"run": "shell"}))
+        what = Job(name=f"shell-{number}", entrypoint=shell, folder=tmp_path, metadata={"run": "shell"})
+        jobs[code] = submit(client, what)
+    for code, job in jobs.items():
         printed: list[str] = []
         follow(client, job, printed.append)
         lines = "".join(printed).splitlines()

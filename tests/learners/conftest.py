@@ -1,8 +1,6 @@
 """Trains on two real ZeRO-3 ranks, for the tests that compare them with a plain loop."""
 
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from actors.rollout import RolloutWorker
 from euphonium.config import RunConfig, dump_config
 from euphonium.rewards.process import LocalRewards, ProcessRewardModel
 from euphonium.wire.records import GroupPayload, GroupTask
-from tests.checkout import environment
+from tests.ranks import run_ranks
 
 ITERATIONS, GROUPS = 2, 3
 
@@ -56,14 +54,8 @@ def train_on_two_ranks(
     def train(name: str, recipes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         if name not in done:
             prepared = {other: prepare(*overrides) for other, overrides in recipes.items()}
-            command = [
-                sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-                "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
-                str(Path(__file__).with_name("engine") / "zero3_worker.py"),
-                *(str(folder) for folder, *_ in prepared.values()),
-            ]  # fmt: skip
-            ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env=environment())
-            assert ended.returncode == 0, ended.stderr[-8000:]
+            worker = Path(__file__).with_name("engine") / "zero3_worker.py"
+            run_ranks(2, worker, *(folder for folder, *_ in prepared.values()), timeout_s=500)
             for other, (folder, config, iterations) in prepared.items():
                 ranks = [torch.load(folder / f"rank_{r}.pt", weights_only=False) for r in (0, 1)]
                 done[other] = {"config": config, "iterations": iterations, "ranks": ranks}

@@ -279,6 +279,21 @@ def test_a_stopped_run_goes_on_where_it_was(expected: list, stub_config: Callabl
     assert chain(config) == expected
 
 
+def test_a_run_that_was_ended_in_its_last_evaluation_makes_up_for_it(stub_config: Callable, execute: Callable) -> None:
+    config = stub_config("iterations=3")
+    execute(StubRun(config, "tests", None))
+    everything = records(config)
+    cut = [*everything[:-1], {key: value for key, value in everything[-1].items() if "eval" not in key}]
+    assert cut[-1] != everything[-1]
+    (config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in cut))
+    checkpoint = CheckpointStore(config.run_dir / "checkpoints", 2).newest()
+    assert checkpoint is not None
+    execute(StubRun(config, "stubs", checkpoint))
+    again = records(config)
+    assert [record["iteration"] for record in again] == [0, 1, 2, 3]
+    assert again[-1]["eval/total/mean"] == pytest.approx(everything[-1]["eval/total/mean"], abs=1e-6)
+
+
 def test_a_learner_group_that_shares_samples_keeps_to_multiples(
     stub_config: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from learners.policy.checkpoint import POLICY_FILE
-from tests.checkout import environment
 from tests.euphonium.generators.tiny_pipelines import BUILDERS, SHAPES, model_fields, save_pipeline
+from tests.ranks import run_ranks
 
 # The family of which another start is tested.
 STARTED = "WanPipeline"
@@ -65,13 +63,8 @@ def trained(names: list[str], folder: Path) -> dict[str, dict[str, dict[str, flo
             start = str(other_weights(folder, name))
             orders[f"{name}, another start"] = {"model": model, "checkpointing": False, "start": start}
     (folder / "orders.json").write_text(json.dumps(orders))
-    worker = str(Path(__file__).with_name("families_zero3_worker.py"))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0", worker, str(folder / "orders.json"), str(folder / "seen.json"),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=570, env=environment())
-    assert result.returncode == 0, result.stderr[-8000:]
+    worker = Path(__file__).with_name("families_zero3_worker.py")
+    run_ranks(1, worker, folder / "orders.json", folder / "seen.json", timeout_s=570)
     reports = json.loads((folder / "seen.json").read_text())
     return {
         name: {order.removeprefix(f"{name}, "): r for order, r in reports.items() if order.startswith(f"{name}, ")}

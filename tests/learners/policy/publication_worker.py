@@ -1,6 +1,6 @@
 """One of two ranks that publish together; the senders of rank 0 fail as often as it is told.
 
-Arguments: folder with a recipe, rank, failures of the object store. Writes what happened as ``rank_N.json``.
+Arguments: folder with a recipe, failures of the object store. Writes what happened as ``rank_N.json``.
 """
 
 import datetime
@@ -36,11 +36,9 @@ class Policy:
 
 
 def main() -> None:
-    folder, rank, failures = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
-        timeout=datetime.timedelta(seconds=30),
-    )  # fmt: skip
+    folder, failures = Path(sys.argv[1]), int(sys.argv[2])
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
+    rank = dist.get_rank()
     sent: list[Any] = []
 
     def announce(self: BroadcastSender, publication: Publication) -> None:
@@ -71,5 +69,4 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main()
+main()

@@ -1,8 +1,6 @@
 """Every family's tiny model in bfloat16 through a run's whole path: rollout, transport, update, weights, checkpoint."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,8 @@ import torch
 from PIL import Image
 
 from euphonium.config import RunConfig, dump_config
-from tests.checkout import environment
 from tests.euphonium.generators.cases import CASES, PROMPTS, TRANSFORMERS
+from tests.ranks import run_ranks
 
 LORA = "model.lora={rank: 4, alpha: 8}"
 # With a learning rate that moves nothing, all updates must divide by the very numbers that they compute.
@@ -49,13 +47,7 @@ def trained(
 
 
 def seen_by_ranks(recipes: list[Path], root: Path) -> dict[str, Any]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0", str(Path(__file__).with_name("bf16_worker.py")), str(root / "seen.json"),
-        *map(str, recipes),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment())
-    assert result.returncode == 0, result.stderr[-8000:]
+    run_ranks(RANKS, Path(__file__).with_name("bf16_worker.py"), root / "seen.json", *recipes, timeout_s=600)
     seen: dict[str, Any] = json.loads((root / "seen.json").read_text())
     return seen
 

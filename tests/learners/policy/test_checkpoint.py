@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from euphonium.config import RunConfig, dump_config
 from euphonium.errors import CheckpointError
 from learners.engine.shards import Shards
 from learners.policy.checkpoint import FOLDER
-from tests.checkout import environment
+from tests.ranks import run_ranks
 
 OVERRIDES = (
     "rollout.prompts_per_iteration=3", "objective.updates_per_iteration=2", "pools.learner.rows_per_micro_batch=5",
@@ -45,13 +43,7 @@ def run(
         (folder / "job.json").write_text(json.dumps(job))
         for name in filter(None, [job["save"]]):
             (folder / name).mkdir()
-        command = [
-            sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
-            "--rdzv-endpoint=127.0.0.1:0", str(Path(__file__).with_name("resume_worker.py")), str(folder),
-            str(folder / "job.json"),
-        ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment())
-        assert result.returncode == 0, result.stderr[-6000:]
+        run_ranks(ranks, Path(__file__).with_name("resume_worker.py"), folder, folder / "job.json", timeout_s=300)
         return dict(torch.load(folder / "result.pt", weights_only=True)) | {"folder": folder}
 
     return go

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from euphonium.config import RunConfig, dump_config
 from euphonium.wire.records import GroupPayload, GroupTask, TrainingGroup
 from learners.policy.batching import load_rows, plan_updates
 from learners.policy.objective import References, evaluate_objective
-from tests.checkout import environment
+from tests.ranks import run_ranks
 
 COMMON = (
     "sampler.law=ode", "sampler.eta=null", "sampler.shared_noise=false", "sampler.guidance=null",
@@ -66,13 +64,7 @@ def all_kinds(
         (folder / "recipe.yaml").write_text(dump_config(config))
         prepared[kind] = {"config": config, "iterations": drawn(config)}
         (folder / "groups.pkl").write_bytes(pickle.dumps(prepared[kind]["iterations"]))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0", str(Path(__file__).with_name("noised_worker.py")),
-        *(str(root / kind) for kind in KINDS),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400, env=environment())
-    assert done.returncode == 0, done.stderr[-8000:]
+    run_ranks(2, Path(__file__).with_name("noised_worker.py"), *(root / kind for kind in KINDS), timeout_s=400)
     return {kind: torch.load(root / kind / "result.pt", weights_only=False) | prepared[kind] for kind in KINDS}
 
 

@@ -1,9 +1,6 @@
 """Publication by groups of one rank and of two, whose senders fail in turn."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from euphonium.errors import LostActorError, WeightsMissingError
 from euphonium.wire.weights import sender as sending
 from euphonium.wire.weights.sender import BroadcastSender, Buckets, ObjectStoreSender, Publication, Sent
 from learners.policy.publication import Publisher
+from tests.ranks import run_ranks
 
 PUBLICATION = Publication(version=3, kind="average")
 
@@ -133,16 +131,7 @@ def publish_on_two_ranks(
 
     def go(failures: int) -> list[dict[str, Any]]:
         make_config()
-        worker, root = Path(__file__).with_name("publication_worker.py"), Path(__file__).parents[3]
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(worker), str(tmp_path), str(rank), str(failures)],
-                env=os.environ | {"PYTHONPATH": str(root)}, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in (0, 1)
-        ]  # fmt: skip
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0, 0], errors
+        run_ranks(2, Path(__file__).with_name("publication_worker.py"), tmp_path, failures, timeout_s=300)
         return [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
 
     return go

@@ -1,7 +1,5 @@
 """Ranks that share the tokens of every sample get the losses, gradients and weights of ranks that do not."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,8 @@ import pytest
 import torch
 
 from euphonium.config import RunConfig
-from tests.checkout import environment
 from tests.learners.policy.test_bf16 import LORA, recipe_of
+from tests.ranks import run_ranks
 
 EXACT = (
     "model.dtype=float32", "objective.updates_per_iteration=1", "objective.clip_range=0.5",
@@ -69,13 +67,8 @@ def trained(
                 case, overrides = WAYS[way]
                 overrides = tuple(override.replace("EMBEDDED", str(tiny_generator)) for override in overrides)
                 recipes.append(recipe_of(root / way, case, folders, tiny_recipe_file, *EXACT, *overrides))
-            command = [
-                sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d",
-                "--rdzv-endpoint=127.0.0.1:0", str(Path(__file__).with_name("sequence_worker.py")),
-                str(root / "results.pt"), *map(str, recipes),
-            ]  # fmt: skip
-            ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=800, env=environment())
-            assert ended.returncode == 0, ended.stderr[-8000:]
+            worker = Path(__file__).with_name("sequence_worker.py")
+            run_ranks(ranks, worker, root / "results.pt", *recipes, timeout_s=800)
             results = torch.load(root / "results.pt", weights_only=False)
             done.update({(ranks, way): results[way] for way in missing})
         return {way: done[ranks, way] for way in ways}

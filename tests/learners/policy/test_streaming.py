@@ -1,8 +1,6 @@
 """Two real ranks begin with the first groups of an iteration, or wait for all: the same weights to the last bit."""
 
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import torch
 
 from euphonium.config import RunConfig, dump_config
 from euphonium.wire.tracing import folder_of, tracing
-from tests.checkout import environment
+from tests.ranks import run_ranks
 
 OVERRIDES = (
     "rollout.prompts_per_iteration=3", "pools.learner.rows_per_micro_batch=2", "optimizer.learning_rate=1e-3",
@@ -44,13 +42,8 @@ def results(
     config = tiny_recipe_file(folder, *OVERRIDES, *request.param)
     (folder / "recipe.yaml").write_text(dump_config(config))
     (folder / "groups.pkl").write_bytes(pickle.dumps(drawn(config)))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0", str(Path(__file__).with_name("streaming_worker.py")), str(folder),
-    ]  # fmt: skip
     with tracing(config, 1):
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400, env=environment())
-    assert done.returncode == 0, done.stderr[-8000:]
+        run_ranks(2, Path(__file__).with_name("streaming_worker.py"), folder, timeout_s=400)
     assert {file.name for file in folder_of(config, 1).iterdir()} == {"learner-0.json.gz", "learner-1.json.gz"}
     found: dict[str, Any] = torch.load(folder / "rank_0.pt", weights_only=False)
     return found

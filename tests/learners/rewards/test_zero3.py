@@ -1,7 +1,5 @@
 """A process reward model trained by two real ZeRO-3 ranks, against one process."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +13,9 @@ from learners.engine.local import LocalEngine
 from learners.rewards.outcome import OrmTraining
 from learners.rewards.preference import PrmTask
 from learners.rewards.training import Task, fit
-from tests.checkout import environment
 from tests.learners.rewards.tiny_backbone import tiny_orm_recipe
 from tests.learners.rewards.toy_preferences import CPU, Mortal, toy_preferences, toy_settings
+from tests.ranks import run_ranks
 
 KINDS = ("weights", "average", "exp_avg", "exp_avg_sq")
 
@@ -27,12 +25,6 @@ def both(tiny_recipe_file: Callable[..., RunConfig], tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("ranks")
     config = tiny_recipe_file(folder)
     (folder / "recipe.yaml").write_text(dump_config(config))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0", "--max-restarts=0",
-        str(Path(__file__).with_name("zero3_worker.py")), str(folder),
-    ]  # fmt: skip
-
     settings, data = toy_settings(eps=1e-4), toy_preferences()
     task = PrmTask(data, data, settings, 0, CPU)
 
@@ -49,8 +41,7 @@ def both(tiny_recipe_file: Callable[..., RunConfig], tmp_path_factory: pytest.Te
     few = {"updates": 3, "pairs_per_update": 4, "pairs_per_micro_batch": 1, "learning_rate": 1e-3, "eps": 1e-4}
     orm = tiny_orm_recipe(folder, few)
     (folder / "orm.json").write_text(orm.model_dump_json())
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment())
-    assert result.returncode == 0, result.stderr[-8000:]
+    run_ranks(2, Path(__file__).with_name("zero3_worker.py"), folder, timeout_s=300)
     ranks = [torch.load(folder / f"reward_rank_{r}.pt", weights_only=False) for r in (0, 1)]
     state = {kind: engine.whole(kind) for kind in KINDS}
     return {"ranks": ranks, "engine": engine, "state": state, "records": records, "orm": orm}
