@@ -1,6 +1,7 @@
 """Two terminals, one run: the second is turned away in one line, and the first does not notice."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from euphonium.config import RunConfig, dump_config
 from euphonium.locks import writing_alone
+from orchestrator.commands.cli import run_command
 from tests.process import Process
 
 # Roles that a lock has nothing to do with take long to start.
@@ -28,6 +30,20 @@ def assert_turned_away(first: Process, place: Path, *commands: tuple[str, ...]) 
     assert time.monotonic() - began < 60
 
 
+def test_a_run_of_another_process_is_not_started(
+    tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_recipe_file(tmp_path)
+    for resume in ("auto", "never"):
+        with writing_alone([(config.run_dir, "output_dir")]):
+            assert run_command(["train", str(tmp_path / "recipe.yaml"), f"resume={resume}"]) == 3
+        assert (
+            f"output_dir: {config.run_dir} is being written to by process {os.getpid()} on " in capfd.readouterr().err
+        )
+    assert not config.run_dir.exists()
+
+
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_that_runs_is_not_started_again(tiny_recipe_file: Callable[..., RunConfig], tmp_path: Path) -> None:
     config = tiny_recipe_file(
