@@ -6,6 +6,7 @@ Every such file (recipes, prompts, preferences) is read here: UTF-8, with or wit
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -24,6 +25,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # Longest pieces of somebody's input that a message repeats.
 SHOWN = 120
 SHOWN_PATH = 1000
+# So many files in place of one that is not there are named.
+LISTED = 12
 
 
 def read_text(path: Path, field: str) -> str:
@@ -66,10 +69,27 @@ def _opened(path: Path, field: str) -> Iterator[IO[bytes]]:
         with path.open("rb") as stream:
             yield stream
     except OSError as error:
-        why = error.strerror
-        raise ConfigError(f"{prefix}cannot read {named}: {why}; give a file that is here and may be read") from error
+        why, remedy = error.strerror, "give a file that is here and may be read"
+        if isinstance(error, FileNotFoundError):
+            remedy = _meant(path) or remedy
+        raise ConfigError(f"{prefix}cannot read {named}: {why}; {remedy}") from error
     except ValueError as error:
         raise ConfigError(f"{prefix}cannot read {named}: {error}; give the path of a file") from error
+
+
+def _meant(path: Path) -> str:
+    """Advice for a path that leads nowhere: what resembles it, or what else is there; empty if nothing is."""
+    missing = next(way for way in (path, *path.parents) if way.parent.is_dir())
+    try:
+        there = sorted(missing.parent.iterdir())
+    except OSError:
+        return ""
+    if near := difflib.get_close_matches(missing.name, [other.name for other in there], n=1, cutoff=0.75):
+        return f"did you mean {shown(missing.parent / near[0], SHOWN_PATH)}?"
+    alike = [other.name for other in there if missing == path and path.suffix and other.suffix == path.suffix]
+    if not 0 < len(alike) <= LISTED:
+        return ""
+    return f"{shown(missing.parent, SHOWN_PATH)} has {', '.join(map(shown, alike))}"
 
 
 def _decoded(data: bytes, path: Path, field: str) -> str:
