@@ -10,7 +10,14 @@ from pathlib import Path
 
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
-from euphonium.generators.folder import INDEX, MODULAR_INDEX, PipelineFolder, index_name
+from euphonium.generators.folder import (
+    INDEX,
+    MODULAR_INDEX,
+    PipelineFolder,
+    index_name,
+    is_hub_id,
+    neither_folder_nor_id,
+)
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import adapter_of
 
@@ -35,6 +42,8 @@ def describe_generator(config: ModelConfig) -> Generator:
     for shipped in (PUBLISHED / config.path, *sorted(PUBLISHED.glob(f"*/{local.name}"))):
         if index_name(shipped) is not None:
             return adapter_of(PipelineFolder(shipped), config)
+    if not is_hub_id(config.path):
+        raise neither_folder_nor_id(config.path)
     cached = _cached(config)
     if cached is None:
         raise ConfigError(
@@ -52,8 +61,6 @@ def published_models() -> list[str]:
 
 def _cached(config: ModelConfig) -> Path | None:
     """The model's snapshot in the hub's cache, or None."""
-    if config.path.count("/") != 1 or config.path.startswith((".", "/")):
-        return None
     from huggingface_hub import try_to_load_from_cache
 
     for name in (INDEX, MODULAR_INDEX):

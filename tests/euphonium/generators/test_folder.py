@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
+from euphonium.generators.described import describe_generator
 from euphonium.generators.folder import PipelineFolder
 from euphonium.generators.registry import open_generator
 from tests.euphonium.generators.cases import CASES
@@ -39,8 +42,11 @@ def model_at(path: Path | str) -> ModelConfig:
 
 
 def test_what_is_no_pipeline_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model\.path: \./nowhere/else is neither a folder nor a hub id"):
+    refused = rf"model\.path: \./nowhere/else is neither a folder nor a hub id .* relative to {re.escape(os.getcwd())}"
+    with pytest.raises(ConfigError, match=refused):
         PipelineFolder.find(model_at("./nowhere/else"))
+    with pytest.raises(ConfigError, match=refused):
+        describe_generator(model_at("./nowhere/else"))
     with pytest.raises(
         ConfigError, match=r"holds no diffusers pipeline \(model_index\.json is missing, and so is modular_"
     ):
