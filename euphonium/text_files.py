@@ -81,15 +81,16 @@ def _meant(path: Path) -> str:
     """Advice for a path that leads nowhere: what resembles it, or what else is there; empty if nothing is."""
     missing = next(way for way in (path, *path.parents) if way.parent.is_dir())
     try:
-        there = sorted(missing.parent.iterdir())
+        # A link that leads nowhere is there itself.
+        names = sorted(other.name for other in missing.parent.iterdir() if other != missing)
     except OSError:
         return ""
-    if near := difflib.get_close_matches(missing.name, [other.name for other in there], n=1, cutoff=0.75):
+    if near := difflib.get_close_matches(missing.name, names, n=1, cutoff=0.75):
         return f"did you mean {shown(missing.parent / near[0], SHOWN_PATH)}?"
-    alike = [other.name for other in there if missing == path and path.suffix and other.suffix == path.suffix]
-    if not 0 < len(alike) <= LISTED:
+    if missing != path or not path.suffix:
         return ""
-    return f"{shown(missing.parent, SHOWN_PATH)} has {', '.join(map(shown, alike))}"
+    alike = [name for name in names if Path(name).suffix == path.suffix]
+    return f"{shown(path.parent, SHOWN_PATH)} has {', '.join(map(shown, alike))}" if 0 < len(alike) <= LISTED else ""
 
 
 def _decoded(data: bytes, path: Path, field: str) -> str:

@@ -39,8 +39,7 @@ def run_ranks(count: int, program: Path, *arguments: object, timeout_s: float) -
         AssertionError: a rank failed, or time was up; the others are ended. Carries what they printed.
     """
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    if isinstance(context, multiprocessing.context.ForkServerContext):
-        context.set_forkserver_preload(list(LIBRARIES))
+    context.set_forkserver_preload(list(LIBRARIES))
     # The ranks are its clients, so that nobody has to guess a free port.
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:

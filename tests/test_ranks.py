@@ -31,7 +31,8 @@ def program(tmp_path: Path) -> Path:
 
 
 def test_what_all_ranks_print_is_returned(program: Path) -> None:
-    printed = run_ranks(2, program, "ends", timeout_s=100).splitlines()
+    # Libraries warn among it now and then.
+    printed = [line for line in run_ranks(2, program, "ends", timeout_s=100).splitlines() if line.startswith("rank ")]
     assert sorted(printed) == ["rank 0 of 2: ends", "rank 1 of 2: ends"]
 
 

@@ -10,14 +10,7 @@ from pathlib import Path
 
 from euphonium.config import ModelConfig
 from euphonium.errors import ConfigError
-from euphonium.generators.folder import (
-    INDEX,
-    MODULAR_INDEX,
-    PipelineFolder,
-    index_name,
-    is_hub_id,
-    neither_folder_nor_id,
-)
+from euphonium.generators.folder import INDEX, MODULAR_INDEX, PipelineFolder, index_name, require_hub_id
 from euphonium.generators.generator import Generator
 from euphonium.generators.registry import adapter_of
 
@@ -42,8 +35,7 @@ def describe_generator(config: ModelConfig) -> Generator:
     for shipped in (PUBLISHED / config.path, *sorted(PUBLISHED.glob(f"*/{local.name}"))):
         if index_name(shipped) is not None:
             return adapter_of(PipelineFolder(shipped), config)
-    if not is_hub_id(config.path):
-        raise neither_folder_nor_id(config.path)
+    require_hub_id(config.path)
     cached = _cached(config)
     if cached is None:
         raise ConfigError(

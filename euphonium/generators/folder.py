@@ -173,22 +173,26 @@ class _Entries(ComponentConfig):
         raise ConfigError(f"model.path: {self._file} has no entry {entry!r}; download or copy {self._folder} again")
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether ``model.path`` may name a model on the hub: owner and name."""
-    return path.count("/") == 1 and not path.startswith((".", "/"))
+def may_be_hub_id(path: str) -> bool:
+    """Whether a name is no path here and may be that of a model on the hub: owner and name."""
+    return not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/"))
 
 
-def neither_folder_nor_id(path: str) -> ConfigError:
-    """The error of a ``model.path`` that names nothing."""
-    return ConfigError(
-        f"model.path: {path} is neither a folder nor a hub id (owner/name); give one (paths are relative to "
-        f"{Path.cwd()}, where this command runs)"
-    )
+def require_hub_id(path: str) -> None:
+    """Checks that a ``model.path`` that is no folder may name a model on the hub: owner and name.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not may_be_hub_id(path):
+        raise ConfigError(
+            f"model.path: {path} is neither a folder nor a hub id (owner/name); give one (paths are relative to "
+            f"{Path.cwd()}, where this command runs)"
+        )
 
 
 def _downloaded(config: ModelConfig) -> Path:
-    if not is_hub_id(config.path):
-        raise neither_folder_nor_id(config.path)
+    require_hub_id(config.path)
     from huggingface_hub import snapshot_download
 
     try:

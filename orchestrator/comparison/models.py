@@ -14,7 +14,7 @@ import numpy as np
 from euphonium.config import RunConfig
 from euphonium.errors import ConfigError
 from euphonium.files import written_aside
-from euphonium.generators.folder import index_name
+from euphonium.generators.folder import index_name, may_be_hub_id
 from euphonium.wire.records import Array, OrmAnswer
 from orchestrator.generation.clips import ClipFormat, Frames, save_clip
 from orchestrator.generation.policies import check_prompts_of, open_checkpoint, open_policy
@@ -76,7 +76,7 @@ def find_contenders(names: Sequence[str], asked: Asked) -> tuple[list[Contender]
         ConfigError: neither is a run, or they cannot start from the same noise.
         CheckpointError: there is no undamaged checkpoint.
     """
-    pipelines = {name for name in names if name == BASE or index_name(Path(name)) is not None or _is_hub(name)}
+    pipelines = {name for name in names if name == BASE or index_name(Path(name)) is not None or may_be_hub_id(name)}
     runs = {name: open_checkpoint(Path(name)) for name in names if name not in pipelines}
     if not runs:
         raise ConfigError(
@@ -99,10 +99,6 @@ def find_contenders(names: Sequence[str], asked: Asked) -> tuple[list[Contender]
     for contender in found:
         check_prompts_of(contender.config, prompts)
     return found, prompts, seeds
-
-
-def _is_hub(name: str) -> bool:
-    return not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/"))
 
 
 def _with_size_of(config: RunConfig, other: RunConfig) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from euphonium.config import ModelConfig, RunConfig, load_config
 from euphonium.errors import ConfigError
 from euphonium.generators.components import load_pipeline
-from euphonium.generators.folder import INDEX, PipelineFolder, index_name
+from euphonium.generators.folder import INDEX, PipelineFolder, index_name, may_be_hub_id
 from euphonium.generators.pictures import open_picture, require_pictures
 from euphonium.generators.prompt_length import warn_of_cut_prompts
 from euphonium.generators.registry import FAMILIES, adapter_of
@@ -114,8 +114,7 @@ def find_model(model: str, drawing: Drawing, prompts: Path) -> ModelSource:
         CheckpointError: there is no undamaged checkpoint.
     """
     path = Path(model)
-    hub_id = not path.exists() and model.count("/") == 1 and not model.startswith((".", "/"))
-    if hub_id or index_name(path) is not None:
+    if may_be_hub_id(model) or index_name(path) is not None:
         return PipelineSource(model, _found(model), drawing)
     own: list[tuple[str, object]] = [
         ("--adapter", drawing.adapter), ("--dtype", drawing.dtype), ("--guidance-scale", drawing.guidance_scale)

@@ -45,6 +45,12 @@ def test_paths_may_be_relative(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert refusal(Path("wan_2.1")).endswith("did you mean wan-2.1?")
 
 
+def test_a_link_that_leads_nowhere_is_not_what_was_meant(folder: Path) -> None:
+    link = folder / "captions.txt"
+    link.symlink_to(folder / "gone.txt")
+    assert refusal(link).endswith("give a file that is here and may be read")
+
+
 def test_of_many_files_none_is_named(folder: Path) -> None:
     for number in range(LISTED):
         (folder / "wan-2.1" / f"{number}.txt").touch()
